@@ -1,0 +1,143 @@
+"""Model configurations: dataclasses read from mappings and YAML files in the layout of the released code."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from softcfg.errors import UserError
+
+ConfigT = TypeVar("ConfigT")
+ConfigSource = Any  # a dataclass instance, a mapping, or a path to a YAML file
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping; raises `UserError` if it is anything else."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"configuration file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"configuration file {path} must hold a mapping of names to values")
+    return content
+
+
+def load_config(
+    config_type: type[ConfigT],
+    source: ConfigSource,
+    sections: Sequence[str] = ("model.vq_model", "model.generator"),
+) -> ConfigT:
+    """Build `config_type` (a dataclass) from an instance of it, a mapping, or the path of a YAML file.
+
+    A mapping is either flat (field name -> value) or in the released layout, where the fields stand in
+    `sections` (dotted paths, a later section overrides an earlier one) and everything else is ignored.
+    Unknown names inside a flat mapping are ignored with a warning, since released files carry training
+    settings too.
+
+    Raises:
+        UserError: a required field is missing, or a value has the wrong type or range; the field is named.
+    """
+    if isinstance(source, config_type):
+        return source
+    if isinstance(source, (str, Path)):
+        source = read_yaml(source)
+    if dataclasses.is_dataclass(source) and not isinstance(source, type):
+        source = dataclasses.asdict(source)
+    if not isinstance(source, Mapping):
+        raise UserError(
+            f"config must be a {config_type.__name__}, a mapping or the path of a YAML file, "
+            f"got {type(source).__name__}"
+        )
+    values = _flatten(source, sections) if "model" in source else dict(source)
+
+    fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    types_of = typing.get_type_hints(config_type)
+    if "model" not in source:
+        _warn_unknown(set(values) - set(fields), fields, config_type)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{config_type.__name__} needs {', '.join(missing)}; found {', '.join(values) or 'nothing'}")
+    checked = {name: _coerce(name, values[name], types_of[name]) for name in fields if name in values}
+    try:
+        return config_type(**checked)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for section in sections:
+        node: Any = source
+        for part in section.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if node is None:
+            continue
+        if not isinstance(node, Mapping):
+            raise UserError(f"config section {section} must be a mapping, got {node!r}")
+        values.update(node)
+    return values
+
+
+def _warn_unknown(names: set[str], fields: Mapping[str, Any], config_type: type) -> None:
+    # Only a likely misspelling of a field is worth a word: released files hold many names that we do not need.
+    for name in sorted(names):
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+        if near and near[0] not in names:
+            warnings.warn(
+                f"{config_type.__name__} has no field {name!r} (did you mean {near[0]!r}?); it is ignored",
+                stacklevel=3,
+            )
+
+
+def _coerce(name: str, value: Any, expected: Any) -> Any:
+    """Return `value` as the annotated type `expected`, where that loses nothing."""
+    arguments = typing.get_args(expected)
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(name, value, next(kind for kind in arguments if kind is not type(None)))
+    if typing.get_origin(expected) is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(f"{name}[{i}]", item, arguments[0]) for i, item in enumerate(value))
+        raise UserError(f"config field {name} must be a list, got {value!r}")
+    if expected is bool and isinstance(value, bool):
+        return value
+    if expected is str and isinstance(value, str):
+        return value
+    if expected is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if expected is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads "1e-5", without a dot, as a string.
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}[expected]
+    raise UserError(f"config field {name} must be {kind}, got {value!r}")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise `ValueError` naming the first of the fields `names` that is not greater than zero."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"config field {name} must be greater than 0, got {getattr(config, name)!r}")
