@@ -1,0 +1,61 @@
+"""How the guidance scale moves over the decoding steps.
+
+The scale of step t (0-based, of T) is s_t = 1 + gamma_t; with s_t = 1 the guided logits are the conditional
+ones. Each schedule maps the progress t / T in [0, 1) to the fraction of the way from 1 to the full scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def constant(progress: Tensor, power: float) -> Tensor:
+    """The full scale at every step."""
+    return torch.ones_like(progress)
+
+
+def linear(progress: Tensor, power: float) -> Tensor:
+    """A straight rise from no guidance at the first step."""
+    return progress
+
+
+def cosine_power(progress: Tensor, power: float) -> Tensor:
+    """(1 - cos(pi progress^power)) / 2, the ramp of the released samplers; power 0 gives the full scale (0^0 = 1)."""
+    return (1 - torch.cos(math.pi * progress**power)) / 2
+
+
+SCHEDULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine_power": cosine_power,
+}
+
+
+def guidance_scales(
+    steps: int,
+    scale: float,
+    schedule: str = "cosine_power",
+    power: float = 1.0,
+    interval: tuple[int, int] | None = None,
+) -> Tensor:
+    """The guidance scale of every step, float32 [steps].
+
+    Args:
+        scale: the full scale g; 0 means the conditional branch alone and gives ones, like 1.
+        schedule: a name from `SCHEDULES`.
+        power: exponent of `cosine_power`; the other schedules do not use it.
+        interval: steps [start, stop), 0-based, outside of which the scale is 1.
+    """
+    if scale == 0:
+        return torch.ones(steps)
+    # In float64, so that long sequences do not lose the small differences between neighbouring steps.
+    progress = torch.arange(steps, dtype=torch.float64) / steps
+    scales = 1 + (scale - 1) * SCHEDULES[schedule](progress, power)
+    if interval is not None:
+        step = torch.arange(steps)
+        scales[(step < interval[0]) | (step >= interval[1])] = 1.0
+    return scales.float()

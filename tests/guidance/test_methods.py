@@ -1,0 +1,98 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from softcfg import CFG, SoftCFG
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("guidance_scale", -1.0),
+        ("guidance_scale", math.nan),
+        ("guidance_scale", math.inf),
+        ("guidance_scale", "4"),
+        ("guidance_scale_pow", -0.1),
+        ("guidance_scale_pow", math.nan),
+        ("schedule", "quadratic"),
+        ("schedule", None),
+        ("interval", (5, 3)),
+        ("interval", (-1, 3)),
+        ("interval", (1,)),
+        ("confidence", "median"),
+        ("step_norm", "yes"),
+        ("strength", -1.0),
+        ("strength", math.nan),
+        ("strength", True),
+        ("floor", -0.01),
+        ("floor", 1.01),
+        ("floor", math.nan),
+        ("eps", -1e-9),
+        ("eps", math.nan),
+        ("target", "query"),
+        ("alignment", "next"),
+    ],
+)
+def test_invalid_settings_name_the_field_and_the_value(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field) as raised:
+        SoftCFG(**{field: value})  # type: ignore[arg-type]
+    assert repr(value) in str(raised.value)
+    if field in {plain.name for plain in dataclasses.fields(CFG)}:
+        with pytest.raises(ValueError, match=field):
+            CFG(**{field: value})  # type: ignore[arg-type]
+
+
+def test_ranges_are_named() -> None:
+    with pytest.raises(ValueError, match=r"floor must be a number in \[0, 1\], got 2"):
+        SoftCFG(floor=2)
+    with pytest.raises(ValueError, match="strength must be a finite number >= 0, got -1"):
+        SoftCFG(strength=-1)
+    with pytest.raises(ValueError, match="confidence must be one of max, sampled, entropy, margin, got 'x'"):
+        SoftCFG(confidence="x")
+
+
+def test_presets() -> None:
+    assert SoftCFG.paper() == SoftCFG()
+    assert dataclasses.asdict(SoftCFG.paper(guidance_scale=9.0)) == {
+        "guidance_scale": 9.0,
+        "guidance_scale_pow": 1.0,
+        "schedule": "cosine_power",
+        "interval": None,
+        "confidence": "max",
+        "step_norm": True,
+        "strength": 1.0,
+        "floor": 0.0,
+        "eps": 0.0,
+        "target": "value",
+        "alignment": "own",
+    }
+    released = SoftCFG.released(strength=0.5)
+    assert (released.confidence, released.alignment, released.floor, released.eps, released.strength) == (
+        "sampled", "successor", 0.05, 1e-5, 0.5,
+    )  # fmt: skip
+
+
+def test_released_without_step_norm_has_neither_floor_nor_exponent() -> None:
+    released = SoftCFG.released(step_norm=False, strength=0.3)
+    assert (released.floor, released.strength, released.perturbs) == (0.0, 1.0, True)
+    assert not SoftCFG.released(step_norm=False, strength=0.0).perturbs
+
+
+def test_strength_zero_is_plain_guidance() -> None:
+    assert not SoftCFG(strength=0).perturbs
+    assert SoftCFG(strength=0.1).perturbs
+    assert not CFG().perturbs
+
+
+def test_numpy_numbers_and_lists_are_welcome() -> None:
+    method = SoftCFG(guidance_scale=np.float32(2.5), strength=np.int64(1), interval=[2, 5])  # type: ignore[arg-type]
+    assert method.interval == (2, 5)
+    assert method.is_active
+
+
+def test_methods_are_immutable_and_comparable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SoftCFG().strength = 2  # type: ignore[misc]
+    assert SoftCFG() != CFG()
