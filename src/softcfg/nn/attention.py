@@ -1,0 +1,144 @@
+"""Causal attention whose cached values or keys carry weights.
+
+SoftCFG scales the cached value of slot i by a weight w_i. Because
+
+    sum_i a_i (w_i v_i) = sum_i (a_i w_i) v_i,
+
+the weights multiply the attention probabilities after the softmax, and the cache is left as it is. A weight
+on keys multiplies the scores before the softmax, q . (w_i k_i) = w_i (q . k_i).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.rotary import rotate
+
+
+def weighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    value_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Causal scaled dot-product attention; the n queries are the last n of the S slots.
+
+    Args:
+        query: [rows, heads, n, head_dim].
+        key, value: [rows, heads, S, head_dim], S >= n.
+        value_weights, key_weights: factors on the values or keys of each slot, [rows, S], or [rows, n, S] where
+            each query has its own. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
+        mask: bool [rows, S], False for slots that no query may see (the padding of left-padded rows).
+
+    Returns:
+        [rows, heads, n, head_dim] in the dtype of `value`. The softmax is in float32 (or float64).
+    """
+    new, slots = query.shape[2], key.shape[2]
+    visible = None
+    if new > 1:
+        visible = torch.ones(new, slots, dtype=torch.bool, device=query.device).tril_(slots - new)
+    if mask is not None:
+        visible = mask[:, None, None, :] if visible is None else visible & mask[:, None, None, :]
+
+    if value_weights is None and key_weights is None:
+        if mask is None and new == slots:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1)
+        return _finite(F.scaled_dot_product_attention(query, key, value, attn_mask=visible), mask)
+
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if key_weights is not None:
+        scores = scores * _per_score(key_weights)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    accumulate = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.softmax(dim=-1, dtype=accumulate)
+    if value_weights is not None:
+        probabilities = probabilities * _per_score(value_weights)
+    return _finite(probabilities.to(value.dtype) @ value, mask)
+
+
+def _per_score(weights: Tensor) -> Tensor:
+    """[rows, S] or [rows, n, S] -> a shape that broadcasts against scores [rows, heads, n, S]."""
+    return weights[:, None, None, :] if weights.dim() == 2 else weights[:, None]
+
+
+def _finite(output: Tensor, mask: Tensor | None) -> Tensor:
+    """Give zeros, not NaN, to queries that stand in the padding and see nothing."""
+    return output if mask is None else output.nan_to_num(0.0)
+
+
+@dataclass
+class AttentionContext:
+    """What every attention layer of one forward pass shares."""
+
+    slot: int  # where the first new position stands in the sequence
+    cache: KVCache | None = None
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin of the new positions
+    value_weights: Tensor | None = None  # [rows, filled] or [rows, n, filled]
+    key_weights: Tensor | None = None
+    mask: Tensor | None = None  # bool [rows, filled]
+
+    @classmethod
+    def create(
+        cls,
+        slot: int,
+        new: int,
+        cache: KVCache | None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+    ) -> AttentionContext:
+        """Cut the per-slot tensors to the part of the sequence that is filled after this pass."""
+        if slot and cache is None:
+            raise ValueError(f"a pass that starts at slot {slot} needs the cache of the slots before it")
+        filled = slot + new
+        return cls(
+            slot=slot,
+            cache=cache,
+            rotary=rotary,
+            value_weights=None if value_weights is None else value_weights[..., :filled],
+            key_weights=None if key_weights is None else key_weights[..., :filled],
+        )
+
+
+class SelfAttention(nn.Module):
+    """Multi-head causal self-attention with normalised queries and keys, as AliTok and RAR have it.
+
+    `qkv` gives queries, keys and values in this order, each as (heads, head_dim); `q_norm` and `k_norm` act
+    over head_dim and are shared by the heads.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, q_norm: nn.Module, k_norm: nn.Module) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """[rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
+        rows, new, width = x.shape
+        query, key, value = self.qkv(x).view(rows, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if context.rotary is not None:
+            query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
+        if context.cache is not None:
+            key, value = context.cache.update(layer, key, value, context.slot)
+        out = weighted_attention(
+            query,
+            key,
+            value,
+            value_weights=context.value_weights,
+            key_weights=context.key_weights,
+            mask=context.mask,
+        )
+        return self.proj(out.transpose(1, 2).reshape(rows, new, width))

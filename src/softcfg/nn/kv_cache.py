@@ -1,0 +1,47 @@
+"""A static cache of attention keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once as [layers, rows, heads, slots, head_dim].
+
+    A slot is written once and never changed: guidance weights act on the attention, not on the cache.
+    Rows are the sequences of a batch (with guidance the conditional ones first, then the unconditional).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        slots: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (layers, rows, heads, slots, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def slots(self) -> int:
+        """The number of sequence positions that the cache holds."""
+        return self.keys.shape[3]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """Write `keys` and `values` [rows, heads, n, head_dim] at `slot` and return the filled part.
+
+        Returns:
+            Views [rows, heads, slot + n, head_dim] of the layer's keys and values.
+        """
+        end = slot + keys.shape[2]
+        if end > self.slots:
+            raise ValueError(f"the cache has {self.slots} slots, writing up to slot {end} does not fit")
+        self.keys[layer, :, :, slot:end] = keys
+        self.values[layer, :, :, slot:end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

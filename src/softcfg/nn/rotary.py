@@ -1,0 +1,29 @@
+"""Rotary position embedding over adjacent channel pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (2i, 2i+1) of `x` [..., n, head_dim] by the angles of each position.
+
+    Args:
+        cos, sin: float32 [n, head_dim / 2]; low-precision inputs are turned in float32.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def angles_1d(positions: Tensor, pairs: int, base: float) -> Tensor:
+    """Angles [len(positions), pairs] with frequencies base^(-i / pairs), i = 0 .. pairs - 1, in float32."""
+    frequencies = base ** -(torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
+    return (positions.double()[:, None] * frequencies).float()
+
+
+def angles_2d(rows: Tensor, columns: Tensor, pairs: int, base: float) -> Tensor:
+    """Angles [len(rows), pairs]: the first half of the pairs turn with the row, the second with the column."""
+    half = pairs // 2
+    return torch.cat((angles_1d(rows, half, base), angles_1d(columns, half, base)), dim=1)

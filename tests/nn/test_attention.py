@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from softcfg.nn import KVCache, weighted_attention
+
+ROWS, HEADS, DIM = 3, 2, 8
+
+
+def brute_force(
+    query: Tensor, key: Tensor, value: Tensor, value_weights: Tensor, key_weights: Tensor, mask: Tensor
+) -> Tensor:
+    """Attention over a cache that really is scaled, one row, head and query at a time, in float64.
+
+    Weights are [rows, n, S]: what query i sees.
+    """
+    rows, heads, new, dim = query.shape
+    slots = key.shape[2]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for r in range(rows):
+        for h in range(heads):
+            for i in range(new):
+                seen = [s for s in range(slots - new + i + 1) if mask[r, s]]
+                if not seen:
+                    continue
+                scaled_keys = key[r, h, seen].double() * key_weights[r, i, seen, None].double()
+                scaled_values = value[r, h, seen].double() * value_weights[r, i, seen, None].double()
+                scores = scaled_keys @ query[r, h, i].double() / math.sqrt(dim)
+                out[r, h, i] = scores.softmax(0) @ scaled_values
+    return out
+
+
+def inputs(new: int, slots: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(new * 100 + slots)
+    query = torch.randn(ROWS, HEADS, new, DIM).to(dtype)
+    key, value = torch.randn(2, ROWS, HEADS, slots, DIM).to(dtype)
+    return query, key, value
+
+
+@pytest.mark.parametrize(("new", "slots"), [(1, 1), (1, 9), (4, 4), (3, 11)])
+@pytest.mark.parametrize("target", ["none", "value", "key", "both"])
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 0.04)]
+)
+def test_equals_attention_over_a_scaled_cache(
+    new: int, slots: int, target: str, per_query: bool, padded: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    query, key, value = inputs(new, slots, dtype)
+    weights = torch.rand(ROWS, new, slots) if per_query else torch.rand(ROWS, slots)
+    each = weights if per_query else weights[:, None].expand(-1, new, -1)
+    ones = torch.ones(ROWS, new, slots)
+    mask = torch.ones(ROWS, slots, dtype=torch.bool)
+    if padded:
+        mask[1, : slots // 3] = False
+        mask[2, : slots - 1] = False
+    got = weighted_attention(
+        query,
+        key,
+        value,
+        value_weights=weights if target in ("value", "both") else None,
+        key_weights=weights if target in ("key", "both") else None,
+        mask=mask if padded else None,
+    )
+    expected = brute_force(
+        query,
+        key,
+        value,
+        each if target in ("value", "both") else ones,
+        each if target in ("key", "both") else ones,
+        mask,
+    )
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    query, key, value = inputs(2, 7)
+    ones = torch.ones(ROWS, 7)
+    torch.testing.assert_close(
+        weighted_attention(query, key, value, value_weights=ones, key_weights=ones),
+        weighted_attention(query, key, value),
+    )
+
+
+def test_value_weights_do_not_renormalise() -> None:
+    query, key, value = inputs(1, 5)
+    half = weighted_attention(query, key, value, value_weights=torch.full((ROWS, 5), 0.5))
+    torch.testing.assert_close(half, 0.5 * weighted_attention(query, key, value))
+
+
+def test_weights_may_be_differentiated() -> None:
+    query, key, value = inputs(1, 5)
+    weights = torch.rand(ROWS, 5, requires_grad=True)
+    weighted_attention(query, key, value, value_weights=weights).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.abs().sum() > 0
+
+
+def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
+    cache = KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM)
+    key, value = torch.randn(2, ROWS, HEADS, 6, DIM)
+    pointer = cache.keys.data_ptr()
+    for layer in range(2):
+        cache.update(layer, key[:, :, :2], value[:, :, :2], 0)
+    for slot in range(2, 6):
+        for layer in range(2):
+            keys, values = cache.update(
+                layer, (layer + 1) * key[:, :, slot : slot + 1], value[:, :, slot : slot + 1], slot
+            )
+            assert keys.shape == values.shape == (ROWS, HEADS, slot + 1, DIM)
+    assert torch.equal(cache.values[0], value)
+    assert torch.equal(keys[:, :, 2:], 2 * key[:, :, 2:])
+    assert torch.equal(cache.keys[0], key)
+    assert cache.keys.data_ptr() == pointer
+    assert cache.slots == 6
+
+
+def test_cache_refuses_to_overflow() -> None:
+    cache = KVCache(layers=1, rows=1, heads=1, slots=2, head_dim=4)
+    with pytest.raises(ValueError, match="2 slots"):
+        cache.update(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 1)
