@@ -1,0 +1,1 @@
+"""Generators: one file a family."""

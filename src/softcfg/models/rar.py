@@ -1,0 +1,173 @@
+"""The RAR generator: a decoder with learned positions and adaptive layer norm, in raster order.
+
+Parameter names are those of the released checkpoints (`rar_b.bin` to `rar_xxl.bin`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.configuration import require_positive
+from softcfg.models.base import Condition, Generator
+from softcfg.nn.attention import AttentionContext, SelfAttention
+from softcfg.nn.kv_cache import KVCache
+
+EPS = 1e-6  # of every layer norm
+
+
+@dataclass(frozen=True)
+class RARConfig:
+    """Sizes of a RAR generator, under the names of the released configurations.
+
+    Attributes:
+        intermediate_size: width of the MLP.
+        codebook_size: V, image codes.
+        image_seq_len: T, image tokens in raster order.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    codebook_size: int = 1024
+    condition_num_classes: int = 1000
+    image_seq_len: int = 256
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "codebook_size", "condition_num_classes", "image_seq_len",
+        )  # fmt: skip
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads ({self.num_attention_heads})"
+            )
+
+
+class Modulation(nn.Module):
+    """Linear(SiLU(condition)), cut into `parts` pieces of the hidden size."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+
+    def pieces(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """[rows, n, width] -> `parts` tensors of the same shape."""
+        return self.adaLN_modulation(condition).chunk(self.parts, dim=-1)
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class RARBlock(Modulation):
+    """Pre-norm transformer block whose norms are shifted and scaled, and whose branches are gated."""
+
+    def __init__(self, config: RARConfig) -> None:
+        width, heads = config.hidden_size, config.num_attention_heads
+        super().__init__(width, parts=6)
+        self.norm1 = nn.LayerNorm(width, EPS)
+        self.attn = SelfAttention(
+            width, heads, q_norm=nn.LayerNorm(width // heads, EPS), k_norm=nn.LayerNorm(width // heads, EPS)
+        )
+        self.norm2 = nn.LayerNorm(width, EPS)
+        self.mlp = MLP(width, config.intermediate_size)
+
+    def forward(self, x: Tensor, condition: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """[rows, n, hidden_size] -> the same shape; `condition` has that shape too."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.pieces(condition)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, layer, context)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class HeadNorm(Modulation):
+    """Layer norm without weights, scaled and shifted (in this order in the released tensor)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, parts=2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """[rows, n, width] -> the same shape."""
+        scale, shift = self.pieces(condition)
+        return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+class RAR(Generator):
+    """The RAR generator; RobusTok's generators are the same function with 4,096 codes.
+
+    The sequence is: cls token, class, image tokens. One table embeds image codes (rows 0 .. V - 1), a mask
+    token (row V, not used in sampling), classes (row V + 1 + class) and the null class (the last row). A slot
+    also carries the target-aware position of the token that it predicts.
+    """
+
+    condition_slots = 2
+
+    def __init__(self, config: RARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_tokens = config.image_seq_len
+        self.vocab_size = config.codebook_size
+        self.num_classes = config.condition_num_classes
+        width, length = config.hidden_size, config.image_seq_len
+        self.cache_shape = (
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            width // config.num_attention_heads,
+        )
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        # The released tables are longer than generation needs.
+        self.pos_embed = nn.Parameter(torch.zeros(1, length + 1024, width))
+        self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, length + 1024, width))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, length + 100, width))
+        for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            nn.init.trunc_normal_(table, std=0.02)
+        self.blocks = nn.ModuleList(RARBlock(config) for _ in range(config.num_hidden_layers))
+        self.embeddings = nn.Embedding(config.codebook_size + config.condition_num_classes + 2, width)
+        self.adaln_before_head = HeadNorm(width)
+        self.lm_head = nn.Linear(width, config.codebook_size)
+
+    def forward(
+        self,
+        condition: Condition,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        slot: int = 0,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `Generator.forward`."""
+        label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
+        x = self.embeddings(tokens)
+        if slot == 0:
+            x = torch.cat((self.cls_token.expand(condition.rows, -1, -1), label, x), dim=1)
+        new = x.shape[1]
+        x = x + self._positions(slot, slot + new)
+        label = label + self.timesteps_embeddings[:, slot : slot + new]
+        context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, label, layer, context)
+        first = self.first_predicting(slot)
+        return self.lm_head(self.adaln_before_head(x[:, first:], label[:, first:]))
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        """What is added to the inputs of slots start .. stop - 1: [1, stop - start, hidden_size]."""
+        target = self.target_aware_pos_embed[:, start + 1 : stop + 1]
+        if start == 0:  # the cls token predicts nothing
+            target = torch.cat((torch.zeros_like(target[:, :1]), target[:, 1:]), dim=1)
+        return self.pos_embed[:, start:stop] + target

@@ -1,0 +1,144 @@
+import pytest
+import torch
+
+from softcfg import UserError
+from softcfg.configuration import load_config
+from softcfg.models.alitok import AliTok, AliTokConfig
+from softcfg.models.base import Generator
+from softcfg.models.rar import RAR, RARConfig
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": 24,
+    "condition_num_classes": 5,
+}  # fmt: skip
+
+
+def alitok(prefix: int = 3, grid: int = 3) -> AliTok:
+    torch.manual_seed(0)
+    config = AliTokConfig(**SMALL, image_seq_len=prefix + grid**2, grid_size=grid, prefix_tokens=prefix)
+    return AliTok(config).eval()
+
+
+def rar() -> RAR:
+    torch.manual_seed(0)
+    return RAR(RARConfig(**SMALL, intermediate_size=64, image_seq_len=12)).eval()
+
+
+GENERATORS = {"alitok": alitok, "alitok without prefix": lambda: alitok(0, 4), "rar": rar}
+
+
+@pytest.fixture(params=list(GENERATORS))
+def generator(request: pytest.FixtureRequest) -> Generator:
+    return GENERATORS[request.param]()
+
+
+def tokens_for(generator: Generator, rows: int) -> torch.Tensor:
+    return torch.randint(generator.vocab_size, (rows, generator.num_tokens))
+
+
+@torch.no_grad()
+def test_any_split_into_passes_gives_the_same_logits(generator: Generator) -> None:
+    condition = generator.condition([0, 4], guided=True)
+    tokens = tokens_for(generator, 4)[:, :-1]
+    slots = generator.condition_slots + generator.num_tokens - 1
+    value_weights, key_weights = torch.rand(2, 4, slots)
+    whole = generator(condition, tokens, value_weights=value_weights, key_weights=key_weights)
+    assert whole.shape == (4, generator.num_tokens, generator.vocab_size)
+    for pieces in ([0, 1, 4, 3], [2, 5], [0] + [1] * tokens.shape[1]):
+        cache = generator.new_cache(4)
+        logits, start = [], 0
+        for length in pieces:
+            piece = tokens[:, start : start + length]
+            slot = generator.condition_slots + start if logits else 0
+            logits.append(
+                generator(
+                    condition,
+                    piece,
+                    cache=cache,
+                    slot=slot,
+                    value_weights=value_weights,
+                    key_weights=key_weights,
+                )
+            )
+            start += length
+        torch.testing.assert_close(torch.cat(logits, 1), whole[:, : start + 1])
+
+
+@torch.no_grad()
+def test_logits_depend_on_the_past_alone(generator: Generator) -> None:
+    condition = generator.condition([1], guided=False)
+    tokens = tokens_for(generator, 1)[:, :-1]
+    before = generator(condition, tokens)
+    tokens[0, 6] = (tokens[0, 6] + 1) % generator.vocab_size
+    after = generator(condition, tokens)
+    torch.testing.assert_close(after[:, :7], before[:, :7])
+    assert (after[:, 7:] - before[:, 7:]).abs().amax(-1).min() > 1e-4
+
+
+@torch.no_grad()
+def test_condition_and_null_class_matter(generator: Generator) -> None:
+    tokens = tokens_for(generator, 1).repeat(3, 1)[:, :-1]
+    first, second, null = generator(generator.class_condition(torch.tensor([0, 1, 5])), tokens)
+    assert (first - second).abs().max() > 1e-4
+    assert (first - null).abs().max() > 1e-4
+    guided = generator.condition([0, 1], guided=True)
+    assert guided.classes.tolist() == [0, 1, 5, 5]
+
+
+@pytest.mark.parametrize("labels", [[5], [-1], [0.5], [[0]], ["x"], [True]])
+def test_labels_out_of_range(generator: Generator, labels: list) -> None:
+    with pytest.raises(UserError, match="labels"):
+        generator.condition(labels, guided=True)
+
+
+def test_a_later_pass_needs_the_cache(generator: Generator) -> None:
+    with pytest.raises(ValueError, match="cache"):
+        generator(generator.condition([0], guided=False), torch.zeros(1, 1, dtype=torch.int64), slot=3)
+
+
+def test_training_reaches_every_parameter(generator: Generator) -> None:
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens = tokens_for(generator, 2)
+    condition = generator.class_condition(torch.tensor([1, 5]))
+    logits = generator(condition, tokens[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    without = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size must be an integer, got 'wide'"),
+        ({"hidden_size": 32.5}, "hidden_size must be an integer"),
+        ({"hidden_size": True}, "hidden_size must be an integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be greater than 0, got 0"),
+        ({"num_attention_heads": 3}, "multiple of"),
+        ({"image_seq_len": 100}, "image_seq_len"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a finite number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+    ],
+)
+def test_configurations_that_make_no_sense(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(AliTokConfig, {**SMALL, **change})
+
+
+def test_configuration_needs_its_sizes_and_ignores_the_rest() -> None:
+    with pytest.raises(UserError, match="needs num_hidden_layers, num_attention_heads"):
+        load_config(AliTokConfig, {"hidden_size": 32})
+    config = load_config(AliTokConfig, {**SMALL, "dropout": 0.1, "rms_norm_eps": "1e-6"})
+    assert config.rms_norm_eps == 1e-6
+    with pytest.warns(UserWarning, match="did you mean 'grid_size'"):
+        load_config(AliTokConfig, {**SMALL, "gridsize": 16})
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "just text", "model: 3"])
+def test_configuration_files_that_are_none(content: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError):
+        load_config(AliTokConfig, path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(AliTokConfig, tmp_path / "missing.yaml")
