@@ -1,0 +1,38 @@
+"""Random numbers that depend on nothing but the seed and the image's index.
+
+Image n of seed s reads the Philox-4x64 stream with key (s, n): a counter-based generator, so any image's
+numbers can be made alone, on any machine, in any batch and by any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softcfg.errors import UserError
+
+
+def image_uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
+    """Uniform numbers in [0, 1): float64 [len(indices), count], row r from the stream (seed, indices[r]).
+
+    Raises:
+        UserError: the seed or an index is not in 0 .. 2^64 - 1.
+    """
+    check_word(seed, "seed")
+    for index in indices:
+        check_word(index, "image index")
+    rows = np.empty((len(indices), count), dtype=np.float64)
+    for row, index in zip(rows, indices, strict=True):
+        key = np.array([seed, index], dtype=np.uint64)
+        # The raw 64-bit words are frozen by NumPy's compatibility policy; the upper 53 bits make a double.
+        row[:] = (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    return torch.from_numpy(rows)
+
+
+def check_word(value: int, name: str) -> None:
+    """Raise `UserError` unless `value`, half of a stream's key, fits into 64 bits."""
+    if not 0 <= value < 2**64:
+        raise UserError(f"{name} must be in 0..2^64-1, got {value}")

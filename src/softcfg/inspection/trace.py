@@ -1,0 +1,183 @@
+"""Replaying tokens and keeping what guidance did at every step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding.sequential import targeted
+from softcfg.errors import UserError
+from softcfg.files import write_atomically
+from softcfg.guidance import CFG, SoftCFG, token_confidence
+from softcfg.models.base import Condition, Generator, LabelsLike, as_ids
+from softcfg.version import __version__
+
+WEIGHTS_BY_DEFAULT_UP_TO = 1024  # tokens; beyond, [B, T, T] is hundreds of megabytes
+
+
+@dataclass
+class Trace:
+    """What guidance did while B images of T tokens over V codes were drawn (or replayed).
+
+    Attributes:
+        guidance: the method and its settings.
+        temperature: of the confidences, and of the sampling where the trace drew its tokens.
+        labels: int64 [B].
+        tokens: int64 [B, T].
+        cond_logits, uncond_logits, guided_logits: float32 [B, T, V]; entry t predicts token t.
+        guidance_scale: float32 [T], the scale s_t = 1 + gamma_t.
+        confidence: float32 [B, T], confidence in each token (plain CFG: p_max, without effect). With "successor"
+            alignment no slot carries the first token's confidence, and it reads 0.
+        value_weights: float32 [B, T, T]: step, slot of the generated token; None where it was not asked for.
+    """
+
+    guidance: CFG
+    temperature: float
+    labels: Tensor
+    tokens: Tensor
+    cond_logits: Tensor
+    uncond_logits: Tensor
+    guided_logits: Tensor
+    guidance_scale: Tensor
+    confidence: Tensor
+    value_weights: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the tensors as safetensors; the metadata entry `softcfg` holds the settings as JSON."""
+        from safetensors.torch import save
+
+        settings: dict[str, Any] = {
+            "version": __version__,
+            "method": type(self.guidance).__name__,
+            "guidance": asdict(self.guidance),
+            "temperature": self.temperature,
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
+        write_atomically(path, save(tensors, metadata={"softcfg": json.dumps(settings)}))
+
+
+@torch.no_grad()
+def trace(
+    generator: Generator,
+    *,
+    labels: LabelsLike,
+    guidance: CFG,
+    tokens: Any = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    value_weights: bool | None = None,
+    steps_per_pass: int = 1024,
+) -> Trace:
+    """Replay `tokens` (teacher forcing) and keep what guidance did at every step.
+
+    The conditional confidences do not depend on the weights, so both branches are replayed in one parallel pass
+    each (in pieces for long sequences): query t of the unconditional pass sees the weights of step t.
+
+    Args:
+        labels: B class ids.
+        guidance: the method that is traced. Where it is inactive the unconditional logits are still computed.
+        tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, with `top_k` and `top_p`.
+        temperature: of the confidences and of the drawing.
+        value_weights: whether to keep the [B, T, T] weights; by default up to 1,024 tokens.
+        steps_per_pass: tokens replayed at once; bounds the memory of attention, without effect on the result.
+
+    Raises:
+        UserError: labels or tokens do not fit the generator.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    condition = generator.condition(labels, guided=True)
+    batch, total = condition.rows // 2, generator.num_tokens
+    cond, uncond = (generator.class_condition(half) for half in condition.classes.chunk(2))
+    if tokens is None:
+        uniforms = image_uniforms(seed, range(batch), total)
+        tokens = decode(generator, labels, guidance, uniforms=uniforms, sampling=sampling)
+    tokens = as_ids(tokens, "tokens", generator.vocab_size).to(generator.device)
+    if tokens.shape != (batch, total):
+        raise UserError(f"tokens must have shape [{batch}, {total}], got {list(tokens.shape)}")
+
+    if value_weights is None:
+        value_weights = total <= WEIGHTS_BY_DEFAULT_UP_TO
+    kept = torch.ones(batch, total, total) if value_weights else None
+    confidence = torch.zeros(batch, total, device=generator.device)
+    logits: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
+    caches = {"cond": generator.new_cache(batch), "uncond": generator.new_cache(batch)}
+    for start in range(0, total, steps_per_pass):
+        stop = min(start + steps_per_pass, total)
+        piece = _Piece(generator, tokens, start, stop)
+        cond_logits = piece.run(cond, caches["cond"])
+        if isinstance(guidance, SoftCFG):
+            token_confidences = guidance.token_confidence(cond_logits, tokens[:, start:stop], temperature)
+        else:
+            token_confidences = token_confidence(cond_logits, tokens[:, start:stop], temperature=temperature)
+        confidence[:, start:stop] = token_confidences
+        weights = None
+        if isinstance(guidance, SoftCFG) and guidance.perturbs:
+            weights = _step_weights(guidance, confidence, start, stop)
+            if kept is not None:
+                kept[:, start:stop] = weights.cpu()
+        logits["cond"].append(cond_logits)
+        logits["uncond"].append(piece.run(uncond, caches["uncond"], guidance, weights))
+
+    if isinstance(guidance, SoftCFG) and guidance.alignment == "successor":
+        confidence[:, 0] = 0
+    cond_logits, uncond_logits = (torch.cat(parts, dim=1) for parts in logits.values())
+    scales = guidance.scales(total).to(generator.device)
+    guided_logits = cond_logits
+    if guidance.is_active:
+        guided_logits = guidance.guide(cond_logits, uncond_logits, scales[:, None])
+    return Trace(
+        guidance=guidance,
+        temperature=temperature,
+        labels=cond.classes,
+        tokens=tokens,
+        cond_logits=cond_logits,
+        uncond_logits=uncond_logits,
+        guided_logits=guided_logits,
+        guidance_scale=scales,
+        confidence=confidence,
+        value_weights=kept,
+    )
+
+
+def _step_weights(guidance: SoftCFG, confidence: Tensor, start: int, stop: int) -> Tensor:
+    """Weights [B, stop - start, T] of steps start .. stop - 1, each from the tokens before it."""
+    step = torch.arange(start, stop, device=confidence.device)
+    token = torch.arange(confidence.shape[1], device=confidence.device)
+    return guidance.weights(confidence[:, None] * (token < step[:, None]))
+
+
+class _Piece:
+    """The pass that predicts tokens start .. stop - 1: from the condition on, or from token start - 1 on."""
+
+    def __init__(self, generator: Generator, tokens: Tensor, start: int, stop: int) -> None:
+        self.generator = generator
+        self.inputs = tokens[:, max(start - 1, 0) : stop - 1]
+        self.slot = 0 if start == 0 else generator.condition_slots + start - 1
+
+    def run(
+        self,
+        condition: Condition,
+        cache: Any,
+        guidance: CFG | None = None,
+        step_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, stop - start, V] in float32."""
+        weights = {}
+        if isinstance(guidance, SoftCFG) and step_weights is not None:
+            # Slots of the condition, as queries and as keys, are not weighted.
+            slots = self.generator.condition_slots
+            leading = slots - 1 if self.slot == 0 else 0
+            weights = targeted(guidance, torch.nn.functional.pad(step_weights, (slots, 0, leading, 0), value=1.0))
+        return self.generator(condition, self.inputs, cache=cache, slot=self.slot, **weights).float()

@@ -1,0 +1,49 @@
+"""A model folder small enough for every test: 16 tokens of 20 codes, 4 named classes, 8 x 8 pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+GENERATOR = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": 20,
+    "condition_num_classes": 4, "image_seq_len": 16, "grid_size": 4,
+}  # fmt: skip
+TOKENIZER = {
+    "channel_mult": [1, 1], "hidden_channels": 32, "num_res_blocks": 1, "resolution": 8, "z_channels": 4,
+    "codebook_size": 20,
+}  # fmt: skip
+CLASSES = ["Circle", "Square", "T-shirt/top", "Star"]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from softcfg.configuration import load_config
+    from softcfg.models.alitok import AliTok, AliTokConfig
+    from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = AliTok(load_config(AliTokConfig, GENERATOR))
+        for parameter in generator.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.5)
+        tokenizer = MaskGITVQ(load_config(MaskGITVQConfig, TOKENIZER))
+    save_file(generator.state_dict(), folder / "generator.safetensors")
+    save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
+    description = {
+        "name": "tiny",
+        "description": "random weights",
+        "generator": {"family": "alitok", "config": GENERATOR, "checkpoint": "generator.safetensors"},
+        "tokenizer": {"family": "maskgit-vq", "config": TOKENIZER, "checkpoint": "tokenizer.safetensors"},
+        "sampling": {"guidance_scale": 3.0, "guidance_scale_pow": 0.5, "temperature": 0.9},
+        "classes": CLASSES,
+    }
+    (folder / "model.yaml").write_text(yaml.safe_dump(description))
+    return folder

@@ -1,0 +1,162 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import softcfg
+from softcfg import CFG, Sampling, SoftCFG, UserError
+from softcfg.decoding import decode, draw, image_uniforms
+from softcfg.models.base import Generator
+
+
+@pytest.fixture(scope="module")
+def generator(model_folder: Path) -> Generator:
+    return softcfg.load_generator(model_folder)
+
+
+LABELS = [0, 1, 2, 3, 0]
+METHODS = [
+    CFG(guidance_scale=0),
+    CFG(guidance_scale=3.0, schedule="constant"),
+    SoftCFG(guidance_scale=3.0, schedule="constant"),
+    SoftCFG(guidance_scale=3.0, step_norm=False, target="key"),
+    SoftCFG.released(guidance_scale=3.0, target="both"),
+]
+
+
+@torch.no_grad()
+def by_hand(generator: Generator, method: CFG, label: int, uniforms: torch.Tensor) -> list[int]:
+    """One image without a cache: every step runs both branches over the whole sequence, the definition of the method.
+
+    Perturbed activations of earlier steps stay as they were when they were computed, so the unconditional branch
+    sees for each query the weights of that query's step.
+    """
+    total, slots = generator.num_tokens, generator.condition_slots
+    cond_class, null_class = (generator.class_condition(torch.tensor([c])) for c in (label, generator.num_classes))
+    tokens: list[int] = []
+    confidence = torch.zeros(1, total)
+    rows = [torch.ones(slots + total) for _ in range(slots)]
+    for step in range(total):
+        fed = torch.tensor([tokens], dtype=torch.int64).reshape(1, -1)
+        cond = generator(cond_class, fed)[:, -1]
+        guided = cond
+        if method.is_active:
+            weights = {}
+            if isinstance(method, SoftCFG):
+                if step:
+                    rows.append(torch.cat((torch.ones(slots), method.weights(confidence)[0])))
+                table = torch.stack(rows)[None]
+                names = {"value": ["value"], "key": ["key"], "both": ["value", "key"]}[method.target]
+                weights = {f"{name}_weights": table for name in names}
+            uncond = generator(null_class, fed, **weights)[:, -1]
+            guided = uncond + method.scales(total)[step] * (cond - uncond)
+        token = draw(Sampling().probabilities(guided), uniforms[step : step + 1])
+        if isinstance(method, SoftCFG):
+            confidence[:, step] = method.token_confidence(cond, token)
+        tokens.append(int(token))
+    return tokens
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'target', '')}")
+def test_decoding_is_the_definition_without_a_cache(generator: Generator, method: CFG) -> None:
+    uniforms = image_uniforms(11, range(5), generator.num_tokens)
+    tokens = decode(generator, LABELS, method, uniforms=uniforms)
+    for row, label in enumerate(LABELS):
+        assert tokens[row].tolist() == by_hand(generator, method, label, uniforms[row])
+
+
+def test_methods_differ(generator: Generator) -> None:
+    uniforms = image_uniforms(11, range(5), generator.num_tokens)
+    drawn = [decode(generator, LABELS, method, uniforms=uniforms).tolist() for method in METHODS]
+    assert len({str(tokens) for tokens in drawn}) == len(METHODS)
+
+
+def test_an_image_is_the_same_in_any_batch(generator: Generator) -> None:
+    method = SoftCFG(guidance_scale=3.0)
+    uniforms = image_uniforms(5, range(5), generator.num_tokens)
+    together = decode(generator, LABELS, method, uniforms=uniforms)
+    for row, label in enumerate(LABELS):
+        alone = decode(generator, [label], method, uniforms=uniforms[row : row + 1])
+        assert alone[0].tolist() == together[row].tolist()
+
+
+def test_inactive_guidance_runs_no_unconditional_rows(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    forward = type(generator).forward
+
+    def watch(self, condition, tokens, **arguments):  # type: ignore[no-untyped-def]
+        rows.append(condition.rows)
+        return forward(self, condition, tokens, **arguments)
+
+    monkeypatch.setattr(type(generator), "forward", watch)
+    uniforms = image_uniforms(0, range(2), generator.num_tokens)
+    for method, expected in [(CFG(guidance_scale=1), 2), (SoftCFG(guidance_scale=0), 2), (CFG(guidance_scale=2), 4)]:
+        rows.clear()
+        decode(generator, [0, 1], method, uniforms=uniforms)
+        assert rows == [expected] * generator.num_tokens
+
+
+def test_strength_zero_is_cfg_to_the_bit(generator: Generator) -> None:
+    uniforms = image_uniforms(0, range(3), generator.num_tokens)
+    soft = decode(generator, [0, 1, 2], SoftCFG(guidance_scale=3, strength=0), uniforms=uniforms)
+    plain = decode(generator, [0, 1, 2], CFG(guidance_scale=3), uniforms=uniforms)
+    assert torch.equal(soft, plain)
+
+
+def test_forced_tokens_whole_and_by_mask(generator: Generator) -> None:
+    total = generator.num_tokens
+    uniforms = image_uniforms(1, range(2), total)
+    method = SoftCFG(guidance_scale=3)
+    given = torch.randint(generator.vocab_size, (2, total))
+    assert torch.equal(decode(generator, [0, 1], method, uniforms=uniforms, forced_tokens=given), given)
+    mask = torch.rand(2, total) < 0.5
+    mixed = decode(generator, [0, 1], method, uniforms=uniforms, forced_tokens=given, forced_mask=mask)
+    assert torch.equal(mixed[mask], given[mask])
+    free = decode(generator, [0, 1], method, uniforms=uniforms)
+    nothing = decode(
+        generator, [0, 1], method, uniforms=uniforms, forced_tokens=given, forced_mask=torch.zeros_like(mask)
+    )
+    assert torch.equal(nothing, free)
+    # What was drawn between forced tokens follows from them: drawing again with all of them forced changes nothing.
+    again = decode(generator, [0, 1], method, uniforms=uniforms, forced_tokens=mixed, forced_mask=mask)
+    assert torch.equal(again, mixed)
+
+
+def test_top_k_one_is_greedy(generator: Generator) -> None:
+    method = CFG(guidance_scale=2)
+    greedy = [
+        decode(
+            generator,
+            [3],
+            method,
+            uniforms=image_uniforms(seed, [0], generator.num_tokens),
+            sampling=Sampling(top_k=1),
+        ).tolist()
+        for seed in range(3)
+    ]
+    assert greedy[0] == greedy[1] == greedy[2]
+
+
+def test_every_step_is_reported(generator: Generator) -> None:
+    steps: list[int] = []
+    uniforms = image_uniforms(0, [0], generator.num_tokens)
+    decode(generator, [0], CFG(), uniforms=uniforms, on_step=steps.append)
+    assert steps == list(range(1, generator.num_tokens + 1))
+
+
+def test_arguments_that_do_not_fit(generator: Generator) -> None:
+    total = generator.num_tokens
+    good = image_uniforms(0, [0], total)
+    tokens = torch.zeros(1, total, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"labels holds 4, which is outside of 0\.\.3"):
+        decode(generator, [4], CFG(), uniforms=good)
+    with pytest.raises(UserError, match="uniforms must have shape"):
+        decode(generator, [0, 1], CFG(), uniforms=good)
+    with pytest.raises(UserError, match="forced_tokens must have shape"):
+        decode(generator, [0], CFG(), uniforms=good, forced_tokens=tokens[:, 1:])
+    with pytest.raises(UserError, match=r"forced_tokens holds 20, which is outside of 0\.\.19"):
+        decode(generator, [0], CFG(), uniforms=good, forced_tokens=tokens + 20)
+    with pytest.raises(UserError, match="forced_mask must be boolean"):
+        decode(generator, [0], CFG(), uniforms=good, forced_tokens=tokens, forced_mask=tokens)
+    with pytest.raises(UserError, match="forced_tokens, which are missing"):
+        decode(generator, [0], CFG(), uniforms=good, forced_mask=tokens.bool())
