@@ -1,0 +1,180 @@
+"""Arguments that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from softcfg.errors import UserError
+
+if TYPE_CHECKING:
+    from softcfg.decoding import Sampling
+    from softcfg.guidance import CFG
+    from softcfg.pipeline import Pipeline
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and leaves room for flag names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=100)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and where its files and its arithmetic are."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name that 'softcfg models' lists, or the path of a model folder"
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--generator-checkpoint", metavar="FILE", help="generator weights to read instead of the model's own"
+    )
+    group.add_argument(
+        "--tokenizer-checkpoint", metavar="FILE", help="tokenizer weights to read instead of the model's own"
+    )
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the generator (default: float32)",
+    )
+
+
+def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
+    """Guidance and token sampling; the names are those of the released code."""
+    group = parser.add_argument_group("guidance")
+    group.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help="full guidance scale; 0 or 1: no guidance (default: the model's own)",
+    )
+    group.add_argument(
+        "--guidance-scale-pow",
+        type=float,
+        metavar="K",
+        help="power of the cosine ramp from 1 to G (default: the model's own)",
+    )
+    group.add_argument("--schedule", default="cosine_power", help="cosine_power (default), constant or linear")
+    group.add_argument(
+        "--softcfg-strength",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="exponent of the weights; 0: plain CFG (default: 1)",
+    )
+    group.add_argument(
+        "--step-norm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Step Normalisation: spend a fixed budget at every step (default: on)",
+    )
+    group.add_argument(
+        "--preset",
+        choices=("paper", "released"),
+        default="paper",
+        help="SoftCFG as the paper defines it (default) or as the released code computes it",
+    )
+    group.add_argument("--confidence", help="max, sampled, entropy or margin (default: the preset's)")
+    group.add_argument("--target", help="what the weights scale: value, key or both (default: value)")
+    group.add_argument("--alignment", help="own or successor (default: the preset's)")
+    group.add_argument(
+        "--softcfg-floor", type=float, metavar="W", help="least weight, in [0, 1] (default: the preset's)"
+    )
+    group = parser.add_argument_group("token sampling")
+    group.add_argument("--temperature", type=float, help="divides the logits, > 0 (default: the model's own)")
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="keep the K most likely codes; 0: all (default)"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="keep codes up to this total probability; 1: all (default)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="image n draws from the random stream (seed, n) (default: 0)"
+    )
+
+
+def load_pipeline(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that the model arguments ask for."""
+    import torch
+
+    from softcfg.pipeline import Pipeline
+
+    try:
+        device = torch.device(args.device) if args.device else None
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"device {args.device!r} is not available here; use cpu, or cuda on a machine with a GPU"
+        ) from None
+    return Pipeline.from_pretrained(
+        args.model,
+        device=device,
+        dtype=getattr(torch, args.dtype),
+        generator_checkpoint=args.generator_checkpoint,
+        tokenizer_checkpoint=args.tokenizer_checkpoint,
+    )
+
+
+def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
+    """The guidance method that the arguments ask for, with the model's scale and power as defaults."""
+    from softcfg.guidance import SoftCFG
+
+    chosen: dict[str, Any] = {
+        "guidance_scale": args.guidance_scale,
+        "guidance_scale_pow": args.guidance_scale_pow,
+        "schedule": args.schedule,
+        "strength": args.softcfg_strength,
+        "step_norm": args.step_norm,
+        "confidence": args.confidence,
+        "target": args.target,
+        "alignment": args.alignment,
+        "floor": args.softcfg_floor,
+    }
+    preset = SoftCFG.released if args.preset == "released" else SoftCFG.paper
+    given = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        return pipeline.default_guidance(preset, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
+    """Temperature, top-k and top-p, with the model's temperature as the default; the seed is checked as well."""
+    from softcfg.decoding.randomness import check_word
+
+    check_word(args.seed, "seed")
+    try:
+        return pipeline.sampling(args.temperature, args.top_k, args.top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
+    """Class ids from "all", or a list of ids, ranges "0-9" and class names, separated by commas."""
+    count = pipeline.generator.num_classes
+    if text.strip().lower() == "all":
+        return list(range(count))
+    names = {name.lower(): index for index, name in enumerate(pipeline.classes)}
+    labels: list[int] = []
+    for word in (part.strip() for part in text.split(",")):
+        ids = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        if word.lower() in names:
+            labels.append(names[word.lower()])
+        elif ids:
+            labels.extend(range(int(ids[1]), int(ids[2] or ids[1]) + 1))
+        else:
+            known = f" or one of {', '.join(pipeline.classes)}" if names else ""
+            raise UserError(f"--labels: {word!r} is not a class id, a range such as 0-9, 'all'{known}")
+    outside = [label for label in labels if label >= count]
+    if outside or not labels:
+        found = f"label {outside[0]} is out of range" if outside else f"--labels {text!r} names no class"
+        raise UserError(f"{found}: {pipeline.name} has classes 0 to {count - 1}")
+    return labels

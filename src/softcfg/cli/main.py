@@ -1,0 +1,64 @@
+"""The `softcfg` command: finds the command, runs it, and turns users' mistakes into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from softcfg.cli import fetch, models, sample, trace
+from softcfg.errors import UserError
+from softcfg.version import __version__
+
+COMMANDS = (sample, trace, models, fetch)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and where to read more, and exit with 2."""
+        self.exit(2, f"softcfg: error: {message}; see '{self.prog} --help'\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; builds fast, since commands import what they need only when they run."""
+    parser = Parser(
+        prog="softcfg",
+        description="Sample autoregressive image models with SoftCFG: classifier-free guidance "
+        "whose unconditional branch is weighted by the model's own confidence.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"softcfg {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"softcfg: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("softcfg: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) went away; keep the interpreter from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _hyphenated(word: str) -> str:
+    """Flags may be written with underscores, as in the released code."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value

@@ -1,0 +1,79 @@
+"""`softcfg trace`: keep what guidance did at every step."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+from softcfg.files import make_folder
+
+DESCRIPTION = """\
+Draw images (or replay given tokens) and save what guidance did at every step, as safetensors:
+labels [B], tokens [B, T], cond_logits, uncond_logits, guided_logits [B, T, V], guidance_scale [T],
+confidence [B, T] and value_weights [B, T, T] (step, slot). The settings are in the file's metadata."""
+
+EXAMPLES = """\
+examples:
+  softcfg trace fashion --labels Sneaker --output sneaker.safetensors
+  softcfg trace fashion --labels 0,3 --tokens sneaker.safetensors --softcfg-strength 0.5"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "trace",
+        help="save what guidance did at every step",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_model_arguments(parser)
+    group = parser.add_argument_group("what to trace")
+    group.add_argument("--labels", required=True, help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
+    group.add_argument("--tokens", metavar="FILE", help="replay the entry 'tokens' [B, T] of this safetensors file")
+    group.add_argument("--output", default="trace.safetensors", metavar="FILE", help="default: trace.safetensors")
+    group.add_argument(
+        "--value-weights",
+        action=argparse.BooleanOptionalAction,
+        help="save the [B, T, T] weights (default: up to 1,024 tokens)",
+    )
+    arguments.add_guidance_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from softcfg.inspection import trace
+    from softcfg.zoo.checkpoints import read_state_dict
+
+    pipeline = arguments.load_pipeline(args)
+    sampling = arguments.sampling_from(args, pipeline)
+    guidance = arguments.guidance_from(args, pipeline)
+    labels = arguments.parse_labels(args.labels, pipeline)
+    tokens = None
+    if args.tokens is not None:
+        tokens = read_state_dict(args.tokens).get("tokens")
+        if tokens is None:
+            raise UserError(f"{args.tokens} has no entry 'tokens'")
+    output = Path(args.output)
+    make_folder(output.parent)
+    result = trace(
+        pipeline.generator,
+        labels=labels,
+        tokens=tokens,
+        guidance=guidance,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=args.seed,
+        value_weights=args.value_weights,
+    )
+    result.save(output)
+    for name, tensor in result.tensors().items():
+        print(f"{name:16} {str(tensor.dtype).removeprefix('torch.'):8} {list(tensor.shape)}")
+    print(f"saved to {output}")
+    return 0

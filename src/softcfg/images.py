@@ -1,0 +1,73 @@
+"""Pictures of many samples at once: grids with labels."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+PAD = 2  # pixels between images
+MARGIN = 8
+BACKGROUND = "white"
+INK = "#222222"
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    row_labels: Sequence[str] = (),
+    title: str = "",
+    min_size: int = 64,
+) -> Image.Image:
+    """Put images of one size into rows, with a label in front of each row and a title above.
+
+    Args:
+        rows: the images; rows may have different lengths.
+        row_labels: one text a row, or none.
+        min_size: smaller images are enlarged by a whole factor to at least this side, without smoothing.
+    """
+    width, height = rows[0][0].size
+    factor = -(-min_size // min(width, height))
+    width, height = width * factor, height * factor
+    size = max(12, height // 5)
+    font = ImageFont.load_default(size)
+    left = max((round(font.getlength(label)) for label in row_labels), default=-MARGIN) + MARGIN
+    top = round(size * 1.6) if title else 0
+    columns = max(len(row) for row in rows)
+    canvas = Image.new(
+        "RGB",
+        (
+            2 * MARGIN + left + columns * (width + PAD) - PAD,
+            2 * MARGIN + top + len(rows) * (height + PAD) - PAD,
+        ),
+        BACKGROUND,
+    )
+    ink = ImageDraw.Draw(canvas)
+    if title:
+        ink.text((MARGIN + left, MARGIN), title, fill=INK, font=font)
+    for r, row in enumerate(rows):
+        y = MARGIN + top + r * (height + PAD)
+        if row_labels:
+            ink.text((MARGIN + left - MARGIN, y + height // 2), row_labels[r], fill=INK, font=font, anchor="rm")
+        for c, image in enumerate(row):
+            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (MARGIN + left + c * (width + PAD), y))
+    return canvas
+
+
+def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
+    """Join panels from left to right, aligned at the bottom."""
+    canvas = Image.new("RGB", (sum(p.width for p in panels), max(p.height for p in panels)), BACKGROUND)
+    x = 0
+    for panel in panels:
+        canvas.paste(panel, (x, canvas.height - panel.height))
+        x += panel.width
+    return canvas

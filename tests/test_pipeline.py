@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from softcfg import CFG, Pipeline, SoftCFG, UserError
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model_folder)
+
+
+def test_output(pipe: Pipeline) -> None:
+    out = pipe(labels=[0, 3, 2], guidance=SoftCFG(guidance_scale=4.0), seed=0)
+    assert out.tokens.shape == (3, 16)
+    assert out.tokens.dtype == torch.int64
+    assert out.pixels.shape == (3, 8, 8, 3)
+    assert out.pixels.dtype == np.uint8
+    assert [image.size for image in out.images] == [(8, 8)] * 3
+    assert np.array_equal(np.asarray(out.images[1]), out.pixels[1])
+    assert out.labels.tolist() == [0, 3, 2]
+    assert out.indices == [0, 1, 2]
+    decoded = (pipe.tokenizer.decode(out.tokens) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(decoded, out.pixels)
+
+
+def test_defaults_come_from_the_model(pipe: Pipeline) -> None:
+    assert pipe.default_guidance() == SoftCFG(guidance_scale=3.0, guidance_scale_pow=0.5)
+    assert pipe.default_guidance(CFG, guidance_scale=7.0) == CFG(guidance_scale=7.0, guidance_scale_pow=0.5)
+    explicit = pipe([0, 1], SoftCFG(guidance_scale=3.0, guidance_scale_pow=0.5), temperature=0.9)
+    assert torch.equal(pipe([0, 1]).tokens, explicit.tokens)
+    assert not torch.equal(pipe([0, 1], temperature=3.0).tokens, explicit.tokens)
+
+
+def test_seed_and_index_fix_an_image(pipe: Pipeline) -> None:
+    out = pipe([0, 1, 2, 3], seed=3)
+    again = pipe([2, 0], seed=3, indices=[2, 0])
+    assert torch.equal(again.tokens, out.tokens[[2, 0]])
+    assert not torch.equal(pipe([0, 1, 2, 3], seed=4).tokens, out.tokens)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
+def test_batches(pipe: Pipeline, batch_size: int) -> None:
+    labels = [0, 1, 2, 3, 0]
+    whole = pipe(labels, seed=1)
+    steps: list[int] = []
+    parts = pipe(labels, seed=1, batch_size=batch_size, on_step=steps.append)
+    assert torch.equal(parts.tokens, whole.tokens)
+    assert np.abs(parts.pixels.astype(int) - whole.pixels).max() <= 1
+    assert steps == list(range(1, -(-5 // batch_size) * 16 + 1))
+
+
+def test_a_padded_batch_gives_the_same_bits(pipe: Pipeline) -> None:
+    full = pipe([0, 1, 2, 3], seed=1, batch_size=4)
+    partial = pipe([0, 1, 2], seed=1, batch_size=4)
+    assert np.array_equal(partial.pixels, full.pixels[:3])
+
+
+def test_forced_tokens_reach_their_images(pipe: Pipeline) -> None:
+    tokens = torch.randint(20, (3, 16))
+    out = pipe([0, 1, 2], forced_tokens=tokens.tolist(), batch_size=2)
+    assert torch.equal(out.tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": [4]}, r"labels holds 4, which is outside of 0\.\.3"),
+        ({"labels": []}, "at least one class id"),
+        ({"labels": 3}, "flat list"),
+        ({"labels": [0], "indices": [0, 1]}, "indices must be as many as labels"),
+        ({"labels": [0], "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"labels": [0], "seed": -1}, "seed must be"),
+        ({"labels": [0], "temperature": 0}, "temperature must be"),
+    ],
+)
+def test_bad_arguments(pipe: Pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_halves_that_do_not_fit(pipe: Pipeline) -> None:
+    class Other(torch.nn.Module):
+        num_tokens, codebook_size = 16, 21
+
+    with pytest.raises(UserError, match="16 tokens of 20 codes, but the tokenizer reads 16 tokens of 21 codes"):
+        Pipeline(pipe.generator, Other())  # type: ignore[arg-type]
