@@ -1,0 +1,174 @@
+"""What every image tokenizer is: a convolutional or transformer autoencoder around a codebook."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.errors import UserError
+
+# Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
+DISTANCES_AT_ONCE = 2**24
+# How far outside of [0, 1] a pixel may lie and still count as rounding.
+PIXEL_TOLERANCE = 1e-3
+
+
+class Codebook(nn.Module):
+    """The table of codes: `embedding.weight` [codes, channels].
+
+    With `l2_norm`, codes and latents are compared, and codes read, at unit length, however rows are stored.
+    """
+
+    def __init__(self, codes: int, channels: int, *, l2_norm: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, channels)
+        self.l2_norm = l2_norm
+
+    def rows(self) -> Tensor:
+        """Return the table as it is read, [codes, channels]."""
+        weight = self.embedding.weight
+        return F.normalize(weight, dim=-1) if self.l2_norm else weight
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Return the rows of `tokens` int64 [...] as [..., channels]; differentiable in the table."""
+        rows = self.embedding(tokens)
+        return F.normalize(rows, dim=-1) if self.l2_norm else rows
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Return the code of least squared L2 distance to each of `latents` [..., channels], as int64 [...].
+
+        Distances are computed in float32 or better, in pieces of bounded memory.
+        """
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        rows = self.rows().to(dtype)
+        flat = latents.reshape(-1, latents.shape[-1]).to(dtype)
+        if self.l2_norm:
+            flat = F.normalize(flat, dim=-1)
+        # |z - e|² less |z|², which is the same for every code.
+        square = rows.square().sum(-1)
+        pieces = flat.split(max(1, DISTANCES_AT_ONCE // len(rows)))
+        codes = [torch.addmm(square, piece, rows.T, alpha=-2).argmin(-1) for piece in pieces]
+        return torch.cat(codes).view(latents.shape[:-1])
+
+
+class Tokenizer(nn.Module):
+    """Base of the image tokenizers: int64 tokens [B, T] to pixels [B, 3, H, W] in [0, 1] and back.
+
+    A subclass sets the attributes below, gives `encode_latents` and `decode_latents`, and holds its codes in
+    `quantize`. Token t of an image stands at row t // w, column t % w of its latents [B, channels, h, w].
+    """
+
+    num_tokens: int  # tokens an image, T = h * w
+    codebook_size: int
+    image_size: int  # H and W
+    latent_size: tuple[int, int]  # (h, w)
+    num_channels: int = 3
+    quantize: Codebook
+
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's output before quantisation, [B, channels, h, w]; differentiable, unchecked."""
+        raise NotImplementedError
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Return the decoder's pixels [B, 3, H, W] before any clamp; differentiable, unchecked."""
+        raise NotImplementedError
+
+    def quantize_latents(self, latents: Tensor) -> Tensor:
+        """Return the tokens int64 [B, T] whose codes lie nearest to `latents` [B, channels, h, w]."""
+        return self.quantize.nearest(latents.flatten(2).transpose(1, 2))
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the codes of `tokens` int64 [B, T] as latents [B, channels, h, w]; differentiable."""
+        return self.quantize.lookup(tokens).transpose(1, 2).unflatten(2, self.latent_size)
+
+    @torch.no_grad()
+    def decode(self, tokens: Any) -> Tensor:
+        """Turn tokens into images.
+
+        Args:
+            tokens: integers in [0, codebook_size), [B, T] or [B, 1, T]; a tensor, array or nested list.
+
+        Returns:
+            float32 [B, 3, H, W], clamped to [0, 1], on the device of the tokenizer.
+
+        Raises:
+            UserError: wrong shape, type, or a token outside the codebook.
+        """
+        return self.decode_raw(tokens).float().clamp(0, 1)
+
+    @torch.no_grad()
+    def decode_raw(self, tokens: Any) -> Tensor:
+        """Like `decode`, in the tokenizer's own dtype and before the clamp."""
+        return self.decode_latents(self.embed_tokens(self._checked_tokens(tokens))).contiguous()
+
+    @torch.no_grad()
+    def encode(self, pixels: Any) -> Tensor:
+        """Turn images into tokens.
+
+        Args:
+            pixels: floats in [0, 1], [B, 3, H, W]; a tensor, array or nested list.
+
+        Returns:
+            int64 [B, T], on the device of the tokenizer.
+
+        Raises:
+            UserError: wrong shape or type, a value outside [0, 1] or not a number.
+        """
+        return self.quantize_latents(self.encode_latents(self._checked_pixels(pixels)))
+
+    def _checked_tokens(self, tokens: Any) -> Tensor:
+        tokens = _as_tensor(tokens, "tokens")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise UserError(f"tokens must be integers, got {_dtype_name(tokens)}; convert them to int64")
+        if tokens.ndim == 3 and tokens.shape[1] == 1:
+            tokens = tokens.squeeze(1)
+        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
+            raise UserError(
+                f"tokens must have shape [B, {self.num_tokens}] or [B, 1, {self.num_tokens}], got {list(tokens.shape)}"
+            )
+        tokens = tokens.long()
+        if tokens.numel():
+            least, most = (bound.item() for bound in tokens.aminmax())
+            if least < 0 or most >= self.codebook_size:
+                wrong = least if least < 0 else most
+                raise UserError(f"tokens must be in the range 0 to {self.codebook_size - 1}, found {wrong}")
+        return tokens.to(self.quantize.embedding.weight.device)
+
+    def _checked_pixels(self, pixels: Any) -> Tensor:
+        pixels = _as_tensor(pixels, "pixels")
+        if not pixels.is_floating_point():
+            raise UserError(f"pixels must be floats, got {_dtype_name(pixels)}; divide 8-bit values by 255")
+        size = (self.num_channels, self.image_size, self.image_size)
+        if pixels.ndim != 4 or pixels.shape[1:] != size:
+            wanted = ", ".join(map(str, size))
+            raise UserError(f"pixels must have shape [B, {wanted}], got {list(pixels.shape)}")
+        if pixels.numel():
+            least, most = (bound.item() for bound in pixels.aminmax())  # both are NaN where any pixel is
+            if not (least >= -PIXEL_TOLERANCE and most <= 1 + PIXEL_TOLERANCE):
+                raise UserError(
+                    "pixels must be numbers in the range 0 to 1 (8-bit values divided by 255), "
+                    f"found {least:.4g} to {most:.4g}"
+                )
+        return pixels.to(self.quantize.embedding.weight)  # device and dtype
+
+
+@torch.no_grad()
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3]: 255 x, truncated."""
+    # The move of the channels comes last, where a pixel is one byte.
+    return pixels.float().clamp(0, 1).mul_(255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _as_tensor(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} must be a tensor, an array or a nested list of numbers: {error}") from None
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

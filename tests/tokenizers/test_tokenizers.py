@@ -1,0 +1,251 @@
+"""What holds for every tokenizer, at sizes that take a moment."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softcfg import UserError
+from softcfg.configuration import load_config
+from softcfg.tokenizers import (
+    AliTokTokenizer,
+    AliTokTokenizerConfig,
+    MaskGITVQ,
+    MaskGITVQConfig,
+    Tokenizer,
+    base,
+    to_uint8,
+)
+
+VQ = {
+    "channel_mult": [1, 2],
+    "hidden_channels": 32,
+    "num_res_blocks": 1,
+    "resolution": 12,
+    "z_channels": 5,
+    "codebook_size": 16,
+}
+# Sizes that are all different, so that none can stand in for another.
+ALITOK = {
+    "codebook_size": 16,
+    "token_size": 5,
+    "num_latent_tokens": 14,
+    "image_size": 12,
+    "patch_size": 4,
+    "aux_tokens": 5,
+    "num_buffer_tokens": 3,
+    "encoder_width": 24,
+    "encoder_num_layers": 2,
+    "encoder_num_heads": 2,
+    "decoder_width": 40,
+    "decoder_num_layers": 1,
+    "decoder_num_heads": 4,
+    "mlp_ratio": 2,
+}
+
+
+def maskgit_vq(**changes: Any) -> MaskGITVQ:
+    torch.manual_seed(0)
+    return MaskGITVQ(load_config(MaskGITVQConfig, {**VQ, **changes}))
+
+
+def alitok(**changes: Any) -> AliTokTokenizer:
+    torch.manual_seed(0)
+    return AliTokTokenizer(load_config(AliTokTokenizerConfig, {**ALITOK, **changes}))
+
+
+@pytest.fixture(params=[maskgit_vq, alitok], ids=["maskgit-vq", "alitok"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return request.param()
+
+
+def some_tokens(tokenizer: Tokenizer, images: int = 3) -> Tensor:
+    return torch.randint(tokenizer.codebook_size, (images, tokenizer.num_tokens))
+
+
+def some_pixels(tokenizer: Tokenizer, images: int = 3) -> Tensor:
+    return torch.rand(images, 3, tokenizer.image_size, tokenizer.image_size)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "tokens", "size"),
+    [
+        (maskgit_vq(), 36, 12),
+        (maskgit_vq(resolution=32), 256, 32),
+        (maskgit_vq(channel_mult=[1], resolution=5), 25, 5),
+        (maskgit_vq(channel_mult=[2, 1, 1], resolution=8, num_res_blocks=2), 4, 8),
+        (alitok(), 14, 12),
+        (alitok(num_latent_tokens=9, aux_tokens=0, num_buffer_tokens=0), 9, 12),
+        (alitok(image_size=8, aux_tokens=None), 14, 8),
+    ],
+)
+def test_sizes_follow_the_configuration(tokenizer: Tokenizer, tokens: int, size: int) -> None:
+    assert (tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.image_size) == (tokens, 16, size)
+    codes = tokenizer.encode(torch.rand(2, 3, size, size))
+    assert (codes.shape, codes.dtype) == ((2, tokens), torch.int64)
+    images = tokenizer.decode(codes)
+    assert (images.shape, images.dtype) == ((2, 3, size, size), torch.float32)
+
+
+def test_alitok_sizes_of_a_released_configuration() -> None:
+    sections = {"vq_model": {"codebook_size": 4096, "token_size": 32, "num_latent_tokens": 273}, "generator": {}}
+    assert load_config(AliTokTokenizerConfig, {"model": sections}) == AliTokTokenizerConfig()
+
+
+def test_tokens_come_as_tensors_arrays_and_lists(tokenizer: Tokenizer) -> None:
+    tokens = some_tokens(tokenizer)
+    expected = tokenizer.decode(tokens)
+    assert expected.std() > 0.01
+    for same in (tokens.tolist(), tokens.numpy().astype(np.uint16), tokens.int(), tokens[:, None], tokens.T.clone().T):
+        assert torch.equal(tokenizer.decode(same), expected)
+    assert tokenizer.decode(tokens[:0]).shape == (0, *expected.shape[1:])
+
+
+def test_pixels_come_as_tensors_arrays_and_lists(tokenizer: Tokenizer) -> None:
+    pixels = some_pixels(tokenizer)
+    expected = tokenizer.encode(pixels)
+    assert len(expected.unique()) > 1
+    for same in (pixels.tolist(), pixels.double().numpy(), pixels.to(memory_format=torch.channels_last)):
+        assert torch.equal(tokenizer.encode(same), expected)
+    assert tokenizer.encode(pixels[:0]).shape == (0, tokenizer.num_tokens)
+
+
+def test_images_of_a_batch_do_not_mix(tokenizer: Tokenizer) -> None:
+    tokens, pixels = some_tokens(tokenizer), some_pixels(tokenizer)
+    torch.testing.assert_close(tokenizer.decode(tokens)[1:2], tokenizer.decode(tokens[1:2]))
+    torch.testing.assert_close(tokenizer.encode_latents(pixels)[1:2], tokenizer.encode_latents(pixels[1:2]))
+
+
+def test_pieces_can_be_trained(tokenizer: Tokenizer) -> None:
+    pixels = some_pixels(tokenizer)
+    latents = tokenizer.encode_latents(pixels)
+    codes = tokenizer.embed_tokens(tokenizer.quantize_latents(latents))
+    straight_through = latents + (codes - latents).detach()
+    loss = F.mse_loss(tokenizer.decode_latents(straight_through), pixels) + F.mse_loss(codes, latents.detach())
+    loss.backward()
+    untouched = [name for name, value in tokenizer.named_parameters() if value.grad is None or not value.grad.any()]
+    # A code or position that no token uses has no gradient, but each tensor has some.
+    assert untouched == []
+    assert not tokenizer.decode(some_tokens(tokenizer)).requires_grad
+
+
+def test_float64_agrees(tokenizer: Tokenizer) -> None:
+    tokens, pixels = some_tokens(tokenizer), some_pixels(tokenizer)
+    precise = copy.deepcopy(tokenizer).double()
+    latents = precise.encode_latents(pixels.double())
+    torch.testing.assert_close(tokenizer.encode_latents(pixels).double(), latents, rtol=0, atol=5e-6)
+    raw = precise.decode_raw(tokens)
+    torch.testing.assert_close(tokenizer.decode_raw(tokens).double(), raw, rtol=0, atol=5e-6)
+    assert (latents.dtype, raw.dtype, precise.decode(tokens).dtype) == (torch.float64, torch.float64, torch.float32)
+    assert torch.equal(precise.encode(pixels), tokenizer.encode(pixels))
+
+
+@pytest.mark.parametrize("at_once", [2**24, 50, 1])
+def test_nearest_code(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "DISTANCES_AT_ONCE", at_once)
+    tokenizer = maskgit_vq()
+    latents = torch.randn(3, 5, 6, 6)
+    rows = tokenizer.quantize.embedding.weight
+    distances = (latents.permute(0, 2, 3, 1)[..., None, :] - rows).square().sum(-1)  # [B, h, w, codes]
+    assert torch.equal(tokenizer.quantize_latents(latents), distances.argmin(-1).flatten(1))
+    assert torch.equal(tokenizer.quantize_latents(latents.double()), distances.argmin(-1).flatten(1))
+
+
+def test_unit_length_codes() -> None:
+    plain, unit = alitok(), alitok(use_l2_norm=True)
+    with torch.no_grad():
+        plain.quantize.embedding.weight.copy_(F.normalize(plain.quantize.embedding.weight, dim=-1))
+        unit.quantize.embedding.weight.mul_(torch.linspace(0.1, 10, 16)[:, None])
+    tokens = some_tokens(plain)
+    torch.testing.assert_close(unit.decode(tokens), plain.decode(tokens))
+    latents = torch.randn(3, 5, 1, 14)
+    expected = plain.quantize_latents(F.normalize(latents, dim=1))
+    for scale in (1, 1e-9, 1e9):
+        assert torch.equal(unit.quantize_latents(latents * scale), expected)
+    assert not torch.equal(plain.quantize_latents(latents), alitok().quantize_latents(latents))
+
+
+def test_to_uint8() -> None:
+    values = torch.tensor([0, 0.9 / 255, 1 / 255, 0.5, 0.9999, 1, 1.5, -0.2])
+    expected = [0, 0, 1, 127, 254, 255, 255, 0]
+    pixels = values.expand(2, 3, 4, 8).clone().requires_grad_()
+    images = to_uint8(pixels)
+    assert (images.shape, images.dtype) == ((2, 4, 8, 3), torch.uint8)
+    assert images.is_contiguous()
+    assert images[0, 0, :, 0].tolist() == expected
+    assert torch.equal(to_uint8(pixels.to(memory_format=torch.channels_last)), images)
+    # 255 times this is 229.97, in float16 230.
+    assert to_uint8(torch.full((1, 3, 1, 1), 230.875 / 256, dtype=torch.float16)).unique().tolist() == [229]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(2, 35, dtype=torch.int64), r"shape \[B, 36\] or \[B, 1, 36\], got \[2, 35\]"),
+        (torch.zeros(36, dtype=torch.int64), r"got \[36\]"),
+        (torch.zeros(1, 2, 36, dtype=torch.int64), r"got \[1, 2, 36\]"),
+        (torch.full((1, 36), 16), "range 0 to 15, found 16"),
+        (torch.full((1, 36), -1), "range 0 to 15, found -1"),
+        (torch.zeros(1, 36), "integers, got float32"),
+        (torch.zeros(1, 36, dtype=torch.bool), "integers, got bool"),
+        ([[1, 2], [3]], "tokens must be a tensor, an array or a nested list of numbers"),
+        (None, "tokens must be a tensor"),
+    ],
+)
+def test_wrong_tokens(tokens: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        maskgit_vq().decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.rand(1, 3, 12, 13), r"shape \[B, 3, 12, 12\], got \[1, 3, 12, 13\]"),
+        (torch.rand(3, 12, 12), r"got \[3, 12, 12\]"),
+        (torch.rand(1, 12, 12, 3), r"got \[1, 12, 12, 3\]"),
+        (torch.zeros(1, 3, 12, 12, dtype=torch.uint8), "floats, got uint8; divide 8-bit values by 255"),
+        (torch.full((1, 3, 12, 12), torch.nan), "numbers in the range 0 to 1"),
+        (torch.full((1, 3, 12, 12), 255.0), "range 0 to 1 .*, found 255 to 255"),
+        (torch.full((1, 3, 12, 12), -0.01), "range 0 to 1 .*, found -0.01"),
+        ("image.png", "pixels must be a tensor"),
+    ],
+)
+@pytest.mark.parametrize("build", [maskgit_vq, alitok])
+def test_wrong_pixels(build: Any, pixels: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build().encode(pixels)
+
+
+def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:
+    tokenizer = maskgit_vq()
+    pixels = some_pixels(tokenizer)
+    pixels[1, 2, 3, 4] = torch.nan
+    with pytest.raises(UserError, match="numbers"):
+        tokenizer.encode(pixels)
+    pixels[1, 2, 3, 4] = 1 + 1e-6
+    tokenizer.encode(pixels)
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "message"),
+    [
+        (maskgit_vq, {"channel_mult": []}, "channel_mult"),
+        (maskgit_vq, {"channel_mult": [1, 0]}, "channel_mult"),
+        (maskgit_vq, {"hidden_channels": 48}, "hidden_channels 48 must be a multiple of 32"),
+        (maskgit_vq, {"resolution": 13}, "resolution 13 must be a multiple of 2"),
+        (maskgit_vq, {"codebook_size": 0}, "codebook_size"),
+        (alitok, {"image_size": 13}, "image_size 13 must be a multiple of patch_size 4"),
+        (alitok, {"encoder_num_heads": 5}, "encoder_width 24 must be a multiple of encoder_num_heads 5"),
+        (alitok, {"decoder_num_heads": 3}, "decoder_width 40 must be a multiple of decoder_num_heads 3"),
+        (alitok, {"num_latent_tokens": 8, "aux_tokens": None}, r"num_latent_tokens 8 .* 0 \+ 9"),
+        (alitok, {"aux_tokens": 4}, r"num_latent_tokens 14 .* 4 \+ 9"),
+        (alitok, {"num_buffer_tokens": -1}, "num_buffer_tokens"),
+    ],
+)
+def test_wrong_configurations(build: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(**changes)
