@@ -1,0 +1,46 @@
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out
+
+.PHONY: help install sample test test-all lint format bench train clean
+
+help:
+	@echo "make sample    draw images with the bundled model into $(OUT)/"
+	@echo "make test      lint, type check and the tests"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make bench     the benchmarks"
+	@echo "make train     train the bundled model again (recipes/fashion_mnist)"
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+sample: install
+	$(BIN)/softcfg sample fashion --labels all --output-dir $(OUT)
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ""
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+train: install
+	$(BIN)/python -m recipes.fashion_mnist.train
+
+clean:
+	rm -rf .venv $(OUT) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,145 @@
+"""Seconds a decoding step: ours against the released manner, SoftCFG against CFG, and both against the linear layers.
+
+    python -m benchmarks.decoding --model alitok-b --batch-size 4 16
+
+A step's cost grows with the filled part of the cache, so steps are timed at several positions spread evenly over the
+sequence; their mean stands for the sequence. The weights are random: they do not change the arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.released import Released, check
+from benchmarks.timing import machine, medians, table
+from softcfg.decoding import Sampling, draw
+from softcfg.decoding.sequential import Perturbation
+from softcfg.guidance import CFG, SoftCFG
+from softcfg.models.base import Generator
+from softcfg.zoo.registry import resolve
+
+POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def random_generator(name: str) -> Generator:
+    """The architecture of a zoo model with random weights."""
+    from softcfg.configuration import load_config
+
+    part = resolve(name).generator
+    module_class, config_class = part.family.classes()
+    torch.manual_seed(0)
+    return module_class(load_config(config_class, part.config)).eval().requires_grad_(False)  # type: ignore[return-value]
+
+
+def our_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], Tensor]:
+    """One step of `softcfg.decoding` at `position` of the sequence, on a cache of random contents."""
+    condition = generator.condition(list(range(batch)), guided=True)
+    cache = generator.new_cache(2 * batch)
+    cache.keys.normal_()
+    cache.values.normal_()
+    tokens = torch.randint(generator.vocab_size, (2 * batch, 1))
+    uniforms = torch.rand(batch)
+    perturbation = None
+    if isinstance(guidance, SoftCFG):
+        total = generator.num_tokens
+        perturbation = Perturbation(guidance, batch, total, generator.condition_slots, generator.device)
+        perturbation.confidence[:, :position].uniform_()
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        weights = perturbation.row_weights() if perturbation else {}
+        slot = generator.condition_slots + position - 1
+        logits = generator(condition, tokens, cache=cache, slot=slot, **weights)[:, -1].float()
+        drawn = draw(Sampling().probabilities(guidance.guide(logits[:batch], logits[batch:], 3.0)), uniforms)
+        if perturbation:
+            perturbation.record(position, logits[:batch], drawn, 1.0)
+        return drawn
+
+    return step
+
+
+def released_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], object]:
+    """One step of the baseline at `position`; what it appends is taken back, outside of nothing it pays for."""
+    baseline = Released(generator, list(range(batch)), guidance)
+    layers, heads, head_dim = generator.cache_shape
+    slots = generator.condition_slots + position - 1
+    contents = [tuple(torch.randn(2, 2 * batch, heads, slots, head_dim)) for _ in range(layers)]
+    tokens = torch.randint(generator.vocab_size, (batch, position))
+    confidence = list(torch.rand(position, batch))
+
+    def step() -> object:
+        baseline.cache = list(contents)
+        baseline.tokens = tokens
+        baseline.confidence = list(confidence)
+        baseline.applied = torch.ones(batch, max(position - 2, 0))
+        return baseline.step()
+
+    return step
+
+
+def linear_layers(generator: Generator, rows: int) -> Callable[[], None]:
+    """All linear layers of a step alone, one after the other."""
+    layers = [module for module in generator.modules() if isinstance(module, nn.Linear)]
+    inputs = [torch.randn(rows, layer.in_features) for layer in layers]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for layer, x in zip(layers, inputs, strict=True):
+            layer(x)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="alitok-b")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    generator = random_generator(args.model)
+    cfg, soft = CFG(guidance_scale=4.0), SoftCFG.released(guidance_scale=4.0)
+    print(f"{args.model}, float32, {machine()}")
+    print(f"largest difference of the baseline's logits from ours: {check(generator, soft):.1e}\n")
+    rows = []
+    for batch in args.batch_size:
+        collected: dict[str, list[float]] = {}
+        for fraction in POSITIONS:
+            position = round(fraction * generator.num_tokens)
+            sides: dict[str, Callable[[], object]] = {
+                "released CFG": released_step(generator, batch, cfg, position),
+                "released SoftCFG": released_step(generator, batch, soft, position),
+                "CFG": our_step(generator, batch, cfg, position),
+                "SoftCFG": our_step(generator, batch, soft, position),
+                "linear layers": linear_layers(generator, 2 * batch),
+            }
+            for name, seconds in medians(sides, args.repeats).items():
+                collected.setdefault(name, []).append(seconds)
+        mean = {name: statistics.fmean(values) for name, values in collected.items()}
+        rows.append(
+            [
+                batch,
+                *(1e3 * mean[name] for name in collected),
+                mean["released SoftCFG"] / mean["SoftCFG"],
+                f"{100 * (mean['SoftCFG'] / mean['CFG'] - 1):+.1f} %",
+                f"{100 * (mean['released SoftCFG'] / mean['released CFG'] - 1):+.1f} %",
+                mean["SoftCFG"] / mean["linear layers"],
+                batch / (mean["SoftCFG"] * generator.num_tokens),
+            ]
+        )
+    header = [
+        "batch", "released CFG, ms", "released SoftCFG, ms", "CFG, ms", "SoftCFG, ms", "linear layers, ms",
+        "released / ours", "SoftCFG over CFG", "released SoftCFG over CFG", "step / linear layers", "images/s",
+    ]  # fmt: skip
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
