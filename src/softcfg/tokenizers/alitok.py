@@ -217,5 +217,5 @@ def transformer(width: int, layers: int, heads: int, config: AliTokTokenizerConf
 
 
 def table(rows: int, width: int) -> nn.Parameter:
-    """Return a learned table [rows, width], started small as in the released training code."""
-    return nn.Parameter(torch.randn(rows, width) * width**-0.5)
+    """Return a learned table [rows, width] with small initial values."""
+    return nn.Parameter(nn.init.normal_(torch.empty(rows, width), std=width**-0.5))

@@ -1,0 +1,55 @@
+"""`softcfg fetch`: bring the weights of a model onto this machine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+
+DESCRIPTION = """\
+Bring the weights of a model onto this machine and check that they fit it.
+
+Files published on Hugging Face are downloaded into its cache; HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE apply.
+Files published on Google Drive have to be downloaded in a browser; the command says which, and takes them
+over with --from into the folder SOFTCFG_CHECKPOINTS (default: ~/.cache/softcfg/checkpoints)."""
+
+EXAMPLES = """\
+examples:
+  softcfg fetch rar-b
+  softcfg fetch alitok-xl --from ~/Downloads"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "fetch",
+        help="download the weights of a model",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a name that 'softcfg models' lists")
+    parser.add_argument("--from", dest="source", metavar="PATH", help="take the files from this folder, or this file")
+    parser.add_argument("--link", action="store_true", help="with --from: link to the files instead of copying them")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; a file that is still missing afterwards is an error that says how to get it."""
+    from softcfg.zoo.checkpoints import fetch, require_file
+    from softcfg.zoo.registry import resolve
+
+    if args.link and args.source is None:
+        raise UserError("--link needs --from, the files to link to")
+    entry = resolve(args.model)
+    paths = fetch(entry, args.source, link=args.link)
+    if entry.bundled:
+        print(f"{entry.name} is bundled with softcfg: there is nothing to fetch")
+    for path in paths:
+        print(path)
+    for part in entry.parts:
+        require_file(part.file, entry)
+    return 0

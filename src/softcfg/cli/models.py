@@ -1,0 +1,138 @@
+"""`softcfg models`: the models known by name, and which of their files are here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from softcfg.cli import arguments
+
+if TYPE_CHECKING:
+    from softcfg.zoo.registry import ModelEntry, Part
+
+EXAMPLES = """\
+examples:
+  softcfg models
+  softcfg models alitok-xl
+  softcfg models --json"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "models",
+        help="list the models and which of their files are here",
+        description="List the models, their default guidance, and which of their files are here.",
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="show one model in full: a name or a model folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from softcfg.zoo.registry import MODELS, resolve
+
+    if args.model is not None:
+        entry = resolve(args.model)
+        print(json.dumps(describe(entry), indent=2) if args.json else details(entry))
+        return 0
+    entries = [describe(entry) for entry in MODELS.values()]
+    print(json.dumps(entries, indent=2) if args.json else table(entries))
+    return 0
+
+
+def describe(entry: ModelEntry) -> dict[str, Any]:
+    """What there is to know about a model, ready for JSON; a file that is missing has the `path` None."""
+    from softcfg.zoo.checkpoints import find_file
+
+    def part(part: Part) -> dict[str, Any]:
+        path = find_file(part.file)
+        return {
+            "family": part.family.name,
+            "parameters": part.parameters,
+            "config": dict(part.config),
+            "file": part.file.name,
+            "published": part.file.published,
+            "path": None if path is None else str(path),
+        }
+
+    return {
+        "name": entry.name,
+        "description": entry.description,
+        "generator": part(entry.generator),
+        "tokenizer": part(entry.tokenizer),
+        "sampling": dict(entry.sampling),
+        "fid": entry.fid,
+        "classes": list(entry.classes),
+    }
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """One line a model."""
+    rows = [("MODEL", "GENERATOR", "TOKENIZER", "SCALE", "POWER", "TEMP.", "FID", "PUBLISHED", "FILES HERE")]
+    for entry in entries:
+        halves = (entry["generator"], entry["tokenizer"])
+        missing = [half["file"] for half in halves if half["path"] is None]
+        settings = (entry["sampling"].get(key, "") for key in ("guidance_scale", "guidance_scale_pow", "temperature"))
+        rows.append(
+            (
+                entry["name"],
+                *(f"{half['family']} {_count(half['parameters'])}".strip() for half in halves),
+                *(str(value) for value in settings),
+                f"{entry['fid']:.2f}" if entry["fid"] else "",
+                _publisher(entry["generator"]["published"]),
+                f"missing {', '.join(missing)}" if missing else "all",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def details(entry: ModelEntry) -> str:
+    """Everything about one model, and how to get what is missing."""
+    from softcfg.zoo.checkpoints import find_file, how_to_get
+
+    known = describe(entry)
+    facts: list[tuple[str, str]] = []
+    for kind in ("generator", "tokenizer"):
+        half = known[kind]
+        number = f", {half['parameters']:,} parameters" if half["parameters"] else ""
+        facts += [
+            (kind, half["family"] + number),
+            ("", _listing(half["config"])),
+            ("", half["path"] or f"{half['file']} is missing: {half['published']}"),
+        ]
+    facts.append(("defaults", _listing(known["sampling"])))
+    if entry.fid:
+        facts.append(("FID", f"{entry.fid:.2f}, as its authors report for plain guidance"))
+    if entry.classes:
+        facts.append(("classes", ", ".join(entry.classes)))
+    missing = [part.file for part in entry.parts if find_file(part.file) is None]
+    if missing:
+        facts.append(("to get it", how_to_get(missing, entry)))
+    wrapper = textwrap.TextWrapper(100, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(
+        (f"{entry.name}: {entry.description}", *(wrapper.fill(f"  {name:11}{fact}") for name, fact in facts))
+    )
+
+
+def _listing(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _count(parameters: int | None) -> str:
+    return f"{parameters / 1e6:.0f}M" if parameters else ""
+
+
+def _publisher(published: str) -> str:
+    if published.startswith("https://drive.google.com/"):
+        return "Google Drive"
+    return "Hugging Face" if published.startswith("https://") else "bundled"

@@ -1,0 +1,311 @@
+"""What softcfg knows by name: families of generators and tokenizers, and the models built from them.
+
+A new family is one file under `models/` or `tokenizers/` and one entry here. Importing this module does
+not import torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from softcfg.configuration import read_yaml
+from softcfg.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+Named = TypeVar("Named")
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture: where its module and its configuration are defined, and how its released files look.
+
+    Attributes:
+        kind: "generator" or "tokenizer".
+        module: dotted name of the Python module that holds the classes `model` and `config`.
+        sections: where a configuration in the released, nested layout keeps this family's fields.
+        entries: keys under which a training checkpoint may hold the weights, the preferred one first.
+    """
+
+    kind: str
+    name: str
+    module: str
+    model: str
+    config: str
+    sections: tuple[str, ...]
+    entries: tuple[str, ...] = ("model", "state_dict")
+
+    def classes(self) -> tuple[type[nn.Module], type]:
+        """Import and return the module class and its configuration class."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.model), getattr(module, self.config)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`."""
+
+    name: str
+    repository: str = ""
+    drive_id: str = ""
+    folder: Path | None = None
+
+    @property
+    def published(self) -> str:
+        """Where the file comes from: a web address or a local path."""
+        if self.repository:
+            return f"https://huggingface.co/{self.repository}/blob/main/{self.name}"
+        if self.drive_id:
+            return f"https://drive.google.com/file/d/{self.drive_id}/view"
+        return str((self.folder or Path()) / self.name)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model's generator or tokenizer: family, configuration (released names), weights and their number."""
+
+    family: Family
+    config: Mapping[str, Any]
+    file: ModelFile
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that can be sampled from.
+
+    Attributes:
+        sampling: default settings, as far as known: temperature, guidance_scale, guidance_scale_pow, seed.
+        fid: the FID its authors report for 50,000 samples with plain guidance.
+        classes: names of the classes; empty for ImageNet's thousand.
+    """
+
+    name: str
+    generator: Part
+    tokenizer: Part
+    description: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    fid: float | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        """The generator and the tokenizer."""
+        return self.generator, self.tokenizer
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a model that is not published but local; None for a published one."""
+        return self.generator.file.folder
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the model is part of the installed package."""
+        return self.folder is not None and self.folder.parent == BUNDLED
+
+
+def _by_name(items: Iterable[Named]) -> dict[str, Named]:
+    return {item.name: item for item in items}  # type: ignore[attr-defined]
+
+
+def _generator(name: str, module: str, model: str, config: str) -> Family:
+    return Family("generator", name, module, model, config, ("model.vq_model", "model.generator"))
+
+
+def _tokenizer(name: str, module: str, model: str, config: str) -> Family:
+    return Family("tokenizer", name, module, model, config, ("model.vq_model",))
+
+
+GENERATORS: dict[str, Family] = _by_name(
+    [
+        _generator("alitok", "softcfg.models.alitok", "AliTok", "AliTokConfig"),
+        _generator("rar", "softcfg.models.rar", "RAR", "RARConfig"),
+    ]
+)
+
+TOKENIZERS: dict[str, Family] = _by_name(
+    [
+        _tokenizer("alitok", "softcfg.tokenizers.alitok", "AliTokTokenizer", "AliTokTokenizerConfig"),
+        _tokenizer("maskgit-vq", "softcfg.tokenizers.maskgit_vq", "MaskGITVQ", "MaskGITVQConfig"),
+    ]
+)
+
+ALITOK_TOKENIZER = Part(
+    TOKENIZERS["alitok"],
+    {
+        "image_size": 256,
+        "patch_size": 16,
+        "aux_tokens": 17,
+        "num_latent_tokens": 273,
+        "num_buffer_tokens": 32,
+        "token_size": 32,
+        "codebook_size": 4096,
+        "encoder_width": 768,
+        "encoder_num_layers": 12,
+        "encoder_num_heads": 12,
+        "decoder_width": 1024,
+        "decoder_num_layers": 24,
+        "decoder_num_heads": 16,
+        "mlp_ratio": 4,
+        "layer_norm_eps": 1e-5,
+    },
+    ModelFile("AliTok.pth", drive_id="1Rir4QEJ_HTvZkhcnw9MTfWlSFemcGVIW"),
+    389_899_308,
+)
+
+MASKGIT_VQ_TOKENIZER = Part(
+    TOKENIZERS["maskgit-vq"],
+    {
+        "channel_mult": [1, 1, 2, 2, 4],
+        "hidden_channels": 128,
+        "num_channels": 3,
+        "num_res_blocks": 2,
+        "resolution": 256,
+        "z_channels": 256,
+        "codebook_size": 1024,
+    },
+    ModelFile("maskgit-vqgan-imagenet-f16-256.bin", repository="fun-research/TiTok"),
+    54_515_587,
+)
+
+
+def _alitok(
+    name: str, hidden_size: int, layers: int, parameters: int, drive_id: str,
+    scale: float, power: float, seed: int, fid: float,
+) -> ModelEntry:  # fmt: skip
+    config = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "codebook_size": 4096,
+        "condition_num_classes": 1000,
+        "image_seq_len": 273,
+    }
+    file = ModelFile(name.replace("-", "_") + ".bin", drive_id=drive_id)
+    return ModelEntry(
+        name,
+        Part(GENERATORS["alitok"], config, file, parameters),
+        ALITOK_TOKENIZER,
+        "AliTok, ImageNet 256 x 256, 273 tokens",
+        {"temperature": 1.0, "guidance_scale": scale, "guidance_scale_pow": power, "seed": seed},
+        fid,
+    )
+
+
+def _rar(
+    name: str, hidden_size: int, layers: int, mlp: int, parameters: int,
+    temperature: float, scale: float, power: float, fid: float,
+) -> ModelEntry:  # fmt: skip
+    config = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "intermediate_size": mlp,
+        "codebook_size": 1024,
+        "condition_num_classes": 1000,
+        "image_seq_len": 256,
+    }
+    file = ModelFile(name.replace("-", "_") + ".bin", repository="yucornetto/RAR")
+    return ModelEntry(
+        name,
+        Part(GENERATORS["rar"], config, file, parameters),
+        MASKGIT_VQ_TOKENIZER,
+        "RAR, ImageNet 256 x 256, 256 tokens in raster order",
+        {"temperature": temperature, "guidance_scale": scale, "guidance_scale_pow": power, "seed": 42},
+        fid,
+    )
+
+
+def read_model_folder(folder: Path) -> ModelEntry:
+    """Read `model.yaml` of a model folder; the files it names lie beside it.
+
+    Raises:
+        UserError: the file is missing or malformed; the field is named.
+    """
+    path = folder / "model.yaml"
+    content = read_yaml(path)
+    kinds: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number"}
+
+    def expect(kind: type, where: Mapping[str, Any], key: str, default: Any = None) -> Any:
+        value = where.get(key, default)
+        if not isinstance(value, kind):
+            raise UserError(f"{path}: {key} must be {kinds[kind]}, got {value!r}")
+        return value
+
+    def part(key: str, families: Mapping[str, Family]) -> Part:
+        section = expect(dict, content, key)
+        return Part(
+            find(families, expect(str, section, "family"), f"{path}: unknown {key} family"),
+            expect(dict, section, "config", {}),
+            ModelFile(expect(str, section, "checkpoint", f"{key}.safetensors"), folder=folder),
+            expect(int, section, "parameters", 0) or None,
+        )
+
+    sampling = expect(dict, content, "sampling", {})
+    for key, value in sampling.items():
+        if not isinstance(value, (int, float)):
+            raise UserError(f"{path}: sampling.{key} must be a number, got {value!r}")
+    return ModelEntry(
+        expect(str, content, "name", folder.name),
+        part("generator", GENERATORS),
+        part("tokenizer", TOKENIZERS),
+        expect(str, content, "description", ""),
+        sampling,
+        classes=tuple(str(name) for name in expect(list, content, "classes", [])),
+    )
+
+
+# fmt: off
+MODELS: dict[str, ModelEntry] = _by_name(
+    [
+        *(read_model_folder(file.parent) for file in sorted(BUNDLED.glob("*/model.yaml"))),
+        #       name       hidden layers parameters                                   scale  power seed  FID
+        _alitok("alitok-b",   768, 24, 177_048_064, "1PNVX9wqePxRjuOKpt4iw6CpIYLlyJWlX", 16.0, 1.8, 42, 1.50),
+        _alitok("alitok-l",  1024, 24, 317_851_648, "1tmwAa724pNY4FgUsLne2VJVGoK_TBuMa",  6.0, 0.7, 42, 1.42),
+        _alitok("alitok-xl", 1280, 32, 662_141_696, "1Vu0UsQfqzZ8HMKFqE2tIGdAcJ6zPXvFd", 13.0, 1.4,  2, 1.35),
+        #    name    hidden layers  mlp  parameters  temperature  scale  power   FID
+        _rar("rar-b",   768, 24, 3072,   260_923_648,  1.0,  16.0, 2.75, 1.95),
+        _rar("rar-l",  1024, 24, 4096,   461_668_352,  1.02, 15.5, 2.5,  1.70),
+        _rar("rar-xl", 1280, 32, 5120,   955_425_024,  1.02,  6.9, 1.5,  1.50),
+        _rar("rar-xxl", 1408, 40, 6144, 1_498_520_704, 1.02,  8.0, 1.2,  1.48),
+    ]
+)
+# fmt: on
+
+
+def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
+    """Return `table[name]`, or raise a `UserError` that starts with `problem` and suggests near names."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), table, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(table)}"
+    raise UserError(f"{problem} {name!r}; {hint}")
+
+
+def resolve(model: str | Path | ModelEntry) -> ModelEntry:
+    """Return the entry of a model given by name or by the path of a model folder (or of its model.yaml).
+
+    Raises:
+        UserError: no such model (the nearest names are suggested), or a folder that is no model folder.
+    """
+    if isinstance(model, ModelEntry):
+        return model
+    path = Path(model)
+    if str(model) not in MODELS:
+        if path.name == "model.yaml" and path.is_file():
+            return read_model_folder(path.parent)
+        if path.is_dir():
+            if not (path / "model.yaml").is_file():
+                raise UserError(f"folder {path} holds no model.yaml, so it is no model folder")
+            return read_model_folder(path)
+        if path.parent != Path():
+            raise UserError(f"{path} does not exist; give the name of a model or the path of a model folder")
+    return find(MODELS, str(model), "there is no model named")

@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softcfg import UserError
+from softcfg.zoo import MODELS, resolve
+from tiny_models import module
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+KEYS = {
+    **{f"alitok-{size}": GOLDEN / "alitok" / f"keys-generator-{size}.json" for size in ("b", "l", "xl")},
+    **{f"rar-{size}": GOLDEN / "rar" / f"keys-rar-{size}.json" for size in ("b", "l", "xl", "xxl")},
+}
+MODEL_YAML = """\
+name: shapes
+generator: {family: alitok, config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2}, checkpoint: g.pt}
+tokenizer: {family: maskgit-vq, parameters: 123}
+sampling: {guidance_scale: 3, temperature: 0.9}
+classes: [square, 0]
+description: two shapes
+"""
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_models_have_exactly_the_released_tensors(name: str) -> None:
+    released = json.loads(KEYS[name].read_text())["tensors"]
+    entry = MODELS[name]
+    generator, tokenizer = (module(part, "meta") for part in entry.parts)
+    assert {key: list(tensor.shape) for key, tensor in generator.state_dict().items()} == released
+    for part, half in zip(entry.parts, (generator, tokenizer), strict=True):
+        assert part.parameters == sum(tensor.numel() for tensor in half.state_dict().values())
+    assert (generator.num_tokens, generator.vocab_size) == (tokenizer.num_tokens, tokenizer.codebook_size)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_configurations_are_those_of_the_released_models(name: str) -> None:
+    released = json.loads(KEYS[name].read_text())["config"]
+    entry = MODELS[name]
+    assert entry.generator.config == {key: released[key] for key in entry.generator.config}
+    if "default_sampling" in released:
+        defaults = {key.removeprefix("randomize_"): value for key, value in released["default_sampling"].items()}
+        assert entry.sampling == defaults
+        assert entry.generator.file.name == released["checkpoint_file"]
+
+
+def test_listing_models_needs_no_torch() -> None:
+    code = "import sys, softcfg.zoo; softcfg.zoo.resolve('rar-b'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_model_is_found_by_name_folder_or_file(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text(MODEL_YAML)
+    assert resolve("rar-xl") is MODELS["rar-xl"]
+    entry = resolve(str(tmp_path))
+    assert entry == resolve(tmp_path) == resolve(tmp_path / "model.yaml") == resolve(entry)
+    assert entry.name == "shapes"
+    assert entry.generator.family.name == "alitok"
+    assert entry.generator.config["hidden_size"] == 64
+    assert entry.generator.file.folder == entry.folder == tmp_path
+    assert (entry.generator.file.name, entry.tokenizer.file.name) == ("g.pt", "tokenizer.safetensors")
+    assert (entry.generator.parameters, entry.tokenizer.parameters) == (None, 123)
+    assert entry.sampling == {"guidance_scale": 3, "temperature": 0.9}
+    assert entry.classes == ("square", "0")
+    assert not entry.bundled
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("alitok-xxl", "there is no model named 'alitok-xxl'; did you mean alitok-xl"),
+        ("RAR_B", "did you mean rar-b"),
+        ("qwertyuiop", "known: .*alitok-b, .*rar-xxl"),
+        ("some/where", "some/where does not exist"),
+    ],
+)
+def test_unknown_models_get_suggestions(name: str, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        resolve(name)
+
+
+def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no model\.yaml"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("family: alitok", "family: alitko", "unknown generator family 'alitko'; did you mean alitok"),
+        ("family: maskgit-vq, ", "", "family must be a text, got None"),
+        ("checkpoint: g.pt", "checkpoint: 3", "checkpoint must be a text, got 3"),
+        ("guidance_scale: 3", "guidance_scale: big", "sampling.guidance_scale must be a number, got 'big'"),
+        ("classes: [square, 0]", "classes: square", "classes must be a list, got 'square'"),
+        ("generator: {", "generators: {", "generator must be a mapping, got None"),
+        ("name: shapes", "name: [", "not valid YAML"),
+    ],
+)
+def test_malformed_model_files_name_the_field(tmp_path: Path, old: str, new: str, text: str) -> None:
+    assert MODEL_YAML.count(old) == 1
+    (tmp_path / "model.yaml").write_text(MODEL_YAML.replace(old, new))
+    with pytest.raises(UserError, match=text) as caught:
+        resolve(tmp_path)
+    assert str(tmp_path / "model.yaml") in str(caught.value)
