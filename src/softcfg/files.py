@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from softcfg.errors import UserError
 
+TEMPORARY = ".tmp"
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write `content` to a temporary file beside `path`, flush it to the disk, and rename it.
+
+def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` to a temporary file beside `path` and rename it.
+
+    Args:
+        durable: flush the file and its folder to the disk, so that the file also survives a crash of the machine.
+
+    Raises:
+        UserError: the file cannot be written; nothing is left behind.
+    """
+    with open_atomically(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; it is renamed to `path` when the block ends without an error.
 
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes on several machines may write into one folder.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
     try:
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
+            if durable:
+                _flush_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: str | Path) -> Path:

@@ -19,7 +19,7 @@ def test_sample_writes_images_grids_and_settings(model_folder: Path, tmp_path: P
     out = tmp_path / "out"
     assert sample(model_folder, out, "--labels", "0,Star", "--num-samples", "6", "--seed", "3") == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        *(f"{n:06d}.png" for n in range(6)), "comparison.png", "grid.png", "run.json",
+        *(f"{n:06d}.png" for n in range(6)), "comparison.png", "grid.png", "run.json", "run.lock", "shards",
     ]  # fmt: skip
     expected = Pipeline.from_pretrained(model_folder)([0, 3] * 3, seed=3)
     for index, pixels in enumerate(expected.pixels):
@@ -81,7 +81,7 @@ def test_the_same_run_may_be_repeated_but_not_replaced(
     first = (tmp_path / "000000.png").read_bytes()
     assert sample(model_folder, tmp_path, "--labels", "0", "--num-samples", "1", "--no-compare") == 0
     assert sample(model_folder, tmp_path, "--labels", "1", "--num-samples", "1", "--seed", "1") == 2
-    assert "another labels, seed" in capsys.readouterr().err
+    assert "another seed (0 there, 1 here), labels ([0] there, [1] here)" in capsys.readouterr().err
     assert (tmp_path / "000000.png").read_bytes() == first
     assert sample(model_folder, tmp_path, "--labels", "1", "--num-samples", "1", "--overwrite") == 0
     assert (tmp_path / "000000.png").read_bytes() != first

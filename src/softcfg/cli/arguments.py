@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
@@ -21,10 +24,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=100)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """MODEL and where its files and its arithmetic are."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a name that 'softcfg models' lists, or the path of a model folder"
+        "model",
+        metavar="MODEL",
+        nargs=None if required else "?",
+        help="a name that 'softcfg models' lists, or the path of a model folder",
     )
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -61,20 +67,17 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--softcfg-strength",
         type=float,
-        default=1.0,
         metavar="P",
         help="exponent of the weights; 0: plain CFG (default: 1)",
     )
     group.add_argument(
         "--step-norm",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="Step Normalisation: spend a fixed budget at every step (default: on)",
     )
     group.add_argument(
         "--preset",
         choices=("paper", "released"),
-        default="paper",
         help="SoftCFG as the paper defines it (default) or as the released code computes it",
     )
     group.add_argument("--confidence", help="max, sampled, entropy or margin (default: the preset's)")
@@ -95,19 +98,18 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="keep codes up to this total probability; 1: all (default)",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, help="image n draws from the random stream (seed, n) (default: 0)"
-    )
+    group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
 
 
-def load_pipeline(args: argparse.Namespace) -> Pipeline:
-    """The pipeline that the model arguments ask for."""
+def load_pipeline(args: argparse.Namespace, device: torch.device | str | None = None) -> Pipeline:
+    """The pipeline that the model arguments ask for, on `device` if that is given."""
     import torch
 
     from softcfg.pipeline import Pipeline
 
     try:
-        device = torch.device(args.device) if args.device else None
+        named = device or args.device
+        device = torch.device(named) if named else None
         if device is not None:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
@@ -147,9 +149,10 @@ def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
 
 
 def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
-    """Temperature, top-k and top-p, with the model's temperature as the default; the seed is checked as well."""
+    """Temperature (the model's by default), top-k and top-p; the seed is checked, and 0 by default."""
     from softcfg.decoding.randomness import check_word
 
+    args.seed = 0 if args.seed is None else args.seed
     check_word(args.seed, "seed")
     try:
         return pipeline.sampling(args.temperature, args.top_k, args.top_p)
@@ -158,8 +161,17 @@ def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
 
 
 def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
-    """Class ids from "all", or a list of ids, ranges "0-9" and class names, separated by commas."""
+    """Class ids from "all", or a list of ids, ranges "0-9" and class names, separated by commas.
+
+    "@FILE" stands for the content of a file; there, line ends separate as well.
+    """
     count = pipeline.generator.num_classes
+    if text.startswith("@"):
+        path = Path(text.removeprefix("@"))
+        try:
+            text = ",".join(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--labels: {path} cannot be read: {error}") from None
     if text.strip().lower() == "all":
         return list(range(count))
     names = {name.lower(): index for index, name in enumerate(pipeline.classes)}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from softcfg.cli import fetch, models, sample, trace
+from softcfg.cli import decode, fetch, models, released, runs, sample, trace
 from softcfg.errors import UserError
+from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
-COMMANDS = (sample, trace, models, fetch)
+COMMANDS = (sample, runs, decode, trace, models, fetch)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,21 +41,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
-    arguments = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
-    args = build_parser().parse_args(arguments)
+    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when
+    terminated."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(_rewritten(words))
+    args.words = words
     try:
         return args.run(args)
     except UserError as error:
         print(f"softcfg: error: {error}", file=sys.stderr)
         return 2
+    except Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("softcfg: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (head, less) went away; keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _rewritten(words: Sequence[str]) -> list[str]:
+    """Flags may be written with underscores, and `sample` takes the released code's overrides."""
+    if words and words[0] == "sample":
+        words = released.as_flags(words)
+    return [_hyphenated(word) for word in words]
 
 
 def _hyphenated(word: str) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import time
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.cli import arguments
+from softcfg.cli import arguments, released
 from softcfg.errors import UserError
 from softcfg.files import make_folder, write_atomically
-from softcfg.version import __version__
+from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,23 +21,34 @@ if TYPE_CHECKING:
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.processes import Processes
+    from softcfg.runs.tracking import Tracker
 
 PER_LABEL = 8
 COMPARE_UP_TO = 100  # images
 COMPARED_PER_LABEL = 4
+GRID_IMAGES = 320
+GRID_ROWS = 40
+GRID_COLUMNS = 16  # where there are too many labels for a row each
 
 DESCRIPTION = """\
-Draw images and write them as PNG files.
+Draw images into a folder: a few, or a run of any size by any number of processes.
 
 The folder receives 000000.png, 000001.png, ... (image n shows the n-th label, taken in turn), grid.png
-(one row a label), comparison.png (the same seeds without guidance, with CFG and with SoftCFG) and
-run.json (the settings)."""
+(one row a label), comparison.png (the same seeds without guidance, with CFG and with SoftCFG), run.json
+(the settings) and shards/ (tokens, labels and pixels, from which the rest is made).
+
+The same command continues a run that was stopped; what is there is not drawn again. Started by torchrun
+or 'accelerate launch', all processes share the work; see docs/cluster.md."""
 
 EXAMPLES = """\
 examples:
   softcfg sample fashion --labels all --output-dir out
   softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0   # plain CFG
-  softcfg sample alitok-xl --labels 207,360 --guidance-scale 9 --guidance-scale-pow 1.5"""
+  softcfg sample alitok-xl --labels 207,360 --guidance-scale 9 --guidance-scale-pow 1.5
+  torchrun --nproc-per-node 8 -m softcfg sample alitok-xl --num-samples 50000 --npz --output-dir run
+  softcfg sample config=configs/alitok_xl.yaml experiment.output_dir=out model.generator.guidance_scale=9"""
 
 
 def add_parser(commands: Any) -> None:
@@ -49,114 +61,221 @@ def add_parser(commands: Any) -> None:
         formatter_class=arguments.HelpFormatter,
         allow_abbrev=False,
     )
-    arguments.add_model_arguments(parser)
+    arguments.add_model_arguments(parser, required=False)
     group = parser.add_argument_group("what to draw")
-    group.add_argument("--labels", default="all", help="class ids, ranges or names: 0,3,7 or 0-9 or all (default: all)")
+    group.add_argument(
+        "--labels",
+        default="all",
+        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one a line; "
+        "or random, from the seed",
+    )
     group.add_argument("--num-samples", type=int, metavar="N", help=f"images in all (default: {PER_LABEL} a label)")
     group.add_argument("--batch-size", type=int, metavar="B", help="images drawn at once (default: at most 100)")
-    group.add_argument("--output-dir", default="out", metavar="DIR", help="folder for the results (default: out)")
+    group = parser.add_argument_group("results")
+    group.add_argument("--output-dir", metavar="DIR", help="folder for the results (default: out)")
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the results of a run with other settings in that folder",
+        help="discard the run in that folder and begin anew",
+    )
+    group.add_argument("--png", action=argparse.BooleanOptionalAction, default=True, help="one file an image (default)")
+    group.add_argument(
+        "--npz",
+        action=argparse.BooleanOptionalAction,
+        help="all images in one file beside the folder, DIR.npz, for ADM's evaluation (default: with --config)",
     )
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
         help=f"write comparison.png (default: for up to {COMPARE_UP_TO} images)",
     )
+    group.add_argument("--track", choices=("tensorboard", "wandb"), help="report settings, throughput and a grid")
     arguments.add_guidance_arguments(parser)
+    released.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    for name, value in (("--num-samples", args.num_samples), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    pipeline = arguments.load_pipeline(args)
+    from softcfg.runs.processes import Processes
+
+    with termination_raises():
+        if released.is_used(args):
+            released.apply(args)
+        elif args.model is None:
+            raise UserError("MODEL is missing: give a name that 'softcfg models' lists, or the path of a model folder")
+        args.output_dir = args.output_dir or "out"
+        for name, value in (("--num-samples", args.num_samples), ("--batch-size", args.batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        processes = Processes(args.device)
+        try:
+            return _run(args, processes)
+        finally:
+            processes.leave()
+
+
+def _run(args: argparse.Namespace, processes: Processes) -> int:
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.lock import Lock, holder
+    from softcfg.runs.worker import Artist, Progress, draw_shards
+
+    folder = Path(args.output_dir)
+
+    def refuse_if_busy() -> None:  # before anything is loaded
+        if busy := holder(folder):
+            raise UserError(f"{folder} is in use by {busy}; wait for it or end it first")
+
+    processes.agree(refuse_if_busy)
+    pipeline = arguments.load_pipeline(args, processes.device)
     guidance = arguments.guidance_from(args, pipeline)
     sampling = arguments.sampling_from(args, pipeline)
-    chosen = arguments.parse_labels(args.labels, pipeline)
-    count = args.num_samples or PER_LABEL * len(chosen)
-    labels = [chosen[n % len(chosen)] for n in range(count)]
-    batch_size = args.batch_size or min(count, 100)
+    locks: list[Lock] = []
 
-    folder = make_folder(args.output_dir)
-    settings = {
-        "softcfg_version": __version__,
-        "model": str(args.model),
+    def claim() -> tuple[dict[str, Any], list[int]]:
+        settings = _settings(args, pipeline, guidance, sampling)
+        locks.append(Lock(make_folder(folder)))
+        run = RunFolder.claim(folder, settings, overwrite=args.overwrite)
+        return run.settings, run.missing()
+
+    settings, todo = processes.agree(claim)
+    run = RunFolder(folder, settings)
+    try:
+        artist = Artist(pipeline, guidance, sampling, args.seed, run.plan.batch_size)
+        tracker = _tracker(args, run, processes)
+        progress = None
+        if processes.first:
+            _announce(run, guidance, todo)
+            progress = Progress(run, todo, tracker)
+        draw_shards(run, todo, artist, processes, png=args.png, progress=progress)
+        if progress is not None:
+            _finish(args, run, artist, guidance, todo, progress.seconds, tracker)
+    except UserError as error:
+        raise UserError(f"{error}; {_how_to_continue(args, run)}") from None
+    except KeyboardInterrupt:
+        if processes.first:
+            print(f"\nsoftcfg: stopped; {_how_to_continue(args, run)}", file=sys.stderr)
+        raise
+    finally:
+        for lock in locks:
+            lock.release()
+    return 0
+
+
+def _settings(args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampling: Sampling) -> dict[str, Any]:
+    """The content of run.json: what decides the images, and what they were made with."""
+    from softcfg.runs.plan import RANDOM
+    from softcfg.zoo.checkpoints import hash_file, require_file
+    from softcfg.zoo.registry import resolve
+
+    entry = resolve(args.model)
+
+    def half(part: Any, given: str | None) -> dict[str, Any]:
+        path = given or require_file(part.file, entry)
+        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_file(path)}
+
+    chosen: list[int] | str = RANDOM
+    if args.labels.strip().lower() != RANDOM:
+        chosen = arguments.parse_labels(args.labels, pipeline)
+    elif args.num_samples is None:
+        raise UserError("--labels random needs --num-samples")
+    per_label = 1 if args.labels.startswith("@") else PER_LABEL
+    return {
+        "model": entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve()),
+        "generator": half(entry.generator, args.generator_checkpoint),
+        "tokenizer": half(entry.tokenizer, args.tokenizer_checkpoint),
         "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
         "sampling": dataclasses.asdict(sampling),
         "seed": args.seed,
         "dtype": args.dtype,
         "labels": chosen,
-        "num_samples": count,
-        "batch_size": batch_size,
+        "num_classes": pipeline.generator.num_classes,
+        "num_samples": args.num_samples or per_label * len(chosen),
+        "batch_size": args.batch_size,
+        "command": _command(args),
+        "environment": [_environment(pipeline)],
     }
-    _claim(folder, settings, args.overwrite)
-
-    draw = _Drawer(pipeline, sampling, args.seed, batch_size)
-    started = time.perf_counter()
-    images = draw(labels, list(range(count)), guidance, "sampling")
-    seconds = time.perf_counter() - started
-    for index, image in enumerate(images):
-        _write_png(folder / f"{index:06d}.png", image)
-    names = _label_names(chosen, pipeline)
-    _write_grid(folder / "grid.png", images, names)
-    print(f"{count} images in {seconds:.1f} s ({count / seconds:.2f} images/s) in {folder}")
-    if args.compare or (args.compare is None and count <= COMPARE_UP_TO):
-        _write_comparison(folder / "comparison.png", draw, guidance, labels, images, names)
-        print(f"the same seeds without guidance, with CFG and with SoftCFG: {folder / 'comparison.png'}")
-    return 0
 
 
-class _Drawer:
-    """Draws images of given indices with a progress bar; everything but the guidance stays the same."""
+def _environment(pipeline: Pipeline) -> dict[str, Any]:
+    import platform
 
-    def __init__(self, pipeline: Pipeline, sampling: Sampling, seed: int, batch_size: int) -> None:
-        self.pipeline = pipeline
-        self.sampling = sampling
-        self.seed = seed
-        self.batch_size = batch_size
+    import torch
 
-    def __call__(self, labels: list[int], indices: list[int], guidance: CFG, title: str) -> list[Image]:
-        from tqdm import tqdm
+    from softcfg.version import __version__
 
-        batch_size = min(self.batch_size, len(labels))
-        steps = -(-len(labels) // batch_size) * self.pipeline.generator.num_tokens
-        with tqdm(total=steps, desc=title, unit="step") as bar:
-
-            def advance(done: int) -> None:
-                bar.update(done - bar.n)
-
-            output = self.pipeline(
-                labels,
-                guidance,
-                seed=self.seed,
-                indices=indices,
-                batch_size=batch_size,
-                on_step=advance,
-                **dataclasses.asdict(self.sampling),
-            )
-        return output.images
+    device = pipeline.generator.device
+    where = (
+        {"device": torch.cuda.get_device_name(device)}
+        if device.type == "cuda"
+        else {"device": f"{device.type}, {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads()}
+    )
+    return {"softcfg": __version__, "torch": torch.__version__, "python": platform.python_version(), **where}
 
 
-def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Write run.json, unless the folder holds a run with other settings."""
-    path = folder / "run.json"
-    if path.exists() and not overwrite:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            differing = sorted(name for name in settings if found.get(name) != settings[name])
-        except (OSError, ValueError, AttributeError):
-            raise UserError(f"{path} is not readable; give another --output-dir, or --overwrite") from None
-        if differing:
-            raise UserError(
-                f"{folder} holds a run with another {', '.join(differing)}; "
-                "give another --output-dir, or --overwrite to replace it"
-            )
-    write_atomically(path, json.dumps(settings, indent=2).encode() + b"\n")
+def _command(args: argparse.Namespace) -> str:
+    return shlex.join(["softcfg", *args.words])
+
+
+def _tracker(args: argparse.Namespace, run: RunFolder, processes: Processes) -> Tracker | None:
+    if args.track is None or not processes.first:
+        return None
+    from softcfg.runs.tracking import Tracker
+
+    return Tracker(args.track, run.path, run.settings, cpu=str(processes.device) == "cpu")
+
+
+def _announce(run: RunFolder, guidance: CFG, todo: Sequence[int]) -> None:
+    count = run.plan.num_samples
+    left = sum(len(run.plan.indices(number)) for number in todo)
+    if left < count:
+        print(f"{count - left} of {count} images are there already")
+    environments = run.settings["environment"]
+    if todo and left < count and len(environments) > 1:
+        print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
+    shown = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(guidance).items() if value is not None)
+    print(f"{type(guidance).__name__}: {shown}" if guidance.is_active else "no guidance", flush=True)
+
+
+def _how_to_continue(args: argparse.Namespace, run: RunFolder) -> str:
+    try:
+        done = f"{run.images_done()} of {run.plan.num_samples} images are done and kept; "
+    except UserError:
+        done = ""
+    return f"{done}continue with: {_command(args)}"
+
+
+def _finish(
+    args: argparse.Namespace,
+    run: RunFolder,
+    artist: Any,
+    guidance: CFG,
+    todo: Sequence[int],
+    seconds: float,
+    tracker: Tracker | None,
+) -> None:
+    """Make everything that is made from shards."""
+    from softcfg.runs.export import export_npz, export_pngs, first_images, npz_beside
+
+    drawn = sum(len(run.plan.indices(number)) for number in todo)
+    if args.png:
+        export_pngs(run, run.path, absent_only=True)
+    shown = list(first_images(run, GRID_IMAGES))
+    picture = _grid(shown, artist.pipeline)
+    _write_png(run.path / "grid.png", picture)
+    print(f"{drawn} images in {seconds:.1f} s ({drawn / seconds:.2f} images/s) in {run.path}")
+    count = run.plan.num_samples
+    comparison = run.path / "comparison.png"
+    wanted = args.compare or (args.compare is None and count <= COMPARE_UP_TO)
+    if wanted and (todo or not comparison.exists()):
+        _write_comparison(comparison, artist, guidance, shown)
+        print(f"the same seeds without guidance, with CFG and with SoftCFG: {comparison}")
+    if args.npz:
+        path = npz_beside(run.path)
+        shape = export_npz(run, path)
+        print(f"{path}: arr_0 uint8 {list(shape)}")
+    if tracker is not None:
+        tracker.finish(count, drawn / seconds, picture)
 
 
 def _write_png(path: Path, image: Image) -> None:
@@ -165,30 +284,34 @@ def _write_png(path: Path, image: Image) -> None:
     write_atomically(path, png_bytes(image))
 
 
-def _label_names(labels: list[int], pipeline: Pipeline) -> list[str]:
-    return [pipeline.classes[label] if pipeline.classes else str(label) for label in labels]
+def _name(label: int, pipeline: Pipeline) -> str:
+    return pipeline.classes[label] if pipeline.classes else str(label)
 
 
-def _by_label(images: list[Image], labels: int) -> list[list[Image]]:
-    """One row a label, for images whose labels were taken in turn."""
-    return [images[row::labels] for row in range(min(labels, len(images)))]
+def _grid(shown: Sequence[tuple[int, Any]], pipeline: Pipeline, *, names: bool = True, title: str = "") -> Image:
+    """One row a label, in the order of their first images; plain rows where there are too many labels."""
+    from PIL import Image
 
-
-def _write_grid(path: Path, images: list[Image], names: list[str]) -> None:
     from softcfg.images import grid
 
-    rows = _by_label(images, len(names))
-    _write_png(path, grid(rows, row_labels=names[: len(rows)]))
+    rows: dict[Any, list[Any]] = {}
+    for label, pixels in shown:
+        rows.setdefault(label, []).append(Image.fromarray(pixels))
+    if len(rows) > GRID_ROWS:
+        images = [image for row in rows.values() for image in row]
+        return grid([images[i : i + GRID_COLUMNS] for i in range(0, len(images), GRID_COLUMNS)], title=title)
+    labels = [_name(label, pipeline) for label in rows] if names else ()
+    return grid(list(rows.values()), row_labels=labels, title=title)
 
 
-def _write_comparison(
-    path: Path, draw: _Drawer, guidance: CFG, labels: list[int], images: list[Image], names: list[str]
-) -> None:
+def _write_comparison(path: Path, artist: Any, guidance: CFG, shown: Sequence[tuple[int, Any]]) -> None:
     """Three panels with the same seeds; the panel of the run's own method reuses its images."""
     from softcfg.guidance import CFG, SoftCFG
-    from softcfg.images import grid, side_by_side
+    from softcfg.images import side_by_side
+    from softcfg.runs.worker import Artist
 
-    count = min(len(labels), COMPARED_PER_LABEL * len(names))
+    shown = shown[: COMPARED_PER_LABEL * len({label for label, _ in shown})]
+    labels = [label for label, _ in shown]
     plain = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(CFG)}
     soft = guidance if isinstance(guidance, SoftCFG) and guidance.perturbs else SoftCFG.paper(**plain)
     methods = {
@@ -198,9 +321,9 @@ def _write_comparison(
     }
     panels: list[Image] = []
     for title, method in methods.items():
-        drawn = images[:count]
+        images = list(shown)
         if method != guidance:
-            drawn = draw(labels[:count], list(range(count)), method, title.partition(",")[0])
-        rows = _by_label(drawn, len(names))
-        panels.append(grid(rows, row_labels=() if panels else names[: len(rows)], title=title))
+            other = Artist(artist.pipeline, method, artist.sampling, artist.seed, min(artist.at_once, len(shown)))
+            images = list(zip(labels, other.draw(range(len(shown)), labels).pixels, strict=True))
+        panels.append(_grid(images, artist.pipeline, names=not panels, title=title))
     _write_png(path, side_by_side(panels))

@@ -26,10 +26,17 @@ def image_uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
         check_word(index, "image index")
     rows = np.empty((len(indices), count), dtype=np.float64)
     for row, index in zip(rows, indices, strict=True):
-        key = np.array([seed, index], dtype=np.uint64)
-        # The raw 64-bit words are frozen by NumPy's compatibility policy; the upper 53 bits make a double.
-        row[:] = (np.random.Philox(key=key).random_raw(count) >> np.uint64(11)) * 2.0**-53
+        # The upper 53 bits of a word make a double.
+        row[:] = (philox(seed, index).random_raw(count) >> np.uint64(11)) * 2.0**-53
     return torch.from_numpy(rows)
+
+
+def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:
+    """The stream of image `index` of `seed`, from its counter `block` on.
+
+    Its raw 64-bit words are frozen by NumPy's compatibility policy.
+    """
+    return np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=block)
 
 
 def check_word(value: int, name: str) -> None:

@@ -1,0 +1,131 @@
+"""`softcfg runs`: look at, check and export the folder of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+
+DESCRIPTION = """\
+Look at, check and export the folder that 'softcfg sample' filled.
+
+status says how far a run is; verify reads every shard and checks it; export makes the .npz of ADM's
+evaluation and PNG files from the shards, in the memory of one shard."""
+
+EXAMPLES = """\
+examples:
+  softcfg runs status run
+  softcfg runs verify run --discard     # then the command that made the run draws them again
+  softcfg runs export run --npz samples.npz --png images"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its three subcommands."""
+    parser = commands.add_parser(
+        "runs",
+        help="look at, check and export the folder of a run",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(
+            name, help=text, description=text, formatter_class=arguments.HelpFormatter, allow_abbrev=False
+        )
+        action.add_argument("folder", metavar="DIR", help="folder of the run")
+        action.set_defaults(run=function)
+        return action
+
+    add("status", status, "say how far a run is, and who works on it")
+    verify_parser = add("verify", verify, "read every shard and check it; exit code 1 if one is missing or damaged")
+    verify_parser.add_argument(
+        "--discard", action="store_true", help="remove damaged shards and their PNG files, to have them drawn again"
+    )
+    export_parser = add("export", export, "make files from the shards (default: DIR.npz)")
+    export_parser.add_argument("--npz", metavar="FILE", help="all images as arr_0, uint8 [N, H, W, 3]")
+    export_parser.add_argument("--png", metavar="FOLDER", help="one file an image: 000000.png, ...")
+
+
+def status(args: argparse.Namespace) -> int:
+    """Say how far a run is; only headers of shards are read."""
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.lock import holder
+
+    run = RunFolder.open(args.folder)
+    missing = run.missing()
+    total = run.plan.num_samples
+    left = sum(len(run.plan.indices(number)) for number in missing)
+    settings = run.settings
+    print(f"{run.path}: {total - left} of {total} images, {run.plan.num_shards - len(missing)} of {_shards(run)}")
+    print(f"{settings['model']}, {_sentence(settings['guidance'])}")
+    print(f"{_sentence(settings['sampling'])}, seed {settings['seed']}, {settings['dtype']}")
+    busy = holder(run.path)
+    print(f"at work: {busy}" if busy else "at work: nobody")
+    if left and not busy:
+        print(f"continue with: {settings.get('command', '')}")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Check every shard; 0 if all is there and sound, 1 if not."""
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.lock import Lock
+    from softcfg.runs.shards import DamagedShardError
+
+    run = RunFolder.open(args.folder)
+    lock = Lock(run.path) if args.discard else None
+    missing = damaged = smaller = 0
+    try:
+        for number, found in run.verify():
+            if not isinstance(found, DamagedShardError):
+                smaller += found.drawn_at_once != run.plan.batch_size
+            elif not run.shard_path(number).exists():
+                missing += 1
+            else:
+                damaged += 1
+                print(found)
+                if args.discard:
+                    run.discard(number)
+    finally:
+        if lock:
+            lock.release()
+    sound = run.plan.num_shards - missing - damaged
+    print(f"{run.path}: {sound} of {_shards(run)} sound, {damaged} damaged, {missing} missing")
+    if smaller:
+        print(f"{smaller} shards were drawn with fewer images at once than the batch size, for want of memory")
+    if damaged and not args.discard:
+        print(f"remove the damaged shards with: softcfg runs verify {run.path} --discard")
+    elif damaged or missing:
+        print(f"draw what is missing with: {run.settings.get('command', '')}")
+    return 1 if damaged or missing else 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Make the files that were asked for."""
+    from softcfg.runs.export import export_npz, export_pngs, npz_beside
+    from softcfg.runs.folder import RunFolder
+
+    run = RunFolder.open(args.folder)
+    if args.npz or not args.png:
+        path = Path(args.npz) if args.npz else npz_beside(run.path)
+        if path.suffix != ".npz":
+            raise UserError(f"--npz {path} must end in .npz")
+        print(f"{path}: arr_0 uint8 {list(export_npz(run, path))}")
+    if args.png:
+        export_pngs(run, Path(args.png))
+        print(f"{args.png}: {run.plan.num_samples} PNG files")
+    return 0
+
+
+def _shards(run: Any) -> str:
+    return f"{run.plan.num_shards} shards of {run.plan.batch_size} images"
+
+
+def _sentence(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

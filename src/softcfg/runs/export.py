@@ -1,0 +1,77 @@
+"""What is made from shards, in the memory of one shard: PNG files and the .npz of the ADM evaluation."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from softcfg.errors import UserError
+from softcfg.files import make_folder, open_atomically, write_atomically
+from softcfg.runs.folder import RunFolder, image_name
+from softcfg.runs.shards import Shard
+
+
+def write_pngs(run: RunFolder, shard: Shard, folder: Path) -> None:
+    """Write the images of a shard as 000123.png."""
+    from PIL import Image
+
+    from softcfg.images import png_bytes
+
+    for index, pixels in zip(shard.indices.tolist(), shard.pixels, strict=True):
+        # Not flushed one by one: they can be made again from the shards.
+        write_atomically(folder / image_name(index), png_bytes(Image.fromarray(pixels)), durable=False)
+
+
+def export_pngs(run: RunFolder, folder: Path, *, absent_only: bool = False) -> None:
+    """Write all images as PNG files; with `absent_only`, those of shards that lack one.
+
+    Raises:
+        UserError: a shard is missing or damaged, or a file cannot be written.
+    """
+    there = {path.name for path in make_folder(folder).glob("*.png")} if absent_only else set()
+    for number in range(run.plan.num_shards):
+        if not all(image_name(index) in there for index in run.plan.indices(number)):
+            write_pngs(run, run.require(number), folder)
+
+
+def npz_beside(folder: Path) -> Path:
+    """Where the released samplers put the .npz of a folder: DIR.npz beside DIR."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.npz")
+
+
+def export_npz(run: RunFolder, path: Path) -> tuple[int, ...]:
+    """Write all images as the entry arr_0, uint8 [N, H, W, 3], of an uncompressed .npz file; returns its shape.
+
+    Raises:
+        UserError: a shard is missing or damaged, or the file cannot be written.
+    """
+    if missing := run.missing():
+        raise UserError(
+            f"{len(missing)} of {run.plan.num_shards} shards of {run.path} are missing; continue the run first"
+        )
+    shape = (run.plan.num_samples, *run.require(0).pixels.shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    make_folder(path.parent)
+    with (
+        open_atomically(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for shard in run.shards():
+            member.write(np.ascontiguousarray(shard.pixels).data)
+    return shape
+
+
+def first_images(run: RunFolder, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Label and pixels [H, W, 3] of the first `count` images."""
+    for number in range(run.plan.num_shards):
+        if number * run.plan.batch_size >= count:
+            return
+        shard = run.require(number)
+        kept = min(len(shard.indices), count - number * run.plan.batch_size)
+        yield from zip(shard.labels[:kept].tolist(), shard.pixels[:kept], strict=True)

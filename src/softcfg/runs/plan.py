@@ -1,0 +1,110 @@
+"""What image n of a run is: its label, its shard and the settings it is drawn with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from softcfg.errors import UserError
+
+RANDOM = "random"
+NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from")  # fields that change no image
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fixed partition of a run's images.
+
+    Attributes:
+        num_samples: images 0 .. N - 1.
+        batch_size: images in a shard; the last shard may hold fewer.
+        labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index.
+        num_classes: classes that random labels are drawn from.
+    """
+
+    num_samples: int
+    batch_size: int
+    labels: tuple[int, ...] | str
+    num_classes: int
+    seed: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Plan:
+        """The plan in the settings of a run."""
+        labels = settings["labels"]
+        return cls(
+            settings["num_samples"],
+            settings["batch_size"],
+            labels if labels == RANDOM else tuple(labels),
+            settings["num_classes"],
+            settings["seed"],
+        )
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in all."""
+        return -(-self.num_samples // self.batch_size)
+
+    def indices(self, shard: int) -> range:
+        """The indices of the images in a shard."""
+        return range(shard * self.batch_size, min((shard + 1) * self.batch_size, self.num_samples))
+
+    def labels_of(self, indices: Sequence[int]) -> list[int]:
+        """The class of each image."""
+        if isinstance(self.labels, str):
+            return [_random_label(self.seed, index, self.num_classes) for index in indices]
+        return [self.labels[index % len(self.labels)] for index in indices]
+
+
+def _random_label(seed: int, index: int, classes: int) -> int:
+    """The upper bits of one word of the image's own stream, far behind the words that its tokens use."""
+    from softcfg.decoding.randomness import philox  # imports torch
+
+    word = int(philox(seed, index, block=2**128).random_raw())
+    return word * classes >> 64
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say in which settings two runs differ that change images, one text a field; empty if in none."""
+    one, other = (dict(_flat(_images_of(settings))) for settings in (found, wanted))
+    return [
+        f"{name}{_values(one.get(name), other.get(name))}"
+        for name in {**one, **other}
+        if one.get(name) != other.get(name)
+    ]
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """A hash of all settings that change images; every shard carries it."""
+    text = json.dumps(_images_of(settings), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_growth(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `UserError` if fewer images are wanted than a run has: a run may grow, not shrink."""
+    if wanted["num_samples"] < found["num_samples"]:
+        raise UserError(
+            f"the run has {found['num_samples']} images, more than --num-samples {wanted['num_samples']}; a run may "
+            "grow, but not shrink"
+        )
+
+
+def _images_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in NOT_IN_IMAGES}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _values(found: Any, wanted: Any) -> str:
+    """The two values, where they are short."""
+    text = f" ({found!r} there, {wanted!r} here)"
+    return text if len(text) <= 40 else ""

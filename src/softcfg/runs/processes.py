@@ -1,0 +1,79 @@
+"""The processes of a run. Accelerate carries them; one process needs none of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from softcfg.errors import UserError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among those of its launch.
+
+    Attributes:
+        rank: 0 .. world - 1; rank 0 speaks for all.
+        world: number of processes.
+        device: where this process computes; None for the default of a single process.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        """Join the processes that torchrun or `accelerate launch` started, if they did.
+
+        Args:
+            device: as on the command line: "cpu", "cuda" or, for one process, "cuda:N".
+
+        Raises:
+            UserError: Accelerate is missing, or a single device was named for several processes.
+        """
+        self.rank, self.world = 0, 1
+        self.device: torch.device | str | None = device
+        self._state: Any = None
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched == 1:
+            return
+        if device not in (None, "cpu", "cuda"):
+            raise UserError(f"--device {device} names one device for several processes; leave it out, or give cpu")
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            raise UserError("several processes need Accelerate: pip install 'softcfg[runs]'") from None
+        wants_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        # Accelerate takes a launch without GPUs for a single process unless it is told.
+        self._state = PartialState(cpu=wants_cpu or not torch.cuda.is_available())
+        self.rank, self.world = self._state.process_index, self._state.num_processes
+        if self.world != launched:
+            raise UserError(f"{launched} processes were launched, but Accelerate joined {self.world}; see its set-up")
+        self.device = self._state.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    def agree(self, task: Callable[[], T]) -> T:
+        """Run `task` in rank 0 and return its result in every process; its `UserError` is raised in every one."""
+        if self.world == 1:
+            return task()
+        from accelerate.utils import broadcast_object_list
+
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome = [task(), None]
+            except UserError as error:
+                outcome = [None, str(error)]
+        result, problem = broadcast_object_list(outcome, from_process=0)
+        if problem is not None:
+            raise UserError(problem)
+        return result
+
+    def leave(self) -> None:
+        """Leave the group of processes."""
+        if self._state is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

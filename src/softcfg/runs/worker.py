@@ -1,0 +1,204 @@
+"""Drawing the shards of a run, by one process among many."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from softcfg.errors import UserError
+from softcfg.runs.export import write_pngs
+from softcfg.runs.folder import RunFolder
+from softcfg.runs.shards import Shard, write_shard
+
+if TYPE_CHECKING:
+    from softcfg.decoding import Sampling
+    from softcfg.guidance import CFG
+    from softcfg.pipeline import Pipeline, PipelineOutput
+    from softcfg.runs.processes import Processes
+    from softcfg.runs.tracking import Tracker
+
+LOOK = 2.0  # seconds between two looks at what the other processes have done
+
+
+class Artist:
+    """Draws images of given indices; when memory runs out it halves the batch and goes on.
+
+    Attributes:
+        at_once: images in a batch as the model sees it.
+    """
+
+    def __init__(self, pipeline: Pipeline, guidance: CFG, sampling: Sampling, seed: int, batch_size: int) -> None:
+        self.pipeline = pipeline
+        self.guidance = guidance
+        self.sampling = sampling
+        self.seed = seed
+        self.at_once = batch_size
+
+    def draw(
+        self, indices: Sequence[int], labels: Sequence[int], on_step: Callable[[float], None] | None = None
+    ) -> PipelineOutput:
+        """Draw the images `indices` of the seed, of the classes `labels`.
+
+        Args:
+            on_step: called with the share of the work that is done, after every token.
+
+        Raises:
+            UserError: there is not even memory for one image at a time.
+        """
+        while True:
+            steps = -(-len(indices) // self.at_once) * self.pipeline.generator.num_tokens
+
+            def step(done: int, steps: int = steps) -> None:
+                if on_step is not None:
+                    on_step(done / steps)
+
+            try:
+                return self.pipeline(
+                    labels,
+                    self.guidance,
+                    seed=self.seed,
+                    indices=indices,
+                    batch_size=self.at_once,
+                    temperature=self.sampling.temperature,
+                    top_k=self.sampling.top_k,
+                    top_p=self.sampling.top_p,
+                    on_step=step,
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here the exception is gone, and with it the frames that held tensors.
+            if self.at_once == 1:
+                raise UserError(f"out of memory with one image at a time on {self.pipeline.generator.device}")
+            self.at_once = -(-self.at_once // 2)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(
+                f"softcfg: out of memory on {self.pipeline.generator.device}; going on with {self.at_once} images at "
+                "once (the same images up to floating-point noise)",
+                file=sys.stderr,
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return any(
+        sign in text for sign in ("can't allocate memory", "CUDA out of memory", "ALLOC_FAILED", "out of memory")
+    )
+
+
+class Progress:
+    """One bar for all processes, kept by rank 0: it counts the shard files that are there."""
+
+    def __init__(self, run: RunFolder, todo: Sequence[int], tracker: Tracker | None = None) -> None:
+        from tqdm import tqdm
+
+        self.run = run
+        self.total = run.plan.num_samples
+        self.before = self.total - sum(len(run.plan.indices(number)) for number in todo)
+        self.tracker = tracker
+        self._done = self.before
+        self._looked = self._started = time.monotonic()
+        self._ended: float | None = None
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.before,
+            desc="sampling",
+            unit="image",
+            mininterval=0.2 if terminal else 30.0,
+            dynamic_ncols=True,
+        )
+
+    def update(self, own: float = 0.0) -> None:
+        """Show what is done: shard files of all processes, and `own` images of the batch at hand."""
+        now = time.monotonic()
+        if now - self._looked > LOOK:
+            self.look()
+        self._show(min(self.total, int(self._done + own)))
+
+    def look(self) -> int:
+        """Count the shard files again; returns the images done."""
+        self._looked = time.monotonic()
+        self._done = self.run.images_done()
+        if self.tracker is not None:
+            self.tracker.throughput(self._done, self.rate(self._done))
+        self._show(self._done)
+        return self._done
+
+    def rate(self, done: int) -> float:
+        """Images a second of all processes since the start."""
+        return (done - self.before) / self.seconds
+
+    def _show(self, done: int) -> None:
+        if done > self.bar.n:
+            self.bar.update(done - self.bar.n)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, until the end if it has come."""
+        return max((self._ended or time.monotonic()) - self._started, 1e-9)
+
+    def wait(self, processes: Processes) -> None:
+        """Wait for the other processes. The launcher ends all when one fails, so this ends too."""
+        while processes.world > 1 and self.look() < self.total:
+            time.sleep(0.2)
+        self._ended = time.monotonic()
+        self.bar.close()
+
+
+def draw_shards(
+    run: RunFolder,
+    todo: Sequence[int],
+    artist: Artist,
+    processes: Processes,
+    *,
+    png: bool,
+    progress: Progress | None,
+) -> None:
+    """Draw this process's part of the shards `todo`, every world-th; rank 0 then waits for the others.
+
+    Raises:
+        UserError: a file cannot be written, or memory ran out for good. Every shard that was finished is kept.
+    """
+    for number in todo[processes.rank :: processes.world]:
+        indices = run.plan.indices(number)
+        labels = run.plan.labels_of(indices)
+
+        def on_step(share: float, images: int = len(indices)) -> None:
+            if progress is not None:
+                progress.update(share * images)
+
+        drawn = artist.draw(indices, labels, on_step)
+        shard = shard_of(run, number, drawn, artist.at_once)
+        write_shard(run.shard_path(number), shard)
+        if png:
+            write_pngs(run, shard, run.path)
+        if progress is not None:
+            progress.look()
+    if progress is not None:
+        progress.wait(processes)
+
+
+def shard_of(run: RunFolder, number: int, drawn: Any, at_once: int) -> Shard:
+    """The shard that holds a pipeline's output."""
+    import numpy as np
+
+    return Shard(
+        number,
+        run.run,
+        at_once,
+        np.asarray(drawn.indices, dtype=np.int64),
+        drawn.labels.cpu().numpy(),
+        drawn.tokens.cpu().numpy(),
+        drawn.pixels,
+    )
