@@ -110,6 +110,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
             progress.look()
     if progress is not None:
         progress.wait(processes)
+        progress.close()
         if args.png:
             export_pngs(target, folder)
         print(f"{target.plan.num_samples} images decoded in {folder}")

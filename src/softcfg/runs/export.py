@@ -31,7 +31,8 @@ def export_pngs(run: RunFolder, folder: Path, *, absent_only: bool = False) -> N
     Raises:
         UserError: a shard is missing or damaged, or a file cannot be written.
     """
-    there = {path.name for path in make_folder(folder).glob("*.png")} if absent_only else set()
+    make_folder(folder)
+    there = {path.name for path in folder.glob("*.png")} if absent_only else set()
     for number in range(run.plan.num_shards):
         if not all(image_name(index) in there for index in run.plan.indices(number)):
             write_pngs(run, run.require(number), folder)

@@ -6,8 +6,9 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from softcfg.errors import UserError
@@ -152,6 +153,9 @@ class Progress:
         """Wait for the other processes. The launcher ends all when one fails, so this ends too."""
         while processes.world > 1 and self.look() < self.total:
             time.sleep(0.2)
+
+    def close(self) -> None:
+        """Stop the clock and leave the bar as it is."""
         self._ended = time.monotonic()
         self.bar.close()
 
@@ -170,29 +174,31 @@ def draw_shards(
     Raises:
         UserError: a file cannot be written, or memory ran out for good. Every shard that was finished is kept.
     """
-    for number in todo[processes.rank :: processes.world]:
-        indices = run.plan.indices(number)
-        labels = run.plan.labels_of(indices)
+    try:
+        for number in todo[processes.rank :: processes.world]:
+            indices = run.plan.indices(number)
+            labels = run.plan.labels_of(indices)
 
-        def on_step(share: float, images: int = len(indices)) -> None:
+            def on_step(share: float, images: int = len(indices)) -> None:
+                if progress is not None:
+                    progress.update(share * images)
+
+            drawn = artist.draw(indices, labels, on_step)
+            shard = shard_of(run, number, drawn, artist.at_once)
+            write_shard(run.shard_path(number), shard)
+            if png:
+                write_pngs(run, shard, run.path)
             if progress is not None:
-                progress.update(share * images)
-
-        drawn = artist.draw(indices, labels, on_step)
-        shard = shard_of(run, number, drawn, artist.at_once)
-        write_shard(run.shard_path(number), shard)
-        if png:
-            write_pngs(run, shard, run.path)
+                progress.look()
         if progress is not None:
-            progress.look()
-    if progress is not None:
-        progress.wait(processes)
+            progress.wait(processes)
+    finally:
+        if progress is not None:
+            progress.close()
 
 
-def shard_of(run: RunFolder, number: int, drawn: Any, at_once: int) -> Shard:
+def shard_of(run: RunFolder, number: int, drawn: PipelineOutput, at_once: int) -> Shard:
     """The shard that holds a pipeline's output."""
-    import numpy as np
-
     return Shard(
         number,
         run.run,

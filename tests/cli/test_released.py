@@ -1,0 +1,198 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from softcfg import Pipeline, SoftCFG
+from softcfg.cli import released
+from softcfg.cli.main import main
+from softcfg.zoo import MODELS
+
+# As published, without the parts that only training reads but for a few lines.
+ALITOK_XL = """
+experiment:
+    project: "generation"
+    name: "alitok_xl"
+    max_train_examples: 1_281_167
+model:
+    vq_model:
+        codebook_size:  4096
+        token_size: 32
+        num_latent_tokens: 273
+    generator:
+        hidden_size: 1280
+        num_hidden_layers: 32
+        num_attention_heads: 16
+        dropout: 0.1
+        class_label_dropout: 0.1
+        image_seq_len:  273
+        condition_num_classes: 1000
+        randomize_temperature: 1.0
+        guidance_scale: 13.0
+        guidance_scale_pow: 1.4
+        softcfg_strength: 0
+        step_norm: False
+        use_checkpoint: False
+        seed: 2
+optimizer:
+    params:
+        learning_rate: 4e-4
+lr_scheduler:
+    params:
+        learning_rate: ${optimizer.params.learning_rate}
+"""
+
+
+@pytest.fixture
+def xl(tmp_path: Path) -> Path:
+    path = tmp_path / "alitok_xl.yaml"
+    path.write_text(ALITOK_XL)
+    return path
+
+
+def parse(*words: str) -> Any:
+    from softcfg.cli.main import _rewritten, build_parser
+
+    args = build_parser().parse_args(_rewritten(["sample", *words]))
+    released.apply(args)
+    return args
+
+
+def test_words_become_flags() -> None:
+    assert released.as_flags(
+        ["config=a.yaml", "experiment.output_dir=out/x=y", "--model.generator.guidance-scale=9",
+         "--model.vq_ckpt", "f.pt", "--labels", "0-9", "runs/my.model", "alitok.xl", "--top-p=0.9", "1.5"]
+    ) == [
+        "--config", "a.yaml", "--set", "experiment.output_dir=out/x=y", "--set", "model.generator.guidance_scale=9",
+        "--set", "model.vq_ckpt=f.pt", "--labels", "0-9", "runs/my.model", "alitok.xl", "--top-p=0.9", "1.5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("style", ["config={}", "--config={}"])
+def test_a_released_command_line(xl: Path, style: str) -> None:
+    args = parse(
+        style.format(xl), "experiment.output_dir=output/alitok_xl", "experiment.generator_checkpoint=weights/xl.bin",
+        "model.generator.guidance_scale=9", "--model.generator.guidance_scale_pow=1.5", "--model.generator.seed", "7",
+        "model.generator.softcfg_strength=1.0", "model.generator.step_norm=True",
+        "model.generator.randomize_temperature=1.02",
+    )  # fmt: skip
+    assert args.model.name == "alitok-xl"
+    assert args.model.generator == MODELS["alitok-xl"].generator
+    expected = {
+        "guidance_scale": 9, "guidance_scale_pow": 1.5, "softcfg_strength": 1.0, "step_norm": True,
+        "temperature": 1.02, "seed": 7, "output_dir": "output/alitok_xl", "generator_checkpoint": "weights/xl.bin",
+        "num_samples": 50_000, "npz": True, "preset": "released",
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_flags_win_over_overrides_and_these_over_the_file(xl: Path) -> None:
+    args = parse(f"config={xl}", "model.generator.guidance_scale=9", "--guidance-scale", "5", "--no-npz",
+                 "--num-samples=10", "--preset", "paper")  # fmt: skip
+    assert args.guidance_scale == 5.0
+    assert args.guidance_scale_pow == 1.4
+    assert args.softcfg_strength == 0
+    assert args.step_norm is False
+    assert (args.npz, args.num_samples, args.preset) == (False, 10, "paper")
+
+
+def test_configurations_of_plain_guidance_mean_plain_guidance(tmp_path: Path) -> None:
+    config = yaml.safe_load(ALITOK_XL)
+    for name in ("softcfg_strength", "step_norm", "seed"):
+        del config["model"]["generator"][name]
+    config["model"]["generator"].update(hidden_size=768, num_hidden_layers=24)
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(config))
+    args = parse("--config", str(tmp_path / "b.yaml"))
+    assert (args.model.name, args.softcfg_strength, args.seed) == ("alitok-b", 0.0, 42)
+
+
+def test_rar_by_overrides(xl: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(ALITOK_XL)
+    generator, tokenizer = config["model"]["generator"], config["model"]["vq_model"]
+    generator.update(hidden_size=768, num_hidden_layers=24, intermediate_size=3072, image_seq_len=256)
+    tokenizer.update(codebook_size=1024, num_latent_tokens=256)
+    tokenizer["pretrained_tokenizer_weight"] = "maskgit-vqgan-imagenet-f16-256.bin"
+    (tmp_path / "rar.yaml").write_text(yaml.safe_dump(config))
+    flags = [f"config={tmp_path}/rar.yaml", "experiment.generator_checkpoint=rar_l.bin"]
+    sizes = ["model.generator.hidden_size=1024", "model.generator.intermediate_size=4096"]
+    args = parse(*flags, *sizes)
+    assert args.model.name == "rar-l"
+    # The files that the released script downloads by these names.
+    assert args.generator_checkpoint is None
+    assert args.tokenizer_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.generator.guidance_scal=9", "'model.generator.guidance_scal'; did you mean model.generator.guidance_scale?"),
+        ("--model.generator.softcfg_strenght=1", "did you mean model.generator.softcfg_strength?"),
+        ("experiment.outputdir=x", "did you mean experiment.output_dir?"),
+        ("modle.generator.step_norm=True", "did you mean model.generator.step_norm?"),
+        ("model.generator.guidance_scale=much", "guidance_scale must be a finite number >= 0, got 'much'"),
+        ("model.generator.step_norm=maybe", "step_norm must be True or False, got 'maybe'"),
+        ("model.generator.seed=1.5", "model.generator.seed must be an integer, got 1.5"),
+        ("model.generator.seed=[1", "override model.generator.seed=[1 is not a YAML value"),
+    ],
+)  # fmt: skip
+def test_bad_overrides(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, message: str
+) -> None:
+    assert main(["sample", str(model_folder), "--output-dir", str(tmp_path / "out"), word]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("softcfg: error") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_configurations_that_fit_no_model(xl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", f"config={xl}", "model.generator.hidden_size=1000"]) == 2
+    assert f"no known model has the sizes in {xl}; give MODEL too" in capsys.readouterr().err
+    assert main(["sample", "config=/nowhere.yaml"]) == 2
+    assert "/nowhere.yaml does not exist" in capsys.readouterr().err
+    assert main(["sample", "model.generator.guidance_scale=3"]) == 2
+    assert "MODEL is missing" in capsys.readouterr().err
+
+
+def test_a_training_checkpoint_with_its_configuration(model_folder: Path, tmp_path: Path) -> None:
+    """The whole way: sizes from the file, weights by override, results as the released samplers leave them."""
+    known = yaml.safe_load((model_folder / "model.yaml").read_text())
+    config = {
+        "experiment": {"name": "tiny"},
+        "model": {
+            "vq_model": {"codebook_size": 20},
+            "generator": {**known["generator"]["config"], "dropout": 0.1, "randomize_temperature": 1.1,
+                          "guidance_scale": 2.0, "guidance_scale_pow": 1.0, "softcfg_strength": 0, "seed": 5},
+        },
+        "training": {"per_gpu_batch_size": 8},
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "output" / "tiny"
+    words = [
+        str(model_folder), f"config={tmp_path}/tiny.yaml", f"experiment.output_dir={out}",
+        f"experiment.generator_checkpoint={model_folder}/generator.safetensors", "training.per_gpu_batch_size=4",
+        "--model.generator.guidance_scale=4", "model.generator.softcfg_strength=1", "model.generator.step_norm=True",
+        "--num-samples", "5",
+    ]  # fmt: skip
+    assert main(["sample", *words]) == 0
+    guidance = SoftCFG.released(guidance_scale=4.0, guidance_scale_pow=1.0)
+    expected = Pipeline.from_pretrained(model_folder)([0, 1, 2, 3, 0], guidance, seed=5, temperature=1.1)
+    with np.load(tmp_path / "output" / "tiny.npz") as content:
+        assert np.array_equal(content["arr_0"], expected.pixels)
+    assert sorted(path.name for path in out.glob("0*.png")) == [f"{n:06d}.png" for n in range(5)]
+    assert json.loads((out / "run.json").read_text())["guidance"]["confidence"] == "sampled"
+
+
+def test_a_tokenizer_beside_the_generator_is_found(xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTCFG_CHECKPOINTS", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    assert parse(f"config={xl}").tokenizer_checkpoint is None
+    (tmp_path / "AliTok.pth").write_bytes(b"x")
+    args = parse(f"config={xl}", f"experiment.generator_checkpoint={tmp_path}/mine.bin")
+    assert args.tokenizer_checkpoint == str(tmp_path / "AliTok.pth")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "AliTok.pth").write_bytes(b"x")
+    assert parse(f"config={xl}").tokenizer_checkpoint == "weights/AliTok.pth"

@@ -1,0 +1,86 @@
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from made_runs import complete, settings
+from softcfg import UserError
+from softcfg.runs.folder import RunFolder
+from softcfg.runs.lock import Lock, holder
+
+
+def test_settings_that_differ_are_named(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path, settings())
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"another seed \(0 there, 5 here\), batch_size \(4 there, 8 here\); give"):
+        RunFolder.claim(tmp_path, settings(seed=5, batch_size=8))
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_overwriting_discards_the_run(tmp_path: Path) -> None:
+    run = complete(tmp_path)
+    (tmp_path / "000003.png").write_bytes(b"old")
+    (tmp_path / "notes.txt").write_text("mine")
+    again = RunFolder.claim(tmp_path, settings(seed=5), overwrite=True)
+    assert again.missing() == [0, 1, 2]
+    assert not (tmp_path / "000003.png").exists()
+    assert (tmp_path / "notes.txt").exists()
+    assert not run.shard_path(0).exists()
+
+
+def test_environments_are_kept(tmp_path: Path) -> None:
+    for version in ("1", "1", "2"):
+        RunFolder.claim(tmp_path, settings(environment=[{"softcfg": version}]))
+    assert RunFolder.open(tmp_path).settings["environment"] == [{"softcfg": "1"}, {"softcfg": "2"}]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"labels": 3}', "\xff"])
+def test_settings_that_cannot_be_read(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"run\.json"):
+        RunFolder.open(tmp_path)
+    with pytest.raises(UserError, match=r"run\.json is not readable"):
+        RunFolder.claim(tmp_path, settings())
+    assert path.read_text(encoding="latin-1") == content
+    assert RunFolder.claim(tmp_path, settings(), overwrite=True).missing() == [0, 1, 2]
+
+
+def test_run_json_has_a_line_a_field(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path, settings(labels=list(range(1000)), num_classes=1000))
+    text = (tmp_path / "run.json").read_text()
+    assert len(text.splitlines()) == len(settings()) + 2
+    assert json.loads(text)["labels"] == list(range(1000))
+
+
+def test_one_job_at_a_time(tmp_path: Path) -> None:
+    assert holder(tmp_path) is None
+    with Lock(tmp_path):
+        assert "process " in str(holder(tmp_path))
+        with pytest.raises(UserError, match=r"is in use by process \d+ on .* \(since .*\); wait for it"):
+            Lock(tmp_path)
+    assert holder(tmp_path) is None
+    Lock(tmp_path).release()
+
+
+def hold(folder: Path, ready: Any) -> None:
+    with Lock(folder):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_killed_job_holds_no_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    job = context.Process(target=hold, args=(tmp_path, ready))
+    job.start()
+    assert ready.wait(60)
+    assert str(job.pid) in str(holder(tmp_path))
+    job.kill()
+    job.join()
+    assert holder(tmp_path) is None
+    Lock(tmp_path).release()
+    assert (tmp_path / "run.lock").exists()
