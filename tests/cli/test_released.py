@@ -128,7 +128,7 @@ def test_rar_by_overrides(xl: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("model.generator.guidance_scal=9", "'model.generator.guidance_scal'; did you mean model.generator.guidance_scale?"),
+        ("model.generator.guidance_scal=9", "unknown override 'model.generator.guidance_scal'; did you mean"),
         ("--model.generator.softcfg_strenght=1", "did you mean model.generator.softcfg_strength?"),
         ("experiment.outputdir=x", "did you mean experiment.output_dir?"),
         ("modle.generator.step_norm=True", "did you mean model.generator.step_norm?"),

@@ -152,7 +152,7 @@ class Progress:
     def wait(self, processes: Processes) -> None:
         """Wait for the other processes. The launcher ends all when one fails, so this ends too."""
         while processes.world > 1 and self.look() < self.total:
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def close(self) -> None:
         """Stop the clock and leave the bar as it is."""
