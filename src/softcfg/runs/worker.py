@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -174,23 +175,31 @@ def draw_shards(
     Raises:
         UserError: a file cannot be written, or memory ran out for good. Every shard that was finished is kept.
     """
+
+    def write(shard: Shard) -> None:
+        write_shard(run.shard_path(shard.number), shard)
+        if png:
+            write_pngs(run, shard, run.path)
+
     try:
-        for number in todo[processes.rank :: processes.world]:
-            indices = run.plan.indices(number)
-            labels = run.plan.labels_of(indices)
+        # Files are written while the next batch is drawn. However this block ends, a batch that was drawn is kept.
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            written: Future[None] | None = None
+            for number in todo[processes.rank :: processes.world]:
+                indices = run.plan.indices(number)
 
-            def on_step(share: float, images: int = len(indices)) -> None:
-                if progress is not None:
-                    progress.update(share * images)
+                def on_step(share: float, images: int = len(indices)) -> None:
+                    if progress is not None:
+                        progress.update(share * images)
 
-            drawn = artist.draw(indices, labels, on_step)
-            shard = shard_of(run, number, drawn, artist.at_once)
-            write_shard(run.shard_path(number), shard)
-            if png:
-                write_pngs(run, shard, run.path)
-            if progress is not None:
-                progress.look()
+                drawn = artist.draw(indices, run.plan.labels_of(indices), on_step)
+                if written is not None:
+                    written.result()
+                written = writer.submit(write, shard_of(run, number, drawn, artist.at_once))
+            if written is not None:
+                written.result()
         if progress is not None:
+            progress.look()
             progress.wait(processes)
     finally:
         if progress is not None:
