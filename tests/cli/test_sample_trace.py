@@ -192,7 +192,8 @@ def test_trace_of_tokens_that_are_none(model_folder: Path, tmp_path: Path, capsy
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["sample", "--help"], ["trace", "--help"], ["models", "--help"], ["fetch", "--help"]):
+    commands = [["sample"], ["runs"], ["runs", "verify"], ["decode"], ["trace"], ["models"], ["fetch"]]
+    for arguments in (["--help"], *([*command, "--help"] for command in commands)):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 0

@@ -37,7 +37,9 @@ class Tracker:
 
         self.name = name
         self._accelerator = Accelerator(cpu=cpu, log_with=name, project_dir=str(folder))
-        self._accelerator.init_trackers("tracking", config=dict(flat(settings)))
+        project = "softcfg" if name == "wandb" else "tracking"
+        options = {"wandb": {"dir": str(folder)}} if name == "wandb" else {}
+        self._accelerator.init_trackers(project, config=flat(settings), init_kwargs=options)
         self._reported = time.monotonic()
 
     def throughput(self, done: int, rate: float) -> None:
