@@ -76,6 +76,21 @@ def test_logits_depend_on_the_past_alone(generator: Generator) -> None:
 
 
 @torch.no_grad()
+def test_an_images_bits_do_not_depend_on_the_other_labels(generator: Generator) -> None:
+    tokens = tokens_for(generator, 6)
+    logits = []
+    for labels in ([2, 0, 1], [2, 4, 4]):
+        condition, cache = generator.condition(labels, guided=True), generator.new_cache(6)
+        steps = [generator(condition, tokens[:, :0], cache=cache)]
+        for step in range(generator.num_tokens - 1):
+            slot = generator.condition_slots + step
+            steps.append(generator(condition, tokens[:, step : step + 1], cache=cache, slot=slot))
+        logits.append(torch.cat(steps, 1))
+    assert torch.equal(logits[0][[0, 3]], logits[1][[0, 3]])
+    assert not torch.equal(logits[0][1], logits[1][1])
+
+
+@torch.no_grad()
 def test_condition_and_null_class_matter(generator: Generator) -> None:
     tokens = tokens_for(generator, 1).repeat(3, 1)[:, :-1]
     first, second, null = generator(generator.class_condition(torch.tensor([0, 1, 5])), tokens)

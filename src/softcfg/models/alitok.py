@@ -15,6 +15,7 @@ from softcfg.configuration import require_positive
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.linear import Linear
 from softcfg.nn.rotary import angles_1d, angles_2d
 
 
@@ -72,9 +73,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w1 = Linear(width, hidden, bias=False)
+        self.w3 = Linear(width, hidden, bias=False)
+        self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
@@ -124,7 +125,7 @@ class AliTok(Generator):
         self.embeddings = nn.Embedding(rows, config.hidden_size)
         self.blocks = nn.ModuleList(AliTokBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.output = nn.Linear(config.hidden_size, config.codebook_size)
+        self.output = Linear(config.hidden_size, config.codebook_size)
         cos, sin = rotary_tables(config)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)

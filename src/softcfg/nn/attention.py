@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.linear import Linear
 from softcfg.nn.rotary import rotate
 
 
@@ -48,7 +49,9 @@ def weighted_attention(
     if mask is not None:
         visible = mask[:, None, None, :] if visible is None else visible & mask[:, None, None, :]
 
-    if value_weights is None and key_weights is None:
+    # For a single query on a CPU the plain products are faster than the fused kernel.
+    fused = value_weights is None and key_weights is None and (new > 1 or query.device.type != "cpu")
+    if fused:
         if mask is None and new == slots:
             return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1)
         return _finite(F.scaled_dot_product_attention(query, key, value, attn_mask=visible), mask)
@@ -119,10 +122,10 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, heads: int, q_norm: nn.Module, k_norm: nn.Module) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = q_norm
         self.k_norm = k_norm
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
