@@ -17,7 +17,7 @@ from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
 from softcfg.tokenizers.base import Tokenizer, to_uint8
-from softcfg.zoo.checkpoints import load_generator, load_tokenizer
+from softcfg.zoo.checkpoints import load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
 
@@ -94,10 +94,25 @@ class Pipeline:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
         """
         entry = resolve(model)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _device(device)
         return cls(
             load_generator(entry, checkpoint=generator_checkpoint, device=device, dtype=dtype),
             load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
+            name=entry.name,
+            classes=entry.classes,
+            sampling_defaults=entry.sampling,
+        )
+
+    @classmethod
+    def with_random_weights(
+        cls, model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Pipeline:
+        """The architecture of a model without its files, to measure speed and memory; its images are noise."""
+        entry = resolve(model)
+        device = _device(device)
+        return cls(
+            random_weights(entry.generator, device=device, dtype=dtype),
+            random_weights(entry.tokenizer, device=device),
             name=entry.name,
             classes=entry.classes,
             sampling_defaults=entry.sampling,
@@ -181,6 +196,10 @@ class Pipeline:
             tokens.append(drawn[:kept].cpu())
             pixels.append(to_uint8(self.tokenizer.decode(drawn))[:kept].cpu().numpy())
         return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels))
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _rows(values: Any, rows: list[int]) -> Tensor | None:

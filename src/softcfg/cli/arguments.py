@@ -100,8 +100,8 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_pipeline(args: argparse.Namespace) -> Pipeline:
-    """The pipeline that the model arguments ask for."""
+def load_pipeline(args: argparse.Namespace, *, random_weights: bool = False) -> Pipeline:
+    """The pipeline that the model arguments ask for, or one of that architecture with random weights."""
     import torch
 
     from softcfg.pipeline import Pipeline
@@ -114,6 +114,8 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
         raise UserError(
             f"device {args.device!r} is not available here; use cpu, or cuda on a machine with a GPU"
         ) from None
+    if random_weights:
+        return Pipeline.with_random_weights(args.model, device=device, dtype=getattr(torch, args.dtype))
     return Pipeline.from_pretrained(
         args.model,
         device=device,

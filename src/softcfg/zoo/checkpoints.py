@@ -141,6 +141,19 @@ def load_weights(
     return module.requires_grad_(False).eval()
 
 
+def random_weights(
+    part: Part, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
+) -> Any:
+    """The module of `part` with random weights, for measuring speed without its file; in eval mode."""
+    import torch
+
+    module_class, config_class = part.family.classes()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = module_class(load_config(config_class, part.config, part.family.sections))
+    return module.to(device, dtype).requires_grad_(False).eval()
+
+
 def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
     import torch
     from torch.overrides import TorchFunctionMode
