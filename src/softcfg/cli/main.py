@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from softcfg.cli import bench, fetch, models, sample, trace
+from softcfg.cli import bench, fetch, models, plot, sample, trace
 from softcfg.errors import UserError
 from softcfg.version import __version__
 
-COMMANDS = (sample, trace, models, fetch, bench)
+COMMANDS = (sample, trace, plot, models, fetch, bench)
 
 
 class Parser(argparse.ArgumentParser):
