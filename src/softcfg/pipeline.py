@@ -16,7 +16,7 @@ from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
-from softcfg.tokenizers.base import Tokenizer, to_uint8
+from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo.checkpoints import load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
@@ -194,7 +194,7 @@ class Pipeline:
                 on_step=_shifted(on_step, batch * total),
             )
             tokens.append(drawn[:kept].cpu())
-            pixels.append(to_uint8(self.tokenizer.decode(drawn))[:kept].cpu().numpy())
+            pixels.append(self.tokenizer.to_uint8(self.tokenizer.decode(drawn))[:kept].cpu().numpy())
         return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels))
 
 
