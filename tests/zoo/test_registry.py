@@ -13,6 +13,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = {
     **{f"alitok-{size}": GOLDEN / "alitok" / f"keys-generator-{size}.json" for size in ("b", "l", "xl")},
     **{f"rar-{size}": GOLDEN / "rar" / f"keys-rar-{size}.json" for size in ("b", "l", "xl", "xxl")},
+    **{f"robustok-{size}": GOLDEN / "robustok" / f"keys-rar-{size}.json" for size in ("b", "l")},
 }
 MODEL_YAML = """\
 name: shapes
@@ -26,8 +27,8 @@ description: two shapes
 
 @pytest.mark.parametrize("name", KEYS)
 def test_models_have_exactly_the_released_tensors(name: str) -> None:
-    released = json.loads(KEYS[name].read_text())["tensors"]
     entry = MODELS[name]
+    released = entry.generator.family.needed(json.loads(KEYS[name].read_text())["tensors"])
     generator, tokenizer = (module(part, "meta") for part in entry.parts)
     assert {key: list(tensor.shape) for key, tensor in generator.state_dict().items()} == released
     for part, half in zip(entry.parts, (generator, tokenizer), strict=True):
@@ -44,6 +45,33 @@ def test_configurations_are_those_of_the_released_models(name: str) -> None:
         defaults = {key.removeprefix("randomize_"): value for key, value in released["default_sampling"].items()}
         assert entry.sampling == defaults
         assert entry.generator.file.name == released["checkpoint_file"]
+
+
+def test_names_in_the_checkpoints_folder_are_unique() -> None:
+    published = {
+        part.file.published: part.file for entry in MODELS.values() for part in entry.parts if not entry.folder
+    }
+    assert len({file.local_name for file in published.values()}) == len(published)
+    assert MODELS["rar-b"].generator.file.local_name == "rar_b.bin"
+    file = MODELS["robustok-b"].generator.file
+    assert file.local_name == "robustok_rar_b.bin"
+    assert file.published == "https://huggingface.co/qiuk6/RobusTok/blob/main/rar_b.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("robustok-b", [1, 1.49169, 3.11376, 5.0834, 5.99975]),
+        ("robustok-l", [1, 1.82021, 3.84381, 5.89412, 6.74978]),
+    ],
+)
+def test_default_guidance_is_that_of_the_released_sampler(name: str, expected: list[float]) -> None:
+    from softcfg import CFG
+
+    settings = MODELS[name].sampling
+    guidance = CFG(settings["guidance_scale"], settings["guidance_scale_pow"])
+    scales = guidance.scales(256)[[0, 64, 128, 192, 255]]
+    assert scales.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_listing_models_needs_no_torch() -> None:

@@ -6,6 +6,7 @@ not import torch.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,8 @@ class Family:
         module: dotted name of the Python module that holds the classes `model` and `config`.
         sections: where a configuration in the released, nested layout keeps this family's fields.
         entries: keys under which a training checkpoint may hold the weights, the preferred one first.
+        ignored: beginnings of the names of tensors that released files hold and generation does not need.
+        allowed_types: what released files hold beside tensors and plain containers, and may be unpickled.
     """
 
     kind: str
@@ -42,21 +45,37 @@ class Family:
     config: str
     sections: tuple[str, ...]
     entries: tuple[str, ...] = ("model", "state_dict")
+    ignored: tuple[str, ...] = ()
+    allowed_types: tuple[type, ...] = ()
 
     def classes(self) -> tuple[type[nn.Module], type]:
         """Import and return the module class and its configuration class."""
         module = importlib.import_module(self.module)
         return getattr(module, self.model), getattr(module, self.config)
 
+    def needed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The state dict without what is ignored."""
+        return {name: tensor for name, tensor in state_dict.items() if not name.startswith(self.ignored)}
+
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`."""
+    """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`.
+
+    Attributes:
+        alias: its name in the checkpoints folder, where another model's file has the name it was published under.
+    """
 
     name: str
     repository: str = ""
     drive_id: str = ""
     folder: Path | None = None
+    alias: str = ""
+
+    @property
+    def local_name(self) -> str:
+        """The file's name in its folder or the checkpoints folder."""
+        return self.alias or self.name
 
     @property
     def published(self) -> str:
@@ -120,14 +139,15 @@ def _generator(name: str, module: str, model: str, config: str) -> Family:
     return Family("generator", name, module, model, config, ("model.vq_model", "model.generator"))
 
 
-def _tokenizer(name: str, module: str, model: str, config: str) -> Family:
-    return Family("tokenizer", name, module, model, config, ("model.vq_model",))
+def _tokenizer(name: str, module: str, model: str, config: str, **layout: Any) -> Family:
+    return Family("tokenizer", name, module, model, config, ("model.vq_model",), **layout)
 
 
 GENERATORS: dict[str, Family] = _by_name(
     [
         _generator("alitok", "softcfg.models.alitok", "AliTok", "AliTokConfig"),
         _generator("rar", "softcfg.models.rar", "RAR", "RARConfig"),
+        _generator("robustok", "softcfg.models.rar", "RAR", "RobusTokConfig"),
     ]
 )
 
@@ -135,6 +155,15 @@ TOKENIZERS: dict[str, Family] = _by_name(
     [
         _tokenizer("alitok", "softcfg.tokenizers.alitok", "AliTokTokenizer", "AliTokTokenizerConfig"),
         _tokenizer("maskgit-vq", "softcfg.tokenizers.maskgit_vq", "MaskGITVQ", "MaskGITVQConfig"),
+        _tokenizer(
+            "robustok",
+            "softcfg.tokenizers.robustok",
+            "RobusTokTokenizer",
+            "RobusTokTokenizerConfig",
+            entries=("ema", "model", "state_dict"),
+            ignored=("semantic_model.", "quantize.ema_vocab_hit_SV", "encoder.lvl1LC", "decoder.lvl1LC"),
+            allowed_types=(argparse.Namespace,),
+        ),
     ]
 )
 
@@ -176,6 +205,24 @@ MASKGIT_VQ_TOKENIZER = Part(
     54_515_587,
 )
 
+ROBUSTOK_TOKENIZER = Part(
+    TOKENIZERS["robustok"],
+    {
+        "codebook_size": 4096,
+        "codebook_embed_dim": 64,
+        "codebook_l2_norm": True,
+        "vit_embed_dim": 768,
+        "vit_depth": 12,
+        "vit_num_heads": 12,
+        "mlp_ratio": 4,
+        "image_size": 256,
+        "patch_size": 16,
+        "num_latent_tokens": 256,
+    },
+    ModelFile("post-train.pt", repository="qiuk6/RobusTok"),
+    172_288_064,
+)
+
 
 def _alitok(
     name: str, hidden_size: int, layers: int, parameters: int, drive_id: str,
@@ -200,26 +247,46 @@ def _alitok(
     )
 
 
-def _rar(
-    name: str, hidden_size: int, layers: int, mlp: int, parameters: int,
-    temperature: float, scale: float, power: float, fid: float,
-) -> ModelEntry:  # fmt: skip
-    config = {
+def _rar_config(hidden_size: int, layers: int, mlp: int, codes: int) -> dict[str, int]:
+    return {
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": 16,
         "intermediate_size": mlp,
-        "codebook_size": 1024,
+        "codebook_size": codes,
         "condition_num_classes": 1000,
         "image_seq_len": 256,
     }
+
+
+def _rar(
+    name: str, hidden_size: int, layers: int, mlp: int, parameters: int,
+    temperature: float, scale: float, power: float, fid: float,
+) -> ModelEntry:  # fmt: skip
     file = ModelFile(name.replace("-", "_") + ".bin", repository="yucornetto/RAR")
     return ModelEntry(
         name,
-        Part(GENERATORS["rar"], config, file, parameters),
+        Part(GENERATORS["rar"], _rar_config(hidden_size, layers, mlp, 1024), file, parameters),
         MASKGIT_VQ_TOKENIZER,
         "RAR, ImageNet 256 x 256, 256 tokens in raster order",
         {"temperature": temperature, "guidance_scale": scale, "guidance_scale_pow": power, "seed": 42},
+        fid,
+    )
+
+
+def _robustok(
+    size: str, hidden_size: int, layers: int, mlp: int, parameters: int,
+    temperature: float, scale: float, power: float, fid: float,
+) -> ModelEntry:  # fmt: skip
+    # RAR publishes files of the same names.
+    file = ModelFile(f"rar_{size}.bin", repository="qiuk6/RobusTok", alias=f"robustok_rar_{size}.bin")
+    return ModelEntry(
+        f"robustok-{size}",
+        Part(GENERATORS["robustok"], _rar_config(hidden_size, layers, mlp, 4096), file, parameters),
+        ROBUSTOK_TOKENIZER,
+        "RobusTok, ImageNet 256 x 256, 256 tokens in raster order; "
+        "the repository's main-train.pt, the tokenizer before post-training, fits too",
+        {"temperature": temperature, "guidance_scale": scale, "guidance_scale_pow": power},
         fid,
     )
 
@@ -276,6 +343,9 @@ MODELS: dict[str, ModelEntry] = _by_name(
         _rar("rar-l",  1024, 24, 4096,   461_668_352,  1.02, 15.5, 2.5,  1.70),
         _rar("rar-xl", 1280, 32, 5120,   955_425_024,  1.02,  6.9, 1.5,  1.50),
         _rar("rar-xxl", 1408, 40, 6144, 1_498_520_704, 1.02,  8.0, 1.2,  1.48),
+        #    size hidden layers mlp  parameters temperature scale power FID
+        _robustok("b",  768, 24, 3072, 265_645_312, 1.02, 6.0,  1.15, 1.60),
+        _robustok("l", 1024, 24, 4096, 467_962_880, 1.04, 6.75, 1.01, 1.36),
     ]
 )
 # fmt: on
