@@ -16,7 +16,7 @@ from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
-from softcfg.nn.rotary import angles_1d, angles_2d
+from softcfg.nn.rotary import angles_1d, angles_2d, tables_behind_condition
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ class AliTok(Generator):
 def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 [1 + T, head_dim / 2], of the condition and the T tokens.
 
-    The condition's row is zero in both, which makes its query and key zero vectors. Prefix tokens turn with
-    their position; grid tokens with row and column, counted on from the last prefix position.
+    Prefix tokens turn with their position; grid tokens with row and column, counted on from the last prefix position.
     """
     pairs = config.hidden_size // config.num_attention_heads // 2
     prefix, side = config.prefix, config.grid_size
@@ -154,5 +153,4 @@ def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:
             angles_2d(prefix + grid // side, prefix + grid % side, pairs, config.rope_base),
         )
     )
-    zero = torch.zeros(1, pairs, device="cpu")
-    return torch.cat((zero, angles.cos())), torch.cat((zero, angles.sin()))
+    return tables_behind_condition(angles)
