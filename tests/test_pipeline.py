@@ -39,6 +39,9 @@ def test_defaults_come_from_the_model(pipe: Pipeline) -> None:
     explicit = pipe([0, 1], SoftCFG(guidance_scale=3.0, guidance_scale_pow=0.5), temperature=0.9)
     assert torch.equal(pipe([0, 1]).tokens, explicit.tokens)
     assert not torch.equal(pipe([0, 1], temperature=3.0).tokens, explicit.tokens)
+    defaults = {"guidance_scale": 2.0, "schedule": "constant"}
+    other = Pipeline(pipe.generator, pipe.tokenizer, sampling_defaults=defaults)
+    assert other.default_guidance() == SoftCFG(guidance_scale=2.0, schedule="constant")
 
 
 def test_seed_and_index_fix_an_image(pipe: Pipeline) -> None:

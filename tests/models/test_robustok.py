@@ -11,7 +11,8 @@ from goldens import golden
 from softcfg import CFG, SoftCFG
 from softcfg.decoding import Sampling, decode, draw, image_uniforms
 from softcfg.models.base import Generator
-from softcfg.zoo import GENERATORS
+from softcfg.zoo import GENERATORS, ModelFile, Part
+from tiny_models import weights
 
 GUIDANCE = {"guidance_scale": 6.0, "guidance_scale_pow": 1.15}
 TEMPERATURE = 1.02
@@ -21,6 +22,15 @@ TEMPERATURE = 1.02
 def generator() -> Generator:
     case = golden("rar/golden-generator-cfg-a")
     return softcfg.load_generator("robustok", config=case.config, checkpoint=case.weights())
+
+
+@pytest.fixture(scope="module")
+def short() -> Generator:
+    """A generator of few tokens."""
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+              "codebook_size": 40, "condition_num_classes": 5, "image_seq_len": 24}  # fmt: skip
+    state = weights(Part(GENERATORS["robustok"], config, ModelFile("")))
+    return softcfg.load_generator("robustok", config, {name: 4 * tensor for name, tensor in state.items()})
 
 
 def sample(generator: Generator, guidance: CFG, **forcing: Any) -> Tensor:
@@ -66,30 +76,30 @@ def test_softcfg_acts_on_the_unconditional_logits(generator: Generator, method: 
     assert (soft.guided_logits - plain.guided_logits)[:, 100:].abs().amax(-1).min() > 1e-2
 
 
-def test_forced_tokens_are_those_given_where_the_mask_says_so(generator: Generator) -> None:
+def test_forced_tokens_are_those_given_where_the_mask_says_so(short: Generator) -> None:
     """`generate(tf_tokens, prob)` replaces the drawn token where a mask, uniform < prob, is true."""
     guidance = SoftCFG(**GUIDANCE)
     torch.manual_seed(0)
-    tf_tokens = torch.randint(generator.vocab_size, (2, generator.num_tokens, 1))
-    mask = torch.rand(2, generator.num_tokens, 1) < 0.7
+    tf_tokens = torch.randint(short.vocab_size, (2, short.num_tokens, 1))
+    mask = torch.rand(2, short.num_tokens, 1) < 0.7
     forcing = {"forced_tokens": tf_tokens.squeeze(-1), "forced_mask": mask.squeeze(-1)}
-    tokens = sample(generator, guidance, **forcing)
+    tokens = sample(short, guidance, **forcing)
     assert torch.equal(tokens[forcing["forced_mask"]], forcing["forced_tokens"][forcing["forced_mask"]])
 
     # Elsewhere they are what is drawn after that very history.
-    trace = softcfg.trace(generator, labels=[1, 4], tokens=tokens, guidance=guidance, temperature=TEMPERATURE)
+    trace = softcfg.trace(short, labels=[1, 4], tokens=tokens, guidance=guidance, temperature=TEMPERATURE)
     probabilities = Sampling(TEMPERATURE).probabilities(trace.guided_logits)
-    uniforms = image_uniforms(0, [0, 1], generator.num_tokens)
+    uniforms = image_uniforms(0, [0, 1], short.num_tokens)
     drawn = draw(probabilities.flatten(0, 1), uniforms.flatten()).view(2, -1)
     free = ~forcing["forced_mask"]
     assert torch.equal(tokens[free], drawn[free])
-    assert not torch.equal(tokens[free], sample(generator, guidance)[free])
+    assert not torch.equal(tokens[free], sample(short, guidance)[free])
 
 
-def test_the_probabilities_zero_and_one(generator: Generator) -> None:
+def test_the_probabilities_zero_and_one(short: Generator) -> None:
     guidance = CFG(**GUIDANCE)
-    given = torch.randint(generator.vocab_size, (2, generator.num_tokens))
+    given = torch.randint(short.vocab_size, (2, short.num_tokens))
     mask = torch.rand(given.shape)
-    assert torch.equal(sample(generator, guidance, forced_tokens=given, forced_mask=mask < 1), given)
-    drawn = sample(generator, guidance)
-    assert torch.equal(sample(generator, guidance, forced_tokens=given, forced_mask=mask < 0), drawn)
+    assert torch.equal(sample(short, guidance, forced_tokens=given, forced_mask=mask < 1), given)
+    drawn = sample(short, guidance)
+    assert torch.equal(sample(short, guidance, forced_tokens=given, forced_mask=mask < 0), drawn)

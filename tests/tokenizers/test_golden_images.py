@@ -81,11 +81,24 @@ CASES = [
         encode_file="robustok/golden-tokenizer-encode-a",
         signed=True,
     ),
+    Case(
+        "llamagen-vq",
+        "llamagen/golden-tokenizer-decode-a",
+        "decoder_raw",
+        "decoded_uint8",
+        "image_uint8",
+        "encoder_latent",
+        "encoded_tokens",
+        5e-5,
+        3e-5,
+        signed=True,
+    ),
 ]
 RELEASED = [
     ("maskgit-vq", "rar/keys-maskgit-vqgan.json"),
     ("alitok", "alitok/keys-tokenizer.json"),
     ("robustok", "robustok/keys-tokenizer.json"),
+    ("llamagen-vq", "llamagen/keys-vq-16.json"),
 ]
 Loaded = tuple[Case, Golden, Tokenizer]
 
@@ -162,6 +175,31 @@ def test_released_tensors(name: str, keys: str) -> None:
         as_given = model(load_config(config, released["config"]))
     for module in (by_default, as_given):
         assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == expected
+
+
+def test_released_tensors_of_llamagens_vq_8() -> None:
+    released = json.loads((FOLDER / "llamagen/keys-vq-8.json").read_text())
+    model, config = TOKENIZERS["llamagen-vq"].classes()
+    with torch.device("meta"):
+        module = model(load_config(config, released["config"]))
+    expected = TOKENIZERS["llamagen-vq"].needed(released["tensors"])
+    assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == expected
+    assert module.num_tokens == 32 * 32
+
+
+def test_llamagen_resizes_the_raw_image() -> None:
+    """384 px to 256 px in the released evaluation, here 96 to 64."""
+    file = golden("llamagen/golden-tokenizer-decode-a-resize")
+    config = {**file.config, "image_size": 96}
+    whole = softcfg.load_tokenizer("llamagen-vq", config=config, checkpoint=file.weights())
+    close(2 * whole.decode_raw(file.arrays["tokens"]) - 1, file.arrays["decoder_raw"], 1e-4)
+    resized = softcfg.load_tokenizer("llamagen-vq", config={**config, "output_size": 64}, checkpoint=file.weights())
+    raw = resized.decode_raw(file.arrays["tokens"])
+    close(2 * raw - 1, file.arrays["resized_raw"], 1e-4)
+    steps = resized.to_uint8(resized.decode(file.arrays["tokens"])).int() - file.arrays["resized_uint8"].int()
+    assert steps.abs().max() <= 1
+    assert steps.count_nonzero() < 1e-3 * steps.numel()
+    assert torch.equal(resized.to_uint8((file.arrays["resized_raw"] + 1) / 2), file.arrays["resized_uint8"])
 
 
 def test_robustok_decodes_from_what_decoding_needs() -> None:

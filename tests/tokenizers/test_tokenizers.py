@@ -14,6 +14,8 @@ from softcfg.configuration import load_config
 from softcfg.tokenizers import (
     AliTokTokenizer,
     AliTokTokenizerConfig,
+    LlamaGenVQ,
+    LlamaGenVQConfig,
     MaskGITVQ,
     MaskGITVQConfig,
     RobusTokTokenizer,
@@ -58,6 +60,16 @@ ROBUSTOK = {
     "image_size": 12,
     "patch_size": 4,
 }
+LLAMAGEN = {
+    "ch": 16,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "z_channels": 6,
+    "codebook_size": 16,
+    "codebook_embed_dim": 5,
+    "num_groups": 8,
+    "image_size": 12,
+}
 
 
 def maskgit_vq(**changes: Any) -> MaskGITVQ:
@@ -79,7 +91,15 @@ def robustok(**changes: Any) -> RobusTokTokenizer:
     return tokenizer
 
 
-@pytest.fixture(params=[maskgit_vq, alitok, robustok], ids=["maskgit-vq", "alitok", "robustok"])
+def llamagen_vq(**changes: Any) -> LlamaGenVQ:
+    torch.manual_seed(0)
+    return LlamaGenVQ(load_config(LlamaGenVQConfig, {**LLAMAGEN, **changes}))
+
+
+BUILDERS = {"maskgit-vq": maskgit_vq, "alitok": alitok, "robustok": robustok, "llamagen-vq": llamagen_vq}
+
+
+@pytest.fixture(params=BUILDERS.values(), ids=BUILDERS)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.param()
 
@@ -103,6 +123,8 @@ def some_pixels(tokenizer: Tokenizer, images: int = 3) -> Tensor:
         (alitok(num_latent_tokens=9, aux_tokens=0, num_buffer_tokens=0), 9, 12),
         (alitok(image_size=8, aux_tokens=None), 14, 8),
         (robustok(image_size=20, num_latent_tokens=25), 25, 20),
+        (llamagen_vq(), 36, 12),
+        (llamagen_vq(ch_mult=[1, 2, 1], image_size=24, num_res_blocks=2), 36, 24),
     ],
 )
 def test_sizes_follow_the_configuration(tokenizer: Tokenizer, tokens: int, size: int) -> None:
@@ -238,7 +260,7 @@ def test_wrong_tokens(tokens: Any, message: str) -> None:
         ("image.png", "pixels must be a tensor"),
     ],
 )
-@pytest.mark.parametrize("build", [maskgit_vq, alitok, robustok])
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_wrong_pixels(build: Any, pixels: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build().encode(pixels)
@@ -272,6 +294,10 @@ def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:
         (robustok, {"vit_num_heads": 5}, "vit_embed_dim 24 must be a multiple of vit_num_heads 5"),
         (robustok, {"num_latent_tokens": 8}, "num_latent_tokens 8 must be one a patch, here 9"),
         (robustok, {"vit_depth": 0}, "vit_depth"),
+        (llamagen_vq, {"ch_mult": []}, "ch_mult"),
+        (llamagen_vq, {"ch": 12}, "ch 12 must be a multiple of num_groups 8"),
+        (llamagen_vq, {"image_size": 13}, "image_size 13 must be a multiple of 2"),
+        (llamagen_vq, {"output_size": 0}, "output_size must be greater than 0"),
     ],
 )
 def test_wrong_configurations(build: Any, changes: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import softcfg
 from softcfg import CheckpointError, UserError
-from softcfg.zoo import MODELS, TOKENIZERS, ModelFile, Part, fetch, read_state_dict
+from softcfg.zoo import GENERATORS, MODELS, TOKENIZERS, ModelFile, Part, fetch, read_state_dict
 from softcfg.zoo.checkpoints import hash_file
 from tiny_models import ALITOK, ON_DRIVE, VQ, on_hub, weights
 
@@ -239,6 +239,26 @@ def test_other_objects_beside_the_arguments_are_refused(tmp_path: Path) -> None:
     path = save(training_checkpoint(argparse.Namespace(output=Path("x"))), tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"refused: .*\(pathlib[\w.]*Path\)"):
         softcfg.load_tokenizer("robustok", ROBUSTOK, path)
+
+
+LLAMAGEN = {"dim": 8, "n_layer": 1, "n_head": 2, "num_classes": 2, "vocab_size": 4, "block_size": 4, "multiple_of": 8}
+LLAMAGEN_PART = Part(GENERATORS["llamagen"], LLAMAGEN, ModelFile("c2i.pt", "someone/tiny"))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state, "steps": 3, "args": argparse.Namespace(lr=1e-4)},
+        lambda state: {"module": state},
+        lambda state: {"state_dict": state},
+    ],
+)
+def test_layouts_of_llamagen(tmp_path: Path, wrap: Callable) -> None:
+    state = weights(LLAMAGEN_PART)
+    stored = {**state, "freqs_cis": torch.zeros(5, 1, 2)}
+    generator = softcfg.load_generator("llamagen", LLAMAGEN, save(wrap(stored), tmp_path / "c2i.pt"))
+    assert same(dict(generator.state_dict()), state)
 
 
 @pytest.mark.usefixtures("small_zoo")

@@ -14,6 +14,10 @@ KEYS = {
     **{f"alitok-{size}": GOLDEN / "alitok" / f"keys-generator-{size}.json" for size in ("b", "l", "xl")},
     **{f"rar-{size}": GOLDEN / "rar" / f"keys-rar-{size}.json" for size in ("b", "l", "xl", "xxl")},
     **{f"robustok-{size}": GOLDEN / "robustok" / f"keys-rar-{size}.json" for size in ("b", "l")},
+    **{
+        f"llamagen-{size}-{pixels}": GOLDEN / "llamagen" / f"keys-gpt-{size}.json"
+        for size, pixels in [("b", 256), ("l", 256), *((size, 384) for size in ("b", "l", "xl", "xxl", "3b"))]
+    },
 }
 MODEL_YAML = """\
 name: shapes
@@ -39,6 +43,8 @@ def test_models_have_exactly_the_released_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", KEYS)
 def test_configurations_are_those_of_the_released_models(name: str) -> None:
     released = json.loads(KEYS[name].read_text())["config"]
+    if "block_size_by_image_size" in released:
+        released["block_size"] = released["block_size_by_image_size"][name.rpartition("-")[2]]
     entry = MODELS[name]
     assert entry.generator.config == {key: released[key] for key in entry.generator.config}
     if "default_sampling" in released:
@@ -61,6 +67,7 @@ def test_names_in_the_checkpoints_folder_are_unique() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("llamagen-b-384", [2.25] * 5),
         ("robustok-b", [1, 1.49169, 3.11376, 5.0834, 5.99975]),
         ("robustok-l", [1, 1.82021, 3.84381, 5.89412, 6.74978]),
     ],
@@ -68,8 +75,7 @@ def test_names_in_the_checkpoints_folder_are_unique() -> None:
 def test_default_guidance_is_that_of_the_released_sampler(name: str, expected: list[float]) -> None:
     from softcfg import CFG
 
-    settings = MODELS[name].sampling
-    guidance = CFG(settings["guidance_scale"], settings["guidance_scale_pow"])
+    guidance = CFG(**{key: value for key, value in MODELS[name].sampling.items() if key != "temperature"})
     scales = guidance.scales(256)[[0, 64, 128, 192, 255]]
     assert scales.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -122,6 +128,7 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
         ("family: maskgit-vq, ", "", "family must be a text, got None"),
         ("checkpoint: g.pt", "checkpoint: 3", "checkpoint must be a text, got 3"),
         ("guidance_scale: 3", "guidance_scale: big", "sampling.guidance_scale must be a number, got 'big'"),
+        ("guidance_scale: 3", "schedule: 3", "sampling.schedule must be a text, got 3"),
         ("classes: [square, 0]", "classes: square", "classes must be a list, got 'square'"),
         ("generator: {", "generators: {", "generator must be a mapping, got None"),
         ("name: shapes", "name: [", "not valid YAML"),

@@ -50,8 +50,8 @@ def load_generator(
     """Load a generator in eval mode, its parameters without gradients.
 
     Args:
-        family: a family ("alitok", "rar", "robustok"); or a model of the zoo ("alitok-xl") or a model folder, which
-            then supplies what is not given.
+        family: a family ("alitok", "rar", "robustok", "llamagen"); or a model of the zoo ("alitok-xl") or a model
+            folder, which then supplies what is not given.
         config: the family's configuration dataclass, a mapping (flat or as released) or a YAML file.
         checkpoint: a weights file or a state dict, under the released names. Tensors that need no conversion
             are used as they are, not copied.
@@ -72,7 +72,10 @@ def load_tokenizer(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tokenizer:
-    """Load an image tokenizer ("alitok", "maskgit-vq", "robustok", or that of a model); see `load_generator`."""
+    """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
+
+    See `load_generator`.
+    """
     return _load(TOKENIZERS, family, config, checkpoint, device, dtype)
 
 
