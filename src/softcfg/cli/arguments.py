@@ -57,7 +57,7 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="power of the cosine ramp from 1 to G (default: the model's own)",
     )
-    group.add_argument("--schedule", default="cosine_power", help="cosine_power (default), constant or linear")
+    group.add_argument("--schedule", help="cosine_power, constant or linear (default: the model's own)")
     group.add_argument(
         "--softcfg-strength",
         type=float,
@@ -126,7 +126,7 @@ def load_pipeline(args: argparse.Namespace, *, random_weights: bool = False) -> 
 
 
 def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
-    """The guidance method that the arguments ask for, with the model's scale and power as defaults."""
+    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
     from softcfg.guidance import SoftCFG
 
     chosen: dict[str, Any] = {

@@ -16,6 +16,7 @@ from softcfg.models.base import Condition, Generator
 from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear
+from softcfg.nn.mlp import MLP
 
 EPS = 1e-6  # of every layer norm
 WINDOW_ROWS = 256  # rows of a product at which it runs near full speed
@@ -50,6 +51,13 @@ class RARConfig:
             )
 
 
+@dataclass(frozen=True)
+class RobusTokConfig(RARConfig):
+    """Sizes of a RobusTok generator: RAR with more image codes."""
+
+    codebook_size: int = 4096
+
+
 class RARCondition(Condition):
     """Classes, and what the layers make of them and of the slots ahead, computed for all distinct rows together.
 
@@ -80,19 +88,6 @@ class Modulation(nn.Module):
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
-
-
-class MLP(nn.Module):
-    """fc2(gelu(fc1(x))) with the exact GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class RARBlock(Modulation):

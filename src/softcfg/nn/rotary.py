@@ -19,6 +19,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
+def tables_behind_condition(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [1 + T, pairs] of the angles [T, pairs] of the tokens, behind one slot of the condition.
+
+    The condition's row is zero in both, which makes its query and key zero vectors.
+    """
+    zero = angles.new_zeros(1, angles.shape[1])
+    return torch.cat((zero, angles.cos())), torch.cat((zero, angles.sin()))
+
+
 def angles_1d(positions: Tensor, pairs: int, base: float) -> Tensor:
     """Angles [len(positions), pairs] with frequencies base^(-i / pairs), i = 0 .. pairs - 1, in float32."""
     frequencies = base ** -(torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
