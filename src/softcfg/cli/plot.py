@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     from softcfg.guidance import CFG
     from softcfg.inspection import trace
-    from softcfg.tokenizers.base import to_uint8
 
     pipeline = arguments.load_pipeline(args)
     guidance = arguments.guidance_from(args, pipeline)
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     main = traced(guidance)
-    pixels: np.ndarray = to_uint8(pipeline.tokenizer.decode(main.tokens)).cpu().numpy()
+    pixels: np.ndarray = pipeline.tokenizer.to_uint8(pipeline.tokenizer.decode(main.tokens)).cpu().numpy()
     for name in figures:
         if name == "confidence":
             titles = [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
