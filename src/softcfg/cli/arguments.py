@@ -63,7 +63,7 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="power of the cosine ramp from 1 to G (default: the model's own)",
     )
-    group.add_argument("--schedule", default="cosine_power", help="cosine_power (default), constant or linear")
+    group.add_argument("--schedule", help="cosine_power, constant or linear (default: the model's own)")
     group.add_argument(
         "--softcfg-strength",
         type=float,
@@ -101,8 +101,14 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
 
 
-def load_pipeline(args: argparse.Namespace, device: torch.device | str | None = None) -> Pipeline:
-    """The pipeline that the model arguments ask for, on `device` if that is given."""
+def load_pipeline(
+    args: argparse.Namespace, device: torch.device | str | None = None, *, random_weights: bool = False
+) -> Pipeline:
+    """The pipeline that the model arguments ask for, or one of that architecture with random weights.
+
+    Args:
+        device: in place of that of the arguments.
+    """
     import torch
 
     from softcfg.pipeline import Pipeline
@@ -116,6 +122,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device | str | None = 
         raise UserError(
             f"device {args.device!r} is not available here; use cpu, or cuda on a machine with a GPU"
         ) from None
+    if random_weights:
+        return Pipeline.with_random_weights(args.model, device=device, dtype=getattr(torch, args.dtype))
     return Pipeline.from_pretrained(
         args.model,
         device=device,
@@ -126,7 +134,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device | str | None = 
 
 
 def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
-    """The guidance method that the arguments ask for, with the model's scale and power as defaults."""
+    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
     from softcfg.guidance import SoftCFG
 
     chosen: dict[str, Any] = {

@@ -128,12 +128,10 @@ def _decoded(shard: Shard, tokenizer: Tokenizer, target: RunFolder) -> Shard:
 
     import numpy as np
 
-    from softcfg.tokenizers.base import to_uint8
-
     count = len(shard.tokens)
     padded = np.concatenate([shard.tokens, shard.tokens[-1:].repeat(target.plan.batch_size - count, axis=0)])
     pixels = [
-        to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once])).cpu().numpy()
+        tokenizer.to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once])).cpu().numpy()
         for start in range(0, count, shard.drawn_at_once)
     ]
     return dataclasses.replace(shard, run=target.run, pixels=np.concatenate(pixels)[:count])

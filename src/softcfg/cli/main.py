@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from softcfg.cli import decode, fetch, models, released, runs, sample, trace
+from softcfg.cli import bench, decode, fetch, models, plot, released, runs, sample, trace
 from softcfg.errors import UserError
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
-COMMANDS = (sample, runs, decode, trace, models, fetch)
+COMMANDS = (sample, runs, decode, trace, plot, models, fetch, bench)
 
 
 class Parser(argparse.ArgumentParser):

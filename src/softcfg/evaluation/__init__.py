@@ -1,0 +1,1 @@
+"""Measuring images: feature networks, metrics and reports."""
