@@ -111,10 +111,11 @@ def test_progress_counts_what_all_processes_did(tmp_path: Path) -> None:
     run = complete(tmp_path)
     last = run.shard_path(2)
     content = last.read_bytes()
-    last.unlink()
+    last.write_bytes(content[:-1])  # torn, and to be drawn again
     run.shard_path(1).unlink()
     progress = Progress(run, [1, 2])
     assert (progress.bar.n, progress.bar.total, progress.before) == (4, 10, 4)
+    assert progress.look() == 4
     progress.update(2.5)
     assert progress.bar.n == 6
     last.write_bytes(content)  # by another process

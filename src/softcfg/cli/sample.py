@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from softcfg.runs.folder import RunFolder
     from softcfg.runs.processes import Processes
     from softcfg.runs.tracking import Tracker
+    from softcfg.runs.worker import Progress
 
 PER_LABEL = 8
 COMPARE_UP_TO = 100  # images
@@ -141,10 +143,10 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 
     settings, todo = processes.agree(claim)
     run = RunFolder(folder, settings)
+    progress = None
     try:
         artist = Artist(pipeline, guidance, sampling, args.seed, run.plan.batch_size)
         tracker = _tracker(args, run, processes)
-        progress = None
         if processes.first:
             _announce(run, guidance, todo)
             progress = Progress(run, todo, tracker)
@@ -152,10 +154,10 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         if progress is not None:
             _finish(args, run, artist, guidance, todo, progress.seconds, tracker)
     except UserError as error:
-        raise UserError(f"{error}; {_how_to_continue(args, run)}") from None
+        raise UserError(f"{error}; {_how_to_continue(args, progress)}") from None
     except KeyboardInterrupt:
         if processes.first:
-            print(f"\nsoftcfg: stopped; {_how_to_continue(args, run)}", file=sys.stderr)
+            print(f"\nsoftcfg: stopped; {_how_to_continue(args, progress)}", file=sys.stderr)
         raise
     finally:
         for lock in locks:
@@ -238,11 +240,11 @@ def _announce(run: RunFolder, guidance: CFG, todo: Sequence[int]) -> None:
     print(f"{type(guidance).__name__}: {shown}" if guidance.is_active else "no guidance", flush=True)
 
 
-def _how_to_continue(args: argparse.Namespace, run: RunFolder) -> str:
-    try:
-        done = f"{run.images_done()} of {run.plan.num_samples} images are done and kept; "
-    except UserError:
-        done = ""
+def _how_to_continue(args: argparse.Namespace, progress: Progress | None) -> str:
+    done = ""
+    if progress is not None:
+        with contextlib.suppress(UserError):  # the folder may be what went wrong
+            done = f"{progress.look()} of {progress.total} images are done and kept; "
     return f"{done}continue with: {_command(args)}"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,25 +104,27 @@ class RunFolder:
 
     def missing(self) -> list[int]:
         """The shards that are not there, torn, shorter than planned or of another run; only headers are read."""
-        return [number for number in range(self.plan.num_shards) if not self._is_whole(number)]
+        return [number for number in range(self.plan.num_shards) if not self.is_whole(number)]
 
-    def _is_whole(self, number: int) -> bool:
+    def is_whole(self, number: int) -> bool:
+        """Whether a shard is there as planned, by its header."""
         try:
             return glance(self.shard_path(number)) == (self.run, len(self.plan.indices(number)))
         except DamagedShardError:
             return False
 
-    def images_done(self) -> int:
-        """Images in the shard files that are there, by their names alone."""
-        done = 0
+    def present(self) -> set[int]:
+        """The shards that there are files of, whole or not.
+
+        Raises:
+            UserError: the folder cannot be read (it vanished).
+        """
         try:
-            for path in (self.path / SHARDS).iterdir():
-                digits = path.name.removeprefix("shard-").removesuffix(".safetensors")
-                if digits.isdigit() and path.suffix:
-                    done += len(self.plan.indices(int(digits)))
+            names = os.listdir(self.path / SHARDS)
         except OSError as error:
             raise UserError(f"cannot read {self.path / SHARDS}: {error.strerror}") from None
-        return done
+        found = (re.fullmatch(r"shard-(\d+)\.safetensors", name) for name in names)
+        return {int(match[1]) for match in found if match}
 
     def read(self, number: int) -> Shard:
         """Read a shard and check everything about it.

@@ -92,14 +92,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return any(
-        sign in text for sign in ("can't allocate memory", "CUDA out of memory", "ALLOC_FAILED", "out of memory")
-    )
+    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 class Progress:
-    """One bar for all processes, kept by rank 0: it counts the shard files that are there."""
+    """One bar for all processes, kept by rank 0: it looks which of the missing shards are there by now."""
 
     def __init__(self, run: RunFolder, todo: Sequence[int], tracker: Tracker | None = None) -> None:
         from tqdm import tqdm
@@ -109,6 +106,7 @@ class Progress:
         self.before = self.total - sum(len(run.plan.indices(number)) for number in todo)
         self.tracker = tracker
         self._done = self.before
+        self._open = set(todo)
         self._looked = self._started = time.monotonic()
         self._ended: float | None = None
         terminal = sys.stderr.isatty()
@@ -129,9 +127,12 @@ class Progress:
         self._show(min(self.total, int(self._done + own)))
 
     def look(self) -> int:
-        """Count the shard files again; returns the images done."""
+        """Look for shards that have come to be; returns the images done."""
         self._looked = time.monotonic()
-        self._done = self.run.images_done()
+        # A file may be there from before, torn or too short for a run that grew.
+        new = {number for number in self._open & self.run.present() if self.run.is_whole(number)}
+        self._open -= new
+        self._done += sum(len(self.run.plan.indices(number)) for number in new)
         if self.tracker is not None:
             self.tracker.throughput(self._done, self.rate(self._done))
         self._show(self._done)
