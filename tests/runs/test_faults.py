@@ -101,6 +101,19 @@ def test_any_number_of_processes_gives_the_same_bits(
     assert np.array_equal(images(tmp_path / "run.npz"), undisturbed)
 
 
+def test_many_processes_wait_for_torn_shards_to_be_redrawn(
+    model_folder: Path, tmp_path: Path, undisturbed: np.ndarray
+) -> None:
+    out = tmp_path / "run"
+    assert Job(2, words(model_folder, out, "--no-npz")).join() == [0, 0]
+    run = RunFolder.open(out)
+    for number in (3, 9, 16):
+        path = run.shard_path(number)
+        path.write_bytes(path.read_bytes()[:-7])
+    assert Job(3, words(model_folder, out)).join() == [0, 0, 0]
+    assert np.array_equal(images(tmp_path / "run.npz"), undisturbed)
+
+
 def test_errors_of_one_process_reach_all(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")
