@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softcfg.errors import UserError
+from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.sources import ImageSource
 from softcfg.zoo.registry import find
 
@@ -182,7 +183,7 @@ def _extract(extractor: Extractor, source: ImageSource, batch_size: int, progres
     collected: dict[str, Tensor] = {}
     done = 0
     with (
-        torch.backends.cudnn.flags(allow_tf32=False),  # TF32 would cost three decimals
+        full_float32(),
         tqdm(total=len(source), desc=source.name, unit="image", disable=None if progress else True) as bar,
     ):
         for pixels in _ahead(source.batches(batch_size)):

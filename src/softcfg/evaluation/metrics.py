@@ -1,6 +1,6 @@
 """The metrics of the ADM evaluation protocol, as functions of features.
 
-All arithmetic is float64, on the device of the features. Definitions and sources: `docs/evaluation.md`.
+Results are exact to float64, on the device of the features. Definitions and sources: `docs/evaluation.md`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from softcfg.errors import UserError
+from softcfg.evaluation.arithmetic import full_float32
 
 SPLIT_SIZE = 5000
 NEIGHBOUR = 3
-BLOCK = 2048  # rows; a block of distances takes 32 MiB
+BLOCK = 2048  # rows at once; a block of distances takes 16 MiB
+PANEL = 256  # columns of a covariance at once
+CACHED = 1 << 17  # float64 numbers that stay in a processor's cache
 
-# Two computations of one distance may differ by this, relatively; the rounding of float32 features is far larger.
-ROUNDING = 1e-10
+ERROR = 1e-5  # bound of the error of a squared distance in float32, relative to the squared norms
+SPARE = 4  # rows looked at beyond the k nearest, since float32 may put rows at nearly one distance in another order
+ROUNDING = 1e-12  # two float64 sums of the same numbers may differ by this
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ def statistics(features: Tensor) -> Statistics:
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
     for part in features.split(BLOCK):
         centred = part.double() - mean
-        covariance.addmm_(centred.T, centred)
-    return Statistics(mean, covariance / (count - 1))
+        for panel in _blocks(len(mean), PANEL):  # the part above the diagonal: half the work
+            covariance[panel, panel.start :].addmm_(centred[:, panel].T, centred[:, panel.start :])
+    return Statistics(mean, (covariance.triu() + covariance.triu(1).T) / (count - 1))
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
@@ -101,6 +106,7 @@ def inception_score(logits: Tensor, split_size: int = SPLIT_SIZE) -> float:
     return float(torch.stack(scores).mean())
 
 
+@full_float32()
 def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> tuple[float, float]:
     """Improved precision and recall of `samples` ``[N, D]`` against `reference` ``[M, D]``.
 
@@ -116,45 +122,79 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, blo
     if reference.shape[1:] != samples.shape[1:]:
         raise UserError(f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
     reach = [radii(each, k, block) * (1 + ROUNDING) for each in (reference, samples)]
+    screen = _Screen(reference, samples)
     sample_hit = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     reference_hit = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     for rows in _blocks(len(reference), block):
         for columns in _blocks(len(samples), block):
-            squared = _squared_distances(reference[rows], samples[columns])
-            sample_hit[columns] |= (squared <= reach[0][rows, None]).any(dim=0)
-            reference_hit[rows] |= (squared <= reach[1][columns]).any(dim=1)
+            squared, slack = screen.distances(rows, columns)
+            for dim, hit, limit in (
+                (0, sample_hit[columns], reach[0][rows, None]),
+                (1, reference_hit[rows], reach[1][columns]),
+            ):
+                rim = (limit / screen.unit).to(squared)
+                hit |= (squared <= rim - slack).any(dim=dim)
+                unsure = ((squared - rim).abs() <= slack) & ~hit.unsqueeze(dim)
+                for pairs in unsure.nonzero().split(block):
+                    i, j = pairs.T
+                    inside = _exact(reference[rows][i], samples[columns][j]) <= limit.expand(squared.shape)[i, j]
+                    hit[(j, i)[dim][inside]] = True
     return float(sample_hit.double().mean()), float(reference_hit.double().mean())
 
 
+@full_float32()
 def radii(features: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> Tensor:
     """Squared distance of each of N rows to its k-th nearest neighbour among the others, float64 ``[N]``."""
     count = len(_checked(features, "features"))
     if count < k + 1:
         raise UserError(f"precision and recall with k = {k} need at least {k + 1} images on both sides, got {count}")
-    # Each row's k + 1 least distances so far, the one to itself included. Each pair of blocks is computed once.
-    nearest = torch.full((count, k + 1), torch.inf, dtype=torch.float64, device=features.device)
+    screen = _Screen(features, features)
+    # Of each row the nearest rows so far, itself included. Each pair of blocks is computed once.
+    kept = min(k + 1 + SPARE, count)
+    least = torch.full((count, kept), torch.inf, device=features.device)
+    nearest = torch.zeros(count, kept, dtype=torch.int64, device=features.device)
 
-    def update(rows: slice, squared: Tensor) -> None:
-        least = squared.topk(min(k + 1, squared.shape[1]), largest=False).values
-        nearest[rows] = torch.cat([nearest[rows], least], dim=1).topk(k + 1, largest=False).values
+    def update(rows: slice, columns: slice, squared: Tensor) -> None:
+        values, indices = squared.topk(min(kept, squared.shape[1]), largest=False)
+        values, places = torch.cat([least[rows], values], dim=1).topk(kept, largest=False)
+        nearest[rows] = torch.cat([nearest[rows], indices + columns.start], dim=1).gather(1, places)
+        least[rows] = values
 
     for rows in _blocks(count, block):
         for columns in _blocks(count, block):
-            if columns.start < rows.start:
-                continue
-            squared = _squared_distances(features[rows], features[columns])
-            update(rows, squared)
-            if columns != rows:
-                update(columns, squared.T)
-    return nearest.amax(dim=1)
+            if columns.start >= rows.start:
+                squared, _ = screen.distances(rows, columns)
+                update(rows, columns, squared)
+                if columns != rows:
+                    update(columns, rows, squared.T)
+    step = max(1, CACHED // (kept * features.shape[1]))
+    exact = [_exact(features[rows, None], features[nearest[rows]]) for rows in _blocks(count, step)]
+    return torch.cat(exact).kthvalue(k + 1, dim=1).values
 
 
-def _squared_distances(one: Tensor, other: Tensor) -> Tensor:
-    """``[n, D]``, ``[m, D]`` -> ``[n, m]``; equal rows have the distance 0 exactly."""
-    one, other = one.double(), other.double()
-    norms = one.square().sum(dim=1)[:, None] + other.square().sum(dim=1)
-    squared = torch.addmm(norms, one, other.T, alpha=-2)
-    return torch.where(squared > 1e-13 * norms, squared, 0)
+class _Screen:
+    """Squared distances in float32, fast, with a bound of their error; what is closer than that is computed anew.
+
+    They are those of the rows moved to the mean and divided by the largest number, so that neither an offset nor
+    a scale costs accuracy. `unit` is the square of the divisor.
+    """
+
+    def __init__(self, one: Tensor, other: Tensor) -> None:
+        mean = one.mean(dim=0, dtype=torch.float64).to(one.dtype)
+        largest = max(float(each.abs().max()) + float(mean.abs().max()) for each in (one, other)) or 1.0
+        self.one, self.other = (((each - mean) / largest).float() for each in (one, other))
+        self.norms = [each.square().sum(dim=1) for each in (self.one, self.other)]
+        self.unit = largest**2
+
+    def distances(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """``[n, m]`` of these rows of the one and the other set, and how far each may be off."""
+        norms = self.norms[0][rows, None] + self.norms[1][columns]
+        return torch.addmm(norms, self.one[rows], self.other[columns].T, alpha=-2), norms.mul_(ERROR)
+
+
+def _exact(one: Tensor, other: Tensor) -> Tensor:
+    """Squared distances along the last dimension, float64; 0 for equal rows."""
+    return (one.double() - other.double()).square().sum(dim=-1)
 
 
 def _blocks(count: int, block: int) -> Iterator[slice]:

@@ -78,7 +78,7 @@ def evaluate(
     _require_equal_sizes(inputs)
     obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs))}
     if metrics and obstacles:
-        raise UserError(next(iter(obstacles.values())))
+        raise UserError("; ".join(f"{TITLES[name]} cannot be computed: {why}" for name, why in obstacles.items()))
     if save_stats and inputs[0].source is None:
         raise UserError(f"{inputs[0].name} holds no images of which statistics could be saved")
     if not isinstance(extractor, Extractor):
@@ -96,7 +96,7 @@ def evaluate(
                 values[name] = getattr(comparison, name)()
             except _UnavailableError as error:
                 if metrics:
-                    raise
+                    raise UserError(f"{TITLES[name]} cannot be computed: {error}") from None
                 obstacles[name] = str(error)
     if save_stats:
         sides[0].save_statistics(save_stats)

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def save_statistics(path: str | Path, pooled: Statistics, spatial: Statistics | 
     def numpy(tensor: Tensor) -> np.ndarray:
         return tensor.cpu().numpy()
 
-    arrays = {name: np.array(value) for name, value in origin.items()}
+    arrays: dict[str, Any] = {name: np.array(value) for name, value in origin.items()}
     for kind, given in (("pooled", pooled), ("spatial", spatial)):
         if given is not None:
             arrays.update(zip(ARRAYS[kind], (numpy(given.mean), numpy(given.covariance)), strict=True))
