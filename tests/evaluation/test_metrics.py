@@ -271,6 +271,7 @@ print(*precision_recall(reference, samples), peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_fifty_thousand_samples_need_little_memory() -> None:
     """All distances at once would take 10 GB for the samples among themselves."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
