@@ -126,6 +126,8 @@ def evaluate(
     notes = [f"no {TITLES[name]}: {obstacle}" for name, obstacle in obstacles.items()]
     notes += [extractor.note] if extractor.note else []
     if values.keys() & FRECHET.keys():
+        if inputs[0].file and inputs[0].source:
+            notes.append(f"FID and sFID use the statistics in {inputs[0].name}, not its images")
         notes += [note for side in sides if (note := side.note())]
     return Report(values, settings, notes)
 
@@ -158,7 +160,11 @@ class _Comparison:
 
     def _frechet(self, kind: str) -> float:
         assert self.reference is not None
-        return formulas.frechet_distance(self.samples.statistics(kind), self.reference.statistics(kind))
+        moments = self.samples.statistics(kind), self.reference.statistics(kind)
+        try:
+            return formulas.frechet_distance(*moments)
+        except UserError as error:
+            raise UserError(f"{self.samples.given.name} against {self.reference.given.name}: {error}") from None
 
     @cached_property
     def _precision_recall(self) -> tuple[float, float]:
@@ -271,7 +277,7 @@ class _Side:
     def note(self) -> str:
         """What bends FID and sFID, or ""."""
         if self.given.file:
-            return f"FID and sFID use the statistics in {self.given.name}, not its images" if self.given.source else ""
+            return ""
         count, width = len(self.features), self.features.pooled.shape[1]
         if count > width:
             return ""
