@@ -18,9 +18,9 @@ def write_pngs(folder: Path, images: np.ndarray) -> Path:
 
 def write_shards(folder: Path, images: np.ndarray, order: list[list[int]]) -> Path:
     """A run folder; `order` holds the indices of each shard."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text("{}")
     for n, indices in enumerate(order):
         tensors = {"pixels": torch.from_numpy(images[indices]), "indices": torch.tensor(indices)}
-        save_file(tensors, folder / f"shard-{n:05d}.safetensors")
+        save_file(tensors, folder / "shards" / f"shard-{n:05d}.safetensors")
     return folder

@@ -106,7 +106,9 @@ def test_pictures_that_sample_writes_are_not_samples(images: np.ndarray, tmp_pat
 def test_runs_are_read_in_the_order_of_the_indices(images: np.ndarray, tmp_path: Path, batch_size: int) -> None:
     order = [[3, 1, 22], list(range(4, 22, 2)), [0, 2], list(range(5, 22, 2))]
     folder = write_shards(tmp_path / "run", images, order)
+    write_pngs(folder / "images", images[::-1])  # as an export would
     np.testing.assert_array_equal(read(folder, batch_size), images)
+    np.testing.assert_array_equal(read(folder / "shards", batch_size), images)
 
 
 def test_the_fingerprint_follows_the_content(images: np.ndarray, tmp_path: Path) -> None:
@@ -227,26 +229,26 @@ def test_damaged_runs(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hold some images twice"):
         open_source(write_shards(tmp_path / "twice", images, [[0, 1, 2], [2, 3]]))
     folder = write_shards(tmp_path / "cut", images, [[0, 1], [2, 3]])
-    os.truncate(folder / "shard-00001.safetensors", 100)
+    os.truncate(folder / "shards" / "shard-00001.safetensors", 100)
     with pytest.raises(UserError, match=r"shard-00001\.safetensors is no shard of a run, or damaged"):
         open_source(folder)
     folder = write_shards(tmp_path / "sizes", images, [[0, 1], [2, 3]])
     save_file(
         {"pixels": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "indices": torch.tensor([9])},
-        folder / "shard-2.safetensors",
+        folder / "shards" / "shard-2.safetensors",
     )
     with pytest.raises(UserError, match=r"differ in image size: shard-00000\.safetensors has 6 x 8, shard-2"):
         open_source(folder)
     folder = write_shards(tmp_path / "count", images, [[0, 1]])
     save_file(
         {"pixels": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "indices": torch.tensor([3, 4])},
-        folder / "shard-3.safetensors",
+        folder / "shards" / "shard-3.safetensors",
     )
     with pytest.raises(UserError, match="2 indices for 1 images"):
         open_source(folder)
     save_file(
         {"pixels": torch.zeros(1, 8, 8, 3), "indices": torch.tensor([3])},
-        folder / "shard-3.safetensors",
+        folder / "shards" / "shard-3.safetensors",
     )
     with pytest.raises(UserError, match="they must be uint8"):
         open_source(folder)

@@ -75,7 +75,7 @@ def open_source(source: str | Path | NDArray[Any] | Tensor | ImageSource) -> Ima
         return ArraySource(source)
     path = Path(source)
     if path.is_dir():
-        shards = sorted(path.glob(SHARDS))
+        shards = sorted((path / "shards").glob(SHARDS)) or sorted(path.glob(SHARDS))
         return ShardsSource(path, shards) if shards else FolderSource(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give an .npz file, a folder of images or a run folder")
