@@ -1,9 +1,10 @@
 """Seconds of every metric for features of Inception's width: ours against NumPy and SciPy, whole matrices at once.
 
-    python -m benchmarks.evaluation
+    OMP_NUM_THREADS=1 python -m benchmarks.evaluation
 
 The other side is written as the ADM evaluator computes it, in float64 for the moments (numpy.cov, scipy.linalg.sqrtm)
-and in float32 for the distances, but with all of them in memory. Both sides run once, on the same threads.
+and in float32 for the distances, but with all of them in memory. OMP_NUM_THREADS sets the threads of both sides. On a
+CPU the seconds are those of the processor, of all threads together, so that other load does not count.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def numpy_precision_recall(reference: Array, samples: Array) -> tuple[float, flo
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     """What `run` returns, and its seconds."""
-    started = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    started = clock()
     result = run()
-    return result, time.perf_counter() - started
+    return result, clock() - started
 
 
 def main() -> None:
@@ -91,9 +93,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--ours-only", action="store_true", help="for sizes whose whole matrices do not fit")
     parser.add_argument("--images", type=int, default=16, help="through the Inception network")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples, reference = features(args.samples, args.width, 1), features(args.reference, args.width, 2)

@@ -97,6 +97,15 @@ def test_against_the_matrix_square_root_of_scipy() -> None:
     assert frechet_distance(one, other) == pytest.approx(frechet_distance(other, one), rel=1e-12)
 
 
+def test_statistics_of_many_features_in_many_rows() -> None:
+    """More than one block of rows and one panel of columns."""
+    x = normal(4500, 40, 6, offset=2.0).repeat(1, 30)[:, :1100]
+    ours = statistics(x)
+    np.testing.assert_allclose(ours.mean.numpy(), x.double().mean(dim=0).numpy(), rtol=1e-12)
+    expected = np.cov(x.numpy().astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(ours.covariance.numpy(), expected, rtol=1e-9, atol=1e-10)
+
+
 def test_distance_to_itself_is_nought() -> None:
     for rank in (3, 40):
         given = statistics(normal(200, 40, 5, rank))

@@ -188,6 +188,19 @@ def test_damaged_npz(images: np.ndarray, tmp_path: Path) -> None:
         open_source(tmp_path / "junk.npz")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("batch_size", [1, 5, 23])
+def test_the_checksum_is_compared(images: np.ndarray, tmp_path: Path, save: Any, batch_size: int) -> None:
+    save(tmp_path / "a.npz", images)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        checksum = archive.getinfo("arr_0.npy").CRC
+    content = (tmp_path / "a.npz").read_bytes()
+    swapped = content.replace(checksum.to_bytes(4, "little"), (checksum ^ 1).to_bytes(4, "little"))
+    (tmp_path / "a.npz").write_bytes(swapped)
+    with pytest.raises(UserError, match="Bad CRC"):
+        read(tmp_path / "a.npz", batch_size)
+
+
 def test_paths_that_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path / "gone")

@@ -17,7 +17,7 @@ from softcfg.evaluation.arithmetic import full_float32
 SPLIT_SIZE = 5000
 NEIGHBOUR = 3
 BLOCK = 2048  # rows at once; a block of distances takes 16 MiB
-PANEL = 256  # columns of a covariance at once
+PANEL = 512  # columns of a covariance at once
 CACHED = 1 << 17  # float64 numbers that stay in a processor's cache
 
 ERROR = 1e-5  # bound of the error of a squared distance in float32, relative to the squared norms

@@ -128,9 +128,7 @@ class NpzSource(ImageSource):
                 n = min(count, self.count - start)
                 data = bytearray(n * height * width * 3)
                 with _reading(self.path, "arr_0"):
-                    _fill(stream, data)
-                    if start + n == self.count:
-                        stream.read(1)  # the end, where the checksum is compared
+                    _fill(stream, data)  # at the end the checksum is compared
                 yield np.frombuffer(data, dtype=np.uint8).reshape(n, height, width, 3)
 
 
