@@ -13,54 +13,16 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.released import Released, check
 from benchmarks.timing import machine, medians, table
-from softcfg.decoding import Sampling, draw
-from softcfg.decoding.sequential import Perturbation
+from softcfg.decoding.throughput import POSITIONS, decoding_step
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator
+from softcfg.nn.linear import prepared_linear_layers
+from softcfg.zoo.checkpoints import random_weights
 from softcfg.zoo.registry import resolve
-
-POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def random_generator(name: str) -> Generator:
-    """The architecture of a zoo model with random weights."""
-    from softcfg.configuration import load_config
-
-    part = resolve(name).generator
-    module_class, config_class = part.family.classes()
-    torch.manual_seed(0)
-    return module_class(load_config(config_class, part.config)).eval().requires_grad_(False)  # type: ignore[return-value]
-
-
-def our_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], Tensor]:
-    """One step of `softcfg.decoding` at `position` of the sequence, on a cache of random contents."""
-    condition = generator.condition(list(range(batch)), guided=True)
-    cache = generator.new_cache(2 * batch)
-    cache.keys.normal_()
-    cache.values.normal_()
-    tokens = torch.randint(generator.vocab_size, (2 * batch, 1))
-    uniforms = torch.rand(batch)
-    perturbation = None
-    if isinstance(guidance, SoftCFG):
-        total = generator.num_tokens
-        perturbation = Perturbation(guidance, batch, total, generator.condition_slots, generator.device)
-        perturbation.confidence[:, :position].uniform_()
-
-    @torch.inference_mode()
-    def step() -> Tensor:
-        weights = perturbation.row_weights() if perturbation else {}
-        slot = generator.condition_slots + position - 1
-        logits = generator(condition, tokens, cache=cache, slot=slot, **weights)[:, -1].float()
-        drawn = draw(Sampling().probabilities(guidance.guide(logits[:batch], logits[batch:], 3.0)), uniforms)
-        if perturbation:
-            perturbation.record(position, logits[:batch], drawn, 1.0)
-        return drawn
-
-    return step
 
 
 def released_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], object]:
@@ -104,24 +66,26 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    generator = random_generator(args.model)
+    generator = random_weights(resolve(args.model).generator)
+    baseline = random_weights(resolve(args.model).generator)  # the same weights, never prepared
     cfg, soft = CFG(guidance_scale=4.0), SoftCFG.released(guidance_scale=4.0)
     print(f"{args.model}, float32, {machine()}")
-    print(f"largest difference of the baseline's logits from ours: {check(generator, soft):.1e}\n")
+    print(f"largest difference of the baseline's logits from ours: {check(baseline, soft):.1e}\n")
     rows = []
     for batch in args.batch_size:
         collected: dict[str, list[float]] = {}
         for fraction in POSITIONS:
             position = round(fraction * generator.num_tokens)
             sides: dict[str, Callable[[], object]] = {
-                "released CFG": released_step(generator, batch, cfg, position),
-                "released SoftCFG": released_step(generator, batch, soft, position),
-                "CFG": our_step(generator, batch, cfg, position),
-                "SoftCFG": our_step(generator, batch, soft, position),
-                "linear layers": linear_layers(generator, 2 * batch),
+                "released CFG": released_step(baseline, batch, cfg, position),
+                "released SoftCFG": released_step(baseline, batch, soft, position),
+                "CFG": decoding_step(generator, batch, cfg, position),
+                "SoftCFG": decoding_step(generator, batch, soft, position),
+                "linear layers": linear_layers(baseline, 2 * batch),
             }
-            for name, seconds in medians(sides, args.repeats).items():
-                collected.setdefault(name, []).append(seconds)
+            with prepared_linear_layers(generator, 2 * batch):
+                for name, seconds in medians(sides, args.repeats).items():
+                    collected.setdefault(name, []).append(seconds)
         mean = {name: statistics.fmean(values) for name, values in collected.items()}
         rows.append(
             [

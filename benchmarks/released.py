@@ -1,8 +1,8 @@
 """The baseline: decoding in the manner of the released samplers.
 
 Eager float32; the inputs and positions of the whole sequence are rebuilt every step; caches grow by concatenation;
-norms and rotations are single operations; SoftCFG multiplies, in place and in every layer, the cached values
-of the unconditional half. It runs on the weights of our own modules, and `check` shows that it computes the same logits.
+norms and rotations are single operations; SoftCFG multiplies, in place and in every layer, the cached values of the
+unconditional half. It runs on the weights of our own modules; `check` shows that it computes the same logits.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def rar_step(generator: RAR, classes: Tensor, tokens: Tensor, cache: Cache) -> T
         out = attend(attention.q_norm(query), attention.k_norm(key), value, cache, layer)
         x = x + gate1 * attention.proj(out.transpose(1, 2).reshape(rows, new, width))
         x = x + gate2 * block.mlp(block.norm2(x) * (1 + scale2) + shift2)
-    return generator.lm_head(generator.adaln_before_head(x, condition))[:, -1]
+    head = generator.adaln_before_head
+    return generator.lm_head(head(x, head.adaLN_modulation(condition)))[:, -1]
 
 
 STEPS: dict[type[Generator], Callable[..., Tensor]] = {AliTok: alitok_step, RAR: rar_step}

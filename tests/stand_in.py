@@ -10,7 +10,7 @@ from softcfg.evaluation import Extractor, Features
 
 
 def describe(pixels: Tensor) -> Features:
-    """uint8 ``[B, 3, H, W]``: mean over 4 x 4 blocks; 7 of each block's pixels, the channel running fastest."""
+    """uint8 `[B, 3, H, W]`: mean over 4 x 4 blocks; 7 of each block's pixels, the channel running fastest."""
     images = pixels.permute(0, 2, 3, 1).float()
     count, height, width, _ = images.shape
     cells = images.reshape(count, height // 4, 4, width // 4, 4, 3)

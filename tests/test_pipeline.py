@@ -26,12 +26,22 @@ def test_output(pipe: Pipeline) -> None:
     assert np.array_equal(decoded, out.pixels)
 
 
+def test_8_bit_pixels_are_the_tokenizers(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    truncated = pipe([0, 1]).pixels
+    monkeypatch.setattr(type(pipe.tokenizer), "rounds", True)
+    rounded = pipe([0, 1]).pixels
+    assert set(np.unique(rounded.astype(int) - truncated)) == {0, 1}
+
+
 def test_defaults_come_from_the_model(pipe: Pipeline) -> None:
     assert pipe.default_guidance() == SoftCFG(guidance_scale=3.0, guidance_scale_pow=0.5)
     assert pipe.default_guidance(CFG, guidance_scale=7.0) == CFG(guidance_scale=7.0, guidance_scale_pow=0.5)
     explicit = pipe([0, 1], SoftCFG(guidance_scale=3.0, guidance_scale_pow=0.5), temperature=0.9)
     assert torch.equal(pipe([0, 1]).tokens, explicit.tokens)
     assert not torch.equal(pipe([0, 1], temperature=3.0).tokens, explicit.tokens)
+    defaults = {"guidance_scale": 2.0, "schedule": "constant"}
+    other = Pipeline(pipe.generator, pipe.tokenizer, sampling_defaults=defaults)
+    assert other.default_guidance() == SoftCFG(guidance_scale=2.0, schedule="constant")
 
 
 def test_seed_and_index_fix_an_image(pipe: Pipeline) -> None:

@@ -16,8 +16,8 @@ from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
-from softcfg.tokenizers.base import Tokenizer, to_uint8
-from softcfg.zoo.checkpoints import load_generator, load_tokenizer
+from softcfg.tokenizers.base import Tokenizer
+from softcfg.zoo.checkpoints import load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
 
@@ -50,7 +50,7 @@ class Pipeline:
         generator, tokenizer: the two halves of the model.
         name: the name of the model.
         classes: names of the classes, where the model has them.
-        sampling_defaults: temperature, guidance_scale and guidance_scale_pow that suit the model.
+        sampling_defaults: temperature, guidance_scale, guidance_scale_pow and schedule that suit the model.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Pipeline:
         *,
         name: str = "",
         classes: Sequence[str] = (),
-        sampling_defaults: Mapping[str, float] | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
         if (generator.num_tokens, generator.vocab_size) != (tokenizer.num_tokens, tokenizer.codebook_size):
             raise UserError(
@@ -94,7 +94,7 @@ class Pipeline:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
         """
         entry = resolve(model)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _device(device)
         return cls(
             load_generator(entry, checkpoint=generator_checkpoint, device=device, dtype=dtype),
             load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
@@ -103,11 +103,26 @@ class Pipeline:
             sampling_defaults=entry.sampling,
         )
 
+    @classmethod
+    def with_random_weights(
+        cls, model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Pipeline:
+        """The architecture of a model without its files, to measure speed and memory; its images are noise."""
+        entry = resolve(model)
+        device = _device(device)
+        return cls(
+            random_weights(entry.generator, device=device, dtype=dtype),
+            random_weights(entry.tokenizer, device=device),
+            name=entry.name,
+            classes=entry.classes,
+            sampling_defaults=entry.sampling,
+        )
+
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
-        """`method` with the scale and power that suit the model, and `settings` on top."""
+        """`method` with the scale, power and schedule that suit the model, and `settings` on top."""
         suited: dict[str, Any] = {
             name: self.sampling_defaults[name]
-            for name in ("guidance_scale", "guidance_scale_pow")
+            for name in ("guidance_scale", "guidance_scale_pow", "schedule")
             if name in self.sampling_defaults
         }
         return method(**{**suited, **settings})
@@ -179,8 +194,12 @@ class Pipeline:
                 on_step=_shifted(on_step, batch * total),
             )
             tokens.append(drawn[:kept].cpu())
-            pixels.append(to_uint8(self.tokenizer.decode(drawn))[:kept].cpu().numpy())
+            pixels.append(self.tokenizer.to_uint8(self.tokenizer.decode(drawn))[:kept].cpu().numpy())
         return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels))
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _rows(values: Any, rows: list[int]) -> Tensor | None:

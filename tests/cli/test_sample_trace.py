@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -65,6 +67,21 @@ def test_flags_take_underscores_and_mean_what_they_say(model_folder: Path, tmp_p
     expected = pipe([0, 1, 2, 3], guidance, temperature=1.1, top_k=9, top_p=0.9, batch_size=3)
     for index, pixels in enumerate(expected.pixels):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"{index:06d}.png")), pixels)
+
+
+def test_the_schedule_is_the_models_own_by_default(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    description = yaml.safe_load((folder / "model.yaml").read_text())
+    description["sampling"]["schedule"] = "constant"
+    (folder / "model.yaml").write_text(yaml.safe_dump(description))
+    for model, flags, schedule in [
+        (folder, (), "constant"),
+        (folder, ("--schedule", "linear"), "linear"),
+        (model_folder, (), "cosine_power"),
+    ]:
+        assert sample(model, tmp_path, "--labels", "0", "--num-samples=1", "--no-compare", "--overwrite", *flags) == 0
+        assert json.loads((tmp_path / "run.json").read_text())["guidance"]["schedule"] == schedule
 
 
 def test_presets(model_folder: Path, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from softcfg import UserError
 from softcfg.configuration import load_config
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Generator
+from softcfg.models.llamagen import LlamaGen, LlamaGenConfig
 from softcfg.models.rar import RAR, RARConfig
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": 24,
     "condition_num_classes": 5,
 }  # fmt: skip
+LLAMAGEN = {"dim": 32, "n_layer": 2, "n_head": 2, "num_classes": 5, "vocab_size": 24, "block_size": 9}
 
 
 def alitok(prefix: int = 3, grid: int = 3) -> AliTok:
@@ -24,7 +26,12 @@ def rar() -> RAR:
     return RAR(RARConfig(**SMALL, intermediate_size=64, image_seq_len=12)).eval()
 
 
-GENERATORS = {"alitok": alitok, "alitok without prefix": lambda: alitok(0, 4), "rar": rar}
+def llamagen() -> LlamaGen:
+    torch.manual_seed(0)
+    return LlamaGen(LlamaGenConfig(**LLAMAGEN)).eval()
+
+
+GENERATORS = {"alitok": alitok, "alitok without prefix": lambda: alitok(0, 4), "rar": rar, "llamagen": llamagen}
 
 
 @pytest.fixture(params=list(GENERATORS))
@@ -76,6 +83,21 @@ def test_logits_depend_on_the_past_alone(generator: Generator) -> None:
 
 
 @torch.no_grad()
+def test_an_images_bits_do_not_depend_on_the_other_labels(generator: Generator) -> None:
+    tokens = tokens_for(generator, 6)
+    logits = []
+    for labels in ([2, 0, 1], [2, 4, 4]):
+        condition, cache = generator.condition(labels, guided=True), generator.new_cache(6)
+        steps = [generator(condition, tokens[:, :0], cache=cache)]
+        for step in range(generator.num_tokens - 1):
+            slot = generator.condition_slots + step
+            steps.append(generator(condition, tokens[:, step : step + 1], cache=cache, slot=slot))
+        logits.append(torch.cat(steps, 1))
+    assert torch.equal(logits[0][[0, 3]], logits[1][[0, 3]])
+    assert not torch.equal(logits[0][1], logits[1][1])
+
+
+@torch.no_grad()
 def test_condition_and_null_class_matter(generator: Generator) -> None:
     tokens = tokens_for(generator, 1).repeat(3, 1)[:, :-1]
     first, second, null = generator(generator.class_condition(torch.tensor([0, 1, 5])), tokens)
@@ -123,6 +145,36 @@ def test_training_reaches_every_parameter(generator: Generator) -> None:
 def test_configurations_that_make_no_sense(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(AliTokConfig, {**SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 36}, r"dim 36 must be a multiple of 4 x n_head \(2\)"),
+        ({"block_size": 10}, "block_size 10 must be the square of a whole number"),
+        ({"ffn_hidden_dim": 0}, "ffn_hidden_dim must be greater than 0, got 0"),
+        ({"multiple_of": 0}, "multiple_of must be greater than 0, got 0"),
+        ({"model_type": "t2i", "cls_token_num": 120}, "only class-conditional LlamaGen .* got t2i with 120"),
+        ({"cls_token_num": 2}, "only class-conditional"),
+    ],
+)
+def test_llamagen_configurations_that_make_no_sense(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(LlamaGenConfig, {**LLAMAGEN, **change})
+
+
+@pytest.mark.parametrize(
+    ("dim", "change", "width"),
+    [
+        (768, {}, 2048),
+        (1024, {}, 2816),
+        (3200, {}, 8704),
+        (64, {"multiple_of": 8}, 176),
+        (64, {"ffn_hidden_dim": 9}, 9),
+    ],
+)
+def test_llamagen_feed_forward_width(dim: int, change: dict, width: int) -> None:
+    assert load_config(LlamaGenConfig, {**LLAMAGEN, "dim": dim, **change}).ffn_width == width
 
 
 def test_configuration_needs_its_sizes_and_ignores_the_rest() -> None:

@@ -11,14 +11,8 @@ from torch import Tensor
 import softcfg
 from goldens import FOLDER, Golden, golden
 from softcfg.configuration import load_config
-from softcfg.tokenizers import (
-    AliTokTokenizer,
-    AliTokTokenizerConfig,
-    MaskGITVQ,
-    MaskGITVQConfig,
-    Tokenizer,
-    to_uint8,
-)
+from softcfg.tokenizers import Tokenizer, to_uint8
+from softcfg.zoo import TOKENIZERS
 
 
 @dataclass
@@ -34,6 +28,21 @@ class Case:
     encoded: str
     raw_tolerance: float
     latent_tolerance: float
+    encode_file: str = ""  # where it is a file of its own
+    signed: bool = False  # the released decoder's range is [-1, 1]
+
+    def load(self) -> Golden:
+        """The file, with what is the same for all families: a batch of raw images in [0, 1] and their tokens."""
+        file = golden(self.file)
+        if self.encode_file:
+            file.arrays |= golden(self.encode_file).arrays
+        raw, raw_uint8 = file.arrays[self.raw], file.arrays[self.raw_uint8]
+        if raw.dim() == 3:
+            raw, raw_uint8 = raw[None], raw_uint8[None]
+        file.arrays["raw"] = (raw + 1) / 2 if self.signed else raw
+        file.arrays["raw_uint8"] = raw_uint8
+        file.arrays["tokens"] = file.arrays["tokens"][: len(raw)]
+        return file
 
 
 CASES = [
@@ -59,10 +68,37 @@ CASES = [
         5e-6,
         3e-5,
     ),
+    Case(
+        "robustok",
+        "robustok/golden-tokenizer-decode-a",
+        "decoded_0",
+        "decoded_0_uint8",
+        "image_uint8",
+        "latent",
+        "encoded_tokens",
+        1.5e-5,
+        3e-5,
+        encode_file="robustok/golden-tokenizer-encode-a",
+        signed=True,
+    ),
+    Case(
+        "llamagen-vq",
+        "llamagen/golden-tokenizer-decode-a",
+        "decoder_raw",
+        "decoded_uint8",
+        "image_uint8",
+        "encoder_latent",
+        "encoded_tokens",
+        5e-5,
+        3e-5,
+        signed=True,
+    ),
 ]
 RELEASED = [
-    ("rar/keys-maskgit-vqgan.json", MaskGITVQ, MaskGITVQConfig),
-    ("alitok/keys-tokenizer.json", AliTokTokenizer, AliTokTokenizerConfig),
+    ("maskgit-vq", "rar/keys-maskgit-vqgan.json"),
+    ("alitok", "alitok/keys-tokenizer.json"),
+    ("robustok", "robustok/keys-tokenizer.json"),
+    ("llamagen-vq", "llamagen/keys-vq-16.json"),
 ]
 Loaded = tuple[Case, Golden, Tokenizer]
 
@@ -70,7 +106,7 @@ Loaded = tuple[Case, Golden, Tokenizer]
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.family)
 def loaded(request: pytest.FixtureRequest) -> Loaded:
     case: Case = request.param
-    file = golden(case.file)
+    file = case.load()
     return case, file, softcfg.load_tokenizer(case.family, config=file.config, checkpoint=file.weights())
 
 
@@ -80,14 +116,14 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def test_decode(loaded: Loaded) -> None:
     case, file, tokenizer = loaded
-    expected = file.arrays[case.raw]
+    expected = file.arrays["raw"]
     raw = tokenizer.decode_raw(file.arrays["tokens"])
     image = tokenizer.decode(file.arrays["tokens"])
     close(raw, expected, case.raw_tolerance)
     close(image, expected.clamp(0, 1), 1e-4)
     assert torch.equal(image, raw.clamp(0, 1))
     assert image.is_contiguous()
-    steps = to_uint8(image).int() - file.arrays[case.raw_uint8].int()
+    steps = tokenizer.to_uint8(image).int() - file.arrays["raw_uint8"].int()
     assert steps.abs().max() <= 1
     assert steps.count_nonzero() < 1e-3 * steps.numel()
 
@@ -99,9 +135,11 @@ def test_encode(loaded: Loaded) -> None:
     assert torch.equal(tokenizer.encode(pixels), file.arrays[case.encoded])
 
 
-def test_8_bit_pixels_are_truncated(loaded: Loaded) -> None:
-    case, file, _ = loaded
-    assert torch.equal(to_uint8(file.arrays[case.raw].clamp(0, 1)), file.arrays[case.raw_uint8])
+def test_8_bit_pixels_of_the_raw_image(loaded: Loaded) -> None:
+    _, file, tokenizer = loaded
+    raw, expected = file.arrays["raw"], file.arrays["raw_uint8"]
+    assert torch.equal(tokenizer.to_uint8(raw), expected)
+    assert not torch.equal(to_uint8(raw, rounded=not tokenizer.rounds), expected)
 
 
 @pytest.mark.slow
@@ -120,17 +158,61 @@ def test_decoding_reads_decoder_and_codebook_only(loaded: Loaded) -> None:
     case, file, _ = loaded
     weights = file.weights()
     for name, tensor in weights.items():
-        if not name.startswith(("decoder.", "quantize.")):
+        if not name.startswith(("decoder.", "quantize.embedding.", "post_quant_conv.")):
             tensor.fill_(torch.nan)
     tokenizer = softcfg.load_tokenizer(case.family, config=file.config, checkpoint=weights)
-    close(tokenizer.decode(file.arrays["tokens"]), file.arrays[case.raw].clamp(0, 1), 1e-4)
+    close(tokenizer.decode(file.arrays["tokens"]), file.arrays["raw"].clamp(0, 1), 1e-4)
 
 
-@pytest.mark.parametrize(("keys", "model", "config"), RELEASED, ids=["maskgit-vq", "alitok"])
-def test_released_tensors(keys: str, model: type, config: type) -> None:
+@pytest.mark.parametrize(("name", "keys"), RELEASED)
+def test_released_tensors(name: str, keys: str) -> None:
     released = json.loads((FOLDER / keys).read_text())
+    family = TOKENIZERS[name]
+    model, config = family.classes()
+    expected = family.needed(released["tensors"])
     with torch.device("meta"):
         by_default = model(config())
         as_given = model(load_config(config, released["config"]))
     for module in (by_default, as_given):
-        assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == released["tensors"]
+        assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == expected
+
+
+def test_released_tensors_of_llamagens_vq_8() -> None:
+    released = json.loads((FOLDER / "llamagen/keys-vq-8.json").read_text())
+    model, config = TOKENIZERS["llamagen-vq"].classes()
+    with torch.device("meta"):
+        module = model(load_config(config, released["config"]))
+    expected = TOKENIZERS["llamagen-vq"].needed(released["tensors"])
+    assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == expected
+    assert module.num_tokens == 32 * 32
+
+
+def test_llamagen_resizes_the_raw_image() -> None:
+    """384 px to 256 px in the released evaluation, here 96 to 64."""
+    file = golden("llamagen/golden-tokenizer-decode-a-resize")
+    config = {**file.config, "image_size": 96}
+    whole = softcfg.load_tokenizer("llamagen-vq", config=config, checkpoint=file.weights())
+    close(2 * whole.decode_raw(file.arrays["tokens"]) - 1, file.arrays["decoder_raw"], 1e-4)
+    resized = softcfg.load_tokenizer("llamagen-vq", config={**config, "output_size": 64}, checkpoint=file.weights())
+    raw = resized.decode_raw(file.arrays["tokens"])
+    close(2 * raw - 1, file.arrays["resized_raw"], 1e-4)
+    steps = resized.to_uint8(resized.decode(file.arrays["tokens"])).int() - file.arrays["resized_uint8"].int()
+    assert steps.abs().max() <= 1
+    assert steps.count_nonzero() < 1e-3 * steps.numel()
+    assert torch.equal(resized.to_uint8((file.arrays["resized_raw"] + 1) / 2), file.arrays["resized_uint8"])
+
+
+def test_robustok_decodes_from_what_decoding_needs() -> None:
+    """All other tensors together: none of them is part of the decoder."""
+    released = json.loads((FOLDER / "robustok/keys-tokenizer.json").read_text())
+    needed = TOKENIZERS["robustok"].needed(dict.fromkeys(released["tensors"]))
+    rest = needed.keys() - set(released["decode_needs"])
+    assert {name.partition(".")[0] for name in rest} == {"encoder", "quant_conv"}
+
+
+def test_robustok_images_of_a_batch_differ_as_released() -> None:
+    file = golden("robustok/golden-tokenizer-decode-a")
+    tokenizer = softcfg.load_tokenizer("robustok", config=file.config, checkpoint=file.weights())
+    first, second = 2 * tokenizer.decode_raw(file.arrays["tokens"])[:, :, 96:160] - 1
+    close(second, file.arrays["decoded_1_rows_96_160"], 3e-5)
+    close(second - first, file.arrays["decoded_1_rows_96_160"] - file.arrays["decoded_0"][:, 96:160], 3e-5)

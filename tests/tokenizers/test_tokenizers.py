@@ -14,8 +14,12 @@ from softcfg.configuration import load_config
 from softcfg.tokenizers import (
     AliTokTokenizer,
     AliTokTokenizerConfig,
+    LlamaGenVQ,
+    LlamaGenVQConfig,
     MaskGITVQ,
     MaskGITVQConfig,
+    RobusTokTokenizer,
+    RobusTokTokenizerConfig,
     Tokenizer,
     base,
     to_uint8,
@@ -46,6 +50,26 @@ ALITOK = {
     "decoder_num_heads": 4,
     "mlp_ratio": 2,
 }
+ROBUSTOK = {
+    "codebook_size": 16,
+    "codebook_embed_dim": 5,
+    "vit_embed_dim": 24,
+    "vit_depth": 2,
+    "vit_num_heads": 3,
+    "mlp_ratio": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+LLAMAGEN = {
+    "ch": 16,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "z_channels": 6,
+    "codebook_size": 16,
+    "codebook_embed_dim": 5,
+    "num_groups": 8,
+    "image_size": 12,
+}
 
 
 def maskgit_vq(**changes: Any) -> MaskGITVQ:
@@ -58,7 +82,24 @@ def alitok(**changes: Any) -> AliTokTokenizer:
     return AliTokTokenizer(load_config(AliTokTokenizerConfig, {**ALITOK, **changes}))
 
 
-@pytest.fixture(params=[maskgit_vq, alitok], ids=["maskgit-vq", "alitok"])
+def robustok(**changes: Any) -> RobusTokTokenizer:
+    torch.manual_seed(0)
+    tokenizer = RobusTokTokenizer(load_config(RobusTokTokenizerConfig, {**ROBUSTOK, **changes}))
+    for name, parameter in tokenizer.named_parameters():
+        if "pos_embed" in name or "token" in name:  # as small as they start, every patch gets the same code
+            torch.nn.init.normal_(parameter)
+    return tokenizer
+
+
+def llamagen_vq(**changes: Any) -> LlamaGenVQ:
+    torch.manual_seed(0)
+    return LlamaGenVQ(load_config(LlamaGenVQConfig, {**LLAMAGEN, **changes}))
+
+
+BUILDERS = {"maskgit-vq": maskgit_vq, "alitok": alitok, "robustok": robustok, "llamagen-vq": llamagen_vq}
+
+
+@pytest.fixture(params=BUILDERS.values(), ids=BUILDERS)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.param()
 
@@ -81,6 +122,9 @@ def some_pixels(tokenizer: Tokenizer, images: int = 3) -> Tensor:
         (alitok(), 14, 12),
         (alitok(num_latent_tokens=9, aux_tokens=0, num_buffer_tokens=0), 9, 12),
         (alitok(image_size=8, aux_tokens=None), 14, 8),
+        (robustok(image_size=20, num_latent_tokens=25), 25, 20),
+        (llamagen_vq(), 36, 12),
+        (llamagen_vq(ch_mult=[1, 2, 1], image_size=24, num_res_blocks=2), 36, 24),
     ],
 )
 def test_sizes_follow_the_configuration(tokenizer: Tokenizer, tokens: int, size: int) -> None:
@@ -178,6 +222,8 @@ def test_to_uint8() -> None:
     assert images.is_contiguous()
     assert images[0, 0, :, 0].tolist() == expected
     assert torch.equal(to_uint8(pixels.to(memory_format=torch.channels_last)), images)
+    rounded = [0, 1, 1, 128, 255, 255, 255, 0]
+    assert to_uint8(pixels, rounded=True)[0, 0, :, 0].tolist() == rounded
     # 255 times this is 229.97, in float16 230.
     assert to_uint8(torch.full((1, 3, 1, 1), 230.875 / 256, dtype=torch.float16)).unique().tolist() == [229]
 
@@ -214,7 +260,7 @@ def test_wrong_tokens(tokens: Any, message: str) -> None:
         ("image.png", "pixels must be a tensor"),
     ],
 )
-@pytest.mark.parametrize("build", [maskgit_vq, alitok])
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_wrong_pixels(build: Any, pixels: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build().encode(pixels)
@@ -244,6 +290,14 @@ def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:
         (alitok, {"num_latent_tokens": 8, "aux_tokens": None}, r"num_latent_tokens 8 .* 0 \+ 9"),
         (alitok, {"aux_tokens": 4}, r"num_latent_tokens 14 .* 4 \+ 9"),
         (alitok, {"num_buffer_tokens": -1}, "num_buffer_tokens"),
+        (robustok, {"image_size": 13}, "image_size 13 must be a multiple of patch_size 4"),
+        (robustok, {"vit_num_heads": 5}, "vit_embed_dim 24 must be a multiple of vit_num_heads 5"),
+        (robustok, {"num_latent_tokens": 8}, "num_latent_tokens 8 must be one a patch, here 9"),
+        (robustok, {"vit_depth": 0}, "vit_depth"),
+        (llamagen_vq, {"ch_mult": []}, "ch_mult"),
+        (llamagen_vq, {"ch": 12}, "ch 12 must be a multiple of num_groups 8"),
+        (llamagen_vq, {"image_size": 13}, "image_size 13 must be a multiple of 2"),
+        (llamagen_vq, {"output_size": 0}, "output_size must be greater than 0"),
     ],
 )
 def test_wrong_configurations(build: Any, changes: dict[str, Any], message: str) -> None:

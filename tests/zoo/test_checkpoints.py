@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import softcfg
 from softcfg import CheckpointError, UserError
-from softcfg.zoo import MODELS, fetch, read_state_dict
+from softcfg.zoo import GENERATORS, MODELS, TOKENIZERS, ModelFile, Part, fetch, read_state_dict
 from softcfg.zoo.checkpoints import hash_file
 from tiny_models import ALITOK, ON_DRIVE, VQ, on_hub, weights
 
@@ -175,6 +176,101 @@ def test_a_bare_pickle_with_code_is_not_run(tmp_path: Path, protocol: int) -> No
     assert trace.exists()
 
 
+# ---- files that hold more than weights
+
+ROBUSTOK = {"codebook_size": 8, "codebook_embed_dim": 4, "vit_embed_dim": 8, "vit_depth": 1, "vit_num_heads": 2,
+            "image_size": 8, "patch_size": 4}  # fmt: skip
+ROBUSTOK_PART = Part(TOKENIZERS["robustok"], ROBUSTOK, ModelFile("post-train.pt", "someone/tiny"))
+UNNEEDED = {
+    "semantic_model.cls_token": torch.zeros(1, 1, 8),
+    "quantize.ema_vocab_hit_SV": torch.zeros(8),
+    "encoder.lvl1LC": torch.zeros(1, 9, dtype=torch.int64),
+    "decoder.lvl1LC": torch.zeros(1, 10, dtype=torch.int64),
+}
+
+
+def training_checkpoint(args: Any) -> dict[str, Any]:
+    """What the training of a tokenizer saves."""
+    ema = {**weights(ROBUSTOK_PART), **UNNEEDED}
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    optimizer.step()
+    other = {name: tensor + 1 for name, tensor in ema.items()}
+    return {"model": other, "optimizer": optimizer.state_dict(), "steps": 3, "args": args, "ema": ema}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_a_training_checkpoint_with_its_arguments(tmp_path: Path, suffix: str) -> None:
+    args = argparse.Namespace(lr=1e-4, v_patch_nums=[16], name="x", nested=argparse.Namespace(deep=None))
+    path = tmp_path / f"post-train{suffix}"
+    torch.save(training_checkpoint(args), path, _use_new_zipfile_serialization=suffix == ".pt")
+    tokenizer = softcfg.load_tokenizer("robustok", ROBUSTOK, path)
+    assert same(dict(tokenizer.state_dict()), weights(ROBUSTOK_PART))  # those of the entry "ema"
+    content = training_checkpoint(None)
+    del content["ema"], content["args"], content["optimizer"], content["steps"]
+    tokenizer = softcfg.load_tokenizer("robustok", ROBUSTOK, content)
+    assert same(dict(tokenizer.state_dict()), {name: one + 1 for name, one in weights(ROBUSTOK_PART).items()})
+
+
+def test_arguments_are_refused_where_the_family_has_none(tmp_path: Path) -> None:
+    path = save(training_checkpoint(argparse.Namespace(lr=1)), tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"refused: .*\(argparse\.Namespace\)"):
+        softcfg.load_tokenizer("maskgit-vq", VQ, path)
+    softcfg.load_tokenizer("robustok", ROBUSTOK, path)
+    with pytest.raises(CheckpointError, match="refused"):  # the permission did not outlive the loading
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("hide", [lambda attack: attack, lambda attack: argparse.Namespace(output=attack)])
+def test_code_beside_the_arguments_is_refused_and_not_run(tmp_path: Path, hide: Callable, old_format: bool) -> None:
+    trace = tmp_path / "trace"
+    path = tmp_path / "weights.pt"
+    content = training_checkpoint(hide(Attack(f"touch '{trace}'")))
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(CheckpointError, match=r"refused: .* objects other than tensors \((posix|nt)\.system\)"):
+        softcfg.load_tokenizer("robustok", ROBUSTOK, path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()
+
+
+def test_other_objects_beside_the_arguments_are_refused(tmp_path: Path) -> None:
+    path = save(training_checkpoint(argparse.Namespace(output=Path("x"))), tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"refused: .*\(pathlib[\w.]*Path\)"):
+        softcfg.load_tokenizer("robustok", ROBUSTOK, path)
+
+
+LLAMAGEN = {"dim": 8, "n_layer": 1, "n_head": 2, "num_classes": 2, "vocab_size": 4, "block_size": 4, "multiple_of": 8}
+LLAMAGEN_PART = Part(GENERATORS["llamagen"], LLAMAGEN, ModelFile("c2i.pt", "someone/tiny"))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state, "steps": 3, "args": argparse.Namespace(lr=1e-4)},
+        lambda state: {"module": state},
+        lambda state: {"state_dict": state},
+    ],
+)
+def test_layouts_of_llamagen(tmp_path: Path, wrap: Callable) -> None:
+    state = weights(LLAMAGEN_PART)
+    stored = {**state, "freqs_cis": torch.zeros(5, 1, 2)}
+    generator = softcfg.load_generator("llamagen", LLAMAGEN, save(wrap(stored), tmp_path / "c2i.pt"))
+    assert same(dict(generator.state_dict()), state)
+
+
+@pytest.mark.usefixtures("small_zoo")
+def test_only_what_the_family_ignores_may_be_there() -> None:
+    state = {**weights(ROBUSTOK_PART), **UNNEEDED, "encoder.lvl2LC": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r": 1 unexpected \(encoder\.lvl2LC\)$"):
+        softcfg.load_tokenizer("robustok", ROBUSTOK, state)
+    del state["encoder.lvl2LC"], state["encoder.lvl_embed.weight"]
+    with pytest.raises(CheckpointError, match=r": 1 missing \(encoder\.lvl_embed\.weight\)$"):
+        softcfg.load_tokenizer("robustok", ROBUSTOK, state)
+
+
 def test_hash_file(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert hash_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -256,7 +352,7 @@ def test_what_to_load_must_be_said() -> None:
 @pytest.fixture
 def small_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer models to compare with."""
-    for name in MODELS.keys() - {"alitok-b", "rar-b"}:
+    for name in MODELS.keys() - {"alitok-b", "rar-b", "robustok-b"}:
         monkeypatch.delitem(MODELS, name)
 
 
@@ -302,6 +398,11 @@ def test_another_family_is_recognised(state: dict[str, Tensor]) -> None:
     assert refusal(ALITOK, known).endswith("; this looks like a checkpoint of the rar generator (it fits rar-b)")
     unknown = weights(RAR_PART, "meta")
     assert refusal(ALITOK, unknown).endswith("; this looks like a checkpoint of the rar generator")
+    # RobusTok's files hold more than is loaded; what is ignored is ignored here too.
+    text = refusal(MODELS["rar-b"].generator.config, weights(MODELS["robustok-b"].generator, "meta"), "rar")
+    assert text.endswith("; it fits robustok-b")
+    robustok = weights(MODELS["robustok-b"].tokenizer, "meta") | UNNEEDED
+    assert refusal(ALITOK, robustok).endswith("checkpoint of the robustok tokenizer (it fits robustok-b)")
     text = refusal(MODELS["rar-b"].generator.config, state, "rar")
     assert text.endswith("; this looks like a checkpoint of the alitok generator")
     tokenizer = weights(MODELS["rar-b"].tokenizer, "meta")

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,8 +18,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from softcfg import CheckpointError
-from softcfg.zoo import MODELS, ModelFile, checkpoints, fetch, load_tokenizer
-from tiny_models import ON_DRIVE, on_hub, weights
+from softcfg.zoo import MODELS, ModelFile, checkpoints, fetch, load_generator, load_tokenizer
+from tiny_models import ON_DRIVE, RAR, VQ, on_hub, weights
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,29 @@ def test_the_checkpoints_folder_may_be_the_source(folder: Path, downloads: Path)
     fetch(ON_DRIVE, downloads)
     assert len(fetch(ON_DRIVE, folder)) == 2
     assert load_tokenizer(ON_DRIVE).num_tokens == 4
+
+
+def test_a_file_whose_name_another_model_has(folder: Path, tmp_path: Path) -> None:
+    """Two models publish `rar_b.bin`; each of them gets its own, in one folder and in the cache."""
+    first = on_hub("someone/tiny", "rar_b.bin")
+    part = dataclasses.replace(first.generator, config={**RAR, "codebook_size": 24})
+    part = dataclasses.replace(part, file=ModelFile("rar_b.bin", "someone/else", alias="else_rar_b.bin"))
+    vq = dataclasses.replace(first.tokenizer, config={**VQ, "codebook_size": 24})
+    vq = dataclasses.replace(vq, file=ModelFile("vq.bin", "someone/else"))
+    second = dataclasses.replace(first, name="else", generator=part, tokenizer=vq)
+    for entry in (first, second):
+        downloads = tmp_path / entry.name
+        downloads.mkdir()
+        for part in entry.parts:
+            torch.save(weights(part), downloads / part.file.name)
+    assert fetch(first, tmp_path / first.name) == [folder / "rar_b.bin", folder / "tiny_vq.bin"]
+    assert checkpoints.find_file(second.generator.file) is None
+    with pytest.raises(CheckpointError, match=r"rar_b\.bin does not fit"):
+        fetch(second, folder / "rar_b.bin")
+    assert fetch(second, tmp_path / second.name) == [folder / "else_rar_b.bin", folder / "vq.bin"]
+    assert fetch(second, folder) == fetch(second) == [folder / "else_rar_b.bin", folder / "vq.bin"]
+    assert fetch(first) == [folder / "rar_b.bin", folder / "tiny_vq.bin"]
+    assert [load_generator(entry).vocab_size for entry in (first, second)] == [16, 24]
 
 
 def test_nothing_is_taken_unless_all_of_it_fits(folder: Path, downloads: Path) -> None:

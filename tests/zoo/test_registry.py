@@ -13,6 +13,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = {
     **{f"alitok-{size}": GOLDEN / "alitok" / f"keys-generator-{size}.json" for size in ("b", "l", "xl")},
     **{f"rar-{size}": GOLDEN / "rar" / f"keys-rar-{size}.json" for size in ("b", "l", "xl", "xxl")},
+    **{f"robustok-{size}": GOLDEN / "robustok" / f"keys-rar-{size}.json" for size in ("b", "l")},
+    **{
+        f"llamagen-{size}-{pixels}": GOLDEN / "llamagen" / f"keys-gpt-{size}.json"
+        for size, pixels in [("b", 256), ("l", 256), *((size, 384) for size in ("b", "l", "xl", "xxl", "3b"))]
+    },
 }
 MODEL_YAML = """\
 name: shapes
@@ -26,8 +31,8 @@ description: two shapes
 
 @pytest.mark.parametrize("name", KEYS)
 def test_models_have_exactly_the_released_tensors(name: str) -> None:
-    released = json.loads(KEYS[name].read_text())["tensors"]
     entry = MODELS[name]
+    released = entry.generator.family.needed(json.loads(KEYS[name].read_text())["tensors"])
     generator, tokenizer = (module(part, "meta") for part in entry.parts)
     assert {key: list(tensor.shape) for key, tensor in generator.state_dict().items()} == released
     for part, half in zip(entry.parts, (generator, tokenizer), strict=True):
@@ -38,12 +43,41 @@ def test_models_have_exactly_the_released_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", KEYS)
 def test_configurations_are_those_of_the_released_models(name: str) -> None:
     released = json.loads(KEYS[name].read_text())["config"]
+    if "block_size_by_image_size" in released:
+        released["block_size"] = released["block_size_by_image_size"][name.rpartition("-")[2]]
     entry = MODELS[name]
     assert entry.generator.config == {key: released[key] for key in entry.generator.config}
     if "default_sampling" in released:
         defaults = {key.removeprefix("randomize_"): value for key, value in released["default_sampling"].items()}
         assert entry.sampling == defaults
         assert entry.generator.file.name == released["checkpoint_file"]
+
+
+def test_names_in_the_checkpoints_folder_are_unique() -> None:
+    published = {
+        part.file.published: part.file for entry in MODELS.values() for part in entry.parts if not entry.folder
+    }
+    assert len({file.local_name for file in published.values()}) == len(published)
+    assert MODELS["rar-b"].generator.file.local_name == "rar_b.bin"
+    file = MODELS["robustok-b"].generator.file
+    assert file.local_name == "robustok_rar_b.bin"
+    assert file.published == "https://huggingface.co/qiuk6/RobusTok/blob/main/rar_b.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llamagen-b-384", [2.25] * 5),
+        ("robustok-b", [1, 1.49169, 3.11376, 5.0834, 5.99975]),
+        ("robustok-l", [1, 1.82021, 3.84381, 5.89412, 6.74978]),
+    ],
+)
+def test_default_guidance_is_that_of_the_released_sampler(name: str, expected: list[float]) -> None:
+    from softcfg import CFG
+
+    guidance = CFG(**{key: value for key, value in MODELS[name].sampling.items() if key != "temperature"})
+    scales = guidance.scales(256)[[0, 64, 128, 192, 255]]
+    assert scales.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_listing_models_needs_no_torch() -> None:
@@ -94,6 +128,7 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
         ("family: maskgit-vq, ", "", "family must be a text, got None"),
         ("checkpoint: g.pt", "checkpoint: 3", "checkpoint must be a text, got 3"),
         ("guidance_scale: 3", "guidance_scale: big", "sampling.guidance_scale must be a number, got 'big'"),
+        ("guidance_scale: 3", "schedule: 3", "sampling.schedule must be a text, got 3"),
         ("classes: [square, 0]", "classes: square", "classes must be a list, got 'square'"),
         ("generator: {", "generators: {", "generator must be a mapping, got None"),
         ("name: shapes", "name: [", "not valid YAML"),

@@ -59,7 +59,7 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="power of the cosine ramp from 1 to G (default: the model's own)",
     )
-    group.add_argument("--schedule", default="cosine_power", help="cosine_power (default), constant or linear")
+    group.add_argument("--schedule", help="cosine_power, constant or linear (default: the model's own)")
     group.add_argument(
         "--softcfg-strength",
         type=float,
@@ -115,15 +115,18 @@ def parse_device(name: str | None) -> torch.device | None:
     return device
 
 
-def load_pipeline(args: argparse.Namespace) -> Pipeline:
-    """The pipeline that the model arguments ask for."""
+def load_pipeline(args: argparse.Namespace, *, random_weights: bool = False) -> Pipeline:
+    """The pipeline that the model arguments ask for, or one of that architecture with random weights."""
     import torch
 
     from softcfg.pipeline import Pipeline
 
+    device = parse_device(args.device)
+    if random_weights:
+        return Pipeline.with_random_weights(args.model, device=device, dtype=getattr(torch, args.dtype))
     return Pipeline.from_pretrained(
         args.model,
-        device=parse_device(args.device),
+        device=device,
         dtype=getattr(torch, args.dtype),
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
@@ -131,7 +134,7 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
 
 
 def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
-    """The guidance method that the arguments ask for, with the model's scale and power as defaults."""
+    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
     from softcfg.guidance import SoftCFG
 
     chosen: dict[str, Any] = {

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from softcfg.cli import bench, fetch, models, plot, sample, trace
 from softcfg.cli import eval as evaluation
-from softcfg.cli import fetch, models, sample, trace
 from softcfg.errors import UserError
 from softcfg.version import __version__
 
-COMMANDS = (sample, evaluation, trace, models, fetch)
+COMMANDS = (sample, evaluation, trace, plot, models, fetch, bench)
 
 
 class Parser(argparse.ArgumentParser):

@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "sample",
         help="draw images",
+        usage="softcfg sample MODEL [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=arguments.HelpFormatter,

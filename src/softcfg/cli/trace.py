@@ -26,6 +26,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "trace",
         help="save what guidance did at every step",
+        usage="softcfg trace MODEL --labels LABELS [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=arguments.HelpFormatter,

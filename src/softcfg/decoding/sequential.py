@@ -11,6 +11,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
+from softcfg.nn.linear import prepared_linear_layers
 
 
 @torch.inference_mode()
@@ -59,21 +60,22 @@ def decode(
         perturbation = Perturbation(guidance, batch, total, generator.condition_slots, device)
 
     inputs, slot = tokens.new_zeros(condition.rows, 0), 0
-    for step in range(total):
-        weights = perturbation.row_weights() if perturbation else {}
-        logits = generator(condition, inputs, cache=cache, slot=slot, **weights)[:, -1].float()
-        cond = logits[:batch]
-        guided = guidance.guide(cond, logits[batch:], scales[step]) if guidance.is_active else cond
-        drawn = draw(sampling.probabilities(guided), uniforms[:, step])
-        if forced is not None and mask is not None:
-            drawn = torch.where(mask[:, step], forced[:, step], drawn)
-        tokens[:, step] = drawn
-        if perturbation:
-            perturbation.record(step, cond, drawn, sampling.temperature)
-        slot = generator.condition_slots + step
-        inputs = drawn[:, None].repeat(2 if guidance.is_active else 1, 1)
-        if on_step is not None:
-            on_step(step + 1)
+    with prepared_linear_layers(generator, condition.rows):
+        for step in range(total):
+            weights = perturbation.row_weights() if perturbation else {}
+            logits = generator(condition, inputs, cache=cache, slot=slot, **weights)[:, -1].float()
+            cond = logits[:batch]
+            guided = guidance.guide(cond, logits[batch:], scales[step]) if guidance.is_active else cond
+            drawn = draw(sampling.probabilities(guided), uniforms[:, step])
+            if forced is not None and mask is not None:
+                drawn = torch.where(mask[:, step], forced[:, step], drawn)
+            tokens[:, step] = drawn
+            if perturbation:
+                perturbation.record(step, cond, drawn, sampling.temperature)
+            slot = generator.condition_slots + step
+            inputs = drawn[:, None].repeat(2 if guidance.is_active else 1, 1)
+            if on_step is not None:
+                on_step(step + 1)
     return tokens
 
 

@@ -27,10 +27,10 @@ class FashionClassifier(nn.Module):
         """Describe images.
 
         Args:
-            pixels: float ``[B, 3, 32, 32]`` in [0, 1].
+            pixels: float `[B, 3, 32, 32]` in [0, 1].
 
         Returns:
-            float ``[B, 128]``, the channel means of the last convolution.
+            float `[B, 128]`, the channel means of the last convolution.
 
         Raises:
             ValueError: the images have another shape.
@@ -40,7 +40,7 @@ class FashionClassifier(nn.Module):
         return self.blocks(pixels).mean(dim=(2, 3))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits ``[B, 10]`` for images ``[B, 3, 32, 32]`` in [0, 1]."""
+        """Return logits `[B, 10]` for images `[B, 3, 32, 32]` in [0, 1]."""
         return self.head(self.features(pixels))
 
     @torch.inference_mode()

@@ -33,9 +33,9 @@ class Features:
     """What a network says of N images; which metrics can be computed depends on what there is.
 
     Attributes:
-        pooled: float ``[N, D]``, for FID, precision and recall.
-        spatial: float ``[N, S]``, for sFID; or None.
-        logits: float ``[N, C]`` of classes, for the Inception Score; or None.
+        pooled: float `[N, D]`, for FID, precision and recall.
+        spatial: float `[N, S]`, for sFID; or None.
+        logits: float `[N, C]` of classes, for the Inception Score; or None.
     """
 
     pooled: Tensor
@@ -57,7 +57,7 @@ class Extractor:
 
     Attributes:
         name: what reports call it.
-        describe: uint8 ``[B, 3, H, W]`` on `device` -> `Features` of B images.
+        describe: uint8 `[B, 3, H, W]` on `device` -> `Features` of B images.
         identity: tells apart networks of the same name; best the SHA-256 of the weights.
         note: what a reader of figures made with it has to know, or "".
     """

@@ -18,7 +18,7 @@ Kernel = tuple[int, int]
 
 
 def resize_bilinear_tf1(images: Tensor, size: int = IMAGE_SIZE) -> Tensor:
-    """Resize float images ``[B, C, H, W]`` to ``[B, C, size, size]`` as `resize_bilinear` of TensorFlow 1 does.
+    """Resize float images `[B, C, H, W]` to `[B, C, size, size]` as `resize_bilinear` of TensorFlow 1 does.
 
     Target pixel i lies at i * (in / out) of the source: neither half-pixel centres nor aligned corners, and no
     antialiasing. Positions are computed in float32, as they are there, whatever the dtype of the images.
@@ -54,7 +54,7 @@ class ConvBlock(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, inputs, H, W]`` -> ``[B, outputs, H', W']``."""
+        """`[B, inputs, H, W]` -> `[B, outputs, H', W']`."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
@@ -91,7 +91,7 @@ class Mixed(nn.Module):
             self.branch_pool = ConvBlock(inputs, pool_outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, inputs, H, W]`` -> ``[B, outputs, H', W']``, the branches in their order, pooling last."""
+        """`[B, inputs, H, W]` -> `[B, outputs, H', W']`, the branches in their order, pooling last."""
         results = []
         for stages in self.branches:
             y = x
@@ -175,11 +175,11 @@ class InceptionV3(nn.Module):
         """Describe images.
 
         Args:
-            pixels: ``[B, 3, H, W]`` of any size, 0 to 255, uint8 or float.
+            pixels: `[B, 3, H, W]` of any size, 0 to 255, uint8 or float.
 
         Returns:
-            Features: pooled ``[B, 2048]``; spatial ``[B, 2023]``, the first 7 channels of the 17 x 17 layer
-            ``mixed_6/conv`` with the channel running fastest; logits ``[B, 1008]`` without the bias, of which the
+            Features: pooled `[B, 2048]`; spatial `[B, 2023]`, the first 7 channels of the 17 x 17 layer
+            `mixed_6/conv` with the channel running fastest; logits `[B, 1008]` without the bias, of which the
             Inception Score is made.
         """
         x = (resize_bilinear_tf1(pixels.to(self.fc.weight.dtype)) - 128) / 128

@@ -27,7 +27,7 @@ ROUNDING = 1e-12  # two float64 sums of the same numbers may differ by this
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean ``[D]`` and covariance ``[D, D]`` of features, float64."""
+    """Mean `[D]` and covariance `[D, D]` of features, float64."""
 
     mean: Tensor
     covariance: Tensor
@@ -38,7 +38,7 @@ class Statistics:
 
 
 def statistics(features: Tensor) -> Statistics:
-    """Mean and covariance (divided by N - 1) of features ``[N, D]``, N at least 2."""
+    """Mean and covariance (divided by N - 1) of features `[N, D]`, N at least 2."""
     count = len(_checked(features, "features"))
     if count < 2:
         raise UserError(f"a covariance needs at least 2 images, got {count}")
@@ -70,7 +70,7 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 
 
 def _root(given: Statistics) -> Tensor:
-    """R ``[D, rank]`` with R R^T = S."""
+    """R `[D, rank]` with R R^T = S."""
     width = len(given.mean)
     covariance = given.covariance.double()
     if covariance.shape != (width, width):
@@ -90,7 +90,7 @@ def _root(given: Statistics) -> Tensor:
 
 
 def inception_score(logits: Tensor, split_size: int = SPLIT_SIZE) -> float:
-    """Mean over splits of exp(mean of KL(p(y|x) || p(y))), for class logits ``[N, C]``.
+    """Mean over splits of exp(mean of KL(p(y|x) || p(y))), for class logits `[N, C]`.
 
     Splits are `split_size` rows in their order; a shorter last one counts as much as the others.
     """
@@ -108,7 +108,7 @@ def inception_score(logits: Tensor, split_size: int = SPLIT_SIZE) -> float:
 
 @full_float32()
 def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> tuple[float, float]:
-    """Improved precision and recall of `samples` ``[N, D]`` against `reference` ``[M, D]``.
+    """Improved precision and recall of `samples` `[N, D]` against `reference` `[M, D]`.
 
     Precision is the share of samples that lie in the ball of some reference, recall the share of references in
     the ball of some sample; a ball reaches to the k-th nearest neighbour within the own set, and includes its rim.
@@ -144,7 +144,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, blo
 
 @full_float32()
 def radii(features: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> Tensor:
-    """Squared distance of each of N rows to its k-th nearest neighbour among the others, float64 ``[N]``."""
+    """Squared distance of each of N rows to its k-th nearest neighbour among the others, float64 `[N]`."""
     count = len(_checked(features, "features"))
     if count < k + 1:
         raise UserError(f"precision and recall with k = {k} need at least {k + 1} images on both sides, got {count}")
@@ -187,7 +187,7 @@ class _Screen:
         self.unit = largest**2
 
     def distances(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """``[n, m]`` of these rows of the one and the other set, and how far each may be off."""
+        """`[n, m]` of these rows of the one and the other set, and how far each may be off."""
         norms = self.norms[0][rows, None] + self.norms[1][columns]
         return torch.addmm(norms, self.one[rows], self.other[columns].T, alpha=-2), norms.mul_(ERROR)
 

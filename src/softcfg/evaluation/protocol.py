@@ -49,7 +49,7 @@ def evaluate(
     """Measure samples.
 
     Args:
-        samples: an .npz file with `arr_0`, a folder of images, a run folder, or uint8 images ``[N, H, W, 3]``.
+        samples: an .npz file with `arr_0`, a folder of images, a run folder, or uint8 images `[N, H, W, 3]`.
         reference: the same, or an .npz file of statistics (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID);
             without it there is only the Inception Score. As in the ADM protocol, statistics in a file take the
             place of its images in FID and sFID, on both sides.

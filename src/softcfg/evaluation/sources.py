@@ -50,7 +50,7 @@ class ImageSource(ABC):
         return self._hash()
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield all images in their order, uint8 ``[batch_size, H, W, 3]``; the last batch may be shorter."""
+        """Yield all images in their order, uint8 `[batch_size, H, W, 3]`; the last batch may be shorter."""
         for array in self._arrays(batch_size):
             yield torch.from_numpy(array)
 
@@ -62,7 +62,7 @@ class ImageSource(ABC):
 
 
 def open_source(source: str | Path | NDArray[Any] | Tensor | ImageSource) -> ImageSource:
-    """Open images: an .npz file with `arr_0`, a folder of images or of shards, or an array ``[N, H, W, 3]``.
+    """Open images: an .npz file with `arr_0`, a folder of images or of shards, or an array `[N, H, W, 3]`.
 
     Raises:
         UserError: there are no images, or they are not uint8 RGB of one size.

@@ -124,7 +124,7 @@ def trace(
         confidence[:, start:stop] = token_confidences
         weights = None
         if isinstance(guidance, SoftCFG) and guidance.perturbs:
-            weights = _step_weights(guidance, confidence, start, stop)
+            weights = step_weights(confidence, guidance, torch.arange(start, stop))
             if kept is not None:
                 kept[:, start:stop] = weights.cpu()
         logits["cond"].append(cond_logits)
@@ -151,11 +151,16 @@ def trace(
     )
 
 
-def _step_weights(guidance: SoftCFG, confidence: Tensor, start: int, stop: int) -> Tensor:
-    """Weights [B, stop - start, T] of steps start .. stop - 1, each from the tokens before it."""
-    step = torch.arange(start, stop, device=confidence.device)
+def step_weights(confidence: Tensor, guidance: CFG, steps: Tensor) -> Tensor:
+    """Weights [B, len(steps), T] that the given steps (0-based) put on every token, from those before it.
+
+    Args:
+        confidence: [B, T], of all tokens.
+        guidance: plain CFG gives ones.
+    """
     token = torch.arange(confidence.shape[1], device=confidence.device)
-    return guidance.weights(confidence[:, None] * (token < step[:, None]))
+    so_far = confidence[:, None] * (token < steps.to(confidence.device)[:, None])
+    return guidance.weights(so_far) if isinstance(guidance, SoftCFG) else torch.ones_like(so_far)
 
 
 class _Piece:

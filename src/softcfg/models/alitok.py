@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.kv_cache import KVCache
-from softcfg.nn.rotary import angles_1d, angles_2d
+from softcfg.nn.linear import Linear
+from softcfg.nn.mlp import SwiGLU
+from softcfg.nn.rotary import angles_1d, angles_2d, tables_behind_condition
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,6 @@ class AliTokConfig:
         return -(-int(8 * self.hidden_size / 3) // 256) * 256
 
 
-class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), without biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
 class AliTokBlock(nn.Module):
     """Pre-norm transformer block."""
 
@@ -124,7 +111,7 @@ class AliTok(Generator):
         self.embeddings = nn.Embedding(rows, config.hidden_size)
         self.blocks = nn.ModuleList(AliTokBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.output = nn.Linear(config.hidden_size, config.codebook_size)
+        self.output = Linear(config.hidden_size, config.codebook_size)
         cos, sin = rotary_tables(config)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
@@ -155,8 +142,7 @@ class AliTok(Generator):
 def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 [1 + T, head_dim / 2], of the condition and the T tokens.
 
-    The condition's row is zero in both, which makes its query and key zero vectors. Prefix tokens turn with
-    their position; grid tokens with row and column, counted on from the last prefix position.
+    Prefix tokens turn with their position; grid tokens with row and column, counted on from the last prefix position.
     """
     pairs = config.hidden_size // config.num_attention_heads // 2
     prefix, side = config.prefix, config.grid_size
@@ -167,5 +153,4 @@ def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:
             angles_2d(prefix + grid // side, prefix + grid % side, pairs, config.rope_base),
         )
     )
-    zero = torch.zeros(1, pairs, device="cpu")
-    return torch.cat((zero, angles.cos())), torch.cat((zero, angles.sin()))
+    return tables_behind_condition(angles)

@@ -17,7 +17,7 @@ from softcfg.nn.kv_cache import KVCache
 LabelsLike = Any  # a tensor, array or sequence of class ids
 
 
-@dataclass(frozen=True)
+@dataclass
 class Condition:
     """What the rows of a batch are conditioned on: one class id a row, `num_classes` for the null class."""
 

@@ -15,8 +15,11 @@ from softcfg.configuration import require_positive
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.linear import Linear
+from softcfg.nn.mlp import MLP
 
 EPS = 1e-6  # of every layer norm
+WINDOW_ROWS = 256  # rows of a product at which it runs near full speed
 
 
 @dataclass(frozen=True)
@@ -48,30 +51,43 @@ class RARConfig:
             )
 
 
+@dataclass(frozen=True)
+class RobusTokConfig(RARConfig):
+    """Sizes of a RobusTok generator: RAR with more image codes."""
+
+    codebook_size: int = 4096
+
+
+class RARCondition(Condition):
+    """Classes, and what the layers make of them and of the slots ahead, computed for all distinct rows together.
+
+    The modulations do not depend on the tokens. A decoding step would spend a third of its weights on them, for a
+    few rows; one product for many slots, with the unconditional rows done once, is many times cheaper. Its shape
+    depends on the batch size alone, so an image gets the same bits in any batch of that size.
+
+    Attributes:
+        distinct: class ids [U], those of the conditional rows and, once, the null class.
+        source: int64 [rows], where in `distinct` each row's class is.
+        windows: layer -> first slot of the window, and its modulations [U, slots, parts * hidden_size].
+    """
+
+    def __init__(self, classes: Tensor, null: int) -> None:
+        super().__init__(classes)
+        conditional = classes != null
+        count = int(conditional.sum())
+        self.distinct = classes[conditional]
+        self.source = torch.where(conditional, conditional.cumsum(0) - 1, count)
+        if count < len(classes):
+            self.distinct = torch.cat((self.distinct, classes.new_full((1,), null)))
+        self.windows: dict[int, tuple[int, Tensor]] = {}
+
+
 class Modulation(nn.Module):
-    """Linear(SiLU(condition)), cut into `parts` pieces of the hidden size."""
+    """Linear(SiLU(condition)), `parts` pieces of the hidden size."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
-        self.parts = parts
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
-
-    def pieces(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """[rows, n, width] -> `parts` tensors of the same shape."""
-        return self.adaLN_modulation(condition).chunk(self.parts, dim=-1)
-
-
-class MLP(nn.Module):
-    """fc2(gelu(fc1(x))) with the exact GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class RARBlock(Modulation):
@@ -87,9 +103,9 @@ class RARBlock(Modulation):
         self.norm2 = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width, config.intermediate_size)
 
-    def forward(self, x: Tensor, condition: Tensor, layer: int, context: AttentionContext) -> Tensor:
-        """[rows, n, hidden_size] -> the same shape; `condition` has that shape too."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.pieces(condition)
+    def forward(self, x: Tensor, modulation: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """[rows, n, hidden_size] -> the same shape; `modulation` is [rows, n, 6 * hidden_size]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, layer, context)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -100,9 +116,9 @@ class HeadNorm(Modulation):
     def __init__(self, width: int) -> None:
         super().__init__(width, parts=2)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[rows, n, width] -> the same shape."""
-        scale, shift = self.pieces(condition)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """[rows, n, width] -> the same shape; `modulation` is [rows, n, 2 * width]."""
+        scale, shift = modulation.chunk(2, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
@@ -139,7 +155,7 @@ class RAR(Generator):
         self.blocks = nn.ModuleList(RARBlock(config) for _ in range(config.num_hidden_layers))
         self.embeddings = nn.Embedding(config.codebook_size + config.condition_num_classes + 2, width)
         self.adaln_before_head = HeadNorm(width)
-        self.lm_head = nn.Linear(width, config.codebook_size)
+        self.lm_head = Linear(width, config.codebook_size)
 
     def forward(
         self,
@@ -152,18 +168,40 @@ class RAR(Generator):
         key_weights: Tensor | None = None,
     ) -> Tensor:
         """See `Generator.forward`."""
-        label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
         x = self.embeddings(tokens)
         if slot == 0:
+            label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
             x = torch.cat((self.cls_token.expand(condition.rows, -1, -1), label, x), dim=1)
         new = x.shape[1]
         x = x + self._positions(slot, slot + new)
-        label = label + self.timesteps_embeddings[:, slot : slot + new]
         context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights)
         for layer, block in enumerate(self.blocks):
-            x = block(x, label, layer, context)
+            assert isinstance(block, RARBlock)
+            x = block(x, self._modulation(condition, layer, block, slot, new), layer, context)
+        head = self._modulation(condition, len(self.blocks), self.adaln_before_head, slot, new)
         first = self.first_predicting(slot)
-        return self.lm_head(self.adaln_before_head(x[:, first:], label[:, first:]))
+        return self.lm_head(self.adaln_before_head(x[:, first:], head[:, first:]))
+
+    def class_condition(self, classes: Tensor) -> RARCondition:
+        """See `Generator.class_condition`."""
+        return RARCondition(classes, self.num_classes)
+
+    def _modulation(self, condition: Condition, layer: int, module: Modulation, slot: int, new: int) -> Tensor:
+        """The modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size]."""
+        assert isinstance(condition, RARCondition)
+        if new > 1:  # many slots as it is
+            return self._modulate(condition, module, slot, new)[condition.source]
+        window = condition.windows.get(layer)
+        if window is None or not window[0] <= slot < window[0] + window[1].shape[1]:
+            ahead = max(1, WINDOW_ROWS // len(condition.distinct))
+            window = condition.windows[layer] = (slot, self._modulate(condition, module, slot, ahead))
+        start, values = window
+        return values[condition.source, slot - start, None]
+
+    def _modulate(self, condition: RARCondition, module: Modulation, slot: int, count: int) -> Tensor:
+        """Modulations of the distinct rows for at most `count` slots, [U, slots, parts * hidden_size]."""
+        label = self.embeddings(condition.distinct + self.vocab_size + 1)[:, None]
+        return module.adaLN_modulation(label + self.timesteps_embeddings[:, slot : slot + count])
 
     def _positions(self, start: int, stop: int) -> Tensor:
         """What is added to the inputs of slots start .. stop - 1: [1, stop - start, hidden_size]."""

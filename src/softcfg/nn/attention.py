@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.linear import Linear
 from softcfg.nn.rotary import rotate
 
 
@@ -48,7 +49,9 @@ def weighted_attention(
     if mask is not None:
         visible = mask[:, None, None, :] if visible is None else visible & mask[:, None, None, :]
 
-    if value_weights is None and key_weights is None:
+    # For a single query on a CPU the plain products are faster than the fused kernel.
+    fused = value_weights is None and key_weights is None and (new > 1 or query.device.type != "cpu")
+    if fused:
         if mask is None and new == slots:
             return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1)
         return _finite(F.scaled_dot_product_attention(query, key, value, attn_mask=visible), mask)
@@ -109,6 +112,36 @@ class AttentionContext:
         )
 
 
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[rows, n, 3 * width], queries, keys and values as (heads, head_dim) -> three of [rows, heads, n, head_dim]."""
+    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return query, key, value
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, context: AttentionContext) -> Tensor:
+    """Attention of a layer for the new positions, as the context has it: rotary embedding, cache, weights, mask.
+
+    Args:
+        query, key, value: [rows, heads, n, head_dim]; keys and values are written into the cache.
+
+    Returns:
+        [rows, n, heads * head_dim].
+    """
+    if context.rotary is not None:
+        query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
+    if context.cache is not None:
+        key, value = context.cache.update(layer, key, value, context.slot)
+    out = weighted_attention(
+        query,
+        key,
+        value,
+        value_weights=context.value_weights,
+        key_weights=context.key_weights,
+        mask=context.mask,
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention with normalised queries and keys, as AliTok and RAR have it.
 
@@ -119,26 +152,12 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, heads: int, q_norm: nn.Module, k_norm: nn.Module) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = q_norm
         self.k_norm = k_norm
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
-        rows, new, width = x.shape
-        query, key, value = self.qkv(x).view(rows, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        query, key = self.q_norm(query), self.k_norm(key)
-        if context.rotary is not None:
-            query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
-        if context.cache is not None:
-            key, value = context.cache.update(layer, key, value, context.slot)
-        out = weighted_attention(
-            query,
-            key,
-            value,
-            value_weights=context.value_weights,
-            key_weights=context.key_weights,
-            mask=context.mask,
-        )
-        return self.proj(out.transpose(1, 2).reshape(rows, new, width))
+        query, key, value = split_heads(self.qkv(x), self.heads)
+        return self.proj(attend(self.q_norm(query), self.k_norm(key), value, layer, context))

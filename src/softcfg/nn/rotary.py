@@ -12,9 +12,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         cos, sin: float32 [n, head_dim / 2]; low-precision inputs are turned in float32.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, cos.dtype)
+    # As complex numbers, (a + ib)(cos + i sin), it is one operation rather than six.
+    pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(cos.to(dtype), sin.to(dtype))
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def tables_behind_condition(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [1 + T, pairs] of the angles [T, pairs] of the tokens, behind one slot of the condition.
+
+    The condition's row is zero in both, which makes its query and key zero vectors.
+    """
+    zero = angles.new_zeros(1, angles.shape[1])
+    return torch.cat((zero, angles.cos())), torch.cat((zero, angles.sin()))
 
 
 def angles_1d(positions: Tensor, pairs: int, base: float) -> Tensor:

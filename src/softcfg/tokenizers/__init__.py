@@ -2,13 +2,19 @@
 
 from softcfg.tokenizers.alitok import AliTokTokenizer, AliTokTokenizerConfig
 from softcfg.tokenizers.base import Tokenizer, to_uint8
+from softcfg.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
+from softcfg.tokenizers.robustok import RobusTokTokenizer, RobusTokTokenizerConfig
 
 __all__ = [
     "AliTokTokenizer",
     "AliTokTokenizerConfig",
+    "LlamaGenVQ",
+    "LlamaGenVQConfig",
     "MaskGITVQ",
     "MaskGITVQConfig",
+    "RobusTokTokenizer",
+    "RobusTokTokenizerConfig",
     "Tokenizer",
     "to_uint8",
 ]

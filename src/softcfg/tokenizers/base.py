@@ -67,6 +67,7 @@ class Tokenizer(nn.Module):
     image_size: int  # H and W
     latent_size: tuple[int, int]  # (h, w)
     num_channels: int = 3
+    rounds: bool = False  # whether 8-bit values are rounded, not truncated
     quantize: Codebook
 
     def encode_latents(self, pixels: Tensor) -> Tensor:
@@ -120,6 +121,10 @@ class Tokenizer(nn.Module):
         """
         return self.quantize_latents(self.encode_latents(self._checked_pixels(pixels)))
 
+    def to_uint8(self, pixels: Tensor) -> Tensor:
+        """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3], as the released code does."""
+        return to_uint8(pixels, rounded=self.rounds)
+
     def _checked_tokens(self, tokens: Any) -> Tensor:
         tokens = _as_tensor(tokens, "tokens")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -157,10 +162,13 @@ class Tokenizer(nn.Module):
 
 
 @torch.no_grad()
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3]: 255 x, truncated."""
+def to_uint8(pixels: Tensor, *, rounded: bool = False) -> Tensor:
+    """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3]: 255 x, truncated or `rounded`."""
+    values = pixels.float().clamp(0, 1).mul_(255)
+    if rounded:
+        values.add_(0.5)
     # The move of the channels comes last, where a pixel is one byte.
-    return pixels.float().clamp(0, 1).mul_(255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _as_tensor(values: Any, name: str) -> Tensor:

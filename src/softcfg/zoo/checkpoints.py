@@ -50,8 +50,8 @@ def load_generator(
     """Load a generator in eval mode, its parameters without gradients.
 
     Args:
-        family: a family ("alitok", "rar"); or a model of the zoo ("alitok-xl") or a model folder, which then
-            supplies what is not given.
+        family: a family ("alitok", "rar", "robustok", "llamagen"); or a model of the zoo ("alitok-xl") or a model
+            folder, which then supplies what is not given.
         config: the family's configuration dataclass, a mapping (flat or as released) or a YAML file.
         checkpoint: a weights file or a state dict, under the released names. Tensors that need no conversion
             are used as they are, not copied.
@@ -72,7 +72,10 @@ def load_tokenizer(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tokenizer:
-    """Load an image tokenizer ("alitok", "maskgit-vq", or that of a model); see `load_generator`."""
+    """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
+
+    See `load_generator`.
+    """
     return _load(TOKENIZERS, family, config, checkpoint, device, dtype)
 
 
@@ -101,11 +104,16 @@ def _load(
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     if isinstance(checkpoint, Mapping):
         source = "the given state dict"
-        state = unwrap(checkpoint, source, family.entries)
+        state = family.needed(unwrap(checkpoint, source, family.entries))
     else:
         source = str(checkpoint)
-        state = read_state_dict(checkpoint, family.entries)
+        state = _read(family, checkpoint)
     return load_weights(module_class, settings, state, device=device, dtype=dtype, source=source)
+
+
+def _read(family: Family, path: str | Path) -> dict[str, Tensor]:
+    """What a weights file of `family` holds for it."""
+    return family.needed(read_state_dict(path, family.entries, family.allowed_types))
 
 
 def load_weights(
@@ -139,6 +147,19 @@ def load_weights(
     )
     module.to(device)  # the tables that are no weights
     return module.requires_grad_(False).eval()
+
+
+def random_weights(
+    part: Part, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
+) -> Any:
+    """The module of `part` with random weights, for measuring speed without its file; in eval mode."""
+    import torch
+
+    module_class, config_class = part.family.classes()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = module_class(load_config(config_class, part.config, part.family.sections))
+    return module.to(device, dtype).requires_grad_(False).eval()
 
 
 def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
@@ -204,7 +225,7 @@ def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> st
             continue
         seen.append(part)
         known = _blank(part)
-        fits = not _differences(known.state_dict(), found)
+        fits = not _differences(known.state_dict(), part.family.needed(found))
         label = f"{part.family.name} {part.family.kind}"
         if isinstance(known, module_class):
             if fits:
@@ -226,13 +247,16 @@ def _anatomy(names: Iterable[str]) -> set[str]:
 # ---- reading
 
 
-def read_state_dict(path: str | Path, entries: Sequence[str] = ("model", "state_dict")) -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | Path, entries: Sequence[str] = ("model", "state_dict"), allowed_types: Sequence[type] = ()
+) -> dict[str, Tensor]:
     """Read a weights file (.safetensors, or .bin, .pt, .pth of PyTorch) without executing anything in it.
 
     Tensors are mapped from the file where its format allows, so that reading is cheap until they are used.
 
     Args:
         entries: keys under which a training checkpoint may hold the weights, the preferred one first.
+        allowed_types: harmless types that the file may hold beside tensors and plain containers.
 
     Raises:
         CheckpointError: the file is missing, empty, truncated, unsafe to open or no weights file.
@@ -246,7 +270,8 @@ def read_state_dict(path: str | Path, entries: Sequence[str] = ("model", "state_
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+            with torch.serialization.safe_globals(list(allowed_types)):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except Exception as error:  # readers raise a dozen types on damaged files
         if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
@@ -323,7 +348,7 @@ def checkpoints_folder() -> Path:
 
 def find_file(file: ModelFile) -> Path | None:
     """Return where a model's file lies: its own folder, the checkpoints folder, or the Hugging Face cache."""
-    path = (file.folder or checkpoints_folder()) / file.name
+    path = (file.folder or checkpoints_folder()) / file.local_name
     if path.is_file():
         return path
     if file.repository:
@@ -350,7 +375,7 @@ def how_to_get(files: Sequence[ModelFile], entry: ModelEntry) -> str:
     """Say, in the imperative, how the user gets missing files of `entry`."""
     by_hand = [file for file in files if file.drive_id]
     if by_hand:
-        links = " and ".join(f"{file.name} ({file.published})" for file in by_hand)
+        links = " and ".join(f"{file.local_name} ({file.published})" for file in by_hand)
         them, names = ("it", "this name") if len(by_hand) == 1 else ("them", "these names")
         return (
             f"download {links} in a browser and put {them} into {checkpoints_folder()} under {names}, "
@@ -382,7 +407,7 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
     found: dict[Path, Part] = {}
     missing: list[ModelFile] = []
     for part in entry.parts:
-        local = checkpoints_folder() / part.file.name
+        local = checkpoints_folder() / part.file.local_name
         if local.is_file():
             found[local] = part
         elif part.file.repository:
@@ -398,7 +423,7 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
 
 def _check_file(part: Part, path: Path) -> None:
     """Raise a `CheckpointError` unless the file holds exactly the tensors of `part`; allocates no tensor."""
-    _require_fit(_blank(part), read_state_dict(path, part.family.entries), str(path))
+    _require_fit(_blank(part), _read(part.family, path), str(path))
 
 
 def _download(file: ModelFile) -> Path:
@@ -431,18 +456,22 @@ def _take(entry: ModelEntry, source: Path, link: bool) -> list[Path]:
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     offered = {path.name: path for path in (source.iterdir() if source.is_dir() else [source])}
-    parts = [part for part in entry.parts if part.file.name in offered]
-    if not parts:
+    found: dict[Path, Part] = {}
+    for part in entry.parts:
+        name = part.file.local_name if part.file.local_name in offered else part.file.name
+        if name in offered:
+            found[offered[name]] = part
+    if not found:
         names = " nor ".join(part.file.name for part in entry.parts)
         raise CheckpointError(f"{source} is or holds neither {names}")
-    for part in parts:
-        _check_file(part, offered[part.file.name])
-    return [_place(offered[part.file.name], link) for part in parts]
+    for path, part in found.items():
+        _check_file(part, path)
+    return [_place(path, part.file.local_name, link) for path, part in found.items()]
 
 
-def _place(source: Path, link: bool) -> Path:
-    """Copy or link a file into the checkpoints folder, under its name, whole or not at all."""
-    target = checkpoints_folder() / source.name
+def _place(source: Path, name: str, link: bool) -> Path:
+    """Copy or link a file into the checkpoints folder, under `name`, whole or not at all."""
+    target = checkpoints_folder() / name
     if target.exists() and target.samefile(source):
         return target
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

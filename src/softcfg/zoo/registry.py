@@ -6,6 +6,7 @@ not import torch.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "bundled"
 
+# Training checkpoints may keep the settings of the training, which hold no code.
+TRAINING_ARGUMENTS = (argparse.Namespace,)
+
 Named = TypeVar("Named")
 
 
@@ -33,6 +37,8 @@ class Family:
         module: dotted name of the Python module that holds the classes `model` and `config`.
         sections: where a configuration in the released, nested layout keeps this family's fields.
         entries: keys under which a training checkpoint may hold the weights, the preferred one first.
+        ignored: beginnings of the names of tensors that released files hold and generation does not need.
+        allowed_types: what released files hold beside tensors and plain containers, and may be unpickled.
     """
 
     kind: str
@@ -42,21 +48,37 @@ class Family:
     config: str
     sections: tuple[str, ...]
     entries: tuple[str, ...] = ("model", "state_dict")
+    ignored: tuple[str, ...] = ()
+    allowed_types: tuple[type, ...] = ()
 
     def classes(self) -> tuple[type[nn.Module], type]:
         """Import and return the module class and its configuration class."""
         module = importlib.import_module(self.module)
         return getattr(module, self.model), getattr(module, self.config)
 
+    def needed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The state dict without what is ignored."""
+        return {name: tensor for name, tensor in state_dict.items() if not name.startswith(self.ignored)}
+
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`."""
+    """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`.
+
+    Attributes:
+        alias: its name in the checkpoints folder, where another model's file has the name it was published under.
+    """
 
     name: str
     repository: str = ""
     drive_id: str = ""
     folder: Path | None = None
+    alias: str = ""
+
+    @property
+    def local_name(self) -> str:
+        """The file's name in its folder or the checkpoints folder."""
+        return self.alias or self.name
 
     @property
     def published(self) -> str:
@@ -83,7 +105,7 @@ class ModelEntry:
     """A model that can be sampled from.
 
     Attributes:
-        sampling: default settings, as far as known: temperature, guidance_scale, guidance_scale_pow, seed.
+        sampling: default settings, as far as known: temperature, guidance_scale, guidance_scale_pow, schedule, seed.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
     """
@@ -92,7 +114,7 @@ class ModelEntry:
     generator: Part
     tokenizer: Part
     description: str
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     fid: float | None = None
     classes: tuple[str, ...] = ()
 
@@ -116,18 +138,28 @@ def _by_name(items: Iterable[Named]) -> dict[str, Named]:
     return {item.name: item for item in items}  # type: ignore[attr-defined]
 
 
-def _generator(name: str, module: str, model: str, config: str) -> Family:
-    return Family("generator", name, module, model, config, ("model.vq_model", "model.generator"))
+def _generator(name: str, module: str, model: str, config: str, **layout: Any) -> Family:
+    return Family("generator", name, module, model, config, ("model.vq_model", "model.generator"), **layout)
 
 
-def _tokenizer(name: str, module: str, model: str, config: str) -> Family:
-    return Family("tokenizer", name, module, model, config, ("model.vq_model",))
+def _tokenizer(name: str, module: str, model: str, config: str, **layout: Any) -> Family:
+    return Family("tokenizer", name, module, model, config, ("model.vq_model",), **layout)
 
 
 GENERATORS: dict[str, Family] = _by_name(
     [
         _generator("alitok", "softcfg.models.alitok", "AliTok", "AliTokConfig"),
         _generator("rar", "softcfg.models.rar", "RAR", "RARConfig"),
+        _generator("robustok", "softcfg.models.rar", "RAR", "RobusTokConfig"),
+        _generator(
+            "llamagen",
+            "softcfg.models.llamagen",
+            "LlamaGen",
+            "LlamaGenConfig",
+            entries=("model", "module", "state_dict"),
+            ignored=("freqs_cis",),
+            allowed_types=TRAINING_ARGUMENTS,
+        ),
     ]
 )
 
@@ -135,6 +167,23 @@ TOKENIZERS: dict[str, Family] = _by_name(
     [
         _tokenizer("alitok", "softcfg.tokenizers.alitok", "AliTokTokenizer", "AliTokTokenizerConfig"),
         _tokenizer("maskgit-vq", "softcfg.tokenizers.maskgit_vq", "MaskGITVQ", "MaskGITVQConfig"),
+        _tokenizer(
+            "robustok",
+            "softcfg.tokenizers.robustok",
+            "RobusTokTokenizer",
+            "RobusTokTokenizerConfig",
+            entries=("ema", "model", "state_dict"),
+            ignored=("semantic_model.", "quantize.ema_vocab_hit_SV", "encoder.lvl1LC", "decoder.lvl1LC"),
+            allowed_types=TRAINING_ARGUMENTS,
+        ),
+        _tokenizer(
+            "llamagen-vq",
+            "softcfg.tokenizers.llamagen_vq",
+            "LlamaGenVQ",
+            "LlamaGenVQConfig",
+            ignored=("quantize.codebook_used",),
+            allowed_types=TRAINING_ARGUMENTS,
+        ),
     ]
 )
 
@@ -176,6 +225,44 @@ MASKGIT_VQ_TOKENIZER = Part(
     54_515_587,
 )
 
+ROBUSTOK_TOKENIZER = Part(
+    TOKENIZERS["robustok"],
+    {
+        "codebook_size": 4096,
+        "codebook_embed_dim": 64,
+        "codebook_l2_norm": True,
+        "vit_embed_dim": 768,
+        "vit_depth": 12,
+        "vit_num_heads": 12,
+        "mlp_ratio": 4,
+        "image_size": 256,
+        "patch_size": 16,
+        "num_latent_tokens": 256,
+    },
+    ModelFile("post-train.pt", repository="qiuk6/RobusTok"),
+    172_288_064,
+)
+
+
+def _llamagen_tokenizer(image_size: int) -> Part:
+    return Part(
+        TOKENIZERS["llamagen-vq"],
+        {
+            "ch": 128,
+            "ch_mult": [1, 1, 2, 2, 4],
+            "num_res_blocks": 2,
+            "z_channels": 256,
+            "codebook_size": 16384,
+            "codebook_embed_dim": 8,
+            "codebook_l2_norm": True,
+            "num_groups": 32,
+            "norm_eps": 1e-6,
+            "image_size": image_size,
+        },
+        ModelFile("vq_ds16_c2i.pt", repository="FoundationVision/LlamaGen"),
+        71_883_403,
+    )
+
 
 def _alitok(
     name: str, hidden_size: int, layers: int, parameters: int, drive_id: str,
@@ -200,26 +287,76 @@ def _alitok(
     )
 
 
-def _rar(
-    name: str, hidden_size: int, layers: int, mlp: int, parameters: int,
-    temperature: float, scale: float, power: float, fid: float,
-) -> ModelEntry:  # fmt: skip
-    config = {
+def _rar_config(hidden_size: int, layers: int, mlp: int, codes: int) -> dict[str, int]:
+    return {
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": 16,
         "intermediate_size": mlp,
-        "codebook_size": 1024,
+        "codebook_size": codes,
         "condition_num_classes": 1000,
         "image_seq_len": 256,
     }
+
+
+def _rar(
+    name: str, hidden_size: int, layers: int, mlp: int, parameters: int,
+    temperature: float, scale: float, power: float, fid: float,
+) -> ModelEntry:  # fmt: skip
     file = ModelFile(name.replace("-", "_") + ".bin", repository="yucornetto/RAR")
     return ModelEntry(
         name,
-        Part(GENERATORS["rar"], config, file, parameters),
+        Part(GENERATORS["rar"], _rar_config(hidden_size, layers, mlp, 1024), file, parameters),
         MASKGIT_VQ_TOKENIZER,
         "RAR, ImageNet 256 x 256, 256 tokens in raster order",
         {"temperature": temperature, "guidance_scale": scale, "guidance_scale_pow": power, "seed": 42},
+        fid,
+    )
+
+
+def _robustok(
+    size: str, hidden_size: int, layers: int, mlp: int, parameters: int,
+    temperature: float, scale: float, power: float, fid: float,
+) -> ModelEntry:  # fmt: skip
+    # RAR publishes files of the same names.
+    file = ModelFile(f"rar_{size}.bin", repository="qiuk6/RobusTok", alias=f"robustok_rar_{size}.bin")
+    return ModelEntry(
+        f"robustok-{size}",
+        Part(GENERATORS["robustok"], _rar_config(hidden_size, layers, mlp, 4096), file, parameters),
+        ROBUSTOK_TOKENIZER,
+        "RobusTok, ImageNet 256 x 256, 256 tokens in raster order "
+        "(for the tokenizer before post-training: --tokenizer-checkpoint main-train.pt)",
+        {"temperature": temperature, "guidance_scale": scale, "guidance_scale_pow": power},
+        fid,
+    )
+
+
+def _llamagen(
+    size: str, image_size: int, dim: int, layers: int, heads: int, parameters: int, scale: float, fid: float
+) -> ModelEntry:
+    side = image_size // 16
+    config = {
+        "dim": dim,
+        "n_layer": layers,
+        "n_head": heads,
+        "num_classes": 1000,
+        "vocab_size": 16384,
+        "block_size": side * side,
+        "multiple_of": 256,
+        "norm_eps": 1e-5,
+        "rope_base": 10000,
+        "cls_token_num": 1,
+        "model_type": "c2i",
+    }
+    name = f"{size}_{image_size}"
+    file = ModelFile(f"c2i_{name}.pt", repository="FoundationVision/LlamaGen")
+    return ModelEntry(
+        f"llamagen-{name.replace('_', '-').lower()}",
+        Part(GENERATORS["llamagen"], config, file, parameters),
+        _llamagen_tokenizer(image_size),
+        f"LlamaGen, ImageNet {image_size} x {image_size}, {side * side} tokens in raster order"
+        + (", FID at 256 x 256" if image_size != 256 else ""),
+        {"temperature": 1.0, "guidance_scale": scale, "schedule": "constant"},
         fid,
     )
 
@@ -251,7 +388,9 @@ def read_model_folder(folder: Path) -> ModelEntry:
 
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
-        if not isinstance(value, (int, float)):
+        if key == "schedule":
+            expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
+        elif not isinstance(value, (int, float)):
             raise UserError(f"{path}: sampling.{key} must be a number, got {value!r}")
     return ModelEntry(
         expect(str, content, "name", folder.name),
@@ -276,6 +415,17 @@ MODELS: dict[str, ModelEntry] = _by_name(
         _rar("rar-l",  1024, 24, 4096,   461_668_352,  1.02, 15.5, 2.5,  1.70),
         _rar("rar-xl", 1280, 32, 5120,   955_425_024,  1.02,  6.9, 1.5,  1.50),
         _rar("rar-xxl", 1408, 40, 6144, 1_498_520_704, 1.02,  8.0, 1.2,  1.48),
+        #    size hidden layers mlp  parameters temperature scale power FID
+        _robustok("b",  768, 24, 3072, 265_645_312, 1.02, 6.0,  1.15, 1.60),
+        _robustok("l", 1024, 24, 4096, 467_962_880, 1.04, 6.75, 1.01, 1.36),
+        #        size pixels dim layers heads  parameters  scale  FID
+        _llamagen("B",   256,  768, 12, 12,   110_888_448, 2.0,  5.46),
+        _llamagen("L",   256, 1024, 24, 16,   342_910_976, 1.75, 3.80),
+        _llamagen("B",   384,  768, 12, 12,   110_888_448, 2.25, 6.09),
+        _llamagen("L",   384, 1024, 24, 16,   342_910_976, 2.0,  3.07),
+        _llamagen("XL",  384, 1280, 36, 20,   774_699_520, 1.75, 2.62),
+        _llamagen("XXL", 384, 1536, 48, 24, 1_410_972_672, 1.75, 2.34),
+        _llamagen("3B",  384, 3200, 24, 32, 3_096_659_200, 1.65, 2.18),
     ]
 )
 # fmt: on

@@ -1,0 +1,94 @@
+"""`softcfg bench`: how fast this machine draws, and with which batch size."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+
+if TYPE_CHECKING:
+    from softcfg.models.base import Generator
+    from softcfg.tokenizers.base import Tokenizer
+
+DESCRIPTION = """\
+Measure how fast this machine draws images of a model at several batch sizes, and name the smallest batch size
+that comes within 5 % of the best. Steps are timed at several positions of the sequence; their mean stands for all."""
+
+EXAMPLES = """\
+examples:
+  softcfg bench fashion
+  softcfg bench alitok-b --random-weights --batch-sizes 1 4 16"""
+
+WITHIN = 0.95
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure how fast this machine draws",
+        usage="softcfg bench MODEL [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_model_arguments(parser)
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--random-weights", action="store_true", help="measure without the model's files")
+    group.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", default=[1, 4, 16, 64])
+    group.add_argument("--repeats", type=int, default=3, metavar="N", help="times a step is timed (default: 3)")
+    group.add_argument("--no-pixels", action="store_true", help="leave out the decoding of pixels")
+    arguments.add_guidance_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    import torch
+
+    from softcfg.decoding.throughput import seconds_per_step
+
+    if min(args.batch_sizes) < 1 or args.repeats < 1:
+        raise UserError("--batch-sizes and --repeats must be at least 1")
+    pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
+    generator = pipeline.generator
+    guidance = arguments.guidance_from(args, pipeline)
+    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else "CPU"
+    print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
+    print(f"{'batch':>5} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} {'cache, MiB':>11}")
+    speed: dict[int, float] = {}
+    for batch in sorted(set(args.batch_sizes)):
+        step = seconds_per_step(generator, batch, guidance, repeats=args.repeats)
+        pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, generator, batch) / batch
+        seconds = step * generator.num_tokens / batch + pixels
+        speed[batch] = 1 / seconds
+        rows = batch * (2 if guidance.is_active else 1)
+        print(
+            f"{batch:5} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
+            f"{_cache_bytes(generator, rows) / 2**20:11.0f}",
+            flush=True,
+        )
+    best = max(speed.values())
+    chosen = min(batch for batch, images in speed.items() if images >= WITHIN * best)
+    print(f"\nrecommended: --batch-size {chosen}")
+    return 0
+
+
+def _cache_bytes(generator: Generator, rows: int) -> int:
+    layers, heads, head_dim = generator.cache_shape
+    slots = generator.condition_slots + generator.num_tokens - 1
+    return 2 * layers * rows * heads * slots * head_dim * generator.dtype.itemsize
+
+
+def _pixel_seconds(tokenizer: Tokenizer, generator: Generator, batch: int) -> float:
+    import torch
+
+    tokens = torch.randint(generator.vocab_size, (batch, generator.num_tokens), device=generator.device)
+    tokenizer.decode(tokens[:1])
+    started = time.perf_counter()
+    tokenizer.decode(tokens).cpu()
+    return time.perf_counter() - started

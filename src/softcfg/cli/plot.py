@@ -1,0 +1,139 @@
+"""`softcfg plot`: figures of what guidance did."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+from softcfg.files import make_folder, write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from softcfg.inspection.trace import Trace
+    from softcfg.pipeline import Pipeline
+
+DESCRIPTION = """\
+Draw images (or take a given one), trace them, and write figures:
+  confidence   the images, and the confidence in each token over them
+  gap          how far the branches are apart over the steps, with CFG and with SoftCFG
+  budget       the perturbation of each step, with and without Step Normalisation
+  weights      the weight that every step puts on every earlier token of the first image
+  candidates   the likeliest codes of one token of the first image, in both branches and guided"""
+
+EXAMPLES = """\
+examples:
+  softcfg plot fashion --labels Sneaker,Bag,Dress --output-dir plots
+  softcfg plot fashion --labels Sneaker --figures weights,candidates --step 150 --token 120
+  softcfg plot fashion --labels Sneaker --image shoe.png --format svg"""
+
+FIGURES = ("confidence", "gap", "budget", "weights", "candidates")
+MAX_IMAGES = 16
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "plot",
+        help="draw figures of what guidance did",
+        usage="softcfg plot MODEL --labels LABELS [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_model_arguments(parser)
+    group = parser.add_argument_group("what to plot")
+    group.add_argument("--labels", required=True, help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
+    group.add_argument("--image", metavar="FILE", help="trace this picture (of the one label) instead of drawing")
+    group.add_argument("--figures", default="all", help=f"some of {','.join(FIGURES)} (default: all)")
+    group.add_argument("--step", type=int, metavar="T", help="step shown over the picture (default: the last)")
+    group.add_argument("--token", type=int, metavar="I", help="token whose candidates are shown (default: the middle)")
+    group.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures (default: png)")
+    group.add_argument("--output-dir", default="plots", metavar="DIR", help="folder for the figures (default: plots)")
+    arguments.add_guidance_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    figures = FIGURES if args.figures == "all" else tuple(args.figures.split(","))
+    if unknown := [name for name in figures if name not in FIGURES]:
+        raise UserError(f"--figures: there is no figure {unknown[0]!r}; choose from {', '.join(FIGURES)}")
+    try:
+        from softcfg.inspection import plots
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"figures need the package {error.name}; install it with: pip install 'softcfg[plot]'"
+        ) from None
+    from softcfg.guidance import CFG
+    from softcfg.inspection import trace
+
+    pipeline = arguments.load_pipeline(args)
+    guidance = arguments.guidance_from(args, pipeline)
+    sampling = arguments.sampling_from(args, pipeline)
+    labels = arguments.parse_labels(args.labels, pipeline)
+    if len(labels) > MAX_IMAGES:
+        raise UserError(f"--labels names {len(labels)} images; a figure holds at most {MAX_IMAGES}")
+    total = pipeline.generator.num_tokens
+    step = total - 1 if args.step is None else args.step
+    token = total // 2 if args.token is None else args.token
+    for name, value in (("--step", step), ("--token", token)):
+        if not 0 <= value < total:
+            raise UserError(f"{name} must be in 0..{total - 1}, got {value}")
+    tokens = None if args.image is None else _encode(args.image, pipeline, labels)
+    folder = make_folder(args.output_dir)
+
+    def traced(method: CFG) -> Trace:
+        return trace(
+            pipeline.generator,
+            labels=labels,
+            guidance=method,
+            tokens=tokens,
+            seed=args.seed,
+            value_weights=False,
+            **dataclasses.asdict(sampling),
+        )
+
+    main = traced(guidance)
+    pixels: np.ndarray = pipeline.tokenizer.to_uint8(pipeline.tokenizer.decode(main.tokens)).cpu().numpy()
+    for name in figures:
+        if name == "confidence":
+            titles = [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
+            figure = plots.plot_confidence(main, pixels, names=titles)
+        elif name == "gap":
+            plain = CFG(**{field.name: getattr(guidance, field.name) for field in dataclasses.fields(CFG)})
+            figure = plots.plot_gap({"CFG": traced(plain), "SoftCFG": main} if guidance.perturbs else {"CFG": main})
+        elif name == "budget":
+            figure = plots.plot_budget(main)
+        elif name == "weights":
+            figure = plots.plot_weights(main, step=step, pixels=pixels[0])
+        else:
+            figure = plots.plot_candidates(main, token=token)
+        path = folder / f"{name}.{args.format}"
+        write_atomically(path, plots.figure_bytes(figure, args.format))
+        print(path)
+    return 0
+
+
+def _encode(path: str, pipeline: Pipeline, labels: list[int]) -> Tensor:
+    """The tokens [1, T] of a picture, cropped to a square and resized to the tokenizer's size."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if len(labels) != 1:
+        raise UserError(f"--image is one picture and needs one label, got {len(labels)}")
+    try:
+        with Image.open(Path(path)) as image:
+            size = pipeline.tokenizer.image_size
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--image {path} cannot be read as a picture: {error}") from None
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 255
+    return pipeline.tokenizer.encode(pixels)

@@ -1,0 +1,60 @@
+"""Numbers that a trace holds implicitly: what the figures show, as tensors for figures of one's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softcfg.guidance import SoftCFG
+from softcfg.inspection.trace import Trace, step_weights
+
+
+def normalised_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """H(p) / log V of p = softmax(logits / temperature): [..., V] -> [...] in [0, 1]."""
+    probabilities = (logits.double() / temperature).softmax(dim=-1)
+    return (torch.special.entr(probabilities).sum(dim=-1) / math.log(logits.shape[-1])).float()
+
+
+def branch_distance(trace: Trace) -> Tensor:
+    """Total variation distance [B, T] between the conditional and the unconditional distribution, in [0, 1].
+
+    The share of the probability that guidance has to move; 0 where the branches agree and guidance does nothing.
+    """
+    cond = (trace.cond_logits.double() / trace.temperature).softmax(dim=-1)
+    uncond = (trace.uncond_logits.double() / trace.temperature).softmax(dim=-1)
+    return ((cond - uncond).abs().sum(dim=-1) / 2).float()
+
+
+def entropy_gap(trace: Trace) -> Tensor:
+    """Normalised entropy of the unconditional less that of the conditional branch, [B, T] (the paper's Fig. 3)."""
+    cond = normalised_entropy(trace.cond_logits, trace.temperature)
+    return normalised_entropy(trace.uncond_logits, trace.temperature) - cond
+
+
+def perturbation_budget(trace: Trace, *, step_norm: bool | None = None) -> Tensor:
+    """Sum over the tokens so far of (1 - w), [B, T]: how much perturbation each step carries (the paper's Fig. 7).
+
+    Args:
+        step_norm: as traced if None; else what the same confidences give with or without Step Normalisation.
+    """
+    guidance = trace.guidance
+    if isinstance(guidance, SoftCFG) and step_norm is not None:
+        guidance = replace(guidance, step_norm=step_norm)
+    steps = torch.arange(trace.confidence.shape[1])
+    parts = [(1 - step_weights(trace.confidence, guidance, some)).sum(dim=-1) for some in steps.split(256)]
+    return torch.cat(parts, dim=1)
+
+
+def grid_of(num_tokens: int) -> tuple[int, int]:
+    """The largest square grid of the last tokens of an image: (tokens in front of it, its side); 273 -> (17, 16)."""
+    side = math.isqrt(num_tokens)
+    return num_tokens - side * side, side
+
+
+def on_grid(per_token: Tensor) -> Tensor:
+    """Arrange values per token [..., T] as the image's grid [..., side, side]; tokens in front of it are left out."""
+    front, side = grid_of(per_token.shape[-1])
+    return per_token[..., front:].unflatten(-1, (side, side))

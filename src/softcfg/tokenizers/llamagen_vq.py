@@ -1,0 +1,257 @@
+"""The tokenizer of LlamaGen: a convolutional autoencoder with attention at its lowest resolution.
+
+LlamaGen (https://arxiv.org/abs/2406.06525, https://github.com/FoundationVision/LlamaGen): VQ-16 and VQ-8, whose tokens
+are 16 and 8 pixels wide. Parameter names are those of the released `vq_ds16_c2i.pt` and `vq_ds8_c2i.pt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.configuration import require_positive
+from softcfg.tokenizers.base import Codebook, Tokenizer
+
+
+@dataclass(frozen=True)
+class LlamaGenVQConfig:
+    """Sizes of a `LlamaGenVQ`; the defaults are the released VQ-16 at 256 px.
+
+    Level i works on 1 / 2^i of the resolution with `ch * ch_mult[i]` channels.
+
+    Attributes:
+        image_size: H and W of the images, which the weights leave open: 256 or 384 for the released generators.
+        output_size: H and W that decoded images are resized to (bicubic, without antialiasing, as the released
+            evaluation of the 384 px models does with 256); None for `image_size`.
+        codebook_l2_norm: compare and read codes at unit length.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_embed_dim: int = 8
+    codebook_l2_norm: bool = True
+    num_groups: int = 32
+    norm_eps: float = 1e-6
+    image_size: int = 256
+    output_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "ch", "num_res_blocks", "z_channels", "codebook_size", "codebook_embed_dim", "num_groups", "norm_eps",
+            "image_size",
+        )  # fmt: skip
+        if self.output_size is not None:
+            require_positive(self, "output_size")
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            raise ValueError(f"ch_mult must list numbers greater than 0, got {list(self.ch_mult)}")
+        if self.ch % self.num_groups:
+            raise ValueError(f"ch {self.ch} must be a multiple of num_groups {self.num_groups}")
+        if self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of {self.downsampling}: every level of "
+                "ch_mult after the first halves it"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a token is wide."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def level_channels(self) -> list[int]:
+        """Channels of each level, the full resolution first."""
+        return [self.ch * factor for factor in self.ch_mult]
+
+
+class LlamaGenVQ(Tokenizer):
+    """LlamaGen's tokenizer: tokens in raster order; decoding needs `decoder`, `post_quant_conv` and `quantize` only."""
+
+    rounds = True
+
+    def __init__(self, config: LlamaGenVQConfig) -> None:
+        super().__init__()
+        side = config.image_size // config.downsampling
+        self.config = config
+        self.num_tokens = side * side
+        self.latent_size = (side, side)
+        self.codebook_size = config.codebook_size
+        self.image_size = config.image_size
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
+        self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, l2_norm=config.codebook_l2_norm)
+        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        """Return the latents [B, codebook_embed_dim, h, w] of pixels [B, 3, H, W] in [0, 1]."""
+        # Channels-last order is faster on a CPU, but its group norm there is ten times less accurate.
+        return self.quant_conv(self.encoder(2 * pixels.contiguous() - 1))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Return pixels, nominally in [0, 1], of latents [B, codebook_embed_dim, h, w]; of the output size."""
+        pixels = (self.decoder(self.post_quant_conv(latents.contiguous())) + 1) / 2
+        size = self.config.output_size
+        return pixels if size is None else F.interpolate(pixels, (size, size), mode="bicubic")
+
+
+class Encoder(nn.Module):
+    """Pixels to latents; level 0 is the full resolution, the last one has attention."""
+
+    def __init__(self, config: LlamaGenVQConfig) -> None:
+        super().__init__()
+        channels = [config.ch, *config.level_channels]
+        last = len(config.ch_mult) - 1
+        self.conv_in = conv(3, config.ch)
+        self.conv_blocks = nn.ModuleList(
+            Level(config, a, b, config.num_res_blocks, attention=i == last, downsample=i != last)
+            for i, (a, b) in enumerate(pairwise(channels))
+        )
+        self.mid = middle(config)
+        self.norm_out = group_norm(config, channels[-1])
+        self.conv_out = conv(channels[-1], config.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, z_channels, h, w]."""
+        x = self.conv_in(x)
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels; level 0 is the lowest resolution and has attention."""
+
+    def __init__(self, config: LlamaGenVQConfig) -> None:
+        super().__init__()
+        channels = config.level_channels[::-1]
+        last = len(channels) - 1
+        self.conv_in = conv(config.z_channels, channels[0])
+        self.mid = middle(config)
+        self.conv_blocks = nn.ModuleList(
+            Level(config, a, b, config.num_res_blocks + 1, attention=i == 0, upsample=i != last)
+            for i, (a, b) in enumerate(pairwise([channels[0], *channels]))
+        )
+        self.norm_out = group_norm(config, channels[-1])
+        self.conv_out = conv(channels[-1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, z_channels, h, w] -> [B, 3, H, W], nominally in [-1, 1]."""
+        x = self.mid(self.conv_in(x))
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention if there is any, and the step to the next."""
+
+    def __init__(
+        self,
+        config: LlamaGenVQConfig,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        *,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResidualBlock(config, outputs if i else inputs, outputs) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(config, outputs) for _ in range(blocks if attention else 0))
+        self.downsample = Downsample(outputs) if downsample else None
+        self.upsample = Upsample(outputs) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, h, w], or half or twice the size after a step."""
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x)
+        return x
+
+
+class Downsample(nn.Module):
+    """Half the size."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, channels, h / 2, w / 2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # on the right and at the bottom only
+
+
+class Upsample(nn.Module):
+    """Twice the size."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, channels, 2 h, 2 w]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised convolutions and a shortcut."""
+
+    def __init__(self, config: LlamaGenVQConfig, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(config, inputs)
+        self.conv1 = conv(inputs, outputs)
+        self.norm2 = group_norm(config, outputs)
+        self.conv2 = conv(outputs, outputs)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, h, w]."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Normalised self-attention of all pixels to all, with one head, and a shortcut."""
+
+    def __init__(self, config: LlamaGenVQConfig, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(config, channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> the same shape."""
+        y = self.norm(x)
+        query, key, value = (project(y).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        return x + self.proj_out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def middle(config: LlamaGenVQConfig) -> nn.Sequential:
+    """Return the blocks at the lowest resolution that encoder and decoder have between levels and latents."""
+    width = config.level_channels[-1]
+    return nn.Sequential(
+        ResidualBlock(config, width, width), AttentionBlock(config, width), ResidualBlock(config, width, width)
+    )
+
+
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a convolution that keeps the size."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def group_norm(config: LlamaGenVQConfig, channels: int) -> nn.GroupNorm:
+    """Return the normalisation used everywhere in the model."""
+    return nn.GroupNorm(config.num_groups, channels, eps=config.norm_eps)

@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+
+from softcfg import CFG, Pipeline, SoftCFG
+from softcfg.cli.main import main
+from softcfg.decoding.throughput import seconds_per_step
+
+
+def test_bench_recommends_a_batch_size(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(model_folder), "--batch-sizes", "4", "1", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line[:5].strip().isdigit()]
+    assert [row[0] for row in rows] == ["1", "4"]
+    for batch, step, tokens, _, images, _ in (map(float, row) for row in rows):
+        assert tokens == pytest.approx(batch / (step / 1e3), rel=0.05, abs=1)
+        assert 0 < images < batch / (step / 1e3 * 16)
+    assert lines[-1] in ("recommended: --batch-size 1", "recommended: --batch-size 4")
+
+
+def test_bench_without_files(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.yaml").write_text((model_folder / "model.yaml").read_text())
+    arguments = ["bench", str(tmp_path), "--batch-sizes", "1", "--repeats", "1", "--no-pixels"]
+    assert main(arguments) == 2
+    assert "generator.safetensors" in capsys.readouterr().err
+    assert main([*arguments, "--random-weights"]) == 0
+    assert main([*arguments, "--batch-sizes", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("guidance", [CFG(guidance_scale=0), CFG(), SoftCFG(), SoftCFG(target="both")], ids=str)
+def test_a_step_is_timed_for_every_method(model_folder: Path, guidance: CFG) -> None:
+    generator = Pipeline.with_random_weights(model_folder).generator
+    assert 0 < seconds_per_step(generator, 2, guidance, repeats=1) < 5

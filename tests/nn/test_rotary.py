@@ -1,0 +1,33 @@
+import math
+
+import pytest
+import torch
+
+from softcfg.nn.rotary import angles_1d, angles_2d, rotate
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+def test_pairs_turn_by_their_angles(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 8).to(dtype)
+    angles = torch.rand(4, 4) * 6
+    got = rotate(x, angles.cos(), angles.sin())
+    assert got.dtype == dtype
+    for n in range(4):
+        for i in range(4):
+            a, b = x[..., n, 2 * i].double(), x[..., n, 2 * i + 1].double()
+            cos, sin = math.cos(angles[n, i]), math.sin(angles[n, i])
+            torch.testing.assert_close(got[..., n, 2 * i].double(), a * cos - b * sin, rtol=0, atol=tolerance)
+            torch.testing.assert_close(got[..., n, 2 * i + 1].double(), b * cos + a * sin, rtol=0, atol=tolerance)
+
+
+def test_a_zero_row_makes_zero_vectors() -> None:
+    assert (rotate(torch.randn(1, 1, 1, 8), torch.zeros(1, 4), torch.zeros(1, 4)) == 0).all()
+
+
+def test_angles() -> None:
+    one = angles_1d(torch.tensor([0, 3]), 4, 10_000.0)
+    assert one[0].tolist() == [0.0] * 4
+    assert one[1].tolist() == pytest.approx([3 * 10_000 ** (-2 * i / 8) for i in range(4)])
+    two = angles_2d(torch.tensor([5]), torch.tensor([7]), 4, 10_000.0)
+    assert two[0].tolist() == pytest.approx([5, 5 * 10_000**-0.5, 7, 7 * 10_000**-0.5])

@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+import pytest
+
+import softcfg
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import softcfg",
+        "from softcfg.cli.main import build_parser; build_parser()",
+        "import softcfg.zoo.registry",
+        "from softcfg.cli.main import main; main(['models'])",
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(code: str) -> None:
+    code += "; import sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_guidance_imports_nothing_of_the_rest() -> None:
+    code = (
+        "import sys, softcfg.guidance; "
+        "print(sorted({n for n in sys.modules if n.startswith('softcfg.') and 'guidance' not in n}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "['softcfg.version']"
+
+
+def test_public_names() -> None:
+    assert set(dir(softcfg)) == set(softcfg.__all__)
+    for name in softcfg.__all__:
+        assert getattr(softcfg, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        softcfg.nothing  # noqa: B018
+
+
+def test_module_runs() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "softcfg", "--version"], check=True, capture_output=True, text=True
+    ).stdout
+    assert shown.strip() == f"softcfg {softcfg.__version__}"
