@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from softcfg.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
@@ -100,20 +102,26 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_device(name: str | None) -> torch.device | None:
+    """The device called `name`; None for None. Raises `UserError` if it is not available."""
+    import torch
+
+    try:
+        device = torch.device(name) if name else None
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU") from None
+    return device
+
+
 def load_pipeline(args: argparse.Namespace, *, random_weights: bool = False) -> Pipeline:
     """The pipeline that the model arguments ask for, or one of that architecture with random weights."""
     import torch
 
     from softcfg.pipeline import Pipeline
 
-    try:
-        device = torch.device(args.device) if args.device else None
-        if device is not None:
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(
-            f"device {args.device!r} is not available here; use cpu, or cuda on a machine with a GPU"
-        ) from None
+    device = parse_device(args.device)
     if random_weights:
         return Pipeline.with_random_weights(args.model, device=device, dtype=getattr(torch, args.dtype))
     return Pipeline.from_pretrained(

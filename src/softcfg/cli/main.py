@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from softcfg.cli import bench, fetch, models, plot, sample, trace
+from softcfg.cli import eval as evaluation
 from softcfg.errors import UserError
 from softcfg.version import __version__
 
-COMMANDS = (sample, trace, plot, models, fetch, bench)
+COMMANDS = (sample, evaluation, trace, plot, models, fetch, bench)
 
 
 class Parser(argparse.ArgumentParser):
