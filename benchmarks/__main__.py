@@ -6,6 +6,7 @@ import sys
 BENCHMARKS = [
     ["benchmarks.decoding", "--model", "alitok-b", "--batch-size", "4", "16"],
     ["benchmarks.decoding", "--model", "rar-b", "--batch-size", "4", "16"],
+    ["benchmarks.evaluation"],
 ]
 
 for module, *arguments in BENCHMARKS:

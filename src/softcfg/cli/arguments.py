@@ -101,6 +101,19 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
 
 
+def parse_device(name: str | None) -> torch.device | None:
+    """The device called `name`; None for None. Raises `UserError` if it is not available."""
+    import torch
+
+    try:
+        device = torch.device(name) if name else None
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU") from None
+    return device
+
+
 def load_pipeline(
     args: argparse.Namespace, device: torch.device | str | None = None, *, random_weights: bool = False
 ) -> Pipeline:
@@ -113,15 +126,7 @@ def load_pipeline(
 
     from softcfg.pipeline import Pipeline
 
-    try:
-        named = device or args.device
-        device = torch.device(named) if named else None
-        if device is not None:
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(
-            f"device {args.device!r} is not available here; use cpu, or cuda on a machine with a GPU"
-        ) from None
+    device = parse_device(str(device)) if device else parse_device(args.device)
     if random_weights:
         return Pipeline.with_random_weights(args.model, device=device, dtype=getattr(torch, args.dtype))
     return Pipeline.from_pretrained(

@@ -81,7 +81,8 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     entry = resolve(args.tokenizer or source.settings["model"])
     config = entry.tokenizer.config if args.tokenizer else source.settings["tokenizer"]["config"]
     checkpoint = args.tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
-    device = processes.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = arguments.parse_device(str(processes.device)) if processes.device else None
+    device = chosen or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(entry, config, checkpoint, device)
     locks: list[Lock] = []
 

@@ -361,6 +361,15 @@ def _llamagen(
     )
 
 
+def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
+    """Return `table[name]`, or raise a `UserError` that starts with `problem` and suggests near names."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), table, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(table)}"
+    raise UserError(f"{problem} {name!r}; {hint}")
+
+
 def read_model_folder(folder: Path) -> ModelEntry:
     """Read `model.yaml` of a model folder; the files it names lie beside it.
 
@@ -429,15 +438,6 @@ MODELS: dict[str, ModelEntry] = _by_name(
     ]
 )
 # fmt: on
-
-
-def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
-    """Return `table[name]`, or raise a `UserError` that starts with `problem` and suggests near names."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name.lower().replace("_", "-"), table, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(table)}"
-    raise UserError(f"{problem} {name!r}; {hint}")
 
 
 def resolve(model: str | Path | ModelEntry) -> ModelEntry:

@@ -1,0 +1,101 @@
+"""`softcfg eval`: measure images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+
+DESCRIPTION = """\
+Measure images by the protocol of ImageNet papers: FID, sFID, Inception Score, precision and recall.
+
+SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG or WebP images,
+or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
+reference batches and --save-stats have them. Without a reference there is only the Inception Score.
+
+The Inception weights are downloaded once, into the folder SOFTCFG_CHECKPOINTS (default:
+~/.cache/softcfg/checkpoints); features are kept in SOFTCFG_FEATURES (default: ~/.cache/softcfg/features)."""
+
+EXAMPLES = """\
+examples:
+  softcfg eval samples.npz --reference VIRTUAL_imagenet256_labeled.npz --output metrics.json
+  softcfg eval out --reference test-images --extractor fashion --metrics fid,precision,recall
+  softcfg eval train-images --save-stats train.npz --metrics inception_score"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure images: FID, sFID, Inception Score, precision, recall",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("samples", metavar="SAMPLES", help=".npz file, folder of images or run folder")
+    parser.add_argument("--reference", metavar="PATH", help="what to compare with; the same, or statistics")
+    parser.add_argument(
+        "--metrics",
+        metavar="LIST",
+        help="some of fid,sfid,inception_score,precision,recall (default: all that can be computed)",
+    )
+    group = parser.add_argument_group("features")
+    group.add_argument(
+        "--extractor",
+        default="inception",
+        metavar="NAME",
+        help="inception (default), fashion (for the bundled model), or your own as package.module:factory",
+    )
+    group.add_argument(
+        "--extractor-weights",
+        "--inception-weights",
+        metavar="FILE",
+        help="weights of the extractor, instead of its own",
+    )
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    group.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)")
+    group.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at once (default: 64)")
+    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
+    group.add_argument("--no-cache", action="store_true", help="keep no features")
+    group = parser.add_argument_group("results")
+    group.add_argument("--output", metavar="FILE", help="write the results, and all it takes to get them, as JSON")
+    group.add_argument("--json", action="store_true", help="print that JSON instead of a table")
+    group.add_argument("--save-stats", metavar="FILE", help="write the statistics of SAMPLES as .npz")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from pathlib import Path
+
+    import torch
+
+    from softcfg.evaluation import evaluate
+    from softcfg.evaluation.features import cache_folder
+    from softcfg.files import write_atomically
+
+    if args.no_cache and args.cache_dir:
+        raise UserError("--no-cache and --cache-dir exclude each other")
+    for flag, path in (("--output", args.output), ("--save-stats", args.save_stats)):
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f"{flag}: the folder {Path(path).parent} does not exist")
+    report = evaluate(
+        args.samples,
+        args.reference,
+        args.extractor,
+        [name.strip().replace("-", "_") for name in args.metrics.split(",")] if args.metrics else None,
+        weights=args.extractor_weights,
+        device=arguments.parse_device(args.device),
+        dtype=getattr(torch, args.dtype),
+        batch_size=args.batch_size,
+        cache=None if args.no_cache else args.cache_dir or cache_folder(),
+        save_stats=args.save_stats,
+        progress=True,
+    )
+    if args.output:
+        write_atomically(args.output, report.to_json().encode() + b"\n")
+    print(report.to_json() if args.json else report.to_table())
+    return 0

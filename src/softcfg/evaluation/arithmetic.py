@@ -1,0 +1,20 @@
+"""Float32 that is float32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Context (or decorator) in which products and convolutions use no TF32 or bfloat16, whatever was set."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)

@@ -1,0 +1,238 @@
+"""Features of images: the networks that compute them, by name, and a cache of what they computed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from softcfg.errors import UserError
+from softcfg.evaluation.arithmetic import full_float32
+from softcfg.evaluation.sources import ImageSource
+from softcfg.zoo.registry import find
+
+Item = TypeVar("Item")
+
+CACHE_VARIABLE = "SOFTCFG_FEATURES"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network says of N images; which metrics can be computed depends on what there is.
+
+    Attributes:
+        pooled: float `[N, D]`, for FID, precision and recall.
+        spatial: float `[N, S]`, for sFID; or None.
+        logits: float `[N, C]` of classes, for the Inception Score; or None.
+    """
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network that describes images.
+
+    Attributes:
+        name: what reports call it.
+        describe: uint8 `[B, 3, H, W]` on `device` -> `Features` of B images.
+        identity: tells apart networks of the same name; best the SHA-256 of the weights.
+        note: what a reader of figures made with it has to know, or "".
+    """
+
+    name: str
+    describe: Callable[[Tensor], Features]
+    identity: str
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    note: str = ""
+
+
+ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
+
+EXTRACTORS: dict[str, ExtractorFactory] = {}
+
+
+def register_extractor(name: str, factory: ExtractorFactory) -> None:
+    """Make an extractor known by name; `factory(weights, device, dtype)` is called when it is needed."""
+    EXTRACTORS[name] = factory
+
+
+def load_extractor(
+    name: str,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Extractor:
+    """Load an extractor: a registered name, or "package.module:factory".
+
+    Raises:
+        UserError: there is none of that name, or its weights cannot be had.
+    """
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"extractor {name} cannot be imported: {error}") from None
+    else:
+        factory = find(EXTRACTORS, name, "there is no feature extractor named")
+    return factory(None if weights is None else Path(weights), torch.device(device), dtype)
+
+
+def _inception(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
+    from softcfg.evaluation.inception import InceptionV3
+    from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
+
+    path = weights or require_weights(INCEPTION_WEIGHTS)
+    network, digest = load_network(InceptionV3, path, device, dtype)
+    note = ""
+    if digest != INCEPTION_WEIGHTS.sha256:
+        note = f"{path} is not the published file of Inception weights: figures compare with no paper's"
+    return Extractor("inception", network, digest, device, dtype, note)
+
+
+def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
+    from softcfg.evaluation.fashion_classifier import FashionClassifier
+    from softcfg.evaluation.weights import load_network
+    from softcfg.zoo.registry import BUNDLED
+
+    path = weights or BUNDLED / "fashion" / "classifier.safetensors"
+    network, digest = load_network(FashionClassifier, path, device, dtype)
+
+    def describe(pixels: Tensor) -> Features:
+        side = FashionClassifier.image_size
+        if pixels.shape[2:] != (side, side):
+            size = f"{pixels.shape[2]} x {pixels.shape[3]}"
+            raise UserError(f"the extractor fashion takes images of {side} x {side} pixels, these have {size}")
+        pooled = network.features(pixels.to(dtype) / 255)
+        return Features(pooled, logits=network.head(pooled))
+
+    return Extractor("fashion", describe, digest, device, dtype)
+
+
+register_extractor("inception", _inception)
+register_extractor("fashion", _fashion)
+
+
+# ---- extraction
+
+
+def extract(
+    extractor: Extractor,
+    source: ImageSource,
+    *,
+    batch_size: int = 64,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> Features:
+    """Describe all images of `source`, as float32 on the CPU.
+
+    Args:
+        cache: folder where features are kept, under a name made of the content of the images and the identity
+            of the extractor; None keeps nothing.
+        progress: show a bar.
+
+    Raises:
+        UserError: an image cannot be read, or the extractor returns something unusable.
+    """
+    path = None
+    if cache is not None:
+        key = "\n".join((extractor.name, extractor.identity, str(extractor.dtype), source.fingerprint))
+        path = Path(cache) / f"{extractor.name.replace(':', '-')}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        path = path.with_suffix(".safetensors")
+        if (known := _read_cached(path, len(source))) is not None:
+            return known
+    features = _extract(extractor, source, batch_size, progress)
+    if path is not None:
+        _write_cached(path, features)
+    return features
+
+
+def cache_folder() -> Path:
+    """Where features are kept: $SOFTCFG_FEATURES, or a folder in the user's cache."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/softcfg/features").expanduser()
+
+
+@torch.inference_mode()
+def _extract(extractor: Extractor, source: ImageSource, batch_size: int, progress: bool) -> Features:
+    from tqdm import tqdm
+
+    collected: dict[str, Tensor] = {}
+    done = 0
+    with (
+        full_float32(),
+        tqdm(total=len(source), desc=source.name, unit="image", disable=None if progress else True) as bar,
+    ):
+        for pixels in _ahead(source.batches(batch_size)):
+            batch = extractor.describe(pixels.to(extractor.device).permute(0, 3, 1, 2).contiguous())
+            for name, tensor in batch.tensors().items():
+                if tensor.ndim != 2 or len(tensor) != len(pixels):
+                    raise UserError(
+                        f"extractor {extractor.name} must return {name} of shape [{len(pixels)}, width] "
+                        f"for {len(pixels)} images, got {list(tensor.shape)}"
+                    )
+                if name not in collected:
+                    collected[name] = torch.empty(len(source), tensor.shape[1], dtype=torch.float32)
+                collected[name][done : done + len(tensor)] = tensor
+            done += len(pixels)
+            bar.update(len(pixels))
+    for name, tensor in collected.items():
+        if not tensor.sum(dtype=torch.float64).isfinite():
+            bad = int((~tensor.isfinite().all(dim=1)).nonzero()[0])
+            raise UserError(f"extractor {extractor.name} returned {name} that are not finite, first for image {bad}")
+    return Features(**collected)
+
+
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each fetched while the one before it is in use."""
+    iterator = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = worker.submit(next, iterator, end)
+            yield item  # type: ignore[misc]
+
+
+def _read_cached(path: Path, count: int) -> Features | None:
+    try:
+        features = Features(**load_file(path))
+    except (OSError, SafetensorError, TypeError):  # absent or damaged: to be made anew
+        return None
+    return features if len(features) == count else None
+
+
+def _write_cached(path: Path, features: Features) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(features.tensors(), temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"features cannot be kept in {path.parent} ({error}); give another folder, or none") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,297 @@
+"""The evaluation protocol of ImageNet papers: samples against a reference, in one call."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softcfg.errors import UserError
+from softcfg.evaluation import metrics as formulas
+from softcfg.evaluation.features import Extractor, Features, extract, load_extractor
+from softcfg.evaluation.metrics import Statistics
+from softcfg.evaluation.report import TITLES, Report
+from softcfg.evaluation.sources import ImageSource, open_source
+from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
+from softcfg.version import __version__
+from softcfg.zoo.checkpoints import hash_file
+from softcfg.zoo.registry import find
+
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+FRECHET = {"fid": "pooled", "sfid": "spatial"}  # the features they compare
+
+Images = str | Path | NDArray[Any] | Tensor | ImageSource
+
+
+def evaluate(
+    samples: Images,
+    reference: Images | None = None,
+    extractor: str | Extractor = "inception",
+    metrics: Sequence[str] | None = None,
+    *,
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+    cache: str | Path | None = None,
+    save_stats: str | Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Measure samples.
+
+    Args:
+        samples: an .npz file with `arr_0`, a folder of images, a run folder, or uint8 images `[N, H, W, 3]`.
+        reference: the same, or an .npz file of statistics (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID);
+            without it there is only the Inception Score. As in the ADM protocol, statistics in a file take the
+            place of its images in FID and sFID, on both sides.
+        extractor: a registered name, "package.module:factory", or an `Extractor`.
+        metrics: some of "fid", "sfid", "inception_score", "precision", "recall"; by default all that the input
+            and the extractor allow, with a note on the others.
+        weights: of the extractor, instead of its own.
+        device: where features and metrics are computed; CUDA where there is one.
+        dtype: of the extractor, float32 or float64.
+        batch_size: images described at once.
+        cache: folder for features, so that the same images are described only once.
+        save_stats: write the statistics of the samples to this .npz file, to serve as a reference.
+        progress: show bars.
+
+    Raises:
+        UserError: images or weights cannot be used, or a metric that was asked for cannot be computed.
+    """
+    started = time.perf_counter()
+    wanted = [find({name: name for name in METRICS}, name, "there is no metric named") for name in metrics or METRICS]
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    # What can be refused is refused before anything takes time.
+    inputs = [_Input.open(given) for given in (samples, reference) if given is not None]
+    _require_equal_sizes(inputs)
+    obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs))}
+    if metrics and obstacles:
+        raise UserError("; ".join(f"{TITLES[name]} cannot be computed: {why}" for name, why in obstacles.items()))
+    if save_stats and inputs[0].source is None:
+        raise UserError(f"{inputs[0].name} holds no images of which statistics could be saved")
+    if not isinstance(extractor, Extractor):
+        extractor = load_extractor(extractor, weights, device, dtype)
+    for given in inputs:
+        given.require_made_with(extractor)
+
+    options = {"batch_size": batch_size, "cache": cache, "progress": progress}
+    sides = [_Side(given, extractor, device, options) for given in inputs]
+    comparison = _Comparison(*sides)
+    values: dict[str, float] = {}
+    for name in wanted:
+        if name not in obstacles:
+            try:
+                values[name] = getattr(comparison, name)()
+            except _UnavailableError as error:
+                if metrics:
+                    raise UserError(f"{TITLES[name]} cannot be computed: {error}") from None
+                obstacles[name] = str(error)
+    if save_stats:
+        sides[0].save_statistics(save_stats)
+
+    settings = {
+        "samples": sides[0].describe(),
+        "reference": sides[1].describe() if reference is not None else None,
+        "extractor": {
+            "name": extractor.name,
+            "identity": extractor.identity,
+            "dtype": str(extractor.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        },
+        "parameters": {
+            "split_size": formulas.SPLIT_SIZE,
+            "neighbour": formulas.NEIGHBOUR,
+            "batch_size": batch_size,
+        },
+        "versions": {
+            "softcfg": __version__,
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    notes = [f"no {TITLES[name]}: {obstacle}" for name, obstacle in obstacles.items()]
+    notes += [extractor.note] if extractor.note else []
+    if values.keys() & FRECHET.keys():
+        if inputs[0].file and inputs[0].source:
+            notes.append(f"FID and sFID use the statistics in {inputs[0].name}, not its images")
+        notes += [note for side in sides if (note := side.note())]
+    return Report(values, settings, notes)
+
+
+class _UnavailableError(UserError):
+    """A metric cannot be computed with this extractor."""
+
+
+class _Comparison:
+    """The metrics by their names; what two of them share is computed once."""
+
+    def __init__(self, samples: _Side, reference: _Side | None = None) -> None:
+        self.samples = samples
+        self.reference = reference
+
+    def fid(self) -> float:
+        return self._frechet("pooled")
+
+    def sfid(self) -> float:
+        return self._frechet("spatial")
+
+    def inception_score(self) -> float:
+        return formulas.inception_score(self.samples.tensor("logits"))
+
+    def precision(self) -> float:
+        return self._precision_recall[0]
+
+    def recall(self) -> float:
+        return self._precision_recall[1]
+
+    def _frechet(self, kind: str) -> float:
+        assert self.reference is not None
+        moments = self.samples.statistics(kind), self.reference.statistics(kind)
+        try:
+            return formulas.frechet_distance(*moments)
+        except UserError as error:
+            raise UserError(f"{self.samples.given.name} against {self.reference.given.name}: {error}") from None
+
+    @cached_property
+    def _precision_recall(self) -> tuple[float, float]:
+        assert self.reference is not None
+        return formulas.precision_recall(self.reference.tensor("pooled"), self.samples.tensor("pooled"))
+
+
+def _obstacle(metric: str, inputs: Sequence[_Input]) -> str | None:
+    """Why `metric` cannot be computed of these inputs, whatever the extractor."""
+    if metric == "inception_score":
+        inputs = inputs[:1]
+    elif len(inputs) < 2:
+        return "it needs a reference"
+    for given in inputs:
+        kind = FRECHET.get(metric)
+        if kind and given.file:
+            if given.file.get(kind) is None:
+                return f"{given.name} holds statistics for FID, but not those for sFID, {' and '.join(ARRAYS[kind])}"
+        elif given.source is None:
+            return f"{given.name} holds statistics, but no images"
+    return None
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The samples or the reference as given: images, statistics in a file, or both."""
+
+    name: str
+    source: ImageSource | None
+    file: StatisticsFile | None
+
+    @classmethod
+    def open(cls, given: Images) -> _Input:
+        file = read_statistics(given) if isinstance(given, (str, Path)) else None
+        source = open_source(given) if file is None or file.has_images else None
+        return cls(str(given) if source is None else source.name, source, file)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the images, as far as known."""
+        return self.source.size if self.source else self.file.size if self.file else None
+
+    def require_made_with(self, extractor: Extractor) -> None:
+        """Raise a `UserError` if the statistics are known to come from another extractor."""
+        if self.file and (name := self.file.origin.get("extractor")):
+            if name != extractor.name:
+                raise UserError(f"{self.name} holds statistics of the extractor {name}, not of {extractor.name}")
+            if self.file.origin.get("identity") != extractor.identity:
+                raise UserError(f"{self.name} was made with other weights of the extractor {name}")
+
+
+class _Side:
+    """The samples or the reference with their features, each computed when it is first needed."""
+
+    def __init__(self, given: _Input, extractor: Extractor, device: torch.device, options: dict[str, Any]) -> None:
+        self.given = given
+        self.extractor = extractor
+        self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        self.options = options
+        self.known: dict[str, Statistics] = {}
+
+    @cached_property
+    def features(self) -> Features:
+        assert self.given.source is not None
+        return extract(self.extractor, self.given.source, **self.options)
+
+    def tensor(self, kind: str) -> Tensor:
+        """The "pooled", "spatial" or "logits" features."""
+        found = self.features.tensors().get(kind)
+        if found is None:
+            raise _UnavailableError(f"the extractor {self.extractor.name} gives no {kind} features")
+        return found.to(self.device)
+
+    def statistics(self, kind: str) -> Statistics:
+        """Those of the file, or else those of the images."""
+        if self.given.file and (found := self.given.file.get(kind)):
+            return found.to(self.device)
+        return self.image_statistics(kind)
+
+    def image_statistics(self, kind: str) -> Statistics:
+        if kind not in self.known:
+            self.known[kind] = formulas.statistics(self.tensor(kind))
+        return self.known[kind]
+
+    def save_statistics(self, path: str | Path) -> None:
+        source = self.given.source
+        assert source is not None
+        origin = {
+            "extractor": self.extractor.name,
+            "identity": self.extractor.identity,
+            "count": str(source.count),
+            "size": "{} {}".format(*source.size),
+            "fingerprint": source.fingerprint,
+        }
+        spatial = self.image_statistics("spatial") if self.features.spatial is not None else None
+        save_statistics(path, self.image_statistics("pooled"), spatial, origin)
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of it."""
+        source, file = self.given.source, self.given.file
+        return {
+            "name": self.given.name,
+            "count": source.count if source else None,
+            "size": list(self.given.size) if self.given.size else None,
+            "sha256": source.fingerprint if source else hash_file(self.given.name),
+            "statistics": "from the file" if file else "of the images",
+            **({"statistics_of": file.origin} if file and file.origin else {}),
+        }
+
+    def note(self) -> str:
+        """What bends FID and sFID, or ""."""
+        if self.given.file:
+            return ""
+        count, width = len(self.features), self.features.pooled.shape[1]
+        if count > width:
+            return ""
+        return (
+            f"{self.given.name} has {count:,} images for {width:,} features: FID is far above its value for many "
+            "images, and compares only with figures of as many"
+        )
+
+
+def _require_equal_sizes(inputs: Sequence[_Input]) -> None:
+    sizes = [given.size for given in inputs]
+    if None not in sizes and len(set(sizes)) > 1:
+        (height, width), (other_height, other_width) = sizes  # type: ignore[misc]
+        raise UserError(
+            f"the samples are {height} x {width} and the reference images {other_height} x {other_width}; "
+            "figures mean something only for images of one size"
+        )

@@ -1,0 +1,110 @@
+"""Weights of feature networks: found, downloaded once, checked, loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from softcfg.errors import CheckpointError
+from softcfg.files import make_folder
+from softcfg.zoo.checkpoints import checkpoints_folder, hash_file, load_weights, read_state_dict
+
+Network = TypeVar("Network", bound=nn.Module)
+
+TIMEOUT = 30  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file on the web whose content is known."""
+
+    url: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rpartition("/")[2]
+
+
+INCEPTION_WEIGHTS = PublishedFile(
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
+
+
+def load_network(
+    network: type[Network], path: str | Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Network, str]:
+    """Build `network()` with the weights at `path`, for inference; return it and the SHA-256 of the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not fit.
+    """
+    state = read_state_dict(path)
+    module = load_weights(
+        lambda _: network(),  # type: ignore[arg-type]  # a network without a configuration
+        None,
+        state,
+        device=device,
+        dtype=dtype,
+        source=str(path),
+    )
+    return module, hash_file(path)  # type: ignore[return-value]
+
+
+def require_weights(file: PublishedFile) -> Path:
+    """Return where `file` lies in the checkpoints folder; download it if it is not there.
+
+    Raises:
+        CheckpointError: it cannot be downloaded, or is not what was published; nothing is left behind.
+    """
+    path = checkpoints_folder() / file.name
+    return path if path.is_file() else download(file, path)
+
+
+def download(file: PublishedFile, target: Path) -> Path:
+    """Download `file` to `target`, which is there afterwards with the published content, or not at all.
+
+    Raises:
+        CheckpointError: see `require_weights`.
+    """
+    from tqdm import tqdm
+
+    make_folder(target.parent)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    by_hand = f"download it by other means, and put it into {target.parent} or give its path"
+    try:
+        digest = hashlib.sha256()
+        with urllib.request.urlopen(file.url, timeout=TIMEOUT) as response, partial.open("wb") as out:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
+                while block := response.read(1 << 20):
+                    out.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+            out.flush()
+            os.fsync(out.fileno())
+        if digest.hexdigest() != file.sha256:
+            raise CheckpointError(
+                f"{file.url} was downloaded, but its SHA-256 is {digest.hexdigest()[:16]}... and not "
+                f"{file.sha256[:16]}...: it is damaged or not the published file; try again, or {by_hand}"
+            )
+        partial.replace(target)
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise CheckpointError(f"{file.url} cannot be downloaded ({reason}); {by_hand}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return target

@@ -1,0 +1,267 @@
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from image_files import write_pngs, write_shards
+from softcfg import UserError
+from softcfg.evaluation import open_source
+from softcfg.zoo.checkpoints import hash_file
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (23, 6, 8, 3), dtype=np.uint8)
+
+
+def read(source: Any, batch_size: int = 5) -> np.ndarray:
+    opened = open_source(source)
+    batches = list(opened.batches(batch_size))
+    assert all(batch.dtype == torch.uint8 for batch in batches)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    joined = torch.cat(batches).numpy()
+    assert len(opened) == len(joined)
+    assert opened.size == joined.shape[1:3]
+    return joined
+
+
+# ---- what can be read
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 100])
+def test_arrays(images: np.ndarray, batch_size: int) -> None:
+    np.testing.assert_array_equal(read(images, batch_size), images)
+    np.testing.assert_array_equal(read(torch.from_numpy(images), batch_size), images)
+    np.testing.assert_array_equal(read(np.asfortranarray(images[:, ::-1]), batch_size), images[:, ::-1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 100])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz(images: np.ndarray, tmp_path: Path, save: Any, batch_size: int) -> None:
+    save(tmp_path / "a.npz", images, np.arange(23))
+    np.testing.assert_array_equal(read(tmp_path / "a.npz", batch_size), images)
+    assert open_source(str(tmp_path / "a.npz")).fingerprint == hash_file(tmp_path / "a.npz")
+
+
+def test_npz_in_fortran_order_and_later_formats(images: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(images))
+    np.testing.assert_array_equal(read(tmp_path / "fortran.npz"), images)
+    for version in ((2, 0), (3, 0)):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, images, version)
+        with zipfile.ZipFile(tmp_path / "v.npz", "w") as archive:
+            archive.writestr("arr_0.npy", buffer.getvalue())
+        np.testing.assert_array_equal(read(tmp_path / "v.npz"), images)
+
+
+def test_npz_is_not_loaded_as_a_whole(tmp_path: Path) -> None:
+    import tracemalloc
+
+    np.savez(tmp_path / "large.npz", np.zeros((400, 128, 128, 3), dtype=np.uint8))
+    tracemalloc.start()
+    total = sum(int(batch.numel()) for batch in open_source(tmp_path / "large.npz").batches(8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 400 * 128 * 128 * 3
+    assert peak < total / 5
+
+
+def test_folders_of_images(images: np.ndarray, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "a", images)
+    (folder / "notes.txt").write_text("not an image")
+    np.testing.assert_array_equal(read(folder), images)
+    # In folders, in another format, grey, with a palette or an alpha channel that hides nothing.
+    write_pngs(tmp_path / "b" / "0", images[:3])
+    mixed = tmp_path / "b" / "1"
+    mixed.mkdir()
+    Image.fromarray(images[3]).save(mixed / "3.WEBP", lossless=True)
+    Image.fromarray(images[4]).convert("L").save(mixed / "4.png")
+    Image.fromarray(images[5]).convert("RGBA").save(mixed / "5.png")
+    expected = [*images[:4], np.repeat(np.array(Image.fromarray(images[4]).convert("L"))[..., None], 3, 2), images[5]]
+    np.testing.assert_array_equal(read(tmp_path / "b"), np.stack(expected))
+    for name in ("6.jpg", "7.png"):
+        plain = Image.new("RGB", (8, 6), (200, 30, 90))
+        (plain.convert("P", palette=Image.Palette.ADAPTIVE) if name == "7.png" else plain).save(mixed / name)
+    assert np.abs(read(tmp_path / "b")[6:].astype(int) - (200, 30, 90)).max() <= 2
+
+
+def test_pictures_that_sample_writes_are_not_samples(images: np.ndarray, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "out", images)
+    Image.new("RGB", (100, 50)).save(folder / "grid.png")
+    Image.new("RGB", (100, 50)).save(folder / "comparison.png")
+    with pytest.raises(UserError, match="differ in size"):
+        read(folder)
+    (folder / "run.json").write_text("{}")
+    np.testing.assert_array_equal(read(folder), images)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 100])
+def test_runs_are_read_in_the_order_of_the_indices(images: np.ndarray, tmp_path: Path, batch_size: int) -> None:
+    order = [[3, 1, 22], list(range(4, 22, 2)), [0, 2], list(range(5, 22, 2))]
+    folder = write_shards(tmp_path / "run", images, order)
+    write_pngs(folder / "images", images[::-1])  # as an export would
+    np.testing.assert_array_equal(read(folder, batch_size), images)
+    np.testing.assert_array_equal(read(folder / "shards", batch_size), images)
+
+
+def test_the_fingerprint_follows_the_content(images: np.ndarray, tmp_path: Path) -> None:
+    changed = images.copy()
+    changed[11, 3, 4, 1] ^= 1
+    seen = set()
+    for n, given in enumerate((images, changed, images[::-1], images.reshape(23, 8, 6, 3))):
+        seen.add(open_source(np.ascontiguousarray(given)).fingerprint)
+        seen.add(open_source(write_pngs(tmp_path / f"folder{n}", given)).fingerprint)
+        seen.add(open_source(write_shards(tmp_path / f"run{n}", given, [list(range(23))])).fingerprint)
+    assert len(seen) == 12
+    assert open_source(images.copy()).fingerprint in seen
+    assert open_source(write_pngs(tmp_path / "elsewhere", images)).fingerprint in seen
+
+
+# ---- what cannot
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (np.full((4, 6, 8, 3), np.nan), "must be uint8, 0 to 255, got float64; convert"),
+        (np.zeros((4, 6, 8, 3), dtype=np.float32), "got float32"),
+        (np.zeros((4, 6, 8, 3), dtype=np.int64), "got int64"),
+        (np.zeros((4, 3, 6, 8), dtype=np.uint8), r"must be images \[N, height, width, 3\], got \[4, 3, 6, 8\]"),
+        (np.zeros((6, 8, 3), dtype=np.uint8), r"got \[6, 8, 3\]"),
+        (np.zeros((0, 6, 8, 3), dtype=np.uint8), "holds no images"),
+    ],
+)
+def test_arrays_that_are_no_images(array: np.ndarray, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=text):
+        open_source(array)
+    np.savez(tmp_path / "a.npz", array)
+    with pytest.raises(UserError, match=rf"arr_0 of .*a\.npz .*{text}"):
+        open_source(tmp_path / "a.npz")
+
+
+def test_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    np.savez(tmp_path / "a.npz", np.array([Trap()] * 12, dtype=object).reshape(1, 2, 2, 3))
+    with pytest.raises(UserError, match="got object"):
+        open_source(tmp_path / "a.npz")
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_npz_without_images(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros(3), labels=np.zeros(3))
+    with pytest.raises(UserError, match="no array arr_0, the images; it holds images, labels"):
+        open_source(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz")
+    with pytest.raises(UserError, match="it holds nothing"):
+        open_source(tmp_path / "b.npz")
+
+
+def test_damaged_npz(images: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    (tmp_path / "short.npz").write_bytes(content[:2000])
+    with pytest.raises(UserError, match="truncated"):
+        open_source(tmp_path / "short.npz")
+    content[1500] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"flipped\.npz is damaged: its array arr_0 cannot be read \(Bad CRC"):
+        read(tmp_path / "flipped.npz", 5)
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, images)
+    with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive:
+        archive.writestr("arr_0.npy", buffer.getvalue()[:-1])
+    with pytest.raises(UserError, match="it ends early"):
+        read(tmp_path / "cut.npz")
+    with zipfile.ZipFile(tmp_path / "junk.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"not an array")
+    with pytest.raises(UserError, match="damaged"):
+        open_source(tmp_path / "junk.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("batch_size", [1, 5, 23])
+def test_the_checksum_is_compared(images: np.ndarray, tmp_path: Path, save: Any, batch_size: int) -> None:
+    save(tmp_path / "a.npz", images)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        checksum = archive.getinfo("arr_0.npy").CRC
+    content = (tmp_path / "a.npz").read_bytes()
+    swapped = content.replace(checksum.to_bytes(4, "little"), (checksum ^ 1).to_bytes(4, "little"))
+    (tmp_path / "a.npz").write_bytes(swapped)
+    with pytest.raises(UserError, match="Bad CRC"):
+        read(tmp_path / "a.npz", batch_size)
+
+
+def test_paths_that_are_no_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        open_source(tmp_path / "gone")
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"a\.txt is no \.npz file"):
+        open_source(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="holds no images"):
+        open_source(tmp_path)
+
+
+def test_images_of_several_sizes(images: np.ndarray, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "a", images)
+    Image.fromarray(images[0]).resize((16, 16)).save(folder / "000007.png")
+    with pytest.raises(UserError, match=r"000000\.png is 6 x 8, 000007\.png is 16 x 16"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (Image.new("RGBA", (8, 6), (1, 2, 3, 100)), "partly transparent"),
+        (Image.new("I;16", (8, 6)), "mode I;16"),
+    ],
+)
+def test_images_that_are_not_rgb(image: Image.Image, text: str, tmp_path: Path) -> None:
+    image.save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=text):
+        open_source(tmp_path)
+
+
+def test_damaged_images(images: np.ndarray, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "a", images)
+    os.truncate(folder / "000012.png", 60)
+    with pytest.raises(UserError, match=r"000012\.png cannot be read as an image"):
+        read(folder)
+
+
+def test_damaged_runs(images: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hold some images twice"):
+        open_source(write_shards(tmp_path / "twice", images, [[0, 1, 2], [2, 3]]))
+    folder = write_shards(tmp_path / "cut", images, [[0, 1], [2, 3]])
+    os.truncate(folder / "shards" / "shard-00001.safetensors", 100)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is no shard of a run, or damaged"):
+        open_source(folder)
+    folder = write_shards(tmp_path / "sizes", images, [[0, 1], [2, 3]])
+    save_file(
+        {"pixels": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "indices": torch.tensor([9])},
+        folder / "shards" / "shard-2.safetensors",
+    )
+    with pytest.raises(UserError, match=r"differ in image size: shard-00000\.safetensors has 6 x 8, shard-2"):
+        open_source(folder)
+    folder = write_shards(tmp_path / "count", images, [[0, 1]])
+    save_file(
+        {"pixels": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "indices": torch.tensor([3, 4])},
+        folder / "shards" / "shard-3.safetensors",
+    )
+    with pytest.raises(UserError, match="2 indices for 1 images"):
+        open_source(folder)
+    save_file(
+        {"pixels": torch.zeros(1, 8, 8, 3), "indices": torch.tensor([3])},
+        folder / "shards" / "shard-3.safetensors",
+    )
+    with pytest.raises(UserError, match="they must be uint8"):
+        open_source(folder)

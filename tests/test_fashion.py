@@ -1,0 +1,60 @@
+"""The bundled model: what is shipped, and that its samples are what they are asked to be."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from softcfg import CFG, Pipeline
+from softcfg.evaluation.fashion_classifier import FashionClassifier
+from softcfg.zoo.registry import BUNDLED
+
+FOLDER = BUNDLED / "fashion"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("fashion")
+
+
+def class_accuracy(pipe: Pipeline, count: int, guidance: CFG | None = None) -> float:
+    """The share of `count` samples, classes in turn, that the shipped classifier puts into their own class."""
+    classifier = FashionClassifier()
+    classifier.load_state_dict(load_file(FOLDER / "classifier.safetensors"))
+    labels = [index % 10 for index in range(count)]
+    out = pipe(labels, guidance, batch_size=min(count, 100))
+    pixels = torch.from_numpy(out.pixels).permute(0, 3, 1, 2).float() / 255
+    return classifier.eval().accuracy(pixels, torch.tensor(labels))
+
+
+def test_what_is_shipped_is_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    assert set(sizes) == {"model.yaml", "generator.safetensors", "tokenizer.safetensors", "classifier.safetensors"}
+    assert sum(sizes.values()) <= 16 * 2**20
+
+
+def test_the_model_is_made_of_the_usual_parts(pipe: Pipeline) -> None:
+    assert pipe.generator.num_tokens == 256
+    assert pipe.generator.num_classes == len(pipe.classes) == 10
+    assert pipe.tokenizer.image_size == 32
+    assert pipe.classes[7] == "Sneaker"
+
+
+def test_samples_are_in_their_class(pipe: Pipeline) -> None:
+    assert class_accuracy(pipe, 60) >= 0.8
+
+
+@pytest.mark.slow
+def test_guidance_puts_samples_into_their_class(pipe: Pipeline) -> None:
+    guided = class_accuracy(pipe, 1000)
+    assert guided >= 0.9
+    assert guided > class_accuracy(pipe, 300, CFG(guidance_scale=0))
+
+
+def test_the_command_draws_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "softcfg", "sample", "fashion", "--labels", "Sneaker,Bag", "--num-samples", "2"]
+    subprocess.run([*command, "--output-dir", str(tmp_path)], check=True, capture_output=True)
+    assert {"000000.png", "000001.png", "grid.png", "comparison.png"} <= {path.name for path in tmp_path.iterdir()}
