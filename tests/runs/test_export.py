@@ -89,7 +89,11 @@ print(json.dumps([peak() - before, shape, "torch" in sys.modules]))
 def test_the_npz_is_made_in_the_memory_of_a_shard(tmp_path: Path) -> None:
     run = tmp_path / "run"
     output = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(run), "400"], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, str(run), "400"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,  # where made_runs lies
     ).stdout
     more, shape, with_torch = json.loads(output)
     assert shape == [400, 256, 256, 3]  # 79 MB in all, 2 MB a shard
