@@ -2,13 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: help install sample test test-all lint format bench train clean
+.PHONY: help install sample test test-all lint format bench pictures train clean
 
 help:
 	@echo "make sample    draw images with the bundled model into $(OUT)/"
 	@echo "make test      lint, type check and the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make bench     the benchmarks"
+	@echo "make pictures  draw the pictures of the README again"
 	@echo "make train     train the bundled model again (recipes/fashion_mnist)"
 
 install: .venv/.installed
@@ -39,8 +40,13 @@ format: install
 bench: install
 	$(BIN)/python -m benchmarks
 
+pictures: install
+	$(BIN)/softcfg sample fashion --labels all --overwrite --output-dir runs/pictures
+	cp runs/pictures/comparison.png docs/images/fashion-comparison.png
+	cp runs/pictures/grid.png docs/images/fashion-grid.png
+
 train: install
-	$(BIN)/python -m recipes.fashion_mnist.train
+	cd recipes/fashion_mnist && ../../$(BIN)/python train.py --out ../../runs/fashion
 
 clean:
 	rm -rf .venv $(OUT) .mypy_cache .ruff_cache .pytest_cache

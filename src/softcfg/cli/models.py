@@ -129,7 +129,9 @@ def _listing(settings: dict[str, Any]) -> str:
 
 
 def _count(parameters: int | None) -> str:
-    return f"{parameters / 1e6:.0f}M" if parameters else ""
+    if not parameters:
+        return ""
+    return f"{parameters / 1e6:.{0 if parameters >= 1e7 else 1}f}M"
 
 
 def _publisher(published: str) -> str:

@@ -1,0 +1,99 @@
+"""Train classifier, tokenizer and generator one after the other and complete the model folder.
+
+Killed and started again with the same options, it continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+
+import train_classifier
+import train_generator
+import train_tokenizer
+import yaml
+from common import Budget
+from data import CLASSES, DEFAULT_FOLDER, load
+from safetensors import safe_open
+
+from softcfg.errors import UserError
+from softcfg.files import write_atomically
+
+SHARES = {"classifier": 0.29, "tokenizer": 0.075, "generator": 0.635}
+SAMPLING = {"temperature": 1.0, "guidance_scale": 3.0, "guidance_scale_pow": 1.0}
+
+
+def write_model_card(folder: Path) -> None:
+    """Write model.yaml, which makes the folder of the weights a model folder."""
+    card = {
+        "name": "fashion",
+        "description": "Fashion-MNIST, 32 x 32 gray images in 10 classes, 256 tokens; small enough for a CPU",
+        "generator": {
+            "family": "alitok",
+            "config": asdict(train_generator.CONFIG),
+            "checkpoint": "generator.safetensors",
+            "parameters": parameters(folder / "generator.safetensors"),
+        },
+        "tokenizer": {
+            "family": "maskgit-vq",
+            "config": {**asdict(train_tokenizer.CONFIG), "channel_mult": list(train_tokenizer.CONFIG.channel_mult)},
+            "checkpoint": "tokenizer.safetensors",
+            "parameters": parameters(folder / "tokenizer.safetensors"),
+        },
+        "sampling": SAMPLING,
+        "classes": list(CLASSES),
+    }
+    write_atomically(folder / "model.yaml", yaml.safe_dump(card, sort_keys=False).encode())
+
+
+def parameters(weights: Path) -> int:
+    """Return the number of parameters in a weights file."""
+    with safe_open(weights, "pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def main() -> None:
+    """Read the options and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, default=DEFAULT_FOLDER, help="folder of the four IDX files, gzipped or plain"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/fashion"), help="the model folder, with logs and checkpoints"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=107, help="training time in all; the schedules follow the clock"
+    )
+    parser.add_argument("--steps", type=int, help="train each part for this many steps instead (reproducible)")
+    parser.add_argument("--only", choices=SHARES, help="train this part alone, with all of the minutes")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the generator; on a CPU this needs a C++ compiler"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    try:
+        train(given)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(given: argparse.Namespace) -> None:
+    """Train what is asked for and write model.yaml."""
+    data, test = load(given.data, "train"), load(given.data, "test")
+    for part, share in ({given.only: 1.0} if given.only else SHARES).items():
+        budget = Budget(given.minutes * share, given.steps, given.seed)
+        if part == "classifier":
+            train_classifier.train(given.out, budget, data, test)
+        elif part == "tokenizer":
+            train_tokenizer.train(given.out, budget, data, test)
+        else:
+            train_generator.train(given.out, budget, data, test, compiled=given.compile)
+    write_model_card(given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Train the image tokenizer: 32x32 pixels to 16x16 tokens and back.
+
+The autoencoder first learns without quantisation; k-means over its latents then gives the codebook, which from there on
+follows the latents as a moving average. Codes that fall out of use restart at latents of the current batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from data import Split
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
+
+CONFIG = MaskGITVQConfig(
+    channel_mult=(1, 1), hidden_channels=32, num_res_blocks=1, resolution=32, z_channels=4, codebook_size=128
+)
+BATCH_SIZE = 16
+COMMITMENT = 0.25
+LOCALITY = 1.0
+BACKGROUND_WEIGHT = 10.0
+CONTINUOUS_STEPS = 200
+
+
+class MovingCodebook(nn.Module):
+    """Keeps each code at the moving average of the latents that it stands for; code 0 stays zero, for background."""
+
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, codebook: nn.Embedding, decay: float = 0.99, revive_below: float = 0.05) -> None:
+        super().__init__()
+        self.decay, self.revive_below = decay, revive_below
+        self._codes = [codebook.weight]  # in a list: no parameter of this module
+        self.register_buffer("counts", torch.zeros(codebook.num_embeddings - 1))
+        self.register_buffer("sums", torch.zeros(codebook.num_embeddings - 1, codebook.embedding_dim))
+
+    @torch.no_grad()
+    def initialise(self, latents: Tensor, generator: torch.Generator, rounds: int = 20) -> None:
+        """Set the codes by k-means++ over `latents` `[N, C]`."""
+        size = len(self.counts)
+        codes = latents.new_zeros(1 + size, latents.shape[1])
+        distance = latents.square().sum(1)
+        for i in range(1, 1 + size):
+            codes[i] = latents[int(torch.multinomial(distance.cpu(), 1, generator=generator))]
+            distance = torch.minimum(distance, (latents - codes[i]).square().sum(1))
+        for _ in range(rounds):
+            counts, sums = _tally(latents, torch.cdist(latents, codes).argmin(1), size)
+            codes[1:] = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes[1:])
+        self._codes[0].copy_(codes)
+        self.counts.copy_(counts.clamp(min=1))
+        self.sums.copy_(codes[1:] * self.counts[:, None])
+
+    @torch.no_grad()
+    def update(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
+        """Move the codes towards `latents` `[N, C]` that have the given tokens `[N]`; restart unused ones."""
+        counts, sums = _tally(latents, tokens, len(self.counts))
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        unused = self.counts < self.revive_below * self.counts.mean()
+        if number := int(unused.sum()):
+            # Far latents first: most of an image is background, which one code serves.
+            distance = (latents - self._codes[0][tokens]).square().sum(1).cpu() + 1e-12
+            chosen = torch.multinomial(distance, number, generator=generator).to(latents.device)
+            count = self.counts.mean()
+            self.counts[unused] = count
+            self.sums[unused] = latents[chosen] * count
+        self._codes[0][1:] = self.sums / self.counts[:, None]
+
+
+def _tally(latents: Tensor, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Count and sum the latents of the codes 1 to `size`."""
+    counts = torch.bincount(tokens, minlength=size + 1).to(latents)
+    return counts[1:], latents.new_zeros(size + 1, latents.shape[1]).index_add_(0, tokens, latents)[1:]
+
+
+def train(
+    out: Path,
+    budget: Budget,
+    data: Split,
+    test: Split,
+    *,
+    config: MaskGITVQConfig = CONFIG,
+    continuous_steps: int = CONTINUOUS_STEPS,
+    batch_size: int = BATCH_SIZE,
+    stop_at: int | None = None,
+) -> Path:
+    """Train and return the path of the weights."""
+    torch.manual_seed(budget.seed)
+    device = accelerator()
+    model = MaskGITVQ(config).to(device.device)
+    model.quantize.requires_grad_(False)
+    moving = MovingCodebook(model.quantize.embedding).to(device.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    training = Training(out / "tokenizer", device, {"model": model, "moving": moving}, [optimizer])
+
+    def batch(step: int) -> Tensor:
+        index = batch_index(budget.seed, step, batch_size, len(data))
+        pixels = data.pixels(index, device.device)
+        flip = torch.rand(len(pixels), 1, 1, 1, generator=randomness(budget.seed + 1, step)) < 0.5
+        pixels = torch.where(flip.to(pixels.device), pixels.flip(3), pixels)
+        return pixels.contiguous()
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
+        pixels = batch(step)
+        if step == continuous_steps:
+            with torch.no_grad():
+                size = min(512, len(data))
+                parts = data.pixels(slice(size), device.device).split(64)
+                many = torch.cat([_rows(model.encode_latents(part))[content(part)] for part in parts])
+            moving.initialise(many.float(), randomness(budget.seed + 2, step))
+        latents = latents_of_encoder = model.encode_latents(pixels).float()
+        numbers: dict[str, Any] = {}
+        commitment: Tensor | float = 0.0
+        if step >= continuous_steps:
+            tokens = model.quantize_latents(latents.detach())
+            codes = model.embed_tokens(tokens)
+            commitment = F.mse_loss(latents, codes)
+            numbers = {"commitment": commitment.detach(), "codes_used": tokens.unique().numel()}
+            kept = content(pixels)
+            moving.update(_rows(latents.detach())[kept], tokens.flatten()[kept], randomness(budget.seed + 3, step))
+            latents = latents + (codes - latents).detach()  # straight through
+        decoded = model.decode_latents(latents).float()
+        error = F.mse_loss(decoded, pixels)
+        numbers["psnr"] = -10 * error.detach().log10()
+        wrong = _rows(latents_of_encoder - haar(pixels)).square().mean(1)
+        local = torch.where(content(pixels), wrong, BACKGROUND_WEIGHT * wrong).mean()
+        numbers["local"] = local.detach()
+        return F.l1_loss(decoded, pixels) + 4 * error + COMMITMENT * commitment + LOCALITY * local, numbers
+
+    def evaluate() -> dict[str, float]:
+        return reconstruction_quality(model, test.pixels(slice(1000), device.device))
+
+    plan = Plan(warmup_steps=50, decay_share=0.5, evaluate_every=250)
+    training.fit(budget, plan, loss, evaluate=evaluate, stop_at=stop_at)
+    weights = out / "tokenizer.safetensors"
+    save_weights(weights, model.state_dict())
+    return weights
+
+
+def tokenizer_from(weights: Path) -> MaskGITVQ:
+    """Return the trained tokenizer."""
+    model = MaskGITVQ(CONFIG).eval()
+    model.load_state_dict(load_file(weights))
+    return model
+
+
+@torch.inference_mode()
+def reconstruction_quality(model: MaskGITVQ, pixels: Tensor) -> dict[str, float]:
+    """Return PSNR in dB, and the entropy in nats of the codes of all patches and of black patches."""
+    error, tokens = 0.0, []
+    for part in pixels.split(100):
+        tokens.append(model.encode(part))
+        error += float((model.decode(tokens[-1]) - part).square().mean()) * len(part) / len(pixels)
+    share = torch.bincount(torch.cat(tokens).flatten(), minlength=model.codebook_size).float() / (
+        model.num_tokens * len(pixels)
+    )
+    black = F.max_pool2d(pixels[:, 0], 2).flatten(1) == 0
+    black_share = torch.bincount(torch.cat(tokens)[black], minlength=model.codebook_size).float() / black.sum()
+    return {
+        "test_psnr": -10 * torch.tensor(error).log10().item(),
+        "code_entropy": -share.xlogy(share).sum().item(),
+        "codes_used": int((share > 0).sum()),
+        "black_entropy": -black_share.xlogy(black_share).sum().item(),
+    }
+
+
+def haar(pixels: Tensor) -> Tensor:
+    """Return what a token should say of its 2x2 patch: the sum and three differences of its gray values."""
+    a, b, c, d = F.pixel_unshuffle(pixels[:, :1], 2).chunk(4, dim=1)
+    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) / 2
+
+
+def content(pixels: Tensor) -> Tensor:
+    """Return which of the `B * T` patches are not black throughout."""
+    return F.max_pool2d(pixels[:, 0], 2).flatten() > 0
+
+
+def _rows(latents: Tensor) -> Tensor:
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
