@@ -30,7 +30,7 @@ def released_step(generator: Generator, batch: int, guidance: CFG, position: int
     baseline = Released(generator, list(range(batch)), guidance)
     layers, heads, head_dim = generator.cache_shape
     slots = generator.condition_slots + position - 1
-    contents = [tuple(torch.randn(2, 2 * batch, heads, slots, head_dim)) for _ in range(layers)]
+    contents = [tuple(torch.randn(2, 1, heads, slots, head_dim).repeat(1, 2 * batch, 1, 1, 1)) for _ in range(layers)]
     tokens = torch.randint(generator.vocab_size, (batch, position))
     confidence = list(torch.rand(position, batch))
 

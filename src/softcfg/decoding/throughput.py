@@ -28,8 +28,8 @@ def decoding_step(generator: Generator, batch: int, guidance: CFG, position: int
     condition = generator.condition([row % generator.num_classes for row in range(batch)], guided=active)
     device = generator.device
     cache = generator.new_cache(condition.rows)
-    cache.keys.normal_()
-    cache.values.normal_()
+    for contents in (cache.keys, cache.values):  # the same for all rows, which is fast to make
+        contents.copy_(torch.randn(contents.shape[2:], device=device).expand_as(contents))
     tokens = torch.randint(generator.vocab_size, (condition.rows, 1), device=device)
     uniforms = torch.rand(batch, device=device)
     scale = float(guidance.scales(generator.num_tokens)[position])
