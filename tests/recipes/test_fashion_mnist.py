@@ -281,6 +281,14 @@ def test_recipe_makes_a_model_folder_that_the_pipeline_opens(folder, tmp_path, m
     assert drawn.pixels.shape == (1, 32, 32, 3)
 
 
+def test_one_part_alone_makes_no_model_folder_yet(folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    command = ["train.py", "--data", str(folder), "--out", str(out), "--steps", "1", "--only", "tokenizer"]
+    monkeypatch.setattr(sys, "argv", command)
+    train.main()
+    assert sorted(path.name for path in out.iterdir()) == ["tokenizer", "tokenizer.safetensors"]
+
+
 def test_wrong_data_folder_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
