@@ -26,7 +26,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-all: lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "" -o timeout=1200
 
 lint: install
 	$(BIN)/ruff check .

@@ -48,6 +48,7 @@ def test_samples_are_in_their_class(pipe: Pipeline) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_guidance_puts_samples_into_their_class(pipe: Pipeline) -> None:
     guided = class_accuracy(pipe, 1000)
     assert guided >= 0.9
