@@ -18,7 +18,7 @@ from data import DEFAULT_FOLDER, load
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softcfg import CFG, Pipeline, SoftCFG
+from softcfg import CFG, Pipeline, SoftCFG, evaluation
 from softcfg.errors import UserError
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.images import grid
@@ -102,11 +102,9 @@ def features(classifier: FashionClassifier, pixels: Tensor) -> np.ndarray:
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the squared Fréchet distance between Gaussians fitted to two sets of features."""
-    mean = first.mean(0) - second.mean(0)
-    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    roots = np.linalg.eigvals(a @ b).real.clip(min=0) ** 0.5  # trace of the root of a b
-    return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * roots.sum())
+    """Return the squared Fréchet distance between Gaussians fitted to two sets of features [N, D]."""
+    one, other = (evaluation.statistics(torch.from_numpy(features)) for features in (first, second))
+    return evaluation.frechet_distance(one, other)
 
 
 if __name__ == "__main__":
