@@ -336,9 +336,7 @@ class Lumina(Generator):
         if isinstance(slot, int) and slot == 0:
             ids = torch.cat((condition.ids, tokens), dim=1)
         new = ids.shape[1]
-        context = AttentionContext.create(
-            slot, new, cache, None, value_weights, key_weights, padding=condition.padding
-        )
+        context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights, padding=condition.padding)
         x = self.model(ids, context, self._rotary(condition, slot, new))[:, condition.first_predicting(slot) :]
         logits = self.lm_head(self.model.norm(x))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
