@@ -145,6 +145,11 @@ class PromptCondition(Condition):
         self.grid = grid
         self.given = given
 
+    @property
+    def num_codes(self) -> int:
+        """See `Condition.num_codes`."""
+        return (self.grid[0] - self.given.shape[1]) * self.grid[1]
+
     def __getitem__(self, rows: slice) -> PromptCondition:
         """See `Condition.__getitem__`."""
         padding = None if self.padding is None else self.padding[rows]
@@ -301,11 +306,10 @@ class Lumina(Generator):
         padding = (longest - lengths).to(self.device) if (lengths < longest).any() else None
         ids = torch.cat((torch.stack(padded), opened), dim=1).to(self.device)
         condition = PromptCondition(ids, padding, grid, given.to(self.device))
-        length = condition.cache_slots + 1
-        if length > config.max_position_embeddings:
+        if condition.cache_slots > config.max_position_embeddings:
             raise UserError(
-                f"prompt and image take {length} tokens, but the model has {config.max_position_embeddings} positions; "
-                "give a shorter prompt or a smaller image"
+                f"prompt and image take {condition.cache_slots} positions, but the model has "
+                f"{config.max_position_embeddings}; give a shorter prompt or a smaller image"
             )
         return condition
 
