@@ -142,13 +142,14 @@ class PromptReader:
         Raises:
             CheckpointError: the tokens of the sizes do not follow one another.
         """
-        found = {field: self.tokenizer.token_to_id(name) for field, name in SPECIAL_TOKENS.items()}
+        named = {field: self.tokenizer.token_to_id(name) for field, name in SPECIAL_TOKENS.items()}
+        found = {field: token for field, token in named.items() if token is not None}
         sizes = [self.tokenizer.token_to_id(SIZE_TOKEN.format(8800 + cells)) for cells in range(1, 25)]
-        if None not in sizes:
+        if sizes[0] is not None:
             if sizes != list(range(sizes[0], sizes[0] + len(sizes))):
                 raise CheckpointError("the tokens of image sizes in tokenizer.json do not follow one another")
             found["size_id"] = sizes[0] - 1
-        return {field: token for field, token in found.items() if token is not None}
+        return found
 
     def read(self, prompts: Sequence[Prompt], generator: Lumina, tokenizer: Tokenizer) -> list[TokenPrompt]:
         """The tokens of `prompts`, of which those with an image have it encoded by the image `tokenizer`.

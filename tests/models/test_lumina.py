@@ -164,7 +164,8 @@ def test_token_rules() -> None:
     # Rows that stand at steps of their own.
     apart = torch.tensor([[7, 8], [35, 36]])
     assert torch.equal(
-        generator.constrain(torch.zeros(2, 2, 512), apart, condition).isfinite(), allowed[0][apart.flatten()].view(2, 2, -1)
+        generator.constrain(torch.zeros(2, 2, 512), apart, condition).isfinite(),
+        allowed[0][apart.flatten()].view(2, 2, -1),
     )
     assert torch.equal(generator.is_code(steps, condition), torch.tensor([letter == "c" for letter in layout]))
 
