@@ -13,6 +13,7 @@ from goldens import Golden, golden
 from softcfg import UserError
 from softcfg.configuration import load_config
 from softcfg.tokenizers import MoVQ, MoVQConfig
+from tiny_models import VQ_ON_DRIVE, module
 
 GRID = (8, 12)
 
@@ -91,13 +92,11 @@ def test_sizes(tokenizer: MoVQ) -> None:
 
 
 def test_a_tokenizer_of_one_size_refuses_another_grid() -> None:
-    case = golden("llamagen/golden-tokenizer-decode-a")
-    tokenizer = softcfg.load_tokenizer("llamagen-vq", config=case.config, checkpoint=case.weights())
-    side = tokenizer.latent_size[0]
-    tokens = torch.zeros(1, tokenizer.num_tokens, dtype=torch.int64)
-    assert torch.equal(tokenizer.decode(tokens, grid=(side, side)), tokenizer.decode(tokens))
-    with pytest.raises(UserError, match="grid is"):
-        tokenizer.decode(tokens, grid=(side // 2, 2 * side))
+    tokenizer = module(VQ_ON_DRIVE)
+    tokens = torch.arange(4)[None]
+    assert torch.equal(tokenizer.decode(tokens, grid=(2, 2)), tokenizer.decode(tokens))
+    with pytest.raises(UserError, match=r"grid is \[2, 2\], got \[1, 4\]"):
+        tokenizer.decode(tokens, grid=(1, 4))
 
 
 @pytest.mark.parametrize(

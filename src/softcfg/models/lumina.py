@@ -89,6 +89,10 @@ class LuminaConfig:
             raise ValueError(
                 f"num_attention_heads {heads} must be a multiple of model_parallel_size ({self.model_parallel_size})"
             )
+        if self.cell_pixels % self.codes_per_cell:
+            raise ValueError(
+                f"cell_pixels {self.cell_pixels} must be a multiple of codes_per_cell ({self.codes_per_cell})"
+            )
         for name in ("prompt_start_id", "separator_id", "image_start_id", "image_end_id", "new_line_id", "size_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name} {getattr(self, name)} is outside of the {self.vocab_size} tokens")
