@@ -168,14 +168,14 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 def _settings(args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampling: Sampling) -> dict[str, Any]:
     """The content of run.json: what decides the images, and what they were made with."""
     from softcfg.runs.plan import RANDOM
-    from softcfg.zoo.checkpoints import hash_file, require_file
+    from softcfg.zoo.checkpoints import hash_weights, require_file
     from softcfg.zoo.registry import resolve
 
     entry = resolve(args.model)
 
     def half(part: Any, given: str | None) -> dict[str, Any]:
         path = given or require_file(part.file, entry)
-        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_file(path)}
+        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_weights(path)}
 
     chosen: list[int] | str = RANDOM
     if args.labels.strip().lower() != RANDOM:
