@@ -30,7 +30,7 @@ def decoding_step(generator: Generator, batch: int, guidance: CFG, position: int
     for contents in (decoder.cache.keys, decoder.cache.values):  # the same for all rows, which is fast to make
         contents.copy_(torch.randn(contents.shape[2:], device=contents.device).expand_as(contents))
     decoder.confidence[:, :position].uniform_()
-    tokens = torch.randint(generator.vocab_size, (batch, 1), device=generator.device)
+    tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
     uniforms = torch.rand(batch, device=generator.device)
 
     @torch.inference_mode()
