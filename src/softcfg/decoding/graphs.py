@@ -27,22 +27,24 @@ def repeat(step: Callable[[Tensor], None], steps: range, device: torch.device) -
         step(at)
         at.add_(1)
 
-    if device.type != "cuda" or len(steps) < WORTHWHILE:
-        for _ in steps:
-            advance()
-            yield
-        return
+    run = advance
+    for done, _ in enumerate(steps):
+        if done == WARM_UP and len(steps) >= WORTHWHILE:
+            run = captured(advance, device)
+        run()
+        yield
+
+
+def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """What repeats `step`: on a GPU a CUDA graph of it, which keeps its tensors; elsewhere the step itself.
+
+    The step has run before, so that kernels are compiled and libraries are set up.
+    """
+    if device.type != "cuda":
+        return step
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        for _ in range(WARM_UP):
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                advance()
-            torch.cuda.current_stream().wait_stream(aside)
-            yield
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
         with torch.cuda.graph(graph):  # records, and runs nothing
-            advance()
-        for _ in steps[WARM_UP:]:
-            graph.replay()
-            yield
+            step()
+    return graph.replay
