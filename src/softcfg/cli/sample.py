@@ -190,7 +190,7 @@ def _settings(args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampl
         "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
         "sampling": dataclasses.asdict(sampling),
         "seed": args.seed,
-        "dtype": args.dtype,
+        "dtype": "/".join([str(pipeline.generator.dtype).removeprefix("torch."), *filter(None, [args.quantize])]),
         "labels": chosen,
         "num_classes": pipeline.generator.num_classes,
         "num_samples": args.num_samples or per_label * len(chosen),

@@ -68,7 +68,8 @@ def decode(
         decoder.record(step, drawn)
         tokens[:, at] = drawn[:, None]
 
-    static = device.type == "cuda" if static is None else static
+    if static is None:
+        static = device.type == "cuda" and generator.layer_devices is None
     with prepared_linear_layers(generator, condition.rows):
         advance(0)
         steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
