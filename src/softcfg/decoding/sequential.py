@@ -14,6 +14,7 @@ from softcfg.decoding.graphs import repeat
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
 
@@ -87,13 +88,20 @@ class Decoder:
         confidence: float32 [B, T], zero for tokens that are not there yet or are no image codes.
     """
 
-    def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        guidance: CFG,
+        sampling: Sampling,
+        cache: KVCache | None = None,
+    ) -> None:
         self.generator = generator
         self.condition = condition
         self.guidance = guidance
         self.sampling = sampling
         self.batch = condition.rows // 2 if guidance.is_active else condition.rows
-        self.cache = generator.new_cache(condition)
+        self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, device=device)
         self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
