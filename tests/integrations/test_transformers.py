@@ -13,8 +13,9 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+import softcfg  # noqa: E402
 from softcfg import CFG, Sampling, SoftCFG, UserError  # noqa: E402
-from softcfg.decoding import draw, image_uniforms  # noqa: E402
+from softcfg.decoding import decode, draw, image_uniforms  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
 
 T = 9
@@ -330,7 +331,7 @@ def test_generate_takes_the_cache_given(models: dict[str, Any]) -> None:
     )  # fmt: skip
     assert cache.get_seq_length() == 5 + T - 1
     assert cache.layers[0].values.shape[0] == 2
-    with pytest.raises(UserError, match="empty cache"):
+    with pytest.raises(UserError, match="cache must be empty"):
         plug.decode(model, PROMPTS, SoftCFG(), num_tokens=T, unconditional_ids=SHORT, cache=cache)
 
 
@@ -404,6 +405,34 @@ def test_prefix_rules_of_generate(models: dict[str, Any]) -> None:
             assert int(sequences[row, position]) in (20 + row, 40 + position)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["mistral", "emu3", "janus"])
+def test_as_a_generator_it_decodes_and_traces(models: dict[str, Any], name: str, cache: str) -> None:
+    """The library's decode loop draws the same tokens, and its parallel replay sees the same guided logits."""
+    model, steps, recorder = models[name], torch.arange(T) % 4 != 3, Recorder()
+    generator = plug.TransformersGenerator(
+        model, T, head=head_of(model), code_steps=steps, logits_processor=[recorder], cache=cache
+    )
+    prompts = plug.Prompts(PROMPTS, LONG, attention_mask=PROMPTS > 0)
+    sampling = Sampling(temperature=0.8)
+    tokens = decode(generator, prompts, SoftCFG(), uniforms=image_uniforms(3, range(2), T), sampling=sampling)
+    drawn, logits = guided_logits(
+        model, SoftCFG(), unconditional_ids=LONG, image_codes=steps, sampling=sampling, seed=3, cache=cache
+    )
+    assert torch.equal(tokens, drawn)
+
+    recorder.ids.clear()
+    trace = softcfg.trace(generator, labels=prompts, tokens=tokens, guidance=SoftCFG(), temperature=0.8)
+    torch.testing.assert_close(trace.guided_logits, logits, atol=1e-4, rtol=0)
+    assert torch.equal(trace.confidence > 0, steps.expand(2, -1))
+    for step, ids in enumerate(recorder.ids):
+        assert torch.equal(ids, torch.cat((PROMPTS, tokens[:, :step]), dim=1))
+    pieces = softcfg.trace(
+        generator, labels=prompts, tokens=tokens, guidance=SoftCFG(), temperature=0.8, steps_per_pass=4
+    )
+    torch.testing.assert_close(pieces.guided_logits, logits, atol=1e-4, rtol=0)
+
+
 def test_text_generation_is_untouched(models: dict[str, Any]) -> None:
     """Without weights the registered attention is sdpa."""
     model = copy.deepcopy(models["llama"])
@@ -438,30 +467,30 @@ def test_one_pass_with_weights_equals_many(models: dict[str, Any], cache: str) -
 def test_refusals(models: dict[str, Any]) -> None:
     model = models["llama"]
 
-    def decode(guidance: CFG | None = None, ids: Tensor = PROMPTS, **settings: Any) -> Tensor:
+    def draw_four(guidance: CFG | None = None, ids: Tensor = PROMPTS, **settings: Any) -> Tensor:
         settings = {"num_tokens": 4, "unconditional_ids": SHORT, **settings}
         return plug.decode(settings.pop("model", model), ids, guidance or SoftCFG(), **settings)
 
     with pytest.raises(UserError, match="needs unconditional_ids"):
-        decode(unconditional_ids=None)
-    with pytest.raises(UserError, match="one row or one for each of the 2 prompts, got 3"):
-        decode(unconditional_ids=SHORT.repeat(3, 1))
+        draw_four(unconditional_ids=None)
+    with pytest.raises(UserError, match="1 row or 2, one a prompt, got 3"):
+        draw_four(unconditional_ids=SHORT.repeat(3, 1))
     with pytest.raises(UserError, match="padded on the left"):
-        decode(attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
+        draw_four(attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
     with pytest.raises(UserError, match=r"input_ids holds 60, which is outside of 0\.\.59"):
-        decode(ids=PROMPTS + 46)
+        draw_four(ids=PROMPTS + 46)
     with pytest.raises(UserError, match=r"must be \[B, L\]"):
-        decode(ids=PROMPTS[0])
-    with pytest.raises(UserError, match="image_codes"):
-        decode(image_codes=torch.ones(3, dtype=torch.bool))
+        draw_four(ids=PROMPTS[0])
+    with pytest.raises(UserError, match="steps that draw image codes"):
+        draw_four(image_codes=torch.ones(3, dtype=torch.bool))
     with pytest.raises(UserError, match="cache must be"):
-        decode(cache="offloaded")
+        draw_four(cache="offloaded")
 
     other = copy.deepcopy(model)
     other.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match=r"set_attn_implementation\('softcfg'\)"):
-        decode(model=other)
-    assert decode(CFG(), model=other).shape == (2, 4)  # needs no weights
+        draw_four(model=other)
+    assert draw_four(CFG(), model=other).shape == (2, 4)  # needs no weights
 
     def generate(**settings: Any) -> Tensor:
         settings = {"guidance": SoftCFG(), "unconditional_ids": SHORT, "max_new_tokens": 4, **settings}

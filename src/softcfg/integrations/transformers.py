@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.decoding import Sampling, draw, image_uniforms
-from softcfg.decoding.sequential import Perturbation
+from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, SoftCFG
-from softcfg.models.base import as_ids
-from softcfg.nn.attention import weighted_attention
+from softcfg.guidance import CFG
+from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn.attention import pass_slots, weighted_attention
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
@@ -116,21 +116,230 @@ class ImageHead:
     """The way of image tokens through a model that keeps them apart from its text vocabulary.
 
     Attributes:
-        embed: image tokens int64 [rows, 1] -> [rows, 1, width].
+        embed: image tokens int64 [rows, n] -> [rows, n, width].
         backbone: takes `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and what
-            else it hands to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
-        logits: [rows, width] -> [rows, V], the logits of the image codes.
+            it hands on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
+        logits: [rows, n, width] -> [rows, n, V], the logits of the image codes.
+        vocab_size: V.
     """
 
     embed: Callable[[Tensor], Tensor]
     backbone: nn.Module
     logits: Callable[[Tensor], Tensor]
+    vocab_size: int
 
     @classmethod
     def janus(cls, model: Any) -> ImageHead:
         """The image head of a `JanusForConditionalGeneration`."""
-        inner = model.model
-        return cls(model.prepare_embeddings_for_image_generation, inner.language_model, inner.generation_head)
+        return cls(
+            embed=model.prepare_embeddings_for_image_generation,
+            backbone=model.model.language_model,
+            logits=model.model.generation_head,
+            vocab_size=model.config.vq_config.num_embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a batch is conditioned on.
+
+    Attributes:
+        input_ids: int64 [B, L], the conditional prompts, left-padded where `attention_mask` [B, L] is 0.
+        unconditional_ids: int64 [1 or B, U], one for all or one a prompt, of any length, left-padded where
+            `unconditional_mask` is 0. Needed where guidance is active.
+    """
+
+    input_ids: Tensor
+    unconditional_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    unconditional_mask: Tensor | None = None
+
+
+class PromptCondition(Condition):
+    """Prompts of all rows in one left-padded batch, and behind them the tokens that were fed.
+
+    Attributes:
+        sequence: int64 [rows, slots + T]; a pass writes the tokens that it feeds.
+        prompt_slots: L, what the conditional prompts took before they were padded to the length of the others.
+    """
+
+    padding: Tensor
+
+    def __init__(self, ids: Tensor, padding: Tensor, prompt_slots: int, num_tokens: int) -> None:
+        super().__init__(len(ids), ids.shape[1], num_tokens, padding)
+        self.padded = bool(padding.any())
+        self.prompt_slots = prompt_slots
+        self.sequence = F.pad(ids, (0, num_tokens))
+
+    def __getitem__(self, rows: slice) -> PromptCondition:
+        """See `Condition.__getitem__`; no token was fed yet."""
+        ids = self.sequence[rows, : self.slots]
+        return PromptCondition(ids, self.padding[rows], self.prompt_slots, self.num_tokens)
+
+    def conditional(self, batch: int, fed: int = 0) -> Tensor:
+        """The conditional prompts as they were given and the first `fed` tokens behind them, [batch, L + fed]."""
+        return self.sequence[:batch, self.slots - self.prompt_slots : self.slots + fed]
+
+
+class TransformersGenerator(Generator):
+    """A causal language model of transformers as a generator, for `softcfg.trace` and for `decode` below.
+
+    Args:
+        model: of transformers; for SoftCFG with `model.set_attn_implementation("softcfg")`.
+        num_tokens: T, tokens to draw after a prompt.
+        head: for models whose image tokens have an embedding and a head of their own. None: token ids go in,
+            `logits` come out.
+        code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
+            end of image) are never weighted.
+        logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
+            before temperature, top-k and top-p; returns what takes their place.
+        cache: "dynamic" or "static".
+        pad_token_id: fills the shorter prompts on the left; no query sees it.
+
+    Raises:
+        UserError: `cache` or `code_steps` are none of these.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_tokens: int,
+        *,
+        head: ImageHead | None = None,
+        code_steps: Tensor | None = None,
+        logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+        cache: str = "dynamic",
+        pad_token_id: int = 0,
+    ) -> None:
+        super().__init__()
+        if cache not in ("dynamic", "static"):
+            raise UserError(f"cache must be 'dynamic' or 'static', got {cache!r}")
+        if code_steps is not None and (code_steps.dtype != torch.bool or code_steps.shape != (num_tokens,)):
+            raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
+        self.model = model
+        self.num_tokens = num_tokens
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size if head is None else head.vocab_size
+        self.head = head
+        self.code_steps = code_steps
+        self.logits_processor = logits_processor
+        self.cache = cache
+        self.pad_token_id = pad_token_id
+        module = model if head is None else head.backbone
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._arguments = {parameter.name for parameter in parameters}
+        self._takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    def condition(self, inputs: Prompts, *, guided: bool) -> PromptCondition:
+        """See `Generator.condition`.
+
+        Raises:
+            UserError: ids or masks do not fit, or the unconditional prompts are missing.
+        """
+        branches = [self._prompts("input_ids", inputs.input_ids, inputs.attention_mask)]
+        batch, prompt_slots = branches[0][0].shape
+        if guided:
+            if inputs.unconditional_ids is None:
+                raise UserError("guidance needs unconditional_ids")
+            branches.append(self._prompts("unconditional_ids", inputs.unconditional_ids, inputs.unconditional_mask))
+            if len(branches[1][0]) not in (1, batch):
+                raise UserError(
+                    f"unconditional_ids must have 1 row or {batch}, one a prompt, got {len(branches[1][0])}"
+                )
+        slots = max(ids.shape[1] for ids, _ in branches)
+        rows, padding = [], []
+        for ids, leading in branches:
+            short = slots - ids.shape[1]
+            rows.append(F.pad(ids, (short, 0), value=self.pad_token_id).expand(batch, -1))
+            padding.append((leading + short).expand(batch))
+        return PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens)
+
+    def forward(
+        self,
+        condition: Condition,
+        tokens: Tensor,
+        *,
+        cache: Any = None,
+        slot: int | Tensor = 0,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `Generator.forward`. A pass goes on where the cache ends, which is the same slot for all rows.
+
+        Raises:
+            UserError: no attention layer sees the weights.
+        """
+        assert isinstance(condition, PromptCondition)
+        if isinstance(slot, Tensor):
+            raise ValueError("a cache of transformers has one length for all rows")
+        first = max(slot, condition.slots)  # slot of the first token
+        filled = first + tokens.shape[1]
+        condition.sequence[:, first:filled] = tokens
+        weights = {}
+        if tokens.shape[1]:  # prompts are never weighted
+            given = {"value_weights": value_weights, "key_weights": key_weights}
+            weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
+
+        inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        if condition.padded:
+            slots = torch.arange(filled, device=tokens.device)
+            inputs["attention_mask"] = (slots >= condition.padding[:, None]).long()
+        if "position_ids" in self._arguments:
+            inputs["position_ids"] = pass_slots(slot, filled - slot, condition.padding)
+        before = _weighted_layers.get()
+        logits = self._logits(condition.sequence[:, slot:first], tokens, condition.first_predicting(slot), inputs)
+        if weights and _weighted_layers.get() == before:
+            raise UserError(
+                f"no attention layer of {type(self.model).__name__} saw the weights of SoftCFG: call "
+                f"model.set_attn_implementation({ATTENTION!r}) first; if that was done, its layers do not hand "
+                "keyword arguments to transformers' AttentionInterface"
+            )
+        return logits.to(tokens.device)
+
+    def new_cache(self, condition: Condition) -> Any:
+        """An empty cache of transformers for the rows of `condition`."""
+        if self.cache == "static":
+            return StaticCache(config=self.model.config, max_cache_len=condition.cache_slots)
+        return DynamicCache(config=self.model.config)
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], behind the tokens that were fed."""
+        assert isinstance(condition, PromptCondition)
+        if not self.logits_processor:
+            return logits
+        processed = []
+        for step, scores in zip(steps.tolist(), logits.unbind(1), strict=True):
+            for processor in self.logits_processor:
+                scores = processor(condition.conditional(len(logits), step), scores)
+            processed.append(scores)
+        return torch.stack(processed, dim=1)
+
+    def is_code(self, steps: Tensor, condition: Condition) -> Tensor | None:
+        """See `Generator.is_code`."""
+        return None if self.code_steps is None else self.code_steps.to(steps.device)[steps]
+
+    def _prompts(self, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        """Checked ids [B, L] on the device of the model, and the number of leading slots [B] that are padding."""
+        ids = as_ids(ids, name, self.model.get_input_embeddings().num_embeddings).to(self.device)
+        visible = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).to(self.device).long()
+        if ids.dim() != 2 or not ids.numel() or visible.shape != ids.shape:
+            raise UserError(f"{name} and their mask must be [B, L], got {list(ids.shape)} and {list(visible.shape)}")
+        if not visible[:, -1].all() or (visible.diff(dim=1) < 0).any():
+            raise UserError(f"{name} must be padded on the left")
+        return ids, (visible == 0).sum(dim=1)
+
+    def _logits(self, prompt: Tensor, tokens: Tensor, first: int, inputs: dict[str, Any]) -> Tensor:
+        """Logits behind the inputs from index `first` on; `prompt` [rows, 0] where it was fed before."""
+        if self.head is None:
+            ids = torch.cat((prompt, tokens), dim=1)
+            if "logits_to_keep" in self._arguments:
+                inputs["logits_to_keep"] = ids.shape[1] - first
+                return self.model(input_ids=ids, **inputs).logits
+            return self.model(input_ids=ids, **inputs).logits[:, first:]
+        parts = [self.model.get_input_embeddings()(prompt)] if prompt.shape[1] else []
+        parts += [self.head.embed(tokens)] if tokens.shape[1] else []
+        hidden = self.head.backbone(inputs_embeds=torch.cat(parts, dim=1), **inputs).last_hidden_state
+        return self.head.logits(hidden[:, first:])
 
 
 @torch.inference_mode()
@@ -149,163 +358,69 @@ def decode(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
-    stopping_criteria: Sequence[Callable[..., Tensor]] = (),
+    stopping_criteria: Sequence[Callable[[Tensor, None], Tensor]] = (),
     pad_token_id: int = 0,
     cache: str | Any = "dynamic",
 ) -> Tensor:
     """Draw image tokens after prompts.
 
     Args:
-        model: a causal language model of transformers. For SoftCFG, `model.set_attn_implementation("softcfg")`.
-        input_ids: int64 [B, L], the conditional prompts, left-padded where `attention_mask` [B, L] is 0.
+        model, head, logits_processor: see `TransformersGenerator`.
+        input_ids, unconditional_ids, attention_mask, unconditional_mask: see `Prompts`.
         guidance: `CFG` or `SoftCFG`; inactive guidance (scale 0 or 1) needs no unconditional prompt.
         num_tokens: T, tokens to draw; the guidance schedule runs over them.
-        unconditional_ids: int64 [1 or B, U], one for all or one a prompt, of any length; left-padded where
-            `unconditional_mask` is 0.
         image_codes: which tokens get a confidence: their ids, or bool [T], the steps that draw one. None: all.
             The slots of other tokens (line ends, end of image) are never weighted.
-        head: for models whose image tokens have an embedding and a head of their own. None: token ids go in,
-            `logits` come out.
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         seed, indices: row b is image `indices[b]` (by default b) of `seed`; see `image_uniforms`.
-        logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
-            before temperature, top-k and top-p; returns what takes their place.
-        stopping_criteria: called with the same and with the processed logits after every step; rows for which one
+        stopping_criteria: called with the prompts and tokens so far and None after every step; rows for which one
             returns True (bool [B]) get `pad_token_id` from then on, and decoding ends when all rows are done.
-        cache: "dynamic", "static", or an empty cache of transformers with room for both branches.
+        pad_token_id: also fills the shorter prompts on the left; no query sees it.
+        cache: "dynamic", "static", or an empty cache of transformers with room for the rows of both branches.
 
     Returns:
         int64 [B, T], or fewer columns where stopping criteria ended all rows.
 
     Raises:
-        UserError: prompts, masks or image codes do not fit, or the model does not bring weights to its attention.
+        UserError: prompts, masks, image codes or the cache do not fit, or the weights do not reach the attention.
     """
-    sampling = sampling or Sampling()
-    ids, visible = _prompts(model, "input_ids", input_ids, attention_mask)
-    batch, device = ids.shape[0], ids.device
-    rows = ids
-    if guidance.is_active:
-        if unconditional_ids is None:
-            raise UserError(f"guidance with scale {guidance.guidance_scale:g} needs unconditional_ids")
-        unconditional = _prompts(model, "unconditional_ids", unconditional_ids, unconditional_mask)
-        rows, visible = _both_branches((ids, visible), unconditional, pad_token_id)
-    codes = None if image_codes is None else _image_codes(image_codes, num_tokens).to(device)
-    perturbation = None
-    if isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs:
-        perturbation = Perturbation(guidance, batch, num_tokens, rows.shape[1], device)
-
-    forward = _Passes(model, head, visible, num_tokens, cache)
-    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens).to(device)
-    scales = guidance.scales(num_tokens).tolist()
-    done = torch.zeros(batch, dtype=torch.bool, device=device)
-    for step in range(num_tokens):
-        weights = perturbation.row_weights() if perturbation and step else {}
-        logits = forward(rows, weights)
-        cond = logits[:batch]
-        guided = guidance.guide(cond, logits[batch:], scales[step]) if guidance.is_active else cond
-        for processor in logits_processor:
-            guided = processor(ids, guided)
-        drawn = draw(sampling.probabilities(guided), uniforms[:, step]).masked_fill(done, pad_token_id)
-        if perturbation:
-            perturbation.record(step, cond, drawn, sampling.temperature)
-            if codes is not None:
-                is_code = codes[step] if codes.dtype == torch.bool else torch.isin(drawn, codes)
-                perturbation.confidence[:, step] *= is_code
-        ids = torch.cat((ids, drawn[:, None]), dim=1)
-        for criterion in stopping_criteria:
-            done = done | criterion(ids, guided).to(device)
-        if done.all():
-            break
-        rows = drawn[:, None].repeat(2 if guidance.is_active else 1, 1)
-    return ids[:, input_ids.shape[1] :]
-
-
-class _Passes:
-    """The forward passes of one decoding, first the prompts, then one token a row: cache, mask and positions."""
-
-    def __init__(self, model: Any, head: ImageHead | None, visible: Tensor, num_tokens: int, cache: Any) -> None:
-        self.model, self.head = model, head
-        self.module = model if head is None else head.backbone
-        parameters = inspect.signature(self.module.forward).parameters.values()
-        self.names = {parameter.name for parameter in parameters}
-        self.takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        self.padded = not bool(visible.all())
-        # The last token is drawn and never fed.
-        self.visible = F.pad(visible, (0, num_tokens - 1), value=True)
-        self.positions = (self.visible.cumsum(dim=1) - 1).clamp_min(0)
-        self.filled = 0
-        if cache == "dynamic":
-            cache = DynamicCache(config=model.config)
-        elif cache == "static":
-            cache = StaticCache(config=model.config, max_cache_len=self.visible.shape[1])
-        elif isinstance(cache, str) or cache.get_seq_length():
-            raise UserError(f"cache must be 'dynamic', 'static' or an empty cache of transformers, got {cache!r}")
-        self.cache = cache
-
-    def __call__(self, tokens: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Feed `tokens` [rows, n] and return the logits float32 [rows, V] after the last one."""
-        start, self.filled = self.filled, self.filled + tokens.shape[1]
-        inputs: dict[str, Any] = {name: weight[:, : self.filled] for name, weight in weights.items()}
-        inputs |= {"past_key_values": self.cache, "use_cache": True}
-        if self.padded:
-            inputs["attention_mask"] = self.visible[:, : self.filled].long()
-        if "position_ids" in self.names:
-            inputs["position_ids"] = self.positions[:, start : self.filled]
-
-        before = _weighted_layers.get()
-        if self.takes_weights or not weights:
-            logits = self._logits(tokens, start, inputs)
-        if weights and _weighted_layers.get() == before:
-            raise UserError(
-                f"no attention layer of {type(self.module).__name__} saw the weights of SoftCFG: call "
-                f"model.set_attn_implementation({ATTENTION!r}) first; if that was done, the model's attention does "
-                "not go through transformers' AttentionInterface"
-            )
-        return logits.to(tokens.device).float()
-
-    def _logits(self, tokens: Tensor, start: int, inputs: dict[str, Any]) -> Tensor:
-        if self.head is None:
-            if "logits_to_keep" in self.names:
-                inputs["logits_to_keep"] = 1
-            return self.module(input_ids=tokens, **inputs).logits[:, -1]
-        embed = self.head.embed if start else self.model.get_input_embeddings()
-        return self.head.logits(self.module(inputs_embeds=embed(tokens), **inputs).last_hidden_state[:, -1])
-
-
-def _prompts(model: Any, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
-    """Check prompts [B, L] and their mask -> int64 and bool, both [B, L], on the device of the model."""
-    ids = as_ids(ids, name, model.get_input_embeddings().num_embeddings).to(model.device)
-    visible = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).to(ids.device).bool()
-    if ids.dim() != 2 or not ids.numel() or visible.shape != ids.shape:
-        raise UserError(f"{name} and their mask must be [B, L] each, got {list(ids.shape)} and {list(visible.shape)}")
-    if not visible[:, -1].all() or (visible[:, :-1] & ~visible[:, 1:]).any():
-        raise UserError(f"{name} must be padded on the left")
-    return ids, visible
-
-
-def _both_branches(
-    conditional: tuple[Tensor, Tensor], unconditional: tuple[Tensor, Tensor], pad_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """Ids and mask of both branches in one batch, conditional rows first, padded on the left to the longer of them."""
-    batch, given = conditional[0].shape[0], unconditional[0].shape[0]
-    if given not in (1, batch):
-        raise UserError(f"unconditional_ids must be one row or one for each of the {batch} prompts, got {given}")
-    slots = max(conditional[0].shape[1], unconditional[0].shape[1])
-    ids, visible = (
-        torch.cat([F.pad(rows.expand(batch, -1), (slots - rows.shape[1], 0), value=value) for rows in branches])
-        for branches, value in zip(zip(conditional, unconditional, strict=True), (pad_token_id, False), strict=True)
+    codes = None if image_codes is None else torch.as_tensor(image_codes)
+    by_step = codes is not None and codes.dtype == torch.bool
+    generator = TransformersGenerator(
+        model,
+        num_tokens,
+        head=head,
+        code_steps=codes if by_step else None,
+        logits_processor=logits_processor,
+        cache=cache if isinstance(cache, str) else "dynamic",
+        pad_token_id=pad_token_id,
     )
-    return ids, visible
+    if codes is not None and not by_step:
+        codes = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
+    prompts = Prompts(input_ids, unconditional_ids, attention_mask, unconditional_mask)
+    condition = generator.condition(prompts, guided=guidance.is_active)
+    decoder = Decoder(generator, condition, guidance, sampling or Sampling())
+    if not isinstance(cache, str):
+        if cache.get_seq_length():
+            raise UserError("the cache must be empty")
+        decoder.cache = cache
 
-
-def _image_codes(codes: Tensor | Sequence[int], num_tokens: int) -> Tensor:
-    """Check `image_codes` -> ids, int64 [n], or the steps that draw codes, bool [T]."""
-    codes = torch.as_tensor(codes)
-    if codes.dim() != 1 or codes.is_floating_point() or (codes.dtype == torch.bool and len(codes) != num_tokens):
-        raise UserError(
-            f"image_codes must be a list of ids or bool [{num_tokens}], got {codes.dtype} {list(codes.shape)}"
-        )
-    return codes
+    batch = decoder.batch
+    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens).to(generator.device)
+    done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
+    prompt = condition.conditional(batch)
+    tokens = prompt[:, :0]
+    for step in range(num_tokens):
+        drawn = draw(decoder.predict(step, tokens[:, -1:]), uniforms[:, step]).masked_fill(done, pad_token_id)
+        decoder.record(step, drawn)
+        if codes is not None and not by_step:
+            decoder.confidence[:, step] *= torch.isin(drawn, codes)
+        tokens = torch.cat((tokens, drawn[:, None]), dim=1)
+        for criterion in stopping_criteria:
+            done = done | criterion(torch.cat((prompt, tokens), dim=1), None).to(done.device)
+        if len(stopping_criteria) and done.all():
+            break
+    return tokens
 
 
 def generate(
