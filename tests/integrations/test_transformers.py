@@ -303,6 +303,7 @@ def test_processors_see_prompts_and_tokens(models: dict[str, Any]) -> None:
 def test_an_image_depends_on_its_seed_and_index_alone(models: dict[str, Any]) -> None:
     model, settings = models["llama"], {"num_tokens": T, "unconditional_ids": SHORT, "seed": 11}
     both = plug.decode(model, PROMPTS, SoftCFG(), attention_mask=PROMPTS > 0, indices=[4, 9], **settings)
+    assert model(both).logits.requires_grad  # the tokens are ordinary tensors
     alone = plug.decode(model, PROMPTS[1:], SoftCFG(), indices=[9], **settings)
     assert torch.equal(both[1:], alone)
     assert not torch.equal(alone, plug.decode(model, PROMPTS[1:], SoftCFG(), indices=[8], **settings))

@@ -342,7 +342,7 @@ class TransformersGenerator(Generator):
         return self.head.logits(hidden[:, first:])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the tokens may go on into the caller's autograd
 def decode(
     model: Any,
     input_ids: Tensor,
