@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -349,6 +351,23 @@ def test_janus_through_generate(models: dict[str, Any]) -> None:
     assert torch.equal(sequences[:, 5:], tokens)
 
 
+def test_plain_guidance_is_that_of_janus(models: dict[str, Any]) -> None:
+    """The image mode of Janus: padding that is seen takes the place of the text, one scale at every step."""
+    model, prompts = models["janus"], torch.tensor([[1, 7, 8, 9, 4], [1, 10, 11, 12, 4]])
+    config = transformers.GenerationConfig(
+        bos_token_id=1, pad_token_id=0, do_sample=False, guidance_scale=5.0, max_length=20,
+        generation_kwargs={"boi_token_id": 4},
+    )  # fmt: skip
+    usual = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), generation_mode="image", generation_config=config
+    )
+    ours = plug.decode(
+        model, prompts, CFG(5.0, schedule="constant"), num_tokens=usual.shape[1], head=plug.ImageHead.janus(model),
+        unconditional_ids=torch.tensor([[1, 0, 0, 0, 4]]), sampling=Sampling(top_k=1), cache="static",
+    )  # fmt: skip
+    assert torch.equal(usual, ours)
+
+
 def test_several_images_a_prompt(models: dict[str, Any]) -> None:
     model, settings = models["llama"], {"guidance": SoftCFG(), "max_new_tokens": T, "do_sample": True}
     sequences = model.generate(
@@ -509,5 +528,14 @@ def test_attention_that_cannot_carry_weights_is_refused(models: dict[str, Any]) 
     query, module = torch.randn(1, 2, 1, 8), models["llama"].model.layers[0].self_attn
     with pytest.raises(UserError, match="LlamaAttention has softcap"):
         plug.attention(module, query, query, query, None, value_weights=torch.ones(1, 1), softcap=30.0)
+    with pytest.raises(UserError, match="LlamaAttention has s_aux"):
+        plug.attention(module, query, query, query, None, s_aux=torch.ones(2))
     with pytest.raises(UserError, match="boolean mask"):
         plug.attention(module, query, query, query, torch.zeros(1, 1, 1, 1), value_weights=torch.ones(1, 1))
+
+
+def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, plug.__name__)
+    with pytest.raises(UserError, match=r"pip install 'softcfg\[transformers\]'"):
+        importlib.import_module(plug.__name__)

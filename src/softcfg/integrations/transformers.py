@@ -70,13 +70,15 @@ def attention(
         [rows, n, heads, head_dim], and None for the attention probabilities.
 
     Raises:
-        UserError: weights are given to a layer whose attention is more than queries, keys, values and a boolean mask.
+        UserError: the layer has sinks; or weights are given and it has anything else but queries, keys, values and a
+            boolean mask.
     """
-    if value_weights is None and key_weights is None:
+    weighted = value_weights is not None or key_weights is not None
+    for name in ("s_aux", "softcap", "position_bias", "dropout") if weighted else ("s_aux",):  # sdpa drops sinks
+        if isinstance(kwargs.get(name), Tensor) or kwargs.get(name):
+            raise UserError(f"{type(module).__name__} has {name}, which the attention {ATTENTION!r} cannot do")
+    if not weighted:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    for name in ("dropout", "softcap", "s_aux", "position_bias"):
-        if kwargs.get(name):
-            raise UserError(f"{type(module).__name__} has {name}, which attention with weights does not do")
     new, mask = query.shape[2], None
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1:
