@@ -441,6 +441,9 @@ def test_as_a_generator_it_decodes_and_traces(models: dict[str, Any], name: str,
     )
     assert torch.equal(tokens, drawn)
 
+    with pytest.raises(UserError, match="one length for all rows"):
+        decode(generator, prompts, SoftCFG(), uniforms=image_uniforms(3, range(2), T), static=True)
+
     recorder.ids.clear()
     trace = softcfg.trace(generator, labels=prompts, tokens=tokens, guidance=SoftCFG(), temperature=0.8)
     torch.testing.assert_close(trace.guided_logits, logits, atol=1e-4, rtol=0)

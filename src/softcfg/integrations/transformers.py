@@ -202,6 +202,8 @@ class TransformersGenerator(Generator):
         UserError: `cache` or `code_steps` are none of these.
     """
 
+    slots_by_row = False
+
     def __init__(
         self,
         model: Any,
@@ -265,14 +267,16 @@ class TransformersGenerator(Generator):
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
-        """See `Generator.forward`. A pass goes on where the cache ends, which is the same slot for all rows.
+        """See `Generator.forward`. A pass goes on where the cache ends.
 
         Raises:
-            UserError: no attention layer sees the weights.
+            UserError: no attention layer sees the weights, or rows have slots of their own.
         """
         assert isinstance(condition, PromptCondition)
         if isinstance(slot, Tensor):
-            raise ValueError("a cache of transformers has one length for all rows")
+            raise UserError(
+                "caches of transformers have one length for all rows: steps cannot be static or speculative"
+            )
         first = max(slot, condition.slots)  # slot of the first token
         filled = first + tokens.shape[1]
         condition.sequence[:, first:filled] = tokens
@@ -410,18 +414,18 @@ def decode(
     batch = decoder.batch
     uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens).to(generator.device)
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
-    prompt = condition.conditional(batch)
-    tokens = prompt[:, :0]
+    tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):
-        drawn = draw(decoder.predict(step, tokens[:, -1:]), uniforms[:, step]).masked_fill(done, pad_token_id)
+        drawn = draw(decoder.predict(step, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
         decoder.record(step, drawn)
         if codes is not None and not by_step:
             decoder.confidence[:, step] *= torch.isin(drawn, codes)
-        tokens = torch.cat((tokens, drawn[:, None]), dim=1)
+        tokens[:, step] = drawn
         for criterion in stopping_criteria:
-            done = done | criterion(torch.cat((prompt, tokens), dim=1), None).to(done.device)
+            so_far = torch.cat((condition.conditional(batch), tokens[:, : step + 1]), dim=1)
+            done = done | criterion(so_far, None).to(done.device)
         if len(stopping_criteria) and done.all():
-            break
+            return tokens[:, : step + 1]
     return tokens
 
 
