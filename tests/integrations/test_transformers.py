@@ -38,6 +38,15 @@ def mistral() -> Any:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT, sliding_window=5))
 
 
+def gpt2() -> Any:
+    """Absolute positions: padding on the left must not be counted."""
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+    )
+
+
 def emu3() -> Any:
     vq = {
         "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "attn_resolutions": [], "hidden_size": 32,
@@ -61,7 +70,7 @@ def janus() -> Any:
     return transformers.JanusForConditionalGeneration(config)
 
 
-MODELS = {"llama": llama, "mistral": mistral, "emu3": emu3, "janus": janus}
+MODELS = {"llama": llama, "mistral": mistral, "gpt2": gpt2, "emu3": emu3, "janus": janus}
 
 
 @pytest.fixture(scope="module")
