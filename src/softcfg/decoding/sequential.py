@@ -42,7 +42,7 @@ def decode(
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
         static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
-            default, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
+            default for generators that can, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
 
     Returns:
         int64 [B, T].
@@ -69,7 +69,8 @@ def decode(
         decoder.record(step, drawn)
         tokens[:, at] = drawn[:, None]
 
-    static = device.type == "cuda" if static is None else static
+    if static is None:
+        static = device.type == "cuda" and generator.slots_by_row
     with prepared_linear_layers(generator, condition.rows):
         advance(0)
         steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
