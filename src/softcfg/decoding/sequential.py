@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
@@ -152,6 +153,32 @@ class Decoder:
             return {}
         self._weights[self.batch :, self.condition.slots :] = self.guidance.weights(self.confidence)
         return targeted(self.guidance, self._weights)
+
+
+def step_weights(confidence: Tensor, guidance: CFG, steps: Tensor) -> Tensor:
+    """Weights [B, n, T] that the given steps (0-based) put on every token, from those before it.
+
+    Args:
+        confidence: [B, T], of all tokens.
+        guidance: plain CFG gives ones.
+        steps: int64 [n] or [B, n].
+    """
+    token = torch.arange(confidence.shape[1], device=confidence.device)
+    so_far = confidence[:, None] * (token < steps.to(confidence.device)[..., None])
+    return guidance.weights(so_far) if isinstance(guidance, SoftCFG) else torch.ones_like(so_far)
+
+
+def query_weights(
+    guidance: SoftCFG, step_weights: Tensor, condition: Condition, *, from_start: bool
+) -> dict[str, Tensor]:
+    """Keyword arguments for a pass of the unconditional rows that predicts several tokens.
+
+    Args:
+        step_weights: [rows, n, T], of the steps that the pass predicts.
+        from_start: the pass starts with the condition, whose slots, as queries and as keys, are not weighted.
+    """
+    leading = condition.slots - 1 if from_start else 0
+    return targeted(guidance, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
 
 
 def targeted(guidance: SoftCFG, weights: Tensor) -> dict[str, Tensor]:
