@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, processes: Processes) -> int:
-    from softcfg.tuning import Row, write_results
+    from softcfg.tuning import write_results
     from softcfg.tuning.report import Table
 
     sweep = _sweep(args, processes)
@@ -144,7 +144,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
             print(f"{table.line(row)}{'  best so far' if best == row else ''}", flush=True)
             write_results(sweep)
 
-    sweep.run(args.trials, on_trial=show, progress=processes.first)
+    sweep.run(args.trials, on_trial=show, progress=processes.first and sys.stderr.isatty())
     if processes.first:
         _finish(sweep, table)
     return 0
@@ -206,11 +206,11 @@ def _finish(sweep: Sweep, table: Any) -> None:
     from softcfg.tuning import write_results
     from softcfg.tuning.report import write_plots
 
-    rows: list[Row] = sweep.ranked()
+    rows = sweep.ranked()
     print(f"\nthe best of {len(sweep.rows())} trials\n{table.header}")
     for row in rows[:SHOWN]:
         print(table.line(row))
-    print(f"\n{rows[0].command}\n")
+    print("\n".join(("", *(row.command for row in rows[:1]), "")))
     paths = write_results(sweep)
     try:
         paths += write_plots(sweep)

@@ -45,8 +45,9 @@ def write_results(sweep: Sweep) -> list[Path]:
         values = [row.metrics.get(name, "") for name in sweep.metrics]
         table.writerow([row.trial, _state(row), row.samples, *settings, *values, row.command])
     paths = [sweep.folder / f"{RESULTS}.csv", sweep.folder / f"{RESULTS}.json"]
-    write_atomically(paths[0], text.getvalue().encode())
-    write_atomically(paths[1], json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+    # Not flushed to the disk: they can be made again from the study.
+    write_atomically(paths[0], text.getvalue().encode(), durable=False)
+    write_atomically(paths[1], json.dumps(content, indent=2, allow_nan=False).encode() + b"\n", durable=False)
     return paths
 
 
@@ -80,7 +81,7 @@ def plot_settings(sweep: Sweep) -> Figure:
     rows = sweep.ranked()
     names = list(sweep.space.search)
     figure = Figure(figsize=(3.2 * len(names) + 0.6, 2.5 * len(sweep.metrics) + 0.3), layout="constrained")
-    axes = figure.subplots(len(sweep.metrics), len(names), squeeze=False, sharex="col", sharey="row")
+    axes: Any = figure.subplots(len(sweep.metrics), len(names), squeeze=False, sharex="col", sharey="row")
     for line, metric in zip(axes, sweep.metrics, strict=True):
         for axis, name in zip(line, names, strict=True):
             places, labels = _places([row.settings[name] for row in rows], sweep.space.search[name])

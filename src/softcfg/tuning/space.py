@@ -136,11 +136,11 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
         UserError: a value is out of its range.
     """
     # 2 and 2.0 are one value, but not one text in the settings of a run.
-    chosen = {
+    chosen: dict[str, Any] = {
         name: float(value) if SETTINGS.get(name) is float and type(value) is int else value
         for name, value in settings.items()
     }
-    preset = find(PRESETS, chosen.pop("preset", "paper"), "there is no preset named")
+    preset = find(PRESETS, str(chosen.pop("preset", "paper")), "there is no preset named")
     sampling = {name: chosen.pop(name) for name in _SAMPLING if name in chosen}
     try:
         return pipeline.default_guidance(preset, **chosen), pipeline.sampling(**sampling)
@@ -208,7 +208,7 @@ class Space:
             if isinstance(distribution, CategoricalDistribution):
                 lists.append(list(distribution.choices))
             elif isinstance(values, Range) and values.step is not None:
-                lists.append([type(values.low)(number) for number in values.numbers()])
+                lists.append([SETTINGS[name](number) for number in values.numbers()])
             else:
                 raise UserError(f"a grid needs a step or a list, such as {name}={_text(values)}:STEP or {name}=A,B,C")
         return lists
@@ -275,7 +275,9 @@ def _distribution(name: str, values: Values) -> BaseDistribution:
         if any(int(number) != number for number in (values.low, values.high, values.step or 1)):
             raise UserError(f"{name} takes whole numbers, got the range {_text(values)}")
         step = int(values.step or 1)
-        return IntDistribution(int(values.low), int(Range(values.low, values.high, step).numbers()[-1]), values.log, step)
+        return IntDistribution(
+            int(values.low), int(Range(values.low, values.high, step).numbers()[-1]), values.log, step
+        )
     if isinstance(values, str) or not values:
         raise UserError(f"the values of {name} must be a Range or a list, got {values!r}")
     stored = [format_value(value) if name == "interval" else value for value in values]

@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg.decoding.randomness import check_word
 from softcfg.errors import UserError
-from softcfg.evaluation import METRICS, Extractor, evaluate, load_extractor
+from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import make_folder
 from softcfg.pipeline import Pipeline
@@ -38,7 +38,7 @@ from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
 from softcfg.runs.settings import run_settings
 from softcfg.runs.worker import Artist, Progress, draw_shards
-from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags
+from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
 from softcfg.zoo.registry import find
 
 TRIALS = "trials"  # the folder of the run folders
@@ -47,6 +47,7 @@ RUNGS = (8, 4, 2)  # the shares of the samples, one in so many, at which a trial
 RIVALS = 4  # trials that must have come as far before one is stopped
 DEFAULT_TRIALS = 50
 LONGEST_LABELS = 10_000  # characters
+BLANK = 4  # images to see which metrics there are; precision needs as many
 BEAT = 20.0  # seconds between two signs of life
 GRACE = 120.0  # seconds without one after which a trial of another machine is taken up
 LOOK = 1.0  # seconds between two looks at the other processes' trials
@@ -140,17 +141,14 @@ class Sweep:
         """
         self.folder = Path(folder)
         self.space = Space(search)
-        self.fixed = dict(fixed or {})
+        self.fixed = {setting_named(name): value for name, value in (fixed or {}).items()}
         self.objective = find({name: name for name in METRICS}, objective, "there is no metric named")
         self.minimize = self.objective in FRECHET
-        self.metrics = None if metrics is None else list(dict.fromkeys([self.objective, *metrics]))
         self.sampler = sampler
         self.sampler_seed = sampler_seed
         self.num_samples = num_samples
         self.early_stop = early_stop
         self.discard_images = discard_images
-        for name in self.metrics or ():
-            find({known: known for known in METRICS}, name, "there is no metric named")
         if both := self.fixed.keys() & self.space.search.keys():
             raise UserError(f"{min(both)} is both fixed and searched")
         if sampler not in SAMPLERS:
@@ -198,31 +196,29 @@ class Sweep:
         )
         device = self.pipeline.generator.device
         self._extractor = load_extractor(extractor, None, device) if isinstance(extractor, str) else extractor
-        self._measuring = {
-            "reference": reference,
-            "extractor": self._extractor,
-            "device": device,
-            "batch_size": feature_batch_size,
-            "cache": cache,
-        }
+        self._reference = reference
+        self._cache = cache
+        self._feature_batch_size = feature_batch_size
+        # What cannot be measured is refused before anything is drawn.
+        wanted = None if metrics is None else [self.objective, *metrics]
+        side = self.pipeline.tokenizer.image_size
+        blank = np.zeros((BLANK, side, side, 3), dtype=np.uint8)
+        report = self._measure(blank, wanted, labels=[0] * BLANK)
+        if self.objective not in report.metrics:
+            self._measure(blank, [self.objective], labels=[0] * BLANK)  # says why
+        self.metrics = list(dict.fromkeys([self.objective, *report.metrics]))
         make_folder(self.folder)
-        self.settings = self._describe()
+        self.settings = self._describe(report.settings)
         self.study = _open_study(
             storage or f"sqlite:///{(self.folder / DATABASE).resolve()}",
             study or self.folder.resolve().name,
-            "minimize" if self.minimize else "maximize",
+            self.minimize,
             self.settings,
         )
 
-    def _describe(self) -> dict[str, Any]:
-        """All that decides the results. What cannot be measured is refused here, before anything is drawn."""
-        side = self.pipeline.tokenizer.image_size
-        blank, labels = np.zeros((4, side, side, 3), dtype=np.uint8), [0] * 4
-        report = evaluate(blank, labels=labels, metrics=self.metrics, **self._measuring)
-        if self.objective not in report.metrics:
-            evaluate(blank, labels=labels, metrics=[self.objective], **self._measuring)  # raises what is in the way
-        self.metrics = list(dict.fromkeys([self.objective, *report.metrics]))
-        reference = report.settings["reference"]
+    def _describe(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides the results; `measured` are the settings of a report."""
+        reference = measured["reference"]
         settings = {
             "run": {name: value for name, value in self._run.items() if name not in NOT_IN_IMAGES},
             "search": self.space.describe(),
@@ -233,9 +229,21 @@ class Sweep:
             "early_stop": self.early_stop,
             "samples": [*self.rungs, self.num_samples],
             "reference_sha256": reference and reference["sha256"],
-            "extractor": {name: report.settings["extractor"][name] for name in ("name", "identity", "dtype")},
+            "extractor": {name: measured["extractor"][name] for name in ("name", "identity", "dtype")},
         }
         return json.loads(json.dumps(settings))
+
+    def _measure(self, samples: Any, metrics: Sequence[str] | None, labels: Sequence[int] | None = None) -> Report:
+        return evaluate(
+            samples,
+            self._reference,
+            self._extractor,
+            metrics,
+            labels=labels,
+            device=self._extractor.device,
+            batch_size=self._feature_batch_size,
+            cache=self._cache,
+        )
 
     def run(
         self, trials: int | None = None, *, on_trial: Callable[[Row], None] | None = None, progress: bool = False
@@ -282,9 +290,17 @@ class Sweep:
                 samples = trial.last_step
                 assert samples is not None
                 stopped = trial.state == TrialState.PRUNED
-                metrics = {self.objective: trial.value} if stopped else trial.user_attrs["metrics"]
-                settings = self.space.settings(trial.params)
-                rows.append(Row(trial.number, stopped, samples, settings, metrics, trial.user_attrs["command"]))
+                value = trial.intermediate_values[samples]
+                rows.append(
+                    Row(
+                        trial.number,
+                        stopped,
+                        samples,
+                        self.space.settings(trial.params),
+                        {self.objective: value} if stopped else trial.user_attrs["metrics"],
+                        trial.user_attrs["command"],
+                    )
+                )
         return rows
 
     def best(self) -> Row | None:
@@ -319,9 +335,7 @@ class Sweep:
         owner = self._owner()
         self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"owner": owner}))
         trial = next(
-            trial
-            for trial in reversed(self.study.get_trials(deepcopy=False))
-            if trial.user_attrs.get("owner") == owner
+            trial for trial in reversed(self.study.get_trials(deepcopy=False)) if trial.user_attrs.get("owner") == owner
         )
         # Several processes may begin the last trial at once. The surplus waits for a start with more trials.
         return self._claim(trial) if trial.number < limit else None
@@ -397,7 +411,7 @@ class Sweep:
                 if value is None:
                     artist = Artist(self.pipeline, guidance, sampling, run["seed"], run["batch_size"])
                     self._draw({**run, "num_samples": samples}, artist, trial.number, progress=progress)
-                    report = evaluate(folder, metrics=self.metrics if last else [self.objective], **self._measuring)
+                    report = self._measure(folder, self.metrics if last else [self.objective])
                     value = report[self.objective]
                     if last:
                         trial.set_user_attr("metrics", report.metrics)
@@ -416,9 +430,7 @@ class Sweep:
         params = found.params
         if params.keys() != self.space.distributions.keys():
             others = [other for other in self.study.get_trials(deepcopy=False) if other.number != trial.number]
-            params = self.space.propose(
-                self.sampler, self.sampler_seed, trial.number, others, minimize=self.minimize
-            )
+            params = self.space.propose(self.sampler, self.sampler_seed, trial.number, others, minimize=self.minimize)
             self.space.store(trial, params)
         return self.space.settings(params)
 
@@ -475,14 +487,14 @@ def _labels_text(labels: Sequence[int] | str | None) -> str:
     return text
 
 
-def _open_study(storage: str, name: str, direction: str, settings: Mapping[str, Any]) -> optuna.Study:
+def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, Any]) -> optuna.Study:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     try:
         url = make_url(storage)
     except ArgumentError:
-        raise UserError(f"{storage!r} is no storage URL, such as sqlite:///study.db or mysql://user@host/name") from None
+        raise UserError(f"{storage!r} is no storage URL such as sqlite:///study.db") from None
     # SQLite's own patience of 5 s is short for many processes.
     engine = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
     for patience in (1, 2, 4, 0):
@@ -491,7 +503,7 @@ def _open_study(storage: str, name: str, direction: str, settings: Mapping[str, 
                 study = optuna.create_study(
                     storage=optuna.storages.RDBStorage(storage, engine_kwargs=engine),
                     study_name=name,
-                    direction=direction,
+                    direction="minimize" if minimize else "maximize",
                     load_if_exists=True,
                 )
             found = study.user_attrs.get("sweep")
