@@ -30,8 +30,8 @@ class Laboratory:
         self.pipeline = Pipeline.from_pretrained(model)
         self.device = self.pipeline.generator.device
         self.extractor: Extractor = evaluation.load_extractor("fashion", device=self.device)
-        gray = load(data, "test").images
-        self.reference = self.features(gray[..., None].expand(-1, -1, -1, 3))
+        self.data = data
+        self.reference = self.features(_colours(load(data, "test").images))
         self.reference_statistics = evaluation.statistics(self.reference.pooled)
 
     def features(self, images: Tensor) -> Features:
@@ -42,7 +42,8 @@ class Laboratory:
     def run(self, point: Point) -> Row:
         """The row of a point for the results."""
         start = time.monotonic()
-        values = self.images(point) if point.measure == "images" else self.trace(point)
+        kinds = {"images": self.images, "trace": self.trace, "real": self.bound, "reconstructed": self.bound}
+        values = kinds[point.measure](point)
         return {
             **point.settings(),
             "model": self.model,
@@ -57,6 +58,17 @@ class Laboratory:
         labels = torch.arange(point.samples) % CLASSES
         out = self.pipeline(labels, point.guidance, seed=point.seed, batch_size=self.batch_size)
         return self.metrics(torch.from_numpy(out.pixels), labels)
+
+    def bound(self, point: Point) -> Row:
+        """The metrics of training images, as they are or as the tokenizer gives them back."""
+        train = load(self.data, "train")
+        chosen = slice(point.samples)
+        images = _colours(train.images[chosen])
+        if point.measure == "reconstructed":
+            tokenizer = self.pipeline.tokenizer
+            parts = train.pixels(chosen).split(self.batch_size)
+            images = torch.cat([tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(part))).cpu() for part in parts])
+        return self.metrics(images, train.labels[chosen])
 
     def metrics(self, images: Tensor, labels: Tensor) -> Row:
         """The metrics of images uint8 [N, H, W, 3] of classes [N]; the extractor has no spatial features for sFID."""
@@ -101,6 +113,11 @@ class Laboratory:
             values[name] = _short(every.mean(dim=0))
             values[f"{name}_error"] = _short(every.std(dim=0) / len(every) ** 0.5)
         return values
+
+
+def _colours(gray: Tensor) -> Tensor:
+    """[N, H, W] -> [N, H, W, 3]."""
+    return gray[..., None].expand(-1, -1, -1, 3)
 
 
 def _short(values: Tensor) -> list[float]:

@@ -23,9 +23,9 @@ METHODS: Mapping[str, CFG] = {
 NONE = CFG(guidance_scale=1.0)
 
 TUNING_SEED = 1000
-TUNING_SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
-TUNING_POWERS = (0.5, 1.0, 2.0)
-RANGE = (1.5, 2.0, 3.0, 4.0, 6.0, 10.0)
+TUNING_SCALES = (1.5, 2.0, 3.0, 5.0)
+TUNING_POWERS = (1.0, 2.0)
+RANGE = (1.5, 2.0, 3.0, 5.0, 8.0)
 TARGETS = ("value", "key", "both")
 CONFIDENCES = ("max", "sampled", "entropy", "margin")
 TRACED = 500
@@ -36,7 +36,8 @@ class Point:
     """Something to draw and measure.
 
     Attributes:
-        measure: "images": the metrics of `samples` images; "trace": what guidance does while they are drawn.
+        measure: "images": the metrics of `samples` images; "trace": what guidance does while they are drawn; "real": the
+            metrics of as many training images, "reconstructed": of these through the tokenizer.
     """
 
     guidance: CFG
@@ -91,7 +92,11 @@ class Design:
             for part in parts
             for guidance in part.values()
         ]
-        return list(dict.fromkeys([*tuning, *traces, *images]))
+        return list(dict.fromkeys([*tuning, *self.bounds(), *traces, *images]))
+
+    def bounds(self) -> list[Point]:
+        """What no generator can do better, as there is nothing else to draw: guidance and seed mean nothing here."""
+        return [Point(NONE, 0, self.samples, measure) for measure in ("real", "reconstructed")]
 
     def best(self, rows: Mapping[str, Row]) -> dict[str, CFG]:
         """Every method at the scale and power of least FID in the grid."""

@@ -142,7 +142,14 @@ def about(study: Study) -> str:
 
 def ablation(study: Study) -> str:
     """Part 1."""
-    return study.table({"no guidance": NONE, **study.best}, "method", study.best["CFG"], "CFG")
+    table = study.table({"no guidance": NONE, **study.best}, "method", study.best["CFG"], "CFG")
+    for point, title in zip(
+        study.design.bounds(), ("*training images*", "*the same through the tokenizer*"), strict=True
+    ):
+        if row := study.rows.get(key(point.settings())):
+            values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
+            table += "\n| " + " | ".join([title, MISSING, MISSING, *values, ""]) + " |"
+    return table
 
 
 def same_scale(study: Study) -> str:

@@ -37,11 +37,12 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty test images of noise."""
+    """Forty training images and forty test images of noise."""
     folder = tmp_path_factory.mktemp("data")
-    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28))
-    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(images))
-    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.arange(40) % 10))
+    numbers = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(numbers.integers(0, 256, (40, 28, 28))))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(40) % 10))
     return folder
 
 
@@ -96,19 +97,19 @@ class TestPoints:
         points = SMALL.points({})
         assert {point.seed for point in points} == {TUNING_SEED}
         assert {point.samples for point in points} == {8}
-        assert len(points) == len(set(points)) == 45
+        assert len(points) == len(set(points)) == 24
         assert {type(point.guidance) for point in points} == {CFG, SoftCFG}
 
     def test_the_best_have_the_least_fid_of_their_own_method(self) -> None:
         def fid(guidance: CFG) -> float:
-            wanted = 2.0 if type(guidance) is CFG else 4.0 if guidance.step_norm else 6.0
+            wanted = 2.0 if type(guidance) is CFG else 3.0 if guidance.step_norm else 5.0
             return abs(guidance.guidance_scale - wanted) + abs(guidance.guidance_scale_pow - 2.0)
 
         best = SMALL.best(made_up(SMALL, fid))
         assert best == {
             "CFG": CFG(2.0, 2.0),
-            "SoftCFG without Step Normalisation": SoftCFG(6.0, 2.0, step_norm=False),
-            "SoftCFG": SoftCFG(4.0, 2.0),
+            "SoftCFG without Step Normalisation": SoftCFG(5.0, 2.0, step_norm=False),
+            "SoftCFG": SoftCFG(3.0, 2.0),
         }
 
     def test_points_that_follow(self) -> None:
@@ -119,14 +120,14 @@ class TestPoints:
         first = [p.guidance for p in images if p.seed == 0]
         assert first == [p.guidance for p in images if p.seed == 1]
         assert images[: len(first)] == [Point(guidance, 0, 20) for guidance in first]  # a whole seed before the next
-        best = SoftCFG(3.0, 0.5)
-        assert first[:4] == [NONE, CFG(3.0, 0.5), SoftCFG(3.0, 0.5, step_norm=False), best]
-        assert {CFG(10.0, 0.5), SoftCFG(10.0, 0.5)} < set(first)
+        best = SoftCFG(3.0, 1.0)
+        assert first[:4] == [NONE, CFG(3.0, 1.0), SoftCFG(3.0, 1.0, step_norm=False), best]
+        assert {CFG(8.0, 1.0), SoftCFG(8.0, 1.0)} < set(first)
         assert {replace(best, target="key"), replace(best, target="both"), replace(best, confidence="margin")} < set(
             first
         )
-        assert SoftCFG.released(guidance_scale=3.0, guidance_scale_pow=0.5) in first
-        assert {p.guidance for p in points if p.measure == "trace"} == set(at_scale_of(CFG(3.0, 0.5)).values())
+        assert SoftCFG.released(guidance_scale=3.0, guidance_scale_pow=1.0) in first
+        assert {p.guidance for p in points if p.measure == "trace"} == set(at_scale_of(CFG(3.0, 1.0)).values())
 
 
 def test_a_point_is_measured_as_the_evaluation_measures(model: Path, data: Path) -> None:
@@ -141,6 +142,18 @@ def test_a_point_is_measured_as_the_evaluation_measures(model: Path, data: Path)
     assert row["values"] == pytest.approx(expected)
     assert row["guidance"]["method"] == "SoftCFG"
     assert (row["seed"], row["samples"]) == (4, 20)
+
+
+def test_bounds_are_of_training_images(model: Path, data: Path) -> None:
+    from recipes.fashion_mnist.data import load
+
+    laboratory = Laboratory(str(model), data, batch_size=10)
+    real, reconstructed = (laboratory.run(point)["values"] for point in SMALL.bounds())
+    train, test = load(data, "train"), load(data, "test")
+    reference = test.images[..., None].expand(-1, -1, -1, 3)
+    images = train.images[:20, ..., None].expand(-1, -1, -1, 3)
+    assert real == pytest.approx(evaluation.evaluate(images, reference, "fashion", labels=train.labels[:20]).metrics)
+    assert reconstructed["fid"] > real["fid"]  # the tokenizer is untrained
 
 
 def test_a_trace_is_the_mean_over_images(model: Path, data: Path) -> None:
@@ -164,8 +177,11 @@ class TestCommand:
         assert text.endswith("<!-- end tuning -->\nafter\n")
         assert "old" not in text
         assert "not there yet" not in text
-        (fid,) = [r["values"]["fid"] for r in rows if r["guidance"]["guidance_scale"] == 1 and r["seed"] == 0]
-        (other,) = [r["values"]["fid"] for r in rows if r["guidance"]["guidance_scale"] == 1 and r["seed"] == 1]
+        none = Point(NONE, 0, 20).settings()["guidance"]
+        (fid,) = [
+            r["values"]["fid"] for r in rows if r["guidance"] == none and r["seed"] == 0 and r["measure"] == "images"
+        ]
+        (other,) = [r["values"]["fid"] for r in rows if r["guidance"] == none and r["seed"] == 1]
         spread = f"{(fid + other) / 2:.3f} ± {abs(fid - other) / 2**0.5:.3f}"
         assert f"| no guidance | – | 2 | {spread} |" in text
         pictures = {path.name: path.read_bytes() for path in (tmp_path / "images" / "study").iterdir()}
