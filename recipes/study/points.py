@@ -36,8 +36,8 @@ class Point:
     """Something to draw and measure.
 
     Attributes:
-        measure: "images": the metrics of `samples` images; "trace": what guidance does while they are drawn; "real": the
-            metrics of as many training images, "reconstructed": of these through the tokenizer.
+        measure: "images": the metrics of `samples` images; "trace": what guidance does while they are drawn;
+            "real": the metrics of as many training images, "reconstructed": of these through the tokenizer.
     """
 
     guidance: CFG
