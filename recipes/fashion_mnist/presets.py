@@ -44,7 +44,7 @@ _TOKENIZER = MaskGITVQConfig(
     channel_mult=(1, 1), hidden_channels=32, num_res_blocks=1, resolution=32, z_channels=4, codebook_size=128
 )
 _SMALL_TOKENIZER = MaskGITVQConfig(
-    channel_mult=(1, 1, 2), hidden_channels=32, num_res_blocks=1, resolution=32, z_channels=4, codebook_size=256
+    channel_mult=(1, 1, 2), hidden_channels=32, num_res_blocks=1, resolution=32, z_channels=8, codebook_size=512
 )
 
 PRESETS = {

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.graphs import repeat
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
-from softcfg.models.base import Generator, LabelsLike, as_ids
+from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
 
 @torch.inference_mode()
 def decode(
     generator: Generator,
-    labels: LabelsLike,
+    labels: Any,
     guidance: CFG,
     *,
     uniforms: Tensor,
@@ -25,17 +29,20 @@ def decode(
     forced_tokens: Tensor | None = None,
     forced_mask: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
+    static: bool | None = None,
 ) -> Tensor:
     """Draw the image tokens of a batch.
 
     Args:
-        labels: B class ids.
+        labels: B class ids, or what else the generator is conditioned on.
         guidance: `CFG` or `SoftCFG`; inactive guidance (scale 0 or 1) skips the unconditional rows.
         uniforms: [B, T] in [0, 1), one number a token (see `image_uniforms`).
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
+        static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
+            default, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
 
     Returns:
         int64 [B, T].
@@ -43,59 +50,106 @@ def decode(
     Raises:
         UserError: labels, uniforms or forced tokens do not fit the generator.
     """
-    sampling = sampling or Sampling()
     condition = generator.condition(labels, guided=guidance.is_active)
-    total, device = generator.num_tokens, generator.device
-    batch = condition.rows // 2 if guidance.is_active else condition.rows
-    forced, mask = _forcing(generator, batch, forced_tokens, forced_mask)
+    decoder = Decoder(generator, condition, guidance, sampling or Sampling())
+    batch, total = decoder.batch, condition.num_tokens
+    forced, mask = _forcing(generator, (batch, total), forced_tokens, forced_mask)
     if uniforms.shape != (batch, total):
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
+    device = generator.device
     uniforms = uniforms.to(device)
-    scales = guidance.scales(total).tolist()
-    cache = generator.new_cache(condition.rows)
     tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
-    perturbation = None
-    if isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs:
-        perturbation = Perturbation(guidance, batch, total, generator.condition_slots, device)
 
-    inputs, slot = tokens.new_zeros(condition.rows, 0), 0
+    def advance(step: int | Tensor) -> None:
+        at = decoder.index(step)
+        drawn = draw(decoder.predict(step, tokens), uniforms[:, at].squeeze(1))
+        if forced is not None and mask is not None:
+            drawn = torch.where(mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
+        decoder.record(step, drawn)
+        tokens[:, at] = drawn[:, None]
+
+    static = device.type == "cuda" if static is None else static
     with prepared_linear_layers(generator, condition.rows):
-        for step in range(total):
-            weights = perturbation.row_weights() if perturbation else {}
-            logits = generator(condition, inputs, cache=cache, slot=slot, **weights)[:, -1].float()
-            cond = logits[:batch]
-            guided = guidance.guide(cond, logits[batch:], scales[step]) if guidance.is_active else cond
-            drawn = draw(sampling.probabilities(guided), uniforms[:, step])
-            if forced is not None and mask is not None:
-                drawn = torch.where(mask[:, step], forced[:, step], drawn)
-            tokens[:, step] = drawn
-            if perturbation:
-                perturbation.record(step, cond, drawn, sampling.temperature)
-            slot = generator.condition_slots + step
-            inputs = drawn[:, None].repeat(2 if guidance.is_active else 1, 1)
+        advance(0)
+        steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
+        for done, _ in enumerate(chain([None], steps), start=1):
             if on_step is not None:
-                on_step(step + 1)
+                on_step(done)
     return tokens
 
 
-class Perturbation:
-    """The state of SoftCFG over one decoding: the confidence buffer and the weights of all rows and slots."""
+class Decoder:
+    """A batch that is decoded token by token: its key/value cache, SoftCFG's confidences, and one step.
 
-    def __init__(self, guidance: SoftCFG, batch: int, tokens: int, condition_slots: int, device: torch.device) -> None:
+    Attributes:
+        batch: B, images.
+        cache: keys and values of all rows.
+        confidence: float32 [B, T], zero for tokens that are not there yet or are no image codes.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        guidance: CFG,
+        sampling: Sampling,
+        cache: KVCache | None = None,
+    ) -> None:
+        self.generator = generator
+        self.condition = condition
         self.guidance = guidance
-        self.batch = batch
-        self.condition_slots = condition_slots
-        self.confidence = torch.zeros(batch, tokens, device=device)
-        self._weights = torch.ones(2 * batch, condition_slots + tokens, device=device)
+        self.sampling = sampling
+        self.batch = condition.rows // 2 if guidance.is_active else condition.rows
+        self.cache = generator.new_cache(condition) if cache is None else cache
+        total, device = condition.num_tokens, generator.device
+        self.confidence = torch.zeros(self.batch, total, device=device)
+        self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
+        self._scales = guidance.scales(total, condition.num_codes).to(device)
+        self._steps = torch.arange(total, device=device)
+        self._codes = generator.is_code(self._steps, condition)
 
-    def record(self, step: int, cond_logits: Tensor, tokens: Tensor, temperature: float) -> None:
-        """Keep the confidence in the tokens [B] of `step`, from the conditional logits [B, V]."""
-        self.confidence[:, step] = self.guidance.token_confidence(cond_logits, tokens, temperature)
+    def index(self, step: int | Tensor) -> Tensor:
+        """A step as an index of one element, int64 [1]."""
+        return self._steps[step : step + 1] if isinstance(step, int) else step.reshape(1)
 
-    def row_weights(self) -> dict[str, Tensor]:
+    def predict(self, step: int | Tensor, tokens: Tensor) -> Tensor:
+        """Feed the token before token `step`, of `tokens` int64 [B, T]; return what to draw from, [B, V].
+
+        Args:
+            step: 0 feeds the condition. As an int64 tensor of one element, above 0, the shapes do not depend on it.
+        """
+        at = self.index(step)
+        slot: int | Tensor
+        if isinstance(step, int):
+            inputs = tokens[:, max(step - 1, 0) : step]
+            slot = self.condition.slots + step - 1 if step else 0
+        else:
+            inputs = tokens[:, at - 1]
+            slot = (self.condition.slots - 1 + at).expand(self.condition.rows)
+        rows = inputs.repeat(self.condition.rows // self.batch, 1)
+        logits = self.generator(self.condition, rows, cache=self.cache, slot=slot, **self._row_weights())
+        logits = logits[:, -1].float()
+        guided = self._cond_logits = logits[: self.batch]
+        if self.guidance.is_active:
+            guided = self.guidance.guide(guided, logits[self.batch :], self._scales[at])
+        guided = self.generator.constrain(guided[:, None], at, self.condition)[:, 0]
+        return self.sampling.probabilities(guided)
+
+    def record(self, step: int | Tensor, tokens: Tensor) -> None:
+        """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
+        if isinstance(self.guidance, SoftCFG) and self.guidance.perturbs:
+            at = self.index(step)
+            confidence = self.guidance.token_confidence(self._cond_logits, tokens, self.sampling.temperature)
+            if self._codes is not None:
+                confidence = confidence * self._codes[..., at].squeeze(-1)
+            self.confidence[:, at] = confidence[:, None]
+
+    def _row_weights(self) -> dict[str, Tensor]:
         """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""
-        self._weights[self.batch :, self.condition_slots :] = self.guidance.weights(self.confidence)
+        if not (isinstance(self.guidance, SoftCFG) and self.guidance.is_active and self.guidance.perturbs):
+            return {}
+        self._weights[self.batch :, self.condition.slots :] = self.guidance.weights(self.confidence)
         return targeted(self.guidance, self._weights)
 
 
@@ -106,9 +160,8 @@ def targeted(guidance: SoftCFG, weights: Tensor) -> dict[str, Tensor]:
 
 
 def _forcing(
-    generator: Generator, batch: int, tokens: Tensor | None, mask: Tensor | None
+    generator: Generator, shape: tuple[int, int], tokens: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    shape = (batch, generator.num_tokens)
     if tokens is None:
         if mask is not None:
             raise UserError("forced_mask says where to use forced_tokens, which are missing")

@@ -5,51 +5,66 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.sequential import Perturbation
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.decoding.graphs import WARM_UP, captured
+from softcfg.decoding.sequential import Decoder
+from softcfg.guidance import CFG
 from softcfg.models.base import Generator
+from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
 # A step's cost grows with the filled part of the cache; the mean over these parts of the sequence stands for all of it.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def decoding_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], Tensor]:
+def decoding_step(
+    generator: Generator, inputs: Sequence[Any], guidance: CFG, position: int, cache: KVCache | None = None
+) -> Callable[[], Tensor]:
     """One step of decoding a batch at token `position`, on a cache and confidences of random contents.
 
-    It does what `decode` does in a step; call it under `prepared_linear_layers`, as `decode` does.
+    It is the step of `decode`; call it under `prepared_linear_layers`, as `decode` does.
+
+    Args:
+        inputs: what the images are conditioned on.
+        cache: to use, with its contents, in place of a new one.
     """
-    active = guidance.is_active
-    condition = generator.condition([row % generator.num_classes for row in range(batch)], guided=active)
-    device = generator.device
-    cache = generator.new_cache(condition.rows)
-    for contents in (cache.keys, cache.values):  # the same for all rows, which is fast to make
-        contents.copy_(torch.randn(contents.shape[2:], device=device).expand_as(contents))
-    tokens = torch.randint(generator.vocab_size, (condition.rows, 1), device=device)
-    uniforms = torch.rand(batch, device=device)
-    scale = float(guidance.scales(generator.num_tokens)[position])
-    perturbation = None
-    if isinstance(guidance, SoftCFG) and active and guidance.perturbs:
-        perturbation = Perturbation(guidance, batch, generator.num_tokens, generator.condition_slots, device)
-        perturbation.confidence[:, :position].uniform_()
+    condition = generator.condition(inputs, guided=guidance.is_active)
+    decoder = Decoder(generator, condition, guidance, Sampling(), cache)
+    batch = decoder.batch
+    if cache is None:
+        for contents in (decoder.cache.keys, decoder.cache.values):  # the same for all rows, which is fast to make
+            contents.copy_(torch.randn(contents.shape[2:], device=contents.device).expand_as(contents))
+    decoder.confidence[:, :position].uniform_()
+    tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
+    uniforms = torch.rand(batch, device=generator.device)
+
+    # As `decode` does it: on a GPU the position is a tensor, and the step a CUDA graph.
+    on_gpu = generator.device.type == "cuda"
+    at = torch.tensor([position], device=generator.device) if on_gpu else position
+    drawn = tokens.new_zeros(batch)
 
     @torch.inference_mode()
     def step() -> Tensor:
-        weights = perturbation.row_weights() if perturbation else {}
-        slot = generator.condition_slots + position - 1
-        logits = generator(condition, tokens, cache=cache, slot=slot, **weights)[:, -1].float()
-        guided = guidance.guide(logits[:batch], logits[batch:], scale) if active else logits
-        drawn = draw(Sampling().probabilities(guided), uniforms)
-        if perturbation:
-            perturbation.record(position, logits[:batch], drawn, 1.0)
+        drawn.copy_(draw(decoder.predict(at, tokens), uniforms))
+        decoder.record(at, drawn)
         return drawn
 
-    return step
+    if not on_gpu:
+        return step
+    for _ in range(WARM_UP):
+        step()
+    replay = captured(step, generator.device)
+
+    def replayed() -> Tensor:
+        replay()
+        return drawn
+
+    return replayed
 
 
 def seconds_per_step(
@@ -65,7 +80,8 @@ def seconds_per_step(
     means = []
     with prepared_linear_layers(generator, rows):
         for part in positions:
-            step = decoding_step(generator, batch, guidance, max(1, round(part * generator.num_tokens)))
+            labels = [row % generator.num_classes for row in range(batch)]
+            step = decoding_step(generator, labels, guidance, max(1, round(part * generator.num_tokens)))
             times = []
             for turn in range(repeats + 1):
                 started = time.perf_counter()
