@@ -110,13 +110,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    try:
+        import optuna  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("sweeps need optuna; install it with: pip install 'softcfg[tune]'") from None
     from softcfg.runs.processes import Processes
 
     with termination_raises():
-        try:
-            import optuna  # noqa: F401
-        except ModuleNotFoundError:
-            raise UserError("sweeps need optuna; install it with: pip install 'softcfg[tune]'") from None
         processes = Processes(args.device)
         try:
             return _run(args, processes)
@@ -140,8 +140,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 
     def show(row: Row) -> None:
         if processes.first:
-            best = sweep.best()
-            print(f"{table.line(row)}{'  best so far' if best == row else ''}", flush=True)
+            print(table.line(row, remark=True), flush=True)
             write_results(sweep)
 
     sweep.run(args.trials, on_trial=show, progress=processes.first and sys.stderr.isatty())

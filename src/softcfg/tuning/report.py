@@ -57,19 +57,28 @@ class Table:
     def __init__(self, sweep: Sweep) -> None:
         self.settings = list(sweep.space.search)
         self.metrics = sweep.metrics
-        self.samples = sweep.num_samples
+        self.sweep = sweep
+        self.best: float | None = None  # of the lines with a remark
         names = [*self.settings, *(TITLES[name] for name in self.metrics)]
         self.widths = [max(WIDTH, len(name) + 2) for name in names]
         self.header = "trial" + "".join(f"{name:>{width}}" for name, width in zip(names, self.widths, strict=True))
 
-    def line(self, row: Row) -> str:
-        """The settings and metrics of a trial, and where it was stopped."""
+    def line(self, row: Row, *, remark: bool = False) -> str:
+        """The settings and metrics of a trial; with a remark if it was stopped, or better than those before."""
         cells = [_short(row.settings[name]) for name in self.settings]
         for name in self.metrics:
             cells.append(f"{row.metrics[name]:.{DECIMALS.get(name, 3)}f}" if name in row.metrics else "")
         text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True))
-        stopped = f"  stopped at {row.samples} of {self.samples} samples" if row.stopped else ""
-        return f"{row.trial:5}{text}{stopped}"
+        return f"{row.trial:5}{text}{self._remark(row) if remark else ''}"
+
+    def _remark(self, row: Row) -> str:
+        if row.stopped:
+            return f"  stopped at {row.samples} of {self.sweep.num_samples} samples"
+        value = row.metrics[self.sweep.objective]
+        if self.best is not None and (value >= self.best if self.sweep.minimize else value <= self.best):
+            return ""
+        self.best = value
+        return "  best so far"
 
 
 def plot_settings(sweep: Sweep) -> Figure:

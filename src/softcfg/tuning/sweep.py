@@ -169,6 +169,8 @@ class Sweep:
             generator_checkpoint=generator_checkpoint,
             tokenizer_checkpoint=tokenizer_checkpoint,
         )
+        if not self.pipeline.generator.num_classes:
+            raise UserError(f"{model} draws from prompts; a sweep needs a model that draws classes")
         for corner in self.space.corners():
             methods(self.pipeline, {**self.fixed, **corner})
         words = ["softcfg", "sample", str(model)]
@@ -286,10 +288,9 @@ class Sweep:
         """The finished trials by number."""
         rows = []
         for trial in self.study.get_trials(deepcopy=False):
-            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and "command" in trial.user_attrs:
-                samples = trial.last_step
-                assert samples is not None
-                stopped = trial.state == TrialState.PRUNED
+            samples = trial.last_step
+            stopped = trial.state == TrialState.PRUNED
+            if samples is not None and (stopped or trial.state == TrialState.COMPLETE):
                 value = trial.intermediate_values[samples]
                 rows.append(
                     Row(
