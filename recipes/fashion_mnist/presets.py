@@ -59,7 +59,7 @@ PRESETS = {
     ),
     # Its images are measured with the classifier of `fashion`.
     "fashion-small": Preset(
-        "Fashion-MNIST, 32 x 32 gray images in 10 classes, 64 tokens; ten times as fast as `fashion`, for studies",
+        "Fashion-MNIST, 32 x 32 gray images in 10 classes, 64 tokens; fast, for studies that need many images",
         _SMALL_TOKENIZER,
         _generator(96, 4, 3, _SMALL_TOKENIZER),
         generator_batch=64,

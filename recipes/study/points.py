@@ -23,9 +23,9 @@ METHODS: Mapping[str, CFG] = {
 NONE = CFG(guidance_scale=1.0)
 
 TUNING_SEED = 1000
-TUNING_SCALES = (1.5, 2.0, 3.0, 5.0)
+TUNING_SCALES = (1.5, 2.0, 3.0, 5.0, 8.0)
 TUNING_POWERS = (1.0, 2.0)
-RANGE = (1.5, 2.0, 3.0, 5.0, 8.0)
+RANGE = (1.5, 2.0, 3.0, 5.0, 8.0, 12.0)
 TARGETS = ("value", "key", "both")
 CONFIDENCES = ("max", "sampled", "entropy", "margin")
 TRACED = 500

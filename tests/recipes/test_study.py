@@ -97,7 +97,7 @@ class TestPoints:
         points = SMALL.points({})
         assert {point.seed for point in points} == {TUNING_SEED}
         assert {point.samples for point in points} == {8}
-        assert len(points) == len(set(points)) == 24
+        assert len(points) == len(set(points)) == 30
         assert {type(point.guidance) for point in points} == {CFG, SoftCFG}
 
     def test_the_best_have_the_least_fid_of_their_own_method(self) -> None:
