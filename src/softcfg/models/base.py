@@ -81,6 +81,7 @@ class Generator(nn.Module, ABC):
         vocab_size: V, the number of tokens that may be drawn.
         num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
         cache_shape: (layers, heads, head_dim) of the key/value cache.
+        slots_by_row: whether a pass may start at a slot of each row's own.
         layer_devices: where each layer computes, if they are spread over several devices.
     """
 
@@ -88,6 +89,7 @@ class Generator(nn.Module, ABC):
     vocab_size: int
     num_classes: int = 0
     cache_shape: tuple[int, int, int]
+    slots_by_row: bool = True
     layer_devices: list[torch.device] | None = None
 
     @abstractmethod
