@@ -185,7 +185,7 @@ def _settings(args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampl
         num_samples=args.num_samples or per_label * len(chosen),
         batch_size=args.batch_size,
         seed=args.seed,
-        dtype=args.dtype,
+        dtype="/".join([str(pipeline.generator.dtype).removeprefix("torch."), *filter(None, [args.quantize])]),
         command=_command(args),
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
