@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import doctest
+import importlib
 import os
 import re
 import runpy
@@ -33,6 +34,7 @@ from code_blocks import Block, blocks, inline_code
 from image_files import write_pngs
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
 from softcfg.evaluation.features import EXTRACTORS
+from softcfg.guidance import CONFIDENCES, SCHEDULES
 from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, ModelEntry, ModelFile, Part
 from tiny_models import module
 
@@ -138,10 +140,16 @@ def workplace(
     for name in ("alitok_b", "alitok_l", "alitok_xl"):
         configuration = {"model": {"vq_model": {"codebook_size": 20}, "generator": {**TINY_GENERATOR, "seed": 2}}}
         Path("configs", f"{name}.yaml").write_text(yaml.safe_dump(configuration))
+    tables = (GENERATORS, TOKENIZERS, CONFIDENCES, SCHEDULES, EXTRACTORS, sys.modules)
+    before = [dict(table) for table in tables]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield {"pixels": images, "reference_pixels": images[::-1].copy()}
     torch.set_num_threads(threads)
+    for table, names in zip(tables, before, strict=True):
+        for name in [name for name in table if name not in names]:
+            if table is not sys.modules or str(getattr(table[name], "__file__", "")).startswith(str(tmp_path)):
+                del table[name]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,8 @@ def test_code_blocks(path: Path, workplace: dict[str, Any]) -> None:
     for block in blocks(path):
         if block.language == "python":
             run_python(block, names)
+        elif block.language == "pycon":
+            run_console(block, names)
         elif block.language in ("sh", "bash") or is_shell(block):
             shell.run(block)
         elif block.language == "yaml":
@@ -175,13 +185,21 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
     """Run a block after those before it on its page; one that begins with `# NAME.py` becomes that file."""
     if file := re.match(r"# (\w+)\.py\n", block.text):
         Path(f"{file[1]}.py").write_text(block.text)
+        importlib.invalidate_caches()
         importlib.import_module(file[1])
-        del sys.modules[file[1]]
         return
-    # A module of its own, where dataclasses find their annotations.
-    names["__name__"] = "__main__"
     code = "\n" * (block.line - 1) + block.text
     exec(compile(code, str(block.path), "exec", dont_inherit=True), names)
+
+
+def run_console(block: Block, names: dict[str, Any]) -> None:
+    """Run an interactive session and compare what it prints."""
+    session = doctest.DocTestParser().get_doctest(block.text, names, block.place, str(block.path), block.line - 1)
+    printed: list[str] = []
+    result = doctest.DocTestRunner().run(session, out=printed.append, clear_globs=False)
+    assert result.attempted, f"{block.place}: no prompt"
+    assert not result.failed, "".join(printed)
+    names.update(session.globs)
 
 
 class ParsedError(Exception):
