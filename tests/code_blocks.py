@@ -66,9 +66,7 @@ def blocks(path: Path) -> list[Block]:
 def inline_code(path: Path) -> list[tuple[int, str]]:
     """The code spans in the prose of a Markdown file, with their line numbers."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    inside = {
-        line for block in blocks(path) for line in range(block.line - 1, block.line + block.text.count("\n") + 1)
-    }
+    inside = {line for block in blocks(path) for line in range(block.line - 1, block.line + block.text.count("\n") + 1)}
     return [
         (number, code) for number, line in enumerate(lines, 1) if number not in inside for code in INLINE.findall(line)
     ]

@@ -17,7 +17,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from code_blocks import Block, blocks, inline_code
 from image_files import write_pngs
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
 from softcfg.evaluation.features import EXTRACTORS
-from softcfg.guidance import CONFIDENCES, SCHEDULES
+from softcfg.guidance import CONFIDENCES
 from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, ModelEntry, ModelFile, Part
 from tiny_models import module
 
@@ -140,7 +139,7 @@ def workplace(
     for name in ("alitok_b", "alitok_l", "alitok_xl"):
         configuration = {"model": {"vq_model": {"codebook_size": 20}, "generator": {**TINY_GENERATOR, "seed": 2}}}
         Path("configs", f"{name}.yaml").write_text(yaml.safe_dump(configuration))
-    tables = (GENERATORS, TOKENIZERS, CONFIDENCES, SCHEDULES, EXTRACTORS, sys.modules)
+    tables = (GENERATORS, TOKENIZERS, CONFIDENCES, EXTRACTORS, sys.modules)
     before = [dict(table) for table in tables]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -209,10 +208,7 @@ class ParsedError(Exception):
 class Shell:
     """Runs the commands of a page, or has them read by the parsers of their programs."""
 
-    PROGRAMS: dict[str, str] = {
-        "softcfg": "softcfg", "torchrun": "torchrun", "accelerate": "accelerate", "make": "make", "pip": "pip",
-        "python": "python", "git": "git", "cd": "cd", "srun": "srun", "apt": "apt",
-    }  # fmt: skip
+    PROGRAMS = ("softcfg", "torchrun", "accelerate", "srun", "make", "pip", "python", "git", "cd", "apt")
 
     def __init__(self) -> None:
         self.folder = ROOT  # where the reader of a clone would be
@@ -230,7 +226,7 @@ class Shell:
             if program not in self.PROGRAMS:
                 pytest.fail(f"{block.place}: nothing here knows the command {program!r}")
             try:
-                getattr(self, self.PROGRAMS[program])(rest)
+                getattr(self, program)(rest)
             except (AssertionError, SystemExit, StopIteration) as error:
                 pytest.fail(f"{block.place}: {shlex.join(words)}: {type(error).__name__}: {error}")
 
@@ -281,12 +277,13 @@ class Shell:
 
     def pip(self, words: Sequence[str]) -> None:
         assert words[0] == "install"
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+        extras = re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
         for word in words[1:]:
-            package = re.fullmatch(r"(?:\.|softcfg|[\w./-]*softcfg-[\w.*-]+\.whl)(?:\[([\w,]+)\])?", word)
+            package = re.fullmatch(r"(?:\.|softcfg|[\w./-]*softcfg-[\w.*-]+\.whl)(?:\[([\w,-]+)\])?", word)
             assert package or word in ("-e", "--upgrade"), f"unknown argument {word}"
             for extra in (package[1] or "").split(",") if package else ():
-                assert extra in ("", *extras), f"no extra {extra}"
+                assert not extra or extra in extras, f"no extra {extra}"
 
     def python(self, words: Sequence[str]) -> None:
         if words[0] != "-m":
@@ -375,7 +372,9 @@ def test_examples_of_the_help(command: Any) -> None:
 
 def test_unknown_commands_fail(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("Text.\n\n```sh\nsoftcfg models\nsoftcgf models\n```\n\n    some formula\n\nThen\n\n    make test\n")
+    page.write_text(
+        "Text.\n\n```sh\nsoftcfg models\nsoftcgf models\n```\n\n    some formula\n\nThen\n\n    make test\n"
+    )
     shell, formula, target = blocks(page)
     assert [list(block.commands()) for block in (shell, target)] == [
         [["softcfg", "models"], ["softcgf", "models"]],
