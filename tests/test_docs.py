@@ -44,7 +44,6 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "recipes").rglob("*.md")),
 ]
-SLOW: set[str] = set()  # pages that take more than a few seconds
 
 # What commands are given besides, to be quick; runs without a GPU.
 REDUCED = {
@@ -99,7 +98,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelEntry
     return entries, folder
 
 
-@pytest.fixture(params=["small", pytest.param("bundled", marks=pytest.mark.slow)])
+@pytest.fixture
 def workplace(
     request: pytest.FixtureRequest,
     tiny: tuple[dict[str, ModelEntry], Path],
@@ -109,7 +108,7 @@ def workplace(
 ) -> Iterator[dict[str, Any]]:
     """A folder with the files that the documents name, as the current one; yields the names their code may use.
 
-    The bundled models are small ones as well, or themselves.
+    The bundled models are small ones as well ("small"), or themselves ("bundled").
     """
     entries, checkpoints = tiny
     for name, entry in entries.items():
@@ -153,13 +152,14 @@ def workplace(
                 del table[name]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=pytest.mark.slow if path.name in SLOW else (), id=str(path.relative_to(ROOT)))
-        for path in PAGES
-    ],
-)
+CASES = [pytest.param(path, "small", id=str(path.relative_to(ROOT))) for path in PAGES] + [
+    pytest.param(path, "bundled", id=f"{path.relative_to(ROOT)}-bundled", marks=pytest.mark.slow)
+    for path in PAGES
+    if any(entry.bundled and name in path.read_text() for name, entry in MODELS.items())
+]
+
+
+@pytest.mark.parametrize(("path", "workplace"), CASES, indirect=["workplace"])
 def test_code_blocks(path: Path, workplace: dict[str, Any]) -> None:
     if path.name == "evaluation.md":
         write_pngs(Path("out"), workplace["pixels"][:6])
