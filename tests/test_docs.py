@@ -57,7 +57,8 @@ REDUCED = {
     "models": [],
     "fetch": [],
 }
-PARSED = {"sweep", "ui"}  # commands that are read, not run
+PARSED = {"sweep", "t2i-bench", "ui"}  # commands that are read, not run
+SMALLER = {"num_samples=1000": "num_samples=8", "sweep.run(40)": "sweep.run(2)"}  # in Python blocks
 
 # Indented blocks that are no commands begin with these words: formulas, and what a program prints.
 QUOTED = ("w_i = 1 - p_max(x_i)", "softcfg: error:")
@@ -183,13 +184,19 @@ def is_shell(block: Block) -> bool:
 
 
 def run_python(block: Block, names: dict[str, Any]) -> None:
-    """Run a block after those before it on its page; one that begins with `# NAME.py` becomes that file."""
+    """Run a block after those before it on its page; one that begins with `# NAME.py` becomes that file.
+
+    It is what the page shows, but for the numbers in `SMALLER`.
+    """
     if file := re.match(r"# (\w+)\.py\n", block.text):
         Path(f"{file[1]}.py").write_text(block.text)
         importlib.invalidate_caches()
         importlib.import_module(file[1])
         return
-    code = "\n" * (block.line - 1) + block.text
+    text = block.text
+    for some, fewer in SMALLER.items():
+        text = text.replace(some, fewer)
+    code = "\n" * (block.line - 1) + text
     exec(compile(code, str(block.path), "exec", dont_inherit=True), names)
 
 
@@ -248,7 +255,9 @@ class Shell:
             build_parser().parse_args(_rewritten(words))
         else:
             assert command in REDUCED, "neither in REDUCED nor in PARSED"
-            assert main([*words, *REDUCED[command]]) == 0
+            drawn_from_prompts = command == "sample" and any(word.startswith("--prompt") for word in words)
+            reduced = ["--images-per-prompt", "1"] if drawn_from_prompts else REDUCED[command]
+            assert main([*words, *reduced]) == 0
 
     def torchrun(self, words: Sequence[str]) -> None:
         from torch.distributed.run import get_args_parser
