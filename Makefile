@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: help install sample test test-all lint format bench docs pictures train clean
+.PHONY: help install sample test test-all lint format bench docs pictures train study clean
 
 help:
 	@echo "make sample    draw images with the bundled model into $(OUT)/"
@@ -12,6 +12,7 @@ help:
 	@echo "make docs      the documentation as a site, into site/"
 	@echo "make pictures  draw the pictures of the documents again"
 	@echo "make train     train the bundled model again (recipes/fashion_mnist)"
+	@echo "make study     draw what the study of guidance lacks, and write docs/study.md"
 
 install: .venv/.installed
 
@@ -51,7 +52,10 @@ pictures: install
 	$(BIN)/softcfg plot fashion --labels Sneaker,Bag,Dress,Coat --step 150 --output-dir docs/images/plots
 
 train: install
-	cd recipes/fashion_mnist && ../../$(BIN)/python train.py --out ../../runs/fashion
+	$(BIN)/python -m recipes.fashion_mnist.train
+
+study: install
+	$(BIN)/python -m recipes.study
 
 clean:
 	rm -rf .venv $(OUT) site .mypy_cache .ruff_cache .pytest_cache
