@@ -147,6 +147,7 @@ class Pipeline:
         forced_tokens: Any = None,
         forced_mask: Any = None,
         on_step: Callable[[int], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
     ) -> PipelineOutput:
         """Draw one image a label.
 
@@ -160,6 +161,8 @@ class Pipeline:
                 one batch size an image is the same to the last bit in whatever batch it is drawn.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
+            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step;
+                what it raises ends the drawing.
 
         Raises:
             UserError: labels out of range, or arguments that do not fit together.
@@ -192,6 +195,7 @@ class Pipeline:
                 forced_tokens=_rows(forced_tokens, rows),
                 forced_mask=_rows(forced_mask, rows),
                 on_step=_shifted(on_step, batch * total),
+                on_tokens=on_tokens,
             )
             tokens.append(drawn[:kept].cpu())
             pixels.append(self.tokenizer.to_uint8(self.tokenizer.decode(drawn))[:kept].cpu().numpy())

@@ -25,6 +25,7 @@ def decode(
     forced_tokens: Tensor | None = None,
     forced_mask: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Draw the image tokens of a batch.
 
@@ -36,6 +37,8 @@ def decode(
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
+        on_tokens: called with the tokens drawn so far, int64 [B, n], after every step; what it raises ends the
+            decoding.
 
     Returns:
         int64 [B, T].
@@ -76,6 +79,8 @@ def decode(
             inputs = drawn[:, None].repeat(2 if guidance.is_active else 1, 1)
             if on_step is not None:
                 on_step(step + 1)
+            if on_tokens is not None:
+                on_tokens(tokens[:, : step + 1])
     return tokens
 
 
