@@ -10,8 +10,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (2i, 2i+1) of `x` [..., n, head_dim] by the angles of each position.
 
     Args:
-        cos, sin: float32 [n, head_dim / 2]; low-precision inputs are turned in float32.
+        cos, sin: float32 [n, head_dim / 2], or [rows, n, head_dim / 2] for `x` [rows, heads, n, head_dim] whose
+            rows have positions of their own; low-precision inputs are turned in float32.
     """
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
     dtype = torch.promote_types(x.dtype, cos.dtype)
     # As complex numbers, (a + ib)(cos + i sin), it is one operation rather than six.
     pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
