@@ -77,7 +77,7 @@ def _panel(panel: Panel, total: int, maps: dict[int, str]) -> str:
     return f"""<figure class="panel">
 <figcaption><b>{name}</b><span class="count">{total} tokens</span></figcaption>
 <div class="picture{" mapped" if laid else ""}" tabindex="0" role="slider" data-picture="{picture.number}"
- data-front="{grid.front}" data-rows="{grid.rows}" data-columns="{grid.columns}" aria-valuemin="0"
+ data-front="{grid.front}" data-rows="{grid.rows}" data-columns="{grid.columns}" data-stride="{grid.stride}" aria-valuemin="0"
  aria-valuemax="{total - 1}" aria-label="Token of the picture {escape(picture.caption)}; choose with the arrow keys"
 >{front}<div class="canvas"><img src="{address}" alt="{escape(picture.caption)}">{laid}<i class="cursor"></i></div></div>
 <div class="links"><a download="{file}.png" href="{address}">PNG<span class="hidden"> of {name}</span></a>
@@ -93,7 +93,8 @@ def share(query: str) -> str:
 
 def legend(title: str, low: float, high: float) -> str:
     """The scale of a map's colours."""
-    return f"""<div class="legend"><span>{escape(title)}</span><span>{low:.2f}</span><i></i><span>{high:.2f}</span></div>"""
+    return f"""<div class="legend"><span>{escape(title)}</span>
+<span class="scale">{low:.2f}<i></i>{high:.2f}</span></div>"""
 
 
 def heat_map(values: np.ndarray, low: float, high: float) -> str:
@@ -114,7 +115,7 @@ def inspector(picture: Picture, inspection: Inspection, token: int) -> str:
     facts = [
         ("Confidence", f"{confidence:.3f}", _confidence_name(inspection)),
         ("Guidance scale", f"{float(inspection.scale[token]):.2f}", "at this step"),
-        ("Code", str(drawn), f"step {token + 1} of {grid.num_tokens}"),
+        ("Code", str(drawn), f"step {token + 1} of {grid.total}"),
     ]
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in facts)
     return f"""<section class="inspector" aria-label="Token {token}">
@@ -138,13 +139,16 @@ def _weights(inspection: Inspection, token: int) -> str:
     if not len(weights):
         return f'<div>{title}<p class="hint small">It is the last token; no step comes after it.</p></div>'
     width, height = CURVE
+    # With Step Normalisation the weights are close to 1: the axis begins where they do.
+    low = max(0.0, float(weights.min()) - 0.02)
     x = np.linspace(0, width, len(weights)) if len(weights) > 1 else np.array([0.0])
-    points = " ".join(f"{a:.1f},{(1 - b) * height:.1f}" for a, b in zip(x, weights, strict=True))
-    text = f"from {weights[0]:.3f} at step {token + 2} to {weights[-1]:.3f} at the last step, at least {weights.min():.3f}"
+    y = (1 - weights) / (1 - low) * height
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    text = f"from {weights[0]:.3f} at step {token + 2} to {weights[-1]:.3f} at the last step"
     return f"""<div>{title}
-<svg class="curve" viewBox="-30 -8 {width + 40} {height + 30}" role="img" aria-label="Weight {text}">
+<svg class="curve" viewBox="-34 -8 {width + 40} {height + 30}" role="img" aria-label="Weight {text}">
 <path class="axis" d="M0 0V{height}H{width}"/>
-<text x="-6" y="4" text-anchor="end">1</text><text x="-6" y="{height + 3}" text-anchor="end">0</text>
+<text x="-6" y="4" text-anchor="end">1.00</text><text x="-6" y="{height + 3}" text-anchor="end">{low:.2f}</text>
 <text x="0" y="{height + 17}">step {token + 2}</text>
 <text x="{width}" y="{height + 17}" text-anchor="end">{token + 1 + len(weights)}</text>
 <polyline points="{points}"/></svg>

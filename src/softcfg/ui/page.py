@@ -157,7 +157,7 @@ class Form:
         self.power = gr.Slider(
             0, RANGES["power"][1], suited.power, step=0.05, label="Power", info="of the scale's ramp", elem_id="power",
         )
-        with gr.Accordion("SoftCFG and sampling", open=True):
+        with gr.Accordion("SoftCFG and sampling", open=True, elem_id="more"):
             self.strength = gr.Slider(
                 0, RANGES["strength"][1], suited.strength, step=0.1, label="Strength",
                 info="exponent of the weights; 0: plain CFG", elem_id="strength",
@@ -234,7 +234,7 @@ class Shown:
         self.status, self.stage, self.share, self.legend, self.inspector, self.gallery = parts
         self.all = [*parts, form.draw, form.stop]
 
-    def draw(self, *values: Any, request: gr.Request) -> Iterator[Update]:
+    def draw(self, request: gr.Request, *values: Any) -> Iterator[Update]:
         """Draw what the form says."""
         *fields, mode = values
         try:
@@ -280,8 +280,9 @@ class Shown:
             token = _whole(event, "token")
             inspection = self.studio.inspect(picture)
             session.choose(picture, token)
-            update: Update = {self.inspector: fragments.inspector(picture, inspection, token), self.status: ""}
-            return {**update, **(self._finished(session, mode) if mode == "weights" else {})}
+            update: Update = {self.inspector: fragments.inspector(picture, inspection, token)}
+            update[self.status] = _note(session.note)
+            return update | (self._finished(session, mode) if mode == "weights" else {})
         except UserError as error:
             return {self.status: _alert(error)}
 
@@ -291,7 +292,7 @@ class Shown:
         if session.drawing is not None and session.drawing.active:
             return {self.status: _note("The map appears when the drawing is done.")}
         try:
-            return self._finished(session, mode)
+            return {**self._finished(session, mode), self.status: _note(session.note)}
         except UserError as error:
             return {self.status: _alert(error)}
 
@@ -308,10 +309,11 @@ class Shown:
                 yield {**start, self.status: _note(f"{state} …"), self.stage: fragments.stage(panels, model.total)}
                 start = {}
             ending = "Stopped after" if drawing.stopped else "Drawn in"
-            note = _note(f"{ending} {drawing.seconds:.1f} seconds.")
+            session.note = f"{ending} {drawing.seconds:.1f} seconds."
+            status = _note(session.note)
         except UserError as error:
-            note = _alert(error)
-        update = {**ready, self.status: note, self.gallery: fragments.gallery(session)}
+            session.note, status = "", _alert(error)
+        update = {**ready, self.status: status, self.gallery: fragments.gallery(session)}
         try:
             update |= self._finished(session, mode)
         except UserError as error:

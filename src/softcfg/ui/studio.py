@@ -34,7 +34,7 @@ METHODS = {
     "none": "No guidance",
     "cfg": "CFG",
     "softcfg": "SoftCFG",
-    "released": "SoftCFG as released",
+    "released": "SoftCFG (released code)",
 }
 CANDIDATES = 8  # codes kept a token
 FRAME_SECONDS = 0.12  # least time between two looks at a drawing
@@ -100,40 +100,46 @@ class Settings:
 
 
 RANGES = {  # of the settings that are numbers
-    "scale": (0.0, 30.0),
-    "power": (0.0, 10.0),
-    "strength": (0.0, 10.0),
-    "temperature": (0.05, 5.0),
+    "scale": (0.0, 20.0),
+    "power": (0.0, 5.0),
+    "strength": (0.0, 5.0),
+    "temperature": (0.1, 2.0),
     "seed": (0, 2**32 - 1),
 }
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where an image's tokens stand: `front` tokens without a place, then rows, a token after the other."""
+    """Where an image's tokens stand.
+
+    Attributes:
+        front: tokens in front of the rows, which have no place in the image.
+        rows, columns: of the places.
+        stride: tokens a row; those behind the last column (the ends of lines) have no place.
+        total: T, all tokens.
+    """
 
     front: int
     rows: int
     columns: int
+    stride: int
+    total: int
 
     @classmethod
-    def of(cls, num_tokens: int) -> Grid:
+    def square(cls, total: int) -> Grid:
         """The largest square of the last tokens."""
-        front, side = grid_of(num_tokens)
-        return cls(front, side, side)
-
-    @property
-    def num_tokens(self) -> int:
-        """All tokens, those in front included."""
-        return self.front + self.rows * self.columns
+        front, side = grid_of(total)
+        return cls(front, side, side, side, total)
 
     def place(self, token: int) -> tuple[int, int] | None:
-        """Row and column of a token; None for those in front."""
-        return None if token < self.front else divmod(token - self.front, self.columns)
+        """Row and column of a token; None for one without a place."""
+        row, column = divmod(token - self.front, self.stride)
+        return (row, column) if 0 <= row < self.rows and column < self.columns else None
 
     def arranged(self, per_token: np.ndarray) -> np.ndarray:
         """Values per token [T] as [rows, columns]."""
-        return per_token[self.front :].reshape(self.rows, self.columns)
+        placed = per_token[self.front : self.front + self.rows * self.stride]
+        return placed.reshape(self.rows, self.stride)[:, : self.columns]
 
 
 @dataclass
@@ -187,7 +193,7 @@ class Picture:
     @property
     def grid(self) -> Grid:
         """Where the tokens stand."""
-        return Grid.of(len(self.tokens))
+        return Grid.square(len(self.tokens))
 
     @property
     def caption(self) -> str:
@@ -240,6 +246,7 @@ class Session:
         pictures: by their number, the oldest first.
         panels: the drawing that is on the page, of the settings `shown`.
         chosen: picture number and token that are looked into.
+        note: how the last drawing ended.
     """
 
     pictures: OrderedDict[int, Picture] = field(default_factory=OrderedDict)
@@ -247,6 +254,7 @@ class Session:
     panels: list[Panel] = field(default_factory=list)
     shown: Settings | None = None
     chosen: tuple[int, int] | None = None
+    note: str = ""
     drawn: int = 0
     shots: int = 0
 
@@ -327,12 +335,12 @@ class Model:
     def sketch(self, tokens: Tensor) -> np.ndarray:
         """The image of the first n tokens [n] as uint8 [H, W, 4], clear where tokens are missing."""
         pipeline = self.pipeline
-        grid = Grid.of(pipeline.generator.num_tokens)
+        grid = Grid.square(pipeline.generator.num_tokens)
         # What is missing takes the newest code: the decoder looks beyond the edge of what is drawn.
-        filled = torch.cat((tokens, tokens[-1:].expand(grid.num_tokens - len(tokens))))
+        filled = torch.cat((tokens, tokens[-1:].expand(grid.total - len(tokens))))
         pixels = pipeline.tokenizer.to_uint8(pipeline.tokenizer.decode(filled[None]))[0].cpu().numpy()
         height, width = pixels.shape[:2]
-        drawn = grid.arranged(np.arange(grid.num_tokens) < len(tokens))
+        drawn = grid.arranged(np.arange(grid.total) < len(tokens))
         mask = drawn.repeat(height // grid.rows, axis=0).repeat(width // grid.columns, axis=1)
         return np.dstack((pixels, np.uint8(255) * mask.astype(np.uint8)))
 
