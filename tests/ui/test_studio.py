@@ -18,8 +18,9 @@ from PIL import Image
 
 import softcfg
 from softcfg import CFG, SoftCFG, UserError
+from softcfg.models.base import ClassCondition
 from softcfg.pipeline import Pipeline
-from softcfg.ui.studio import METHODS, Drawing, Grid, Limits, Model, Panel, Settings, Studio
+from softcfg.ui.studio import METHODS, Canvas, Drawing, Grid, Limits, Model, Panel, Settings, Studio
 
 
 @pytest.fixture
@@ -339,10 +340,50 @@ class TestInspect:
                 session.choose(picture, token)
 
 
+class TestPrompts:
+    """A model that draws from prompts: its tokens hold the ends of lines and of the image, too."""
+
+    @pytest.fixture
+    def words(self, prompt_model_folder: Path) -> Pipeline:
+        return Pipeline.from_pretrained(prompt_model_folder)
+
+    def test_pictures_are_those_of_the_pipeline(self, words: Pipeline) -> None:
+        studio = Studio({"words": words}, Limits(prompt=20))
+        panels = drawn(studio, subject=" a red star ", seed=6)
+        expected = words(prompts=["a red star"], guidance=words.default_guidance(), seed=6)
+        picture = panels[1].picture
+        assert picture is not None
+        assert picture.caption == "a red star, SoftCFG, scale 3, seed 6"
+        assert np.array_equal(picture.pixels, expected.pixels[0])
+        # Where all tokens are there, the sketch is the image; where one is missing, its place is clear.
+        canvas = Canvas(studio.models["words"], "a red star")
+        assert canvas.grid == Grid(front=0, rows=4, columns=4, stride=5, total=21)
+        assert np.array_equal(canvas.sketch(picture.tokens)[..., :3], picture.pixels)
+        assert (canvas.sketch(picture.tokens)[..., 3] == 255).all()
+        clear = canvas.sketch(picture.tokens[:12])[..., 3] == 0
+        assert clear.reshape(4, 2, 4, 2).all(axis=(1, 3)).reshape(-1).tolist() == [False] * 10 + [True] * 6
+
+        inspection = studio.inspect(picture)
+        assert np.isnan(inspection.weights_on_earlier(7)[7:]).all()
+        # Ends of lines have no confidence and keep their weight.
+        assert inspection.confidence[4] == 0
+        assert (inspection.weights_of(4) == 1).all()
+
+    @pytest.mark.parametrize(
+        ("subject", "said"),
+        [("", "Write a prompt first"), ("a" * 21, "21 characters; at most 20"), (3, "Write a prompt first")],
+    )
+    def test_prompts_that_cannot_be(self, words: Pipeline, subject: object, said: str) -> None:
+        studio = Studio({"words": words}, Limits(prompt=20))
+        with pytest.raises(UserError, match=said):
+            studio.settings(subject=subject)
+
+
 class TestGrid:
-    def test_tokens_in_front_have_no_place(self) -> None:
-        grid = Grid.square(273)
-        assert (grid.front, grid.rows, grid.columns) == (17, 16, 16)
+    def test_tokens_in_front_have_no_place(self, pipeline: Pipeline) -> None:
+        condition = ClassCondition(torch.tensor([0]), slots=1, num_tokens=273)
+        grid = Grid.of(pipeline.generator, condition)
+        assert (grid.front, grid.rows, grid.columns, grid.total) == (17, 16, 16, 273)
         assert grid.place(16) is None
         assert grid.place(17) == (0, 0)
         assert grid.place(272) == (15, 15)

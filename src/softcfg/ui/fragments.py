@@ -43,21 +43,20 @@ def link(query: str) -> str:
     return f"./?{query}"
 
 
-def stage(panels: Sequence[Panel], total: int, maps: dict[int, str] | None = None) -> str:
+def stage(panels: Sequence[Panel], maps: dict[int, str] | None = None) -> str:
     """The pictures of one drawing side by side, under way or finished.
 
     Args:
-        total: tokens a picture.
         maps: address of a map to lay over each finished picture, by its number.
     """
     if not panels:
         return EMPTY_STAGE
-    return f'<div class="panels count-{len(panels)}">{"".join(_panel(panel, total, maps or {}) for panel in panels)}</div>'
+    shown = "".join(_panel(panel, maps or {}) for panel in panels)
+    return f'<div class="panels count-{len(panels)}">{shown}</div>'
 
 
-def _panel(panel: Panel, total: int, maps: dict[int, str]) -> str:
-    name = METHODS[panel.method]
-    picture = panel.picture
+def _panel(panel: Panel, maps: dict[int, str]) -> str:
+    name, total, picture = METHODS[panel.method], panel.total, panel.picture
     if picture is None:
         shown = ""
         if panel.pixels is not None:

@@ -298,15 +298,14 @@ class Shown:
 
     def _draw(self, settings: Settings, mode: str, key: str) -> Iterator[Update]:
         session, form = self.studio.session(key), self.form
-        model = self.studio.model(settings.model)
-        name = model.name_of(settings.subject)
+        name = self.studio.model(settings.model).name_of(settings.subject)
         start: Update = {self.legend: "", self.share: "", self.inspector: fragments.EMPTY_INSPECTOR}
         start |= {form.draw: gr.Button(interactive=False), form.stop: gr.Button(interactive=True)}
         ready = {form.draw: gr.Button(interactive=True), form.stop: gr.Button(interactive=False)}
         try:
             for drawing, panels in self.studio.draw(key, settings):
                 state = "Waiting for the model" if drawing.waiting else f"Drawing {name}"
-                yield {**start, self.status: _note(f"{state} …"), self.stage: fragments.stage(panels, model.total)}
+                yield {**start, self.status: _note(f"{state} …"), self.stage: fragments.stage(panels)}
                 start = {}
             ending = "Stopped after" if drawing.stopped else "Drawn in"
             session.note = f"{ending} {drawing.seconds:.1f} seconds."
@@ -324,10 +323,9 @@ class Shown:
         """The drawing on the stage with the map that is asked for."""
         if session.shown is None:
             return {self.stage: fragments.EMPTY_STAGE, self.share: "", self.legend: ""}
-        total = self.studio.model(session.shown.model).total
         maps, legend = self._maps(session, mode)
         return {
-            self.stage: fragments.stage(session.panels, total, maps),
+            self.stage: fragments.stage(session.panels, maps),
             self.share: fragments.share(session.shown.query()),
             self.legend: legend,
         }
@@ -337,7 +335,7 @@ class Shown:
         if mode not in MAPS or mode == "none" or not pictures:
             return {}, ""
         values: dict[int, np.ndarray] = {}
-        step = session.chosen[1] if session.chosen else len(pictures[0].tokens) - 1
+        step = session.chosen[1] if session.chosen else pictures[0].grid.total - 1
         for picture in pictures:
             inspection = self.studio.inspect(picture)
             per_token = inspection.confidence.numpy() if mode == "confidence" else inspection.weights_on_earlier(step)

@@ -27,7 +27,9 @@ from softcfg.guidance import CFG, SoftCFG
 from softcfg.inspection import trace
 from softcfg.inspection.measures import grid_of
 from softcfg.inspection.trace import step_weights
+from softcfg.models.base import Condition, Generator
 from softcfg.pipeline import Pipeline
+from softcfg.prompts import as_prompts
 from softcfg.version import __version__
 
 METHODS = {
@@ -126,10 +128,17 @@ class Grid:
     total: int
 
     @classmethod
-    def square(cls, total: int) -> Grid:
-        """The largest square of the last tokens."""
-        front, side = grid_of(total)
-        return cls(front, side, side, side, total)
+    def of(cls, generator: Generator, condition: Condition) -> Grid:
+        """Where the tokens stand that `generator` draws under `condition`."""
+        total = condition.num_tokens
+        codes = generator.is_code(torch.arange(total, device=generator.device), condition)
+        if condition.grid is None or codes is None:
+            # The largest square of the last tokens.
+            front, side = grid_of(total)
+            return cls(front, side, side, side, total)
+        rows, columns = condition.grid
+        places = codes.nonzero()[:, 0].tolist()
+        return cls(places[0], rows, columns, places[columns] - places[0] if rows > 1 else columns, total)
 
     def place(self, token: int) -> tuple[int, int] | None:
         """Row and column of a token; None for one without a place."""
@@ -186,14 +195,10 @@ class Picture:
     settings: Settings
     method: str
     subject: str
+    grid: Grid
     tokens: Tensor
     pixels: np.ndarray
     inspection: Inspection | None = None
-
-    @property
-    def grid(self) -> Grid:
-        """Where the tokens stand."""
-        return Grid.square(len(self.tokens))
 
     @property
     def caption(self) -> str:
@@ -230,9 +235,11 @@ class Picture:
 
 @dataclass
 class Panel:
-    """One method's image while it is drawn: pixels uint8 [H, W, 4], clear where no token was drawn yet."""
+    """One method's image while it is drawn: `done` of `total` tokens, and their pixels uint8 [H, W, 4], clear where
+    no token was drawn yet."""
 
     method: str
+    total: int
     done: int = 0
     pixels: np.ndarray | None = None
     picture: Picture | None = None
@@ -271,7 +278,7 @@ class Session:
         if self.drawing is not None and self.drawing.active:
             raise UserError("A drawing is under way; stop it first or wait for it.")
         shot = [other for other in self.pictures.values() if other.shot == picture.shot]
-        self.panels = [Panel(other.method, len(other.tokens), picture=other) for other in shot]
+        self.panels = [Panel(other.method, other.grid.total, other.grid.total, picture=other) for other in shot]
         self.shown, self.chosen = picture.settings, None
 
     def choose(self, picture: Picture, token: int) -> None:
@@ -298,14 +305,9 @@ class Model:
         self.lock = threading.Lock()
 
     @property
-    def total(self) -> int:
-        """Tokens an image."""
-        return self.pipeline.generator.num_tokens
-
-    @property
     def takes_prompts(self) -> bool:
         """Whether the subject is a prompt rather than a class."""
-        return False
+        return self.pipeline.prompt_reader is not None
 
     @property
     def subjects(self) -> list[str]:
@@ -317,9 +319,12 @@ class Model:
         """The class's name, or the prompt itself."""
         return subject if isinstance(subject, str) else self.subjects[subject]
 
-    def inputs(self, subject: int | str) -> dict[str, Any]:
-        """The subject as the pipeline takes it."""
-        return {"labels": [subject]}
+    def inputs(self, subject: int | str) -> list[Any]:
+        """The subject as the generator takes it."""
+        pipeline = self.pipeline
+        if pipeline.prompt_reader is None:
+            return [subject]
+        return pipeline.prompt_reader.read(as_prompts(subject), pipeline.generator, pipeline.tokenizer)  # type: ignore[arg-type]
 
     def defaults(self, name: str) -> Settings:
         """The settings that suit the model."""
@@ -332,13 +337,23 @@ class Model:
             temperature=float(suited.get("temperature", 1.0)),
         )
 
+
+class Canvas:
+    """Where the images of one subject are drawn."""
+
+    def __init__(self, model: Model, subject: int | str) -> None:
+        self.pipeline = model.pipeline
+        self.condition = self.pipeline.generator.condition(model.inputs(subject), guided=False)
+        self.grid = Grid.of(self.pipeline.generator, self.condition)
+
     def sketch(self, tokens: Tensor) -> np.ndarray:
-        """The image of the first n tokens [n] as uint8 [H, W, 4], clear where tokens are missing."""
-        pipeline = self.pipeline
-        grid = Grid.square(pipeline.generator.num_tokens)
+        """The image of the first n tokens [n], n >= 1, as uint8 [H, W, 4], clear where tokens are missing."""
+        grid, tokenizer = self.grid, self.pipeline.tokenizer
         # What is missing takes the newest code: the decoder looks beyond the edge of what is drawn.
-        filled = torch.cat((tokens, tokens[-1:].expand(grid.total - len(tokens))))
-        pixels = pipeline.tokenizer.to_uint8(pipeline.tokenizer.decode(filled[None]))[0].cpu().numpy()
+        newest = max((token for token in range(len(tokens)) if grid.place(token)), default=0)
+        filled = torch.cat((tokens, tokens[newest : newest + 1].expand(grid.total - len(tokens))))
+        codes = self.pipeline.generator.image_codes(filled[None], self.condition)
+        pixels = tokenizer.to_uint8(tokenizer.decode(codes, self.condition.grid))[0].cpu().numpy()
         height, width = pixels.shape[:2]
         drawn = grid.arranged(np.arange(grid.total) < len(tokens))
         mask = drawn.repeat(height // grid.rows, axis=0).repeat(width // grid.columns, axis=1)
@@ -437,7 +452,7 @@ class Drawing:
                 )
 
         output = pipeline(
-            **self._model.inputs(settings.subject),
+            **{"prompts" if self._model.takes_prompts else "labels": [settings.subject]},
             guidance=settings.guidance(method, pipeline),
             seed=settings.seed,
             temperature=settings.temperature,
@@ -531,12 +546,13 @@ class Studio:
             UserError: the session draws already, the model is busy, or the drawing took too long.
         """
         model, session = self.model(settings.model), self.session(key)
+        canvas = Canvas(model, settings.subject)
         drawing = Drawing(model, settings, self.limits)
         with self._lock:
             if session.drawing is not None and session.drawing.active:
                 raise UserError("This page is drawing already; stop that first or wait for it.")
             session.drawing, session.shown, session.chosen = drawing, settings, None
-            session.panels = panels = [Panel(method) for method in settings.methods]
+            session.panels = panels = [Panel(method, canvas.grid.total) for method in settings.methods]
             session.shots += 1
             shot = session.shots
         try:
@@ -545,14 +561,22 @@ class Studio:
             pause = FRAME_SECONDS
             while not drawing.wait(pause):
                 start = time.monotonic()
-                self._look(model, drawing, panels)
+                self._look(canvas, drawing, panels)
                 # Looking must not cost more than drawing.
                 pause = max(FRAME_SECONDS, 2 * (time.monotonic() - start))
                 yield drawing, panels
-            self._look(model, drawing, panels)
+            self._look(canvas, drawing, panels)
             for panel in panels:
                 if panel.method in drawing.outputs:
-                    panel.picture = self._keep(session, shot, model, settings, panel.method, drawing)
+                    tokens, pixels = drawing.outputs[panel.method]
+                    session.drawn += 1
+                    panel.picture = Picture(
+                        session.drawn, shot, settings, panel.method, model.name_of(settings.subject), canvas.grid,
+                        tokens, pixels,
+                    )  # fmt: skip
+                    session.pictures[session.drawn] = panel.picture
+            while len(session.pictures) > self.limits.pictures:
+                session.pictures.popitem(last=False)
             yield drawing, panels
             drawing.check()
         finally:
@@ -578,7 +602,7 @@ class Studio:
         try:
             traced = trace(
                 model.pipeline.generator,
-                **model.inputs(settings.subject),
+                labels=model.inputs(settings.subject),
                 guidance=settings.guidance(picture.method, model.pipeline),
                 tokens=picture.tokens[None],
                 temperature=settings.temperature,
@@ -617,22 +641,11 @@ class Studio:
         return subject
 
     @staticmethod
-    def _look(model: Model, drawing: Drawing, panels: list[Panel]) -> None:
+    def _look(canvas: Canvas, drawing: Drawing, panels: list[Panel]) -> None:
         for panel in panels:
             tokens = drawing.tokens(panel.method)
             if tokens is not None and len(tokens) != panel.done:
-                panel.done, panel.pixels = len(tokens), model.sketch(tokens)
-
-    def _keep(
-        self, session: Session, shot: int, model: Model, settings: Settings, method: str, drawing: Drawing
-    ) -> Picture:
-        tokens, pixels = drawing.outputs[method]
-        session.drawn += 1
-        picture = Picture(session.drawn, shot, settings, method, model.name_of(settings.subject), tokens, pixels)
-        session.pictures[picture.number] = picture
-        while len(session.pictures) > self.limits.pictures:
-            session.pictures.popitem(last=False)
-        return picture
+                panel.done, panel.pixels = len(tokens), canvas.sketch(tokens)
 
 
 def _end(session: Session) -> None:
