@@ -27,6 +27,7 @@ from softcfg.pipeline import Pipeline
 from softcfg.ui import page as pages
 from softcfg.ui.studio import Limits, Studio
 
+WAIT = 60_000  # milliseconds, for a machine that has much else to do
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -119,7 +120,7 @@ class Server:
         self.listener = pages.socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
         self.server = uvicorn.Server(
-            uvicorn.Config(pages.application(studio), log_level="warning", timeout_graceful_shutdown=1)
+            uvicorn.Config(pages.application(studio), log_level="critical", timeout_graceful_shutdown=1)
         )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
@@ -130,40 +131,45 @@ class Server:
         self.listener.close()
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; on Debian: apt install chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def pause(pipeline: Pipeline) -> dict[str, float]:
+    """How long a step takes at least."""
+    pause = {"seconds": 0.0}
+    pipeline.generator.register_forward_pre_hook(lambda *_: time.sleep(pause["seconds"]))
+    return pause
+
+
+@pytest.fixture(scope="module")
+def server(pipeline: Pipeline, pause: dict[str, float], prompt_model_folder: Path) -> Iterator[Server]:
+    server = Server(Studio({"tiny": pipeline, "words": Pipeline.from_pretrained(prompt_model_folder)}))
+    yield server
+    server.close()
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt install chromium")
 class TestBrowser:
-    @pytest.fixture(scope="class")
-    def browser(self) -> Iterator[Any]:
-        api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-        with api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            yield browser
-            browser.close()
-
-    @pytest.fixture(scope="class")
-    def pipeline(self, model_folder: Path) -> Pipeline:
-        return Pipeline.from_pretrained(model_folder)
-
-    @pytest.fixture(scope="class")
-    def pause(self, pipeline: Pipeline) -> dict[str, float]:
-        """How long a step takes at least."""
-        pause = {"seconds": 0.0}
-        pipeline.generator.register_forward_pre_hook(lambda *_: time.sleep(pause["seconds"]))
-        return pause
-
-    @pytest.fixture(scope="class")
-    def server(self, pipeline: Pipeline, pause: dict[str, float]) -> Iterator[Server]:
-        server = Server(Studio({"tiny": pipeline}, Limits(queue=4)))
-        yield server
-        server.close()
-
     @pytest.fixture
     def page(self, browser: Any, server: Server, pause: dict[str, float]) -> Iterator[Any]:
         pause["seconds"] = 0.0
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(WAIT)
         problems: list[str] = []
         foreign: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -179,6 +185,7 @@ class TestBrowser:
     def test_draw_look_and_download(self, page: Any, pipeline: Pipeline, tmp_path: Path) -> None:
         page.get_by_label("Class").click()
         page.get_by_role("option", name="Star").click()
+        assert not page.get_by_label("Prompt").is_visible()
         page.get_by_label("Seed").fill("12")
         page.click("#draw")
         page.wait_for_selector(".picture[data-picture]")
@@ -220,10 +227,24 @@ class TestBrowser:
         context = browser.new_context()
         other = context.new_page()
         other.goto(server.address + href.removeprefix("./"))
-        other.wait_for_selector(".picture[data-picture]", timeout=20_000)
+        other.wait_for_selector(".picture[data-picture]", timeout=WAIT)
         assert other.eval_on_selector_all(".canvas img", "images => images.map((image) => image.src)") == sources
         assert other.get_by_label("Seed").input_value() == "77"
         context.close()
+
+    def test_a_model_that_reads_prompts(self, page: Any) -> None:
+        page.get_by_label("Model").click()
+        page.get_by_role("option", name="words").click()
+        prompt = page.get_by_label("Prompt")
+        prompt.wait_for()
+        assert not page.get_by_label("Class").is_visible()
+        page.click("#draw")
+        page.get_by_role("alert").wait_for()
+        assert page.get_by_role("alert").inner_text() == "Write a prompt first."
+        prompt.fill("a <b>red</b> star")
+        page.click("#draw")
+        page.wait_for_selector(".picture[data-picture]")
+        assert page.locator(".canvas img").first.get_attribute("alt") == "a <b>red</b> star, CFG, scale 3, seed 0"
 
     def test_stop_stops_the_computation(self, page: Any, server: Server, pause: dict[str, float]) -> None:
         pause["seconds"] = 0.3
@@ -248,7 +269,7 @@ class TestBrowser:
         other.wait_for_selector(".panel")
         assert server.studio.active == 1
         context.close()
-        deadline = time.monotonic() + 6
+        deadline = time.monotonic() + 7
         while server.studio.active:
             assert time.monotonic() < deadline
             time.sleep(0.05)

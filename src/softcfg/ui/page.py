@@ -390,7 +390,8 @@ def serve(studio: Studio, host: str, port: int, ready: Callable[[str], None]) ->
             f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}; give another --port"
         ) from None
     shown = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(application(studio), log_level="warning", timeout_graceful_shutdown=2)
+    # Failures are printed where they happen; the server's own log would add the pages that are open at the end.
+    config = uvicorn.Config(application(studio), log_level="critical", timeout_graceful_shutdown=1)
     with listener:
         ready(f"http://{shown}:{listener.getsockname()[1]}/")
         uvicorn.Server(config).run(sockets=[listener])
