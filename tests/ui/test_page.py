@@ -186,7 +186,7 @@ class TestBrowser:
         page.get_by_label("Class").click()
         page.get_by_role("option", name="Star").click()
         assert not page.get_by_label("Prompt").is_visible()
-        page.get_by_label("Seed").fill("12")
+        page.locator("#seed input").fill("12")
         page.click("#draw")
         page.wait_for_selector(".picture[data-picture]")
         expected = pipeline(labels=[3], guidance=pipeline.default_guidance(), seed=12).pixels[0]
@@ -219,7 +219,7 @@ class TestBrowser:
             assert len(archive.namelist()) == 4
 
     def test_a_link_reproduces_a_picture(self, page: Any, server: Server, browser: Any) -> None:
-        page.get_by_label("Seed").fill("77")
+        page.locator("#seed input").fill("77")
         page.click("#draw")
         page.wait_for_selector(".picture[data-picture]")
         sources = page.eval_on_selector_all(".canvas img", "images => images.map((image) => image.src)")
@@ -229,7 +229,7 @@ class TestBrowser:
         other.goto(server.address + href.removeprefix("./"))
         other.wait_for_selector(".picture[data-picture]", timeout=WAIT)
         assert other.eval_on_selector_all(".canvas img", "images => images.map((image) => image.src)") == sources
-        assert other.get_by_label("Seed").input_value() == "77"
+        assert other.locator("#seed input").input_value() == "77"
         context.close()
 
     def test_a_model_that_reads_prompts(self, page: Any) -> None:
@@ -343,13 +343,13 @@ class TestBrowser:
 
     def test_the_gallery_brings_a_drawing_back(self, page: Any) -> None:
         for seed in ("1", "2"):
-            page.get_by_label("Seed").fill(seed)
+            page.locator("#seed input").fill(seed)
             page.click("#draw")
             page.wait_for_selector(f".canvas img[alt$='seed {seed}']")
         assert page.locator(".gallery li").count() == 4
         page.get_by_role("button", name="seed 1").first.click()
         page.wait_for_selector(".canvas img[alt$='seed 1']")
-        assert page.get_by_label("Seed").input_value() == "1"
+        assert page.locator("#seed input").input_value() == "1"
         assert page.locator(".panel").count() == 2
 
 

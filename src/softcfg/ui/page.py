@@ -141,7 +141,7 @@ class Form:
         names = list(studio.models)
         self.model = gr.Dropdown(names, value=first, label="Model", visible=len(names) > 1, elem_id="model")
         self.label = gr.Dropdown(
-            _classes(studio, first), value=0, label="Class", visible=not model.takes_prompts, elem_id="class",
+            _classes(studio, first), value=None if model.takes_prompts else 0, label="Class", visible=not model.takes_prompts, elem_id="class",
         )
         self.prompt = gr.Textbox(
             label="Prompt", lines=2, max_length=studio.limits.prompt, visible=model.takes_prompts, elem_id="prompt",
@@ -197,7 +197,10 @@ class Form:
         model = self.studio.model(name)
         suited = model.defaults(name)
         return {
-            self.label: gr.Dropdown(choices=_classes(self.studio, name), value=0, visible=not model.takes_prompts),
+            self.label: gr.Dropdown(
+                choices=_classes(self.studio, name), value=None if model.takes_prompts else 0,
+                visible=not model.takes_prompts,
+            ),
             self.prompt: gr.Textbox(visible=model.takes_prompts),
             self.scale: suited.scale,
             self.power: suited.power,
