@@ -15,8 +15,6 @@ import pytest
 
 from softcfg.cli.main import main
 
-pytest.importorskip("gradio", reason="the web page needs gradio")
-
 
 @pytest.mark.slow
 def test_it_serves_until_it_is_interrupted(model_folder: Path) -> None:

@@ -15,17 +15,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
-from PIL import Image
-
-gr = pytest.importorskip("gradio", reason="the web page needs gradio")
 import uvicorn
+from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from softcfg import SoftCFG
 from softcfg.pipeline import Pipeline
 from softcfg.ui import page as pages
-from softcfg.ui.studio import Limits, Studio
+from softcfg.ui.studio import Studio
 
 WAIT = 60_000  # milliseconds, for a machine that has much else to do
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -103,7 +103,9 @@ class TestFunctions:
 
     def test_a_link_draws_the_same_pictures(self, shown: pages.Shown) -> None:
         drawn = list(shown.draw(self.request(), *self.FIELDS, "none"))[-1]
-        query = dict(part.split("=") for part in re.findall(r'href="./\?([^"]+)"', drawn[shown.share])[0].split("&amp;"))
+        query = dict(
+            part.split("=") for part in re.findall(r'href="./\?([^"]+)"', drawn[shown.share])[0].split("&amp;")
+        )
         query["methods"] = query["methods"].replace("%2C", ",")
         linked = list(shown.open_link("none", self.request(**query)))
         assert linked[0][shown.form.seed] == 4
@@ -135,8 +137,7 @@ class Server:
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no Chromium here; on Debian: apt install chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
-    with api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -332,7 +333,7 @@ class TestBrowser:
         page.locator(".canvas").first.click()
         page.wait_for_selector(".inspector")
         nameless = page.evaluate(
-            """() => [...document.querySelectorAll("main :is(button, a, input, textarea, img, svg[role], [role=slider])")]
+            """() => [...document.querySelectorAll("main :is(button, a, input, textarea, img, svg[role], .picture)")]
                .filter((e) => e.offsetParent !== null && !e.classList.contains("map"))
                .filter((e) => !(e.getAttribute("aria-label") || e.getAttribute("alt") || e.textContent.trim()
                  || e.labels?.length || e.getAttribute("aria-labelledby") || e.title))

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.parse
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +41,8 @@ def slow(pipeline: Pipeline) -> Pipeline:
 
 
 def drawn(studio: Studio, key: str = "visitor", **values: object) -> list[Panel]:
-    panels: list[Panel] = []
-    for _, panels in studio.draw(key, studio.settings(**values)):
-        pass
-    return panels
+    frames = [panels for _, panels in studio.draw(key, studio.settings(**values))]
+    return frames[-1]
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -153,10 +151,11 @@ class TestDraw:
         steps = []
         slow.generator.register_forward_pre_hook(lambda *_: steps.append(1))
         studio = Studio({"tiny": slow})
-        frames = studio.draw("visitor", studio.settings(methods=["cfg", "softcfg"]))
-        for drawing, panels in frames:
+        for _, panels in studio.draw("visitor", studio.settings(methods=["cfg", "softcfg"])):
             if panels[0].done:
                 studio.stop("visitor")
+        drawing = studio.session("visitor").drawing
+        assert drawing is not None
         assert drawing.stopped
         assert not drawing.active
         assert 0 < panels[0].done < 16
@@ -185,7 +184,7 @@ class TestDraw:
 
     def test_it_takes_no_longer_than_the_limit(self, slow: Pipeline) -> None:
         studio = Studio({"tiny": slow}, Limits(seconds=0.3))
-        with pytest.raises(UserError, match=r"may take 0.3 seconds on this host"):
+        with pytest.raises(UserError, match=r"may take 0\.3 seconds on this host"):
             drawn(studio, methods=["cfg"])
         assert studio.active == 0
 
@@ -194,7 +193,7 @@ class TestDraw:
         first = studio.draw("one", studio.settings())
         next(first)
         until(lambda: studio.models["tiny"].lock.locked())
-        with pytest.raises(UserError, match="busy with other visitors for 0.2 seconds"):
+        with pytest.raises(UserError, match=r"busy with other visitors for 0\.2 seconds"):
             drawn(studio, "two")
         with pytest.raises(UserError, match="drawing already"):
             drawn(studio, "one")
@@ -286,7 +285,12 @@ class TestSession:
         assert np.array_equal(np.asarray(image), picture.pixels)
         described = json.loads(image.text["softcfg"])  # type: ignore[attr-defined]
         assert described == json.loads(picture.json())
-        assert (described["subject"], described["method"], described["seed"], described["scale"]) == (2, "softcfg", 7, 2.5)
+        assert (described["subject"], described["method"], described["seed"], described["scale"]) == (
+            2,
+            "softcfg",
+            7,
+            2.5,
+        )
         assert described["softcfg"] == softcfg.__version__
         again = studio.settings_from_query(dict(urllib.parse.parse_qsl(described["link"].removeprefix("?"))))
         assert again == picture.settings
@@ -299,8 +303,8 @@ class TestSession:
 
 class TestInspect:
     @pytest.fixture
-    def panels(self, studio: Studio) -> Iterator[list[Panel]]:
-        yield drawn(studio, subject=3, methods=list(METHODS), seed=2, scale=5, strength=0.5, temperature=0.8)
+    def panels(self, studio: Studio) -> list[Panel]:
+        return drawn(studio, subject=3, methods=list(METHODS), seed=2, scale=5, strength=0.5, temperature=0.8)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_it_says_what_the_trace_says(

@@ -72,13 +72,13 @@ def _panel(panel: Panel, maps: dict[int, str]) -> str:
     laid = f'<img class="map" src="{maps[picture.number]}" alt="">' if picture.number in maps else ""
     front = "".join(f'<span data-token="{token}"></span>' for token in range(grid.front))
     front = f'<div class="front" aria-hidden="true">{front}</div>' if front else ""
-    file = escape(picture.file_name)
+    file, caption = escape(picture.file_name), escape(picture.caption)
     return f"""<figure class="panel">
 <figcaption><b>{name}</b><span class="count">{total} tokens</span></figcaption>
 <div class="picture{" mapped" if laid else ""}" tabindex="0" role="slider" data-picture="{picture.number}"
- data-front="{grid.front}" data-rows="{grid.rows}" data-columns="{grid.columns}" data-stride="{grid.stride}" aria-valuemin="0"
- aria-valuemax="{total - 1}" aria-label="Token of the picture {escape(picture.caption)}; choose with the arrow keys"
->{front}<div class="canvas"><img src="{address}" alt="{escape(picture.caption)}">{laid}<i class="cursor"></i></div></div>
+ data-front="{grid.front}" data-rows="{grid.rows}" data-columns="{grid.columns}" data-stride="{grid.stride}"
+ aria-valuemin="0" aria-valuemax="{total - 1}" aria-label="Token of the picture {caption}; choose with the arrow keys"
+>{front}<div class="canvas"><img src="{address}" alt="{caption}">{laid}<i class="cursor"></i></div></div>
 <div class="links"><a download="{file}.png" href="{address}">PNG<span class="hidden"> of {name}</span></a>
 <a download="{file}.json" href="{settings}">Settings<span class="hidden"> of {name}</span></a></div></figure>"""
 
@@ -162,7 +162,7 @@ def _candidates(inspection: Inspection, token: int, drawn: int) -> str:
             f'<td class="{branch}"><i style="width:{value * 100:.1f}%"></i><span>{value:.3f}</span></td>'
             for branch, value in zip(BRANCHES, inspection.probabilities[token, :, place].tolist(), strict=True)
         )
-        mark = '<b>drawn</b>' if code == drawn else ""
+        mark = "<b>drawn</b>" if code == drawn else ""
         rows.append(f'<tr{" class=drawn" if mark else ""}><th scope="row">{code} {mark}</th>{cells}</tr>')
     return f"""<div><h4>Likeliest codes</h4><table class="candidates">
 <thead><tr><th scope="col">Code</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>"""

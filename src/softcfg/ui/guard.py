@@ -29,9 +29,7 @@ READABLE = frozenset(
     }
 )
 READABLE_UNDER = ("/assets/", "/static/", "/gradio_api/heartbeat/")
-WRITABLE = frozenset(
-    {"/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset"}
-)
+WRITABLE = frozenset({"/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset"})
 HEADERS = {
     # The page loads nothing from elsewhere; its framework evaluates templates, and pictures are in the page.
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "

@@ -28,7 +28,8 @@ MAPS = {"none": "Picture", "confidence": "Confidence", "weights": "Weights"}
 FONT = ("ui-sans-serif", "system-ui", "sans-serif")
 HEADER = """
 <header class="masthead"><h1>softcfg</h1>
-<p>Classifier-free guidance and SoftCFG for autoregressive image models, side by side from the same seed.</p></header>"""
+<p>Classifier-free guidance and SoftCFG for autoregressive image models, side by side from the same seed.</p>
+</header>"""
 # On a narrow screen the pictures are below the form.
 TO_THE_STAGE = """() => {
   const stage = document.getElementById("stage");
@@ -55,7 +56,11 @@ def application(studio: Studio) -> FastAPI:
         enable_monitoring=False,
         max_file_size=0,
         theme=gr.themes.Base(
-            primary_hue="indigo", neutral_hue="slate", radius_size="lg", font=list(FONT), font_mono=["ui-monospace", "monospace"]
+            primary_hue="indigo",
+            neutral_hue="slate",
+            radius_size="lg",
+            font=list(FONT),
+            font_mono=["ui-monospace", "monospace"],
         ),
         css=(HERE / "page.css").read_text(),
     )
@@ -73,18 +78,27 @@ def build(studio: Studio) -> gr.Blocks:
                 form = Form(studio, first)
             with gr.Column(scale=3, min_width=320):
                 status = gr.HTML(
-                    "", html_template='<div role="status" aria-live="polite">${value}</div>', elem_id="status",
+                    "",
+                    html_template='<div role="status" aria-live="polite">${value}</div>',
+                    elem_id="status",
                     apply_default_css=False,
                 )
                 stage = gr.HTML(
-                    fragments.EMPTY_STAGE, js_on_load=(HERE / "stage.js").read_text(), elem_id="stage",
+                    fragments.EMPTY_STAGE,
+                    js_on_load=(HERE / "stage.js").read_text(),
+                    elem_id="stage",
                     apply_default_css=False,
                 )
-                share = gr.HTML("", apply_default_css=False, elem_id="share", js_on_load=(HERE / "share.js").read_text())
+                share = gr.HTML(
+                    "", apply_default_css=False, elem_id="share", js_on_load=(HERE / "share.js").read_text()
+                )
                 with gr.Row(elem_id="below-stage"):
                     mode = gr.Radio(
-                        [(name, key) for key, name in MAPS.items()], value="none", label="Show over the pictures",
-                        container=False, elem_id="mode",
+                        [(name, key) for key, name in MAPS.items()],
+                        value="none",
+                        label="Show over the pictures",
+                        container=False,
+                        elem_id="mode",
                     )
                     legend = gr.HTML("", apply_default_css=False, elem_id="legend")
                 inspector = gr.HTML(fragments.EMPTY_INSPECTOR, apply_default_css=False, elem_id="inspector")
@@ -92,11 +106,16 @@ def build(studio: Studio) -> gr.Blocks:
                     gr.HTML("<h2>Gallery</h2>", apply_default_css=False)
                     download = gr.Button("Download all", size="sm", elem_id="download", scale=0, min_width=140)
                 gallery = gr.HTML(
-                    fragments.EMPTY_GALLERY, js_on_load=(HERE / "gallery.js").read_text(), elem_id="gallery",
+                    fragments.EMPTY_GALLERY,
+                    js_on_load=(HERE / "gallery.js").read_text(),
+                    elem_id="gallery",
                     apply_default_css=False,
                 )
                 archive = gr.HTML(
-                    "", html_template="", js_on_load=(HERE / "archive.js").read_text(), visible="hidden",
+                    "",
+                    html_template="",
+                    js_on_load=(HERE / "archive.js").read_text(),
+                    visible="hidden",
                 )
         shown = Shown(studio, form, status, stage, share, legend, inspector, gallery)
 
@@ -116,12 +135,18 @@ def build(studio: Studio) -> gr.Blocks:
         form.new_seed.click(None, None, form.seed, js=NEW_SEED)
         gr.on(
             [form.draw.click, form.prompt.submit, form.seed.submit],
-            shown.draw, [*form.fields, mode], shown.all, trigger_mode="once", **drawing,
+            shown.draw,
+            [*form.fields, mode],
+            shown.all,
+            trigger_mode="once",
+            **drawing,
         )
         gr.on([form.draw.click, form.prompt.submit, form.seed.submit], None, js=TO_THE_STAGE)
         # Past the queue: it must work when the queue is full.
         form.stop.click(stop, queue=False, **private)
-        stage.choose(shown.choose, mode, [stage, share, legend, inspector, status], trigger_mode="always_last", **looking)
+        stage.choose(
+            shown.choose, mode, [stage, share, legend, inspector, status], trigger_mode="always_last", **looking
+        )
         mode.change(shown.choose_map, mode, [stage, share, legend, status], **looking)
         gallery.open(shown.open, mode, [*shown.all, *form.fields], **looking)
         download.click(download_all, None, [archive, status], **looking)
@@ -141,26 +166,54 @@ class Form:
         names = list(studio.models)
         self.model = gr.Dropdown(names, value=first, label="Model", visible=len(names) > 1, elem_id="model")
         self.label = gr.Dropdown(
-            _classes(studio, first), value=None if model.takes_prompts else 0, label="Class", visible=not model.takes_prompts, elem_id="class",
+            _classes(studio, first),
+            value=None if model.takes_prompts else 0,
+            label="Class",
+            visible=not model.takes_prompts,
+            elem_id="class",
         )
         self.prompt = gr.Textbox(
-            label="Prompt", lines=2, max_length=studio.limits.prompt, visible=model.takes_prompts, elem_id="prompt",
+            label="Prompt",
+            lines=2,
+            max_length=studio.limits.prompt,
+            visible=model.takes_prompts,
+            elem_id="prompt",
             placeholder="what to draw",
         )
         self.methods = gr.CheckboxGroup(
-            [(name, key) for key, name in METHODS.items()], value=list(suited.methods), label="Guidance",
-            info="Each one draws a picture from the same seed.", elem_id="methods",
+            [(name, key) for key, name in METHODS.items()],
+            value=list(suited.methods),
+            label="Guidance",
+            info="Each one draws a picture from the same seed.",
+            elem_id="methods",
         )
         self.scale = gr.Slider(
-            0, RANGES["scale"][1], suited.scale, step=0.1, label="Scale", info="0 or 1: no guidance", elem_id="scale",
+            0,
+            RANGES["scale"][1],
+            suited.scale,
+            step=0.1,
+            label="Scale",
+            info="0 or 1: no guidance",
+            elem_id="scale",
         )
         self.power = gr.Slider(
-            0, RANGES["power"][1], suited.power, step=0.05, label="Power", info="of the scale's ramp", elem_id="power",
+            0,
+            RANGES["power"][1],
+            suited.power,
+            step=0.05,
+            label="Power",
+            info="of the scale's ramp",
+            elem_id="power",
         )
         with gr.Accordion("SoftCFG and sampling", open=True, elem_id="more"):
             self.strength = gr.Slider(
-                0, RANGES["strength"][1], suited.strength, step=0.1, label="Strength",
-                info="exponent of the weights; 0: plain CFG", elem_id="strength",
+                0,
+                RANGES["strength"][1],
+                suited.strength,
+                step=0.1,
+                label="Strength",
+                info="exponent of the weights; 0: plain CFG",
+                elem_id="strength",
             )
             self.step_norm = gr.Checkbox(suited.step_norm, label="Step Normalisation", elem_id="step-norm")
             low, high = RANGES["temperature"]
@@ -169,7 +222,12 @@ class Form:
             )
         with gr.Row(elem_id="seed-row"):
             self.seed = gr.Number(
-                suited.seed, label="Seed", precision=0, minimum=0, maximum=RANGES["seed"][1], elem_id="seed",
+                suited.seed,
+                label="Seed",
+                precision=0,
+                minimum=0,
+                maximum=RANGES["seed"][1],
+                elem_id="seed",
                 min_width=120,
             )
             self.new_seed = gr.Button("New seed", size="sm", scale=0, min_width=100, elem_id="new-seed")
@@ -198,7 +256,8 @@ class Form:
         suited = model.defaults(name)
         return {
             self.label: gr.Dropdown(
-                choices=_classes(self.studio, name), value=None if model.takes_prompts else 0,
+                choices=_classes(self.studio, name),
+                value=None if model.takes_prompts else 0,
                 visible=not model.takes_prompts,
             ),
             self.prompt: gr.Textbox(visible=model.takes_prompts),
@@ -224,7 +283,7 @@ class Form:
     def _subject(self, settings: Settings) -> Any:
         model = self.studio.model(settings.model)
         if model.takes_prompts:
-            return gr.Textbox(value=settings.subject, visible=True)
+            return gr.Textbox(value=str(settings.subject), visible=True)
         return gr.Dropdown(choices=_classes(self.studio, settings.model), value=settings.subject, visible=True)
 
 
@@ -265,9 +324,9 @@ class Shown:
         """Show the drawing of a picture of the gallery again."""
         session = self.studio.session(_key(request))
         try:
-            session.show_again(_whole(event, "picture"))
+            settings = session.show_again(_whole(event, "picture"))
             return {
-                **self.form.filled(session.shown),
+                **self.form.filled(settings),
                 **self._finished(session, mode),
                 self.inspector: fragments.EMPTY_INSPECTOR,
                 self.status: "",
@@ -304,7 +363,7 @@ class Shown:
         name = self.studio.model(settings.model).name_of(settings.subject)
         start: Update = {self.legend: "", self.share: "", self.inspector: fragments.EMPTY_INSPECTOR}
         start |= {form.draw: gr.Button(interactive=False), form.stop: gr.Button(interactive=True)}
-        ready = {form.draw: gr.Button(interactive=True), form.stop: gr.Button(interactive=False)}
+        ready: Update = {form.draw: gr.Button(interactive=True), form.stop: gr.Button(interactive=False)}
         try:
             for drawing, panels in self.studio.draw(key, settings):
                 state = "Waiting for the model" if drawing.waiting else f"Drawing {name}"
@@ -315,7 +374,7 @@ class Shown:
             status = _note(session.note)
         except UserError as error:
             session.note, status = "", _alert(error)
-        update = {**ready, self.status: status, self.gallery: fragments.gallery(session)}
+        update: Update = {**ready, self.status: status, self.gallery: fragments.gallery(session)}
         try:
             update |= self._finished(session, mode)
         except UserError as error:

@@ -271,15 +271,19 @@ class Session:
             raise UserError("That picture is no longer kept; draw it again with its settings link.")
         return self.pictures[number]
 
-    def show_again(self, number: int) -> None:
-        """Put the drawing of a kept picture back on the page; raises `UserError` where it is gone, or one is under
-        way."""
+    def show_again(self, number: int) -> Settings:
+        """Put the drawing of a kept picture back on the page and return its settings.
+
+        Raises:
+            UserError: the picture is gone, or a drawing is under way.
+        """
         picture = self.picture(number)
         if self.drawing is not None and self.drawing.active:
             raise UserError("A drawing is under way; stop it first or wait for it.")
         shot = [other for other in self.pictures.values() if other.shot == picture.shot]
         self.panels = [Panel(other.method, other.grid.total, other.grid.total, picture=other) for other in shot]
         self.shown, self.chosen = picture.settings, None
+        return picture.settings
 
     def choose(self, picture: Picture, token: int) -> None:
         """Look into a token; raises `UserError` where the picture has no such token."""
@@ -452,7 +456,7 @@ class Drawing:
                 )
 
         output = pipeline(
-            **{"prompts" if self._model.takes_prompts else "labels": [settings.subject]},
+            [settings.subject],
             guidance=settings.guidance(method, pipeline),
             seed=settings.seed,
             temperature=settings.temperature,
