@@ -139,7 +139,7 @@ def _weights(inspection: Inspection, token: int) -> str:
         return f'<div>{title}<p class="hint small">It is the last token; no step comes after it.</p></div>'
     width, height = CURVE
     # With Step Normalisation the weights are close to 1: the axis begins where they do.
-    low = max(0.0, float(weights.min()) - 0.02)
+    low = max(0.0, 1 - 1.2 * max(1 - float(weights.min()), 1e-3))
     x = np.linspace(0, width, len(weights)) if len(weights) > 1 else np.array([0.0])
     y = (1 - weights) / (1 - low) * height
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
@@ -147,7 +147,7 @@ def _weights(inspection: Inspection, token: int) -> str:
     return f"""<div>{title}
 <svg class="curve" viewBox="-34 -8 {width + 40} {height + 30}" role="img" aria-label="Weight {text}">
 <path class="axis" d="M0 0V{height}H{width}"/>
-<text x="-6" y="4" text-anchor="end">1.00</text><text x="-6" y="{height + 3}" text-anchor="end">{low:.2f}</text>
+<text x="-6" y="4" text-anchor="end">1</text><text x="-6" y="{height + 3}" text-anchor="end">{low:.3f}</text>
 <text x="0" y="{height + 17}">step {token + 2}</text>
 <text x="{width}" y="{height + 17}" text-anchor="end">{token + 1 + len(weights)}</text>
 <polyline points="{points}"/></svg>

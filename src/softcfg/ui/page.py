@@ -61,6 +61,11 @@ def application(studio: Studio) -> FastAPI:
             radius_size="lg",
             font=list(FONT),
             font_mono=["ui-monospace", "monospace"],
+        ).set(
+            # Small print that can be read: a contrast of 4.5 and more.
+            body_text_color_subdued="*neutral_500",
+            block_info_text_color="*neutral_500",
+            block_label_text_color="*neutral_600",
         ),
         css=(HERE / "page.css").read_text(),
     )
