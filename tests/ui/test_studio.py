@@ -375,7 +375,12 @@ class TestPrompts:
 
     @pytest.mark.parametrize(
         ("subject", "said"),
-        [("", "Write a prompt first"), ("a" * 21, "21 characters; at most 20"), (3, "Write a prompt first")],
+        [
+            ("", "Write a prompt first"),
+            ("a" * 21, "21 characters; at most 20"),
+            (3, "Write a prompt first"),
+            ("a \ud800", "half a character"),
+        ],
     )
     def test_prompts_that_cannot_be(self, words: Pipeline, subject: object, said: str) -> None:
         studio = Studio({"words": words}, Limits(prompt=20))

@@ -636,6 +636,10 @@ class Studio:
                 raise UserError(
                     f"The prompt has {len(subject)} characters; at most {self.limits.prompt} are taken here."
                 )
+            try:
+                subject.encode()
+            except UnicodeEncodeError:
+                raise UserError("The prompt holds half a character; write it again.") from None
             return subject.strip()
         count = len(model.subjects)
         if isinstance(subject, str) and subject.isdecimal() and len(subject) < 10:
