@@ -175,6 +175,7 @@ class Pipeline:
         forced_tokens: Any = None,
         forced_mask: Any = None,
         on_step: Callable[[int], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
     ) -> PipelineOutput:
         """Draw one image a label, or one a prompt.
 
@@ -190,6 +191,8 @@ class Pipeline:
                 one batch size an image is the same to the last bit in whatever batch it is drawn.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
+            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step;
+                what it raises ends the drawing.
 
         Raises:
             UserError: labels out of range, prompts for a model that draws classes or the other way round, or arguments
@@ -224,6 +227,7 @@ class Pipeline:
                 forced_tokens=_rows(forced_tokens, rows),
                 forced_mask=_rows(forced_mask, rows),
                 on_step=_shifted(on_step, batch * total),
+                on_tokens=on_tokens,
             )
             tokens.append(drawn[:kept].cpu())
             condition = self.generator.condition(chosen, guided=False)
