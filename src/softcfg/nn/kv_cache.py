@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,12 @@ class KVCache:
     def slots(self) -> int:
         """The number of sequence positions that the cache holds."""
         return self.keys.shape[3]
+
+    def up_to(self, slots: int) -> KVCache:
+        """The first `slots` slots as a cache that shares the memory of this one."""
+        part = copy(self)
+        part.keys, part.values = self.keys[:, :, :, :slots], self.values[:, :, :, :slots]
+        return part
 
     def update(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> tuple[Tensor, Tensor]:
         """Write `keys` and `values` [rows, heads, n, head_dim] at `slot` and return the filled part.
