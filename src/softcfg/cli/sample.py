@@ -183,16 +183,9 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def _settings(args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampling: Sampling) -> dict[str, Any]:
-    """The content of run.json: what decides the images, and what they were made with."""
+    """The content of run.json."""
     from softcfg.runs.plan import RANDOM
-    from softcfg.zoo.checkpoints import hash_file, require_file
-    from softcfg.zoo.registry import resolve
-
-    entry = resolve(args.model)
-
-    def half(part: Any, given: str | None) -> dict[str, Any]:
-        path = given or require_file(part.file, entry)
-        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_file(path)}
+    from softcfg.runs.settings import run_settings
 
     chosen: list[int] | str = RANDOM
     if args.labels.strip().lower() != RANDOM:
@@ -200,37 +193,20 @@ def _settings(args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampl
     elif args.num_samples is None:
         raise UserError("--labels random needs --num-samples")
     per_label = 1 if args.labels.startswith("@") else PER_LABEL
-    return {
-        "model": entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve()),
-        "generator": half(entry.generator, args.generator_checkpoint),
-        "tokenizer": half(entry.tokenizer, args.tokenizer_checkpoint),
-        "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
-        "sampling": dataclasses.asdict(sampling),
-        "seed": args.seed,
-        "dtype": args.dtype,
-        "labels": chosen,
-        "num_classes": pipeline.generator.num_classes,
-        "num_samples": args.num_samples or per_label * len(chosen),
-        "batch_size": args.batch_size,
-        "command": _command(args),
-        "environment": [_environment(pipeline)],
-    }
-
-
-def _environment(pipeline: Pipeline) -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    from softcfg.version import __version__
-
-    device = pipeline.generator.device
-    where = (
-        {"device": torch.cuda.get_device_name(device)}
-        if device.type == "cuda"
-        else {"device": f"{device.type}, {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads()}
+    return run_settings(
+        args.model,
+        pipeline,
+        guidance,
+        sampling,
+        labels=chosen,
+        num_samples=args.num_samples or per_label * len(chosen),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        dtype=args.dtype,
+        command=_command(args),
+        generator_checkpoint=args.generator_checkpoint,
+        tokenizer_checkpoint=args.tokenizer_checkpoint,
     )
-    return {"softcfg": __version__, "torch": torch.__version__, "python": platform.python_version(), **where}
 
 
 def _command(args: argparse.Namespace) -> str:

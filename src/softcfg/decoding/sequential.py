@@ -15,6 +15,7 @@ from softcfg.decoding.graphs import repeat
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
 
@@ -42,7 +43,7 @@ def decode(
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
         static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
-            default, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
+            default for generators that can, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
 
     Returns:
         int64 [B, T].
@@ -69,7 +70,8 @@ def decode(
         decoder.record(step, drawn)
         tokens[:, at] = drawn[:, None]
 
-    static = device.type == "cuda" if static is None else static
+    if static is None:
+        static = device.type == "cuda" and generator.slots_by_row
     with prepared_linear_layers(generator, condition.rows):
         advance(0)
         steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
@@ -88,13 +90,20 @@ class Decoder:
         confidence: float32 [B, T], zero for tokens that are not there yet or are no image codes.
     """
 
-    def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        guidance: CFG,
+        sampling: Sampling,
+        cache: KVCache | None = None,
+    ) -> None:
         self.generator = generator
         self.condition = condition
         self.guidance = guidance
         self.sampling = sampling
         self.batch = condition.rows // 2 if guidance.is_active else condition.rows
-        self.cache = generator.new_cache(condition)
+        self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, device=device)
         self._weights = torch.ones(condition.rows, condition.slots + total, device=device)

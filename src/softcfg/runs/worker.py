@@ -177,12 +177,16 @@ def draw_shards(
     run: RunFolder,
     todo: Sequence[int],
     artist: Artist,
-    processes: Processes,
+    processes: Processes | None = None,
     *,
-    png: bool,
-    progress: Progress | None,
+    png: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Draw this process's part of the shards `todo`, every world-th; rank 0 then waits for the others.
+
+    Args:
+        processes: those that share the work; None if this one does it all.
+        png: also write one PNG file an image.
 
     Raises:
         UserError: a file cannot be written, or memory ran out for good. Every shard that was finished is kept.
@@ -197,7 +201,7 @@ def draw_shards(
         # Files are written while the next batch is drawn. However this block ends, a batch that was drawn is kept.
         with ThreadPoolExecutor(max_workers=1) as writer:
             written: Future[None] | None = None
-            for number in todo[processes.rank :: processes.world]:
+            for number in todo if processes is None else todo[processes.rank :: processes.world]:
                 indices = run.plan.indices(number)
 
                 def on_step(share: float, images: int = len(indices)) -> None:
@@ -212,7 +216,8 @@ def draw_shards(
                 written.result()
         if progress is not None:
             progress.look()
-            progress.wait(processes)
+            if processes is not None:
+                progress.wait(processes)
     finally:
         if progress is not None:
             progress.close()
