@@ -369,11 +369,8 @@ def _traces(study: Study) -> dict[str, Row]:
     """The traces by the name of their method, if all are there."""
     points = {point.guidance: point for point in study.design.points(study.rows) if point.measure == "trace"}
     keys = {name: key(points[guidance].settings()) for name, guidance in traced(study.best).items()}
-    return (
-        {name: study.rows[k] for name, k in keys.items() if k in study.rows}
-        if study.rows.keys() >= {*keys.values()}
-        else {}
-    )
+    there = study.rows.keys() >= {*keys.values()}
+    return {name: study.rows[k] for name, k in keys.items()} if there else {}
 
 
 def _grid(study: Study, name: str) -> dict[float, dict[float, float]]:
