@@ -14,7 +14,7 @@ from softcfg.decoding import Sampling
 from softcfg.guidance import CFG
 from softcfg.pipeline import Pipeline
 from softcfg.version import __version__
-from softcfg.zoo.checkpoints import hash_file, require_file
+from softcfg.zoo.checkpoints import hash_weights, require_file
 from softcfg.zoo.registry import Part, resolve
 
 
@@ -46,7 +46,7 @@ def run_settings(
 
     def half(part: Part, given: str | Path | None) -> dict[str, Any]:
         path = given or require_file(part.file, entry)
-        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_file(path)}
+        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_weights(path)}
 
     return {
         "model": entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve()),

@@ -32,14 +32,24 @@ class Artist:
 
     Attributes:
         at_once: images in a batch as the model sees it.
+        speculative_jacobi: the window, see `Pipeline`.
     """
 
-    def __init__(self, pipeline: Pipeline, guidance: CFG, sampling: Sampling, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        guidance: CFG,
+        sampling: Sampling,
+        seed: int,
+        batch_size: int,
+        speculative_jacobi: int = 0,
+    ) -> None:
         self.pipeline = pipeline
         self.guidance = guidance
         self.sampling = sampling
         self.seed = seed
         self.at_once = batch_size
+        self.speculative_jacobi = speculative_jacobi
 
     def draw(
         self, indices: Sequence[int], labels: Sequence[int], on_step: Callable[[float], None] | None = None
@@ -69,6 +79,7 @@ class Artist:
                     temperature=self.sampling.temperature,
                     top_k=self.sampling.top_k,
                     top_p=self.sampling.top_p,
+                    speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
                 )
             except (RuntimeError, MemoryError) as error:
