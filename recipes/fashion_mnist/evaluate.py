@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import DEFAULT_FOLDER, load
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recipes.fashion_mnist.data import DEFAULT_FOLDER, load
 from softcfg import CFG, Pipeline, SoftCFG, evaluation
 from softcfg.errors import UserError
 from softcfg.evaluation.fashion_classifier import FashionClassifier

@@ -11,14 +11,12 @@ from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
-import train_classifier
-import train_generator
-import train_tokenizer
 import yaml
-from common import Budget
-from data import CLASSES, DEFAULT_FOLDER, load
 from safetensors import safe_open
 
+from recipes.fashion_mnist import train_classifier, train_generator, train_tokenizer
+from recipes.fashion_mnist.data import CLASSES, DEFAULT_FOLDER, load
+from recipes.training import Budget
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 

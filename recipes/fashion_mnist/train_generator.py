@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
-from data import CLASSES, Split
-from muon import Muon
 from torch import Tensor, nn
-from train_tokenizer import CONFIG as TOKENIZER
-from train_tokenizer import tokenizer_from
 
+from recipes.fashion_mnist.data import CLASSES, Split
+from recipes.fashion_mnist.train_tokenizer import CONFIG as TOKENIZER
+from recipes.fashion_mnist.train_tokenizer import tokenizer_from
+from recipes.muon import Muon
+from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
 from softcfg.files import write_atomically
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Condition

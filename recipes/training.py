@@ -1,4 +1,4 @@
-"""What the three trainings share: the loop with its schedule, logs, and checkpoints that survive a kill.
+"""What all trainings share: the loop with its schedule, logs, and checkpoints that survive a kill.
 
 A batch depends on nothing but (seed, step), so a resumed training takes the steps that an uninterrupted one takes.
 """
