@@ -4,6 +4,7 @@ from softcfg.tokenizers.alitok import AliTokTokenizer, AliTokTokenizerConfig
 from softcfg.tokenizers.base import Tokenizer, to_uint8
 from softcfg.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
+from softcfg.tokenizers.movq import MoVQ, MoVQConfig
 from softcfg.tokenizers.robustok import RobusTokTokenizer, RobusTokTokenizerConfig
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "LlamaGenVQConfig",
     "MaskGITVQ",
     "MaskGITVQConfig",
+    "MoVQ",
+    "MoVQConfig",
     "RobusTokTokenizer",
     "RobusTokTokenizerConfig",
     "Tokenizer",

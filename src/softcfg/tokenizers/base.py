@@ -60,12 +60,17 @@ class Tokenizer(nn.Module):
 
     A subclass sets the attributes below, gives `encode_latents` and `decode_latents`, and holds its codes in
     `quantize`. Token t of an image stands at row t // w, column t % w of its latents [B, channels, h, w].
+
+    A tokenizer of `any_size` takes images of other sizes too: the attributes that say the size are the defaults,
+    tokens come with their grid (h, w), and pixels have a height and width that are multiples of `patch_size`.
     """
 
     num_tokens: int  # tokens an image, T = h * w
     codebook_size: int
     image_size: int  # H and W
     latent_size: tuple[int, int]  # (h, w)
+    any_size: bool = False
+    patch_size: int  # pixels a token is wide, where `any_size`
     num_channels: int = 3
     rounds: bool = False  # whether 8-bit values are rounded, not truncated
     quantize: Codebook
@@ -82,16 +87,17 @@ class Tokenizer(nn.Module):
         """Return the tokens int64 [B, T] whose codes lie nearest to `latents` [B, channels, h, w]."""
         return self.quantize.nearest(latents.flatten(2).transpose(1, 2))
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the codes of `tokens` int64 [B, T] as latents [B, channels, h, w]; differentiable."""
-        return self.quantize.lookup(tokens).transpose(1, 2).unflatten(2, self.latent_size)
+        return self.quantize.lookup(tokens).transpose(1, 2).unflatten(2, grid or self.latent_size)
 
     @torch.no_grad()
-    def decode(self, tokens: Any) -> Tensor:
+    def decode(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
         """Turn tokens into images.
 
         Args:
             tokens: integers in [0, codebook_size), [B, T] or [B, 1, T]; a tensor, array or nested list.
+            grid: (h, w) of images that are not of the default size.
 
         Returns:
             float32 [B, 3, H, W], clamped to [0, 1], on the device of the tokenizer.
@@ -99,12 +105,13 @@ class Tokenizer(nn.Module):
         Raises:
             UserError: wrong shape, type, or a token outside the codebook.
         """
-        return self.decode_raw(tokens).float().clamp(0, 1)
+        return self.decode_raw(tokens, grid).float().clamp(0, 1)
 
     @torch.no_grad()
-    def decode_raw(self, tokens: Any) -> Tensor:
+    def decode_raw(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
         """Like `decode`, in the tokenizer's own dtype and before the clamp."""
-        return self.decode_latents(self.embed_tokens(self._checked_tokens(tokens))).contiguous()
+        grid = self._checked_grid(grid)
+        return self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
 
     @torch.no_grad()
     def encode(self, pixels: Any) -> Tensor:
@@ -114,7 +121,7 @@ class Tokenizer(nn.Module):
             pixels: floats in [0, 1], [B, 3, H, W]; a tensor, array or nested list.
 
         Returns:
-            int64 [B, T], on the device of the tokenizer.
+            int64 [B, T] in raster order, on the device of the tokenizer.
 
         Raises:
             UserError: wrong shape or type, a value outside [0, 1] or not a number.
@@ -125,16 +132,24 @@ class Tokenizer(nn.Module):
         """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3], as the released code does."""
         return to_uint8(pixels, rounded=self.rounds)
 
-    def _checked_tokens(self, tokens: Any) -> Tensor:
+    def _checked_grid(self, grid: tuple[int, int] | None) -> tuple[int, int]:
+        if grid is None or grid == self.latent_size:
+            return self.latent_size
+        if not self.any_size:
+            raise UserError(f"this tokenizer's grid is {list(self.latent_size)}, got {list(grid)}")
+        if len(grid) != 2 or min(grid) < 1:
+            raise UserError(f"grid must be two numbers (h, w) greater than 0, got {grid!r}")
+        return grid
+
+    def _checked_tokens(self, tokens: Any, grid: tuple[int, int]) -> Tensor:
         tokens = _as_tensor(tokens, "tokens")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise UserError(f"tokens must be integers, got {_dtype_name(tokens)}; convert them to int64")
         if tokens.ndim == 3 and tokens.shape[1] == 1:
             tokens = tokens.squeeze(1)
-        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
-            raise UserError(
-                f"tokens must have shape [B, {self.num_tokens}] or [B, 1, {self.num_tokens}], got {list(tokens.shape)}"
-            )
+        count = grid[0] * grid[1]
+        if tokens.ndim != 2 or tokens.shape[1] != count:
+            raise UserError(f"tokens must have shape [B, {count}] or [B, 1, {count}], got {list(tokens.shape)}")
         tokens = tokens.long()
         if tokens.numel():
             least, most = (bound.item() for bound in tokens.aminmax())
@@ -147,9 +162,11 @@ class Tokenizer(nn.Module):
         pixels = _as_tensor(pixels, "pixels")
         if not pixels.is_floating_point():
             raise UserError(f"pixels must be floats, got {_dtype_name(pixels)}; divide 8-bit values by 255")
-        size = (self.num_channels, self.image_size, self.image_size)
-        if pixels.ndim != 4 or pixels.shape[1:] != size:
-            wanted = ", ".join(map(str, size))
+        if not self._fits(pixels.shape):
+            size = [self.image_size] * 2
+            if self.any_size:
+                size = [f"{name} = a multiple of {self.patch_size}" for name in ("H", "W")]
+            wanted = ", ".join(map(str, (self.num_channels, *size)))
             raise UserError(f"pixels must have shape [B, {wanted}], got {list(pixels.shape)}")
         if pixels.numel():
             least, most = (bound.item() for bound in pixels.aminmax())  # both are NaN where any pixel is
@@ -159,6 +176,13 @@ class Tokenizer(nn.Module):
                     f"found {least:.4g} to {most:.4g}"
                 )
         return pixels.to(self.quantize.embedding.weight)  # device and dtype
+
+    def _fits(self, shape: torch.Size) -> bool:
+        if len(shape) != 4 or shape[1] != self.num_channels:
+            return False
+        if self.any_size:
+            return all(side > 0 and side % self.patch_size == 0 for side in shape[2:])
+        return shape[2:] == (self.image_size, self.image_size)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.tokenizers.base import Codebook, Tokenizer
+from softcfg.tokenizers.convolution import Downsample, Upsample, conv, pixel_attention
 
 
 @dataclass(frozen=True)
@@ -181,30 +182,6 @@ class Level(nn.Module):
         return x
 
 
-class Downsample(nn.Module):
-    """Half the size."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, h, w] -> [B, channels, h / 2, w / 2]."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # on the right and at the bottom only
-
-
-class Upsample(nn.Module):
-    """Twice the size."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, h, w] -> [B, channels, 2 h, 2 w]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class ResidualBlock(nn.Module):
     """Two normalised convolutions and a shortcut."""
 
@@ -234,9 +211,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, h, w] -> the same shape."""
         y = self.norm(x)
-        query, key, value = (project(y).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(query, key, value)[:, 0]
-        return x + self.proj_out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.proj_out(pixel_attention(self.q(y), self.k(y), self.v(y)))
 
 
 def middle(config: LlamaGenVQConfig) -> nn.Sequential:
@@ -245,11 +220,6 @@ def middle(config: LlamaGenVQConfig) -> nn.Sequential:
     return nn.Sequential(
         ResidualBlock(config, width, width), AttentionBlock(config, width), ResidualBlock(config, width, width)
     )
-
-
-def conv(inputs: int, outputs: int) -> nn.Conv2d:
-    """Return a convolution that keeps the size."""
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 def group_norm(config: LlamaGenVQConfig, channels: int) -> nn.GroupNorm:

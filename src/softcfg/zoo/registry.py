@@ -184,6 +184,7 @@ TOKENIZERS: dict[str, Family] = _by_name(
             ignored=("quantize.codebook_used",),
             allowed_types=TRAINING_ARGUMENTS,
         ),
+        _tokenizer("movq", "softcfg.tokenizers.movq", "MoVQ", "MoVQConfig"),
     ]
 )
 
