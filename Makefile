@@ -46,7 +46,7 @@ pictures: install
 	cp runs/pictures/grid.png docs/images/fashion-grid.png
 
 train: install
-	$(BIN)/python -m recipes.fashion_mnist.train --out runs/fashion
+	$(BIN)/python -m recipes.fashion_mnist.train
 
 clean:
 	rm -rf .venv $(OUT) .mypy_cache .ruff_cache .pytest_cache

@@ -1,1 +1,1 @@
-"""Training of the bundled models; no part of the installed package."""
+"""Training of the bundled models, and the study of guidance on them."""

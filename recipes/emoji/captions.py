@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
 from recipes.emoji.data import COLOURS, Picture
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXT_TOKENS = 4096
 OPENINGS = ("a", "a", "the", "an emoji of", "an emoji of a", "a picture of a")
@@ -62,8 +61,6 @@ def text_tokenizer(pictures: Iterable[Picture], size: int = TEXT_TOKENS) -> Toke
     lines = [" ".join((picture.name, *picture.keywords)) for picture in pictures if not picture.recoloured]
     lines += [picture.name for picture in pictures]
     lines += [*COLOURS, *OPENINGS, pair_caption("", "", wide=True), pair_caption("", "", wide=False)] * 10
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, min_frequency=1, special_tokens=["<unknown>"], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=1, special_tokens=["<unknown>"], show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer as TextTokenizer
 from torch import Tensor, nn
 
 from recipes.emoji.captions import TEXT_TOKENS, caption, pair_caption, text_tokenizer
@@ -17,9 +16,10 @@ from recipes.emoji.data import SIZE, Picture
 from recipes.emoji.train_tokenizer import CONFIG as TOKENIZER
 from recipes.emoji.train_tokenizer import pixels_of, tokenizer_from
 from recipes.muon import Muon
-from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, save_weights
 from softcfg.files import make_folder, write_atomically
 from softcfg.models.lumina import Lumina, LuminaConfig, TokenPrompt
+from tokenizers import Tokenizer as TextTokenizer
 
 SPECIAL_TOKENS = ("<prompt>", "<separator>", "<image>", "</image>", "<line>")
 SIZES = 8  # sides of 1 to 8 grid cells have a token

@@ -1,1 +1,1 @@
-"""The bundled model `fashion`."""
+"""The recipe of the bundled models of Fashion-MNIST."""

@@ -23,13 +23,16 @@ from softcfg.errors import UserError
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.images import grid
 from softcfg.zoo import resolve
+from softcfg.zoo.registry import BUNDLED
 
 
 def main() -> None:
     """Read the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("model", help="the model folder, or the name of a bundled model")
-    parser.add_argument("--classifier", type=Path, help="weights of the classifier; by default the model folder's")
+    parser.add_argument(
+        "--classifier", type=Path, help="weights of the classifier; by default the model folder's, or the bundled ones"
+    )
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the IDX files")
     parser.add_argument("--images", type=int, default=1000, help="images for each row of the table")
     parser.add_argument("--batch-size", type=int, default=100)
@@ -48,7 +51,9 @@ def main() -> None:
 def measure(given: argparse.Namespace) -> None:
     """Print the table."""
     pipeline = Pipeline.from_pretrained(given.model)
-    weights = given.classifier or (resolve(given.model).folder or Path()) / "classifier.safetensors"
+    folders = [folder for folder in (resolve(given.model).folder, BUNDLED / "fashion") if folder]
+    known = [path for folder in folders if (path := folder / "classifier.safetensors").is_file()]
+    weights = given.classifier or known[0]
     if not weights.is_file():
         raise UserError(f"{weights} does not exist; name the classifier's weights with --classifier")
     classifier = FashionClassifier().eval()

@@ -1,4 +1,4 @@
-"""Train classifier, tokenizer and generator one after the other and complete the model folder.
+"""Train the parts of a bundled model one after the other and complete the model folder.
 
 Killed and started again with the same options, it continues where it was.
 """
@@ -16,32 +16,31 @@ from safetensors import safe_open
 
 from recipes.fashion_mnist import train_classifier, train_generator, train_tokenizer
 from recipes.fashion_mnist.data import CLASSES, DEFAULT_FOLDER, load
+from recipes.fashion_mnist.presets import PRESETS
 from recipes.training import Budget
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 
-SHARES = {"classifier": 0.12, "tokenizer": 0.09, "generator": 0.79}
-SAMPLING = {"temperature": 1.0, "guidance_scale": 3.0, "guidance_scale_pow": 1.0}
 
-
-def write_model_card(folder: Path) -> None:
+def write_model_card(folder: Path, name: str) -> None:
     """Write model.yaml, which makes the folder of the weights a model folder."""
+    preset = PRESETS[name]
     card = {
-        "name": "fashion",
-        "description": "Fashion-MNIST, 32 x 32 gray images in 10 classes, 256 tokens; small enough for a CPU",
+        "name": name,
+        "description": preset.description,
         "generator": {
             "family": "alitok",
-            "config": asdict(train_generator.CONFIG),
+            "config": asdict(preset.generator),
             "checkpoint": "generator.safetensors",
             "parameters": parameters(folder / "generator.safetensors"),
         },
         "tokenizer": {
             "family": "maskgit-vq",
-            "config": {**asdict(train_tokenizer.CONFIG), "channel_mult": list(train_tokenizer.CONFIG.channel_mult)},
+            "config": {**asdict(preset.tokenizer), "channel_mult": list(preset.tokenizer.channel_mult)},
             "checkpoint": "tokenizer.safetensors",
             "parameters": parameters(folder / "tokenizer.safetensors"),
         },
-        "sampling": SAMPLING,
+        "sampling": dict(preset.sampling),
         "classes": list(CLASSES),
     }
     write_atomically(folder / "model.yaml", yaml.safe_dump(card, sort_keys=False).encode())
@@ -59,14 +58,17 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=DEFAULT_FOLDER, help="folder of the four IDX files, gzipped or plain"
     )
+    parser.add_argument("--preset", choices=PRESETS, default="fashion", help="the model to make")
+    parser.add_argument("--out", type=Path, help="the model folder, with logs and checkpoints; by default runs/PRESET")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/fashion"), help="the model folder, with logs and checkpoints"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=86, help="training time in all; the schedules follow the clock"
+        "--minutes", type=float, help="training time in all; the schedules follow the clock; by default the preset's"
     )
     parser.add_argument("--steps", type=int, help="train each part for this many steps instead (reproducible)")
-    parser.add_argument("--only", choices=SHARES, help="train this part alone, with all of the minutes")
+    parser.add_argument(
+        "--only",
+        choices=("classifier", "tokenizer", "generator"),
+        help="train this part alone, with all of the minutes",
+    )
     parser.add_argument(
         "--compile", action="store_true", help="compile the generator; on a CPU this needs a C++ compiler"
     )
@@ -82,16 +84,18 @@ def main() -> None:
 def train(given: argparse.Namespace) -> None:
     """Train what is asked for and write model.yaml."""
     data, test = load(given.data, "train"), load(given.data, "test")
-    for part, share in ({given.only: 1.0} if given.only else SHARES).items():
-        budget = Budget(given.minutes * share, given.steps, given.seed)
+    preset = PRESETS[given.preset]
+    out, minutes = given.out or Path("runs") / given.preset, given.minutes or preset.minutes
+    for part, share in ({given.only: 1.0} if given.only else preset.shares).items():
+        budget = Budget(minutes * share, given.steps, given.seed)
         if part == "classifier":
-            train_classifier.train(given.out, budget, data, test)
+            train_classifier.train(out, budget, data, test)
         elif part == "tokenizer":
-            train_tokenizer.train(given.out, budget, data, test)
+            train_tokenizer.train(out, budget, data, test, config=preset.tokenizer)
         else:
-            train_generator.train(given.out, budget, data, test, compiled=given.compile)
-    if all((given.out / f"{part}.safetensors").exists() for part in SHARES):
-        write_model_card(given.out)
+            train_generator.train(out, budget, data, test, preset, compiled=given.compile)
+    if all((out / f"{part}.safetensors").exists() for part in preset.shares):
+        write_model_card(out, given.preset)
 
 
 if __name__ == "__main__":

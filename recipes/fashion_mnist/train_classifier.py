@@ -11,7 +11,16 @@ from torch import Tensor
 
 from recipes.fashion_mnist.data import Split
 from recipes.muon import Muon
-from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.training import (
+    Average,
+    Budget,
+    Plan,
+    Training,
+    accelerator,
+    batch_index,
+    randomness,
+    save_weights,
+)
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 
 BATCH_SIZE = 128

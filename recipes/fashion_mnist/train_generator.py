@@ -11,42 +11,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.fashion_mnist.data import CLASSES, Split
-from recipes.fashion_mnist.train_tokenizer import CONFIG as TOKENIZER
+from recipes.fashion_mnist.data import Split
+from recipes.fashion_mnist.presets import Preset
 from recipes.fashion_mnist.train_tokenizer import tokenizer_from
 from recipes.muon import Muon
-from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.training import (
+    Average,
+    Budget,
+    Plan,
+    Training,
+    accelerator,
+    batch_index,
+    randomness,
+    save_weights,
+)
 from softcfg.files import write_atomically
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Condition
+from softcfg.tokenizers.maskgit_vq import MaskGITVQ
 
-CONFIG = AliTokConfig(
-    hidden_size=128,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    codebook_size=TOKENIZER.codebook_size,
-    condition_num_classes=len(CLASSES),
-    image_seq_len=256,
-    grid_size=16,
-    prefix_tokens=0,
-)
-BATCH_SIZE = 16
 LABEL_DROPOUT = 0.1
 EVALUATED = 320
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Images as tokens int64 [N, 256] and their labels int64 [N]."""
+    """Images as tokens int64 [N, T] and their labels int64 [N]."""
 
     tokens: Tensor
     labels: Tensor
 
 
-def train(out: Path, budget: Budget, data: Split, test: Split, *, compiled: bool = False) -> Path:
+def train(out: Path, budget: Budget, data: Split, test: Split, preset: Preset, *, compiled: bool = False) -> Path:
     """Tokenise the images with the tokenizer in `out`, train, and return the path of the weights."""
-    codes = [Tokens(tokenise(split, out / "tokenizer.safetensors"), split.labels) for split in (data, test)]
-    return train_on_tokens(out, budget, *codes, compiled=compiled)
+    tokenizer = tokenizer_from(out / "tokenizer.safetensors", preset.tokenizer)
+    codes = [Tokens(tokenise(split, tokenizer, out / "tokenizer.safetensors"), split.labels) for split in (data, test)]
+    return train_on_tokens(
+        out, budget, *codes, config=preset.generator, batch_size=preset.generator_batch, compiled=compiled
+    )
 
 
 def train_on_tokens(
@@ -55,8 +57,8 @@ def train_on_tokens(
     data: Tokens,
     test: Tokens,
     *,
-    config: AliTokConfig = CONFIG,
-    batch_size: int = BATCH_SIZE,
+    config: AliTokConfig,
+    batch_size: int,
     compiled: bool = False,
     stop_at: int | None = None,
 ) -> Path:
@@ -123,12 +125,12 @@ def optimizers_of(model: AliTok) -> list[torch.optim.Optimizer]:
     ]
 
 
-def tokenise(data: Split, weights: Path) -> Tensor:
-    """Return the tokens int64 `[N, 256]` of all images, kept in a file beside the tokenizer's weights."""
+def tokenise(data: Split, tokenizer: MaskGITVQ, weights: Path) -> Tensor:
+    """Return the tokens int64 `[N, T]` of all images, kept in a file beside the tokenizer's weights."""
     cache = weights.with_name(f"tokens-{len(data)}.pt")
     if cache.exists() and cache.stat().st_mtime > weights.stat().st_mtime:
         return torch.load(cache, weights_only=True).long()
-    tokenizer = tokenizer_from(weights).to(accelerator().device)
+    tokenizer = tokenizer.to(accelerator().device)
     tokens = torch.cat([tokenizer.encode(data.pixels(part)).cpu() for part in torch.arange(len(data)).split(250)])
     content = io.BytesIO()
     torch.save(tokens.short(), content)

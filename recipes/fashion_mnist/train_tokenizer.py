@@ -1,4 +1,4 @@
-"""Train the image tokenizer: 32x32 pixels to 16x16 tokens and back.
+"""Train the image tokenizer: 32x32 pixels to 16x16 or 8x8 tokens and back.
 
 The autoencoder first learns without quantisation; k-means over its latents then gives the codebook, which from there on
 follows the latents as a moving average. Codes that fall out of use restart at latents of the current batch.
@@ -19,9 +19,6 @@ from recipes.fashion_mnist.data import Split
 from recipes.training import Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
 
-CONFIG = MaskGITVQConfig(
-    channel_mult=(1, 1), hidden_channels=32, num_res_blocks=1, resolution=32, z_channels=4, codebook_size=128
-)
 BATCH_SIZE = 16
 COMMITMENT = 0.25
 LOCALITY = 1.0
@@ -35,7 +32,7 @@ def train(
     data: Split,
     test: Split,
     *,
-    config: MaskGITVQConfig = CONFIG,
+    config: MaskGITVQConfig,
     continuous_steps: int = CONTINUOUS_STEPS,
     batch_size: int = BATCH_SIZE,
     stop_at: int | None = None,
@@ -46,6 +43,7 @@ def train(
     model = MaskGITVQ(config).to(device.device)
     model.quantize.requires_grad_(False)
     moving = MovingCodebook(model.quantize.embedding).to(device.device)
+    patch = config.downsampling
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
     training = Training(out / "tokenizer", device, {"model": model, "moving": moving}, [optimizer])
@@ -63,7 +61,7 @@ def train(
             with torch.no_grad():
                 size = min(512, len(data))
                 parts = data.pixels(slice(size), device.device).split(64)
-                many = torch.cat([rows(model.encode_latents(part))[content(part)] for part in parts])
+                many = torch.cat([rows(model.encode_latents(part))[content(part, patch)] for part in parts])
             moving.initialise(many.float(), randomness(budget.seed + 2, step))
         latents = latents_of_encoder = model.encode_latents(pixels).float()
         numbers: dict[str, Any] = {}
@@ -73,14 +71,14 @@ def train(
             codes = model.embed_tokens(tokens)
             commitment = F.mse_loss(latents, codes)
             numbers = {"commitment": commitment.detach(), "codes_used": tokens.unique().numel()}
-            kept = content(pixels)
+            kept = content(pixels, patch)
             moving.update(rows(latents.detach())[kept], tokens.flatten()[kept], randomness(budget.seed + 3, step))
             latents = latents + (codes - latents).detach()  # straight through
         decoded = model.decode_latents(latents).float()
         error = F.mse_loss(decoded, pixels)
         numbers["psnr"] = -10 * error.detach().log10()
-        wrong = rows(latents_of_encoder - haar(pixels)).square().mean(1)
-        local = torch.where(content(pixels), wrong, BACKGROUND_WEIGHT * wrong).mean()
+        wrong = rows(latents_of_encoder - haar(pixels, patch)).square().mean(1)
+        local = torch.where(content(pixels, patch), wrong, BACKGROUND_WEIGHT * wrong).mean()
         numbers["local"] = local.detach()
         return F.l1_loss(decoded, pixels) + 4 * error + COMMITMENT * commitment + LOCALITY * local, numbers
 
@@ -94,9 +92,9 @@ def train(
     return weights
 
 
-def tokenizer_from(weights: Path) -> MaskGITVQ:
+def tokenizer_from(weights: Path, config: MaskGITVQConfig) -> MaskGITVQ:
     """Return the trained tokenizer."""
-    model = MaskGITVQ(CONFIG).eval()
+    model = MaskGITVQ(config).eval()
     model.load_state_dict(load_file(weights))
     return model
 
@@ -111,7 +109,7 @@ def reconstruction_quality(model: MaskGITVQ, pixels: Tensor) -> dict[str, float]
     share = torch.bincount(torch.cat(tokens).flatten(), minlength=model.codebook_size).float() / (
         model.num_tokens * len(pixels)
     )
-    black = F.max_pool2d(pixels[:, 0], 2).flatten(1) == 0
+    black = F.max_pool2d(pixels[:, 0], model.config.downsampling).flatten(1) == 0
     black_share = torch.bincount(torch.cat(tokens)[black], minlength=model.codebook_size).float() / black.sum()
     return {
         "test_psnr": -10 * torch.tensor(error).log10().item(),
@@ -121,12 +119,16 @@ def reconstruction_quality(model: MaskGITVQ, pixels: Tensor) -> dict[str, float]
     }
 
 
-def haar(pixels: Tensor) -> Tensor:
-    """Return what a token should say of its 2x2 patch: the sum and three differences of its gray values."""
-    a, b, c, d = F.pixel_unshuffle(pixels[:, :1], 2).chunk(4, dim=1)
-    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) / 2
+def haar(pixels: Tensor, patch: int) -> Tensor:
+    """Return what a token should say of its patch: the sum and three differences of the means of its quadrants.
+
+    They are scaled such that for patches of 2x2 pixels, and for flat ones, the energy is that of the gray values.
+    """
+    quadrants = F.avg_pool2d(pixels[:, :1], patch // 2)
+    a, b, c, d = F.pixel_unshuffle(quadrants, 2).chunk(4, dim=1)
+    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) * (patch / 4)
 
 
-def content(pixels: Tensor) -> Tensor:
+def content(pixels: Tensor, patch: int) -> Tensor:
     """Return which of the `B * T` patches are not black throughout."""
-    return F.max_pool2d(pixels[:, 0], 2).flatten() > 0
+    return F.max_pool2d(pixels[:, 0], patch).flatten() > 0

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import codebook, muon, training
-from recipes.fashion_mnist import data, evaluate, train, train_classifier, train_generator, train_tokenizer
+from recipes.fashion_mnist import (
+    data,
+    evaluate,
+    train,
+    train_classifier,
+    train_generator,
+    train_tokenizer,
+)
 from softcfg import CFG, Pipeline
 from softcfg.errors import UserError
 
@@ -205,10 +212,16 @@ class TestTokenizer:
 
     def test_haar_keeps_the_energy_of_a_patch(self):
         pixels = torch.rand(2, 1, 32, 32).expand(-1, 3, -1, -1)
-        coefficients = train_tokenizer.haar(pixels)
+        coefficients = train_tokenizer.haar(pixels, 2)
         assert coefficients.shape == (2, 4, 16, 16)
         energy = pixels[:, 0].square().unflatten(1, (16, 2)).unflatten(3, (16, 2)).sum((2, 4))
         torch.testing.assert_close(coefficients.square().sum(1), energy)
+
+    def test_haar_of_larger_patches_is_that_of_their_quadrants(self):
+        quadrants = torch.rand(2, 1, 16, 16)
+        pixels = quadrants.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
+        small = train_tokenizer.haar(quadrants.expand(-1, 3, -1, -1), 2)
+        torch.testing.assert_close(train_tokenizer.haar(pixels, 4), 2 * small)
 
 
 def test_muon_update_is_nearly_orthogonal():
@@ -260,14 +273,17 @@ def test_frechet_distance_of_shifted_and_scaled_features():
     assert evaluate.frechet_distance(first, 3 * first + 2) == pytest.approx(3 * 8, rel=0.05)
 
 
-def test_recipe_makes_a_model_folder_that_the_pipeline_opens(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("preset", "tokens"), [("fashion", 256), ("fashion-small", 64)])
+def test_recipe_makes_a_model_folder_that_the_pipeline_opens(preset, tokens, folder, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(folder), "--out", str(out), "--steps", "1"])
+    command = ["train.py", "--data", str(folder), "--out", str(out), "--preset", preset, "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", command)
     train.main()
     pipeline = Pipeline.from_pretrained(out)
+    assert pipeline.name == preset
     assert pipeline.classes == data.CLASSES
     drawn = pipeline([3], CFG(guidance_scale=1.0))
-    assert drawn.tokens.shape == (1, 256)
+    assert drawn.tokens.shape == (1, tokens)
     assert drawn.pixels.shape == (1, 32, 32, 3)
 
 
