@@ -46,7 +46,7 @@ CONFIG = LuminaConfig(
 )
 BATCH_SIZE = 32
 PROMPT_DROPOUT = 0.1
-AS_DRAWN = 0.55  # share of pictures that are not recoloured
+AS_DRAWN = 0.6  # share of pictures that are not recoloured
 PAIRS_EVERY = 8  # batches
 EVALUATED = 256
 

@@ -23,13 +23,13 @@ from softcfg.tokenizers.movq import MoVQ, MoVQConfig
 
 CONFIG = MoVQConfig(
     ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=SIZE,
-    z_channels=8, embed_dim=8, n_embed=2048,
+    z_channels=8, embed_dim=8, n_embed=1024,
 )  # fmt: skip
 BATCH_SIZE = 16
 CONTINUOUS_STEPS = 200
 INITIAL_PICTURES = 1500
 COMMITMENT = 0.25
-LOCALITY = 1.0
+LOCALITY = 0.3
 BACKGROUND_WEIGHT = 10.0
 EDGES = 0.5
 
