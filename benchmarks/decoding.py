@@ -19,13 +19,13 @@ from benchmarks.released import Released, check
 from benchmarks.timing import machine, medians, table
 from softcfg.decoding.throughput import POSITIONS, decoding_step
 from softcfg.guidance import CFG, SoftCFG
-from softcfg.models.base import Generator
+from softcfg.models.base import ClassGenerator
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.zoo.checkpoints import random_weights
 from softcfg.zoo.registry import resolve
 
 
-def released_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], object]:
+def released_step(generator: ClassGenerator, batch: int, guidance: CFG, position: int) -> Callable[[], object]:
     """One step of the baseline at `position`; what it appends is taken back, outside of nothing it pays for."""
     baseline = Released(generator, list(range(batch)), guidance)
     layers, heads, head_dim = generator.cache_shape
@@ -44,7 +44,7 @@ def released_step(generator: Generator, batch: int, guidance: CFG, position: int
     return step
 
 
-def linear_layers(generator: Generator, rows: int) -> Callable[[], None]:
+def linear_layers(generator: ClassGenerator, rows: int) -> Callable[[], None]:
     """All linear layers of a step alone, one after the other."""
     layers = [module for module in generator.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.randn(rows, layer.in_features) for layer in layers]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.alitok import AliTok, AliTokBlock
-from softcfg.models.base import Generator
+from softcfg.models.base import ClassGenerator, Generator
 from softcfg.models.rar import RAR, RARBlock
 
 Cache = list[tuple[Tensor, Tensor]]
@@ -100,7 +100,7 @@ STEPS: dict[type[Generator], Callable[..., Tensor]] = {AliTok: alitok_step, RAR:
 class Released:
     """One batch decoded step by step in the released manner."""
 
-    def __init__(self, generator: Generator, labels: list[int], guidance: CFG) -> None:
+    def __init__(self, generator: ClassGenerator, labels: list[int], guidance: CFG) -> None:
         self.generator = generator
         self.guidance = guidance
         self.classes = generator.condition(labels, guided=True).classes
@@ -146,7 +146,7 @@ class Released:
         self.applied = weights
 
 
-def check(generator: Generator, guidance: CFG, steps: int = 12) -> float:
+def check(generator: ClassGenerator, guidance: CFG, steps: int = 12) -> float:
     """Largest difference between the baseline's logits and ours over the first `steps` steps of random tokens."""
     labels = list(range(2))
     baseline = Released(generator, labels, guidance)

@@ -27,7 +27,6 @@ from recipes.training import (
 )
 from softcfg.files import write_atomically
 from softcfg.models.alitok import AliTok, AliTokConfig
-from softcfg.models.base import Condition
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ
 
 LABEL_DROPOUT = 0.1
@@ -97,7 +96,7 @@ def train_on_tokens(
 
 def nats_per_token(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy of predicting every token; label 10 is the null class."""
-    logits = model(Condition(labels), tokens[:, :-1])
+    logits = model(model.class_condition(labels), tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 

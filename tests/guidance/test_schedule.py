@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from goldens import golden
 from softcfg import CFG
 from softcfg.guidance import guidance_scales
 
@@ -36,6 +37,18 @@ def test_power_zero_gives_the_full_scale_at_every_step() -> None:
 def test_constant_and_linear() -> None:
     assert guidance_scales(4, 3.0, "constant").tolist() == [3.0] * 4
     assert guidance_scales(4, 3.0, "linear").tolist() == [1.0, 1.5, 2.0, 2.5]
+
+
+def test_lumina_drifts_to_four() -> None:
+    case = golden("lumina/golden-guided-trajectory-decay")
+    scales = CFG(9.0, schedule="lumina_released").scales(73, codes=64)
+    assert torch.equal(scales, case.arrays["guidance_scale"].float())
+    # At 768 px the released program reaches 4 from 6 in 42 steps, from 8 in 55, from 15 in 77.
+    for scale, steps in ((6.0, 42), (8.0, 55), (15.0, 77)):
+        scales = CFG(scale, schedule="lumina_released").scales(9313, codes=9216)
+        assert (scales == 4).float().argmax().item() == steps - 1
+    assert guidance_scales(3, 2.0, "lumina_released").tolist() == [4.0] * 3
+    assert guidance_scales(3, 0.5, "lumina_released").tolist() == [1.0] * 3
 
 
 def test_interval_leaves_the_other_steps_unguided() -> None:

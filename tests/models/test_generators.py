@@ -52,7 +52,7 @@ def test_any_split_into_passes_gives_the_same_logits(generator: Generator) -> No
     whole = generator(condition, tokens, value_weights=value_weights, key_weights=key_weights)
     assert whole.shape == (4, generator.num_tokens, generator.vocab_size)
     for pieces in ([0, 1, 4, 3], [2, 5], [0] + [1] * tokens.shape[1]):
-        cache = generator.new_cache(4)
+        cache = generator.new_cache(condition)
         logits, start = [], 0
         for length in pieces:
             piece = tokens[:, start : start + length]
@@ -72,6 +72,44 @@ def test_any_split_into_passes_gives_the_same_logits(generator: Generator) -> No
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("new", [1, 3])
+def test_rows_at_slots_of_their_own(generator: Generator, new: int, weighted: bool) -> None:
+    generator = generator.double()
+    condition = generator.condition([0, 4, 2], guided=True)
+    total, slots = generator.num_tokens, condition.slots
+    tokens = tokens_for(generator, 6)[:, :-1]
+    weights = {}
+    if weighted:  # slots of the condition, as queries and as keys, have none
+        table = torch.rand(2, 6, total, condition.cache_slots, dtype=torch.float64)
+        table[..., :slots] = 1
+        padded = torch.nn.functional.pad(table, (0, 0, slots - 1, 0), value=1.0)
+        weights = {"value_weights": padded[0], "key_weights": padded[1]}
+    whole = generator(condition, tokens, **weights)
+
+    cache = generator.new_cache(condition)
+    for part in (cache.keys, cache.values):
+        part.fill_(1e3)  # what lies behind a query must not matter
+    head = {name: weight[:, :slots] for name, weight in weights.items()}
+    logits = [[row] for row in generator(condition, tokens[:, :0], cache=cache, **head)[:, 0]]
+    fed = torch.zeros(6, dtype=torch.int64)
+    pace = torch.tensor([1, 2, 3, 1, 3, 2]).clamp(max=new)
+    rows = torch.arange(6)[:, None]
+    while (fed < total - 1).any():
+        start = fed.clamp(max=total - 1 - new)  # rows near their end feed some tokens again
+        where = start[:, None] + torch.arange(new)
+        if weighted:
+            weights = {f"{name}_weights": table[i][rows, where + 1] for i, name in enumerate(("value", "key"))}
+        out = generator(condition, tokens[rows, where], cache=cache, slot=slots + start, **weights)
+        assert out.shape == (6, new, generator.vocab_size)
+        for row in range(6):
+            stop = min(int(fed[row] + pace[row]), total - 1)
+            logits[row] += out[row, fed[row] - start[row] : stop - start[row]]
+            fed[row] = stop
+    torch.testing.assert_close(torch.stack([torch.stack(row) for row in logits]), whole, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
 def test_logits_depend_on_the_past_alone(generator: Generator) -> None:
     condition = generator.condition([1], guided=False)
     tokens = tokens_for(generator, 1)[:, :-1]
@@ -87,7 +125,8 @@ def test_an_images_bits_do_not_depend_on_the_other_labels(generator: Generator) 
     tokens = tokens_for(generator, 6)
     logits = []
     for labels in ([2, 0, 1], [2, 4, 4]):
-        condition, cache = generator.condition(labels, guided=True), generator.new_cache(6)
+        condition = generator.condition(labels, guided=True)
+        cache = generator.new_cache(condition)
         steps = [generator(condition, tokens[:, :0], cache=cache)]
         for step in range(generator.num_tokens - 1):
             slot = generator.condition_slots + step

@@ -178,7 +178,7 @@ def test_generator_learns(tmp_path, splits):
     labels, test = splits[1].labels, tokens[1].tokens
     with torch.inference_mode():
         assert train_generator.nats_per_token(model, test, labels) < np.log(8) - 0.1
-        first = model(train_generator.Condition(labels), test[:, :0])[:, 0].softmax(-1)
+        first = model(model.class_condition(labels), test[:, :0])[:, 0].softmax(-1)
     right = first.gather(1, test[:, :1]).mean()
     assert right > first.gather(1, (test[:, :1] + 1) % 8).mean()
 

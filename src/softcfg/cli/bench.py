@@ -66,22 +66,16 @@ def run(args: argparse.Namespace) -> int:
         pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, generator, batch) / batch
         seconds = step * generator.num_tokens / batch + pixels
         speed[batch] = 1 / seconds
-        rows = batch * (2 if guidance.is_active else 1)
+        condition = generator.condition([0] * batch, guided=guidance.is_active)
         print(
             f"{batch:5} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
-            f"{_cache_bytes(generator, rows) / 2**20:11.0f}",
+            f"{generator.cache_bytes(condition) / 2**20:11.0f}",
             flush=True,
         )
     best = max(speed.values())
     chosen = min(batch for batch, images in speed.items() if images >= WITHIN * best)
     print(f"\nrecommended: --batch-size {chosen}")
     return 0
-
-
-def _cache_bytes(generator: Generator, rows: int) -> int:
-    layers, heads, head_dim = generator.cache_shape
-    slots = generator.condition_slots + generator.num_tokens - 1
-    return 2 * layers * rows * heads * slots * head_dim * generator.dtype.itemsize
 
 
 def _pixel_seconds(tokenizer: Tokenizer, generator: Generator, batch: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,14 @@ from torch import Tensor
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
-from softcfg.models.base import Generator, LabelsLike, as_ids
+from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn.linear import prepared_linear_layers
 
 
 @torch.inference_mode()
 def decode(
     generator: Generator,
-    labels: LabelsLike,
+    labels: Any,
     guidance: CFG,
     *,
     uniforms: Tensor,
@@ -29,7 +30,7 @@ def decode(
     """Draw the image tokens of a batch.
 
     Args:
-        labels: B class ids.
+        labels: B class ids, or what else the generator is conditioned on.
         guidance: `CFG` or `SoftCFG`; inactive guidance (scale 0 or 1) skips the unconditional rows.
         uniforms: [B, T] in [0, 1), one number a token (see `image_uniforms`).
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
@@ -43,59 +44,75 @@ def decode(
     Raises:
         UserError: labels, uniforms or forced tokens do not fit the generator.
     """
-    sampling = sampling or Sampling()
     condition = generator.condition(labels, guided=guidance.is_active)
-    total, device = generator.num_tokens, generator.device
-    batch = condition.rows // 2 if guidance.is_active else condition.rows
-    forced, mask = _forcing(generator, batch, forced_tokens, forced_mask)
+    decoder = Decoder(generator, condition, guidance, sampling or Sampling())
+    batch, total = decoder.batch, condition.num_tokens
+    forced, mask = _forcing(generator, (batch, total), forced_tokens, forced_mask)
     if uniforms.shape != (batch, total):
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
-    uniforms = uniforms.to(device)
-    scales = guidance.scales(total).tolist()
-    cache = generator.new_cache(condition.rows)
-    tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
-    perturbation = None
-    if isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs:
-        perturbation = Perturbation(guidance, batch, total, generator.condition_slots, device)
-
-    inputs, slot = tokens.new_zeros(condition.rows, 0), 0
+    uniforms = uniforms.to(generator.device)
+    tokens = torch.zeros(batch, total, dtype=torch.int64, device=generator.device)
     with prepared_linear_layers(generator, condition.rows):
         for step in range(total):
-            weights = perturbation.row_weights() if perturbation else {}
-            logits = generator(condition, inputs, cache=cache, slot=slot, **weights)[:, -1].float()
-            cond = logits[:batch]
-            guided = guidance.guide(cond, logits[batch:], scales[step]) if guidance.is_active else cond
-            drawn = draw(sampling.probabilities(guided), uniforms[:, step])
+            drawn = draw(decoder.predict(step, tokens[:, max(step - 1, 0) : step]), uniforms[:, step])
             if forced is not None and mask is not None:
                 drawn = torch.where(mask[:, step], forced[:, step], drawn)
+            decoder.record(step, drawn)
             tokens[:, step] = drawn
-            if perturbation:
-                perturbation.record(step, cond, drawn, sampling.temperature)
-            slot = generator.condition_slots + step
-            inputs = drawn[:, None].repeat(2 if guidance.is_active else 1, 1)
             if on_step is not None:
                 on_step(step + 1)
     return tokens
 
 
-class Perturbation:
-    """The state of SoftCFG over one decoding: the confidence buffer and the weights of all rows and slots."""
+class Decoder:
+    """A batch that is decoded token by token: its key/value cache, SoftCFG's confidences, and one step.
 
-    def __init__(self, guidance: SoftCFG, batch: int, tokens: int, condition_slots: int, device: torch.device) -> None:
+    Attributes:
+        batch: B, images.
+        cache: keys and values of all rows.
+        confidence: float32 [B, T], zero for tokens that are not there yet or are no image codes.
+    """
+
+    def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
+        self.generator = generator
+        self.condition = condition
         self.guidance = guidance
-        self.batch = batch
-        self.condition_slots = condition_slots
-        self.confidence = torch.zeros(batch, tokens, device=device)
-        self._weights = torch.ones(2 * batch, condition_slots + tokens, device=device)
+        self.sampling = sampling
+        self.batch = condition.rows // 2 if guidance.is_active else condition.rows
+        self.cache = generator.new_cache(condition)
+        total, device = condition.num_tokens, generator.device
+        self.confidence = torch.zeros(self.batch, total, device=device)
+        self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
+        self._scales = guidance.scales(total).tolist()
+        self._steps = torch.arange(total, device=device)
+        self._codes = generator.is_code(self._steps, condition)
 
-    def record(self, step: int, cond_logits: Tensor, tokens: Tensor, temperature: float) -> None:
-        """Keep the confidence in the tokens [B] of `step`, from the conditional logits [B, V]."""
-        self.confidence[:, step] = self.guidance.token_confidence(cond_logits, tokens, temperature)
+    def predict(self, step: int, inputs: Tensor) -> Tensor:
+        """Feed the token before token `step`, int64 [B, 1] ([B, 0] at step 0); return what to draw from, [B, V]."""
+        slot = self.condition.slots + step - 1 if step else 0
+        rows = inputs.repeat(self.condition.rows // self.batch, 1)
+        logits = self.generator(self.condition, rows, cache=self.cache, slot=slot, **self._row_weights())
+        logits = logits[:, -1].float()
+        guided = self._cond_logits = logits[: self.batch]
+        if self.guidance.is_active:
+            guided = self.guidance.guide(guided, logits[self.batch :], self._scales[step])
+        guided = self.generator.constrain(guided[:, None], self._steps[step : step + 1], self.condition)[:, 0]
+        return self.sampling.probabilities(guided)
 
-    def row_weights(self) -> dict[str, Tensor]:
+    def record(self, step: int, tokens: Tensor) -> None:
+        """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
+        if isinstance(self.guidance, SoftCFG) and self.guidance.perturbs:
+            confidence = self.guidance.token_confidence(self._cond_logits, tokens, self.sampling.temperature)
+            if self._codes is not None:
+                confidence = confidence * self._codes[..., step]
+            self.confidence[:, step] = confidence
+
+    def _row_weights(self) -> dict[str, Tensor]:
         """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""
-        self._weights[self.batch :, self.condition_slots :] = self.guidance.weights(self.confidence)
+        if not (isinstance(self.guidance, SoftCFG) and self.guidance.is_active and self.guidance.perturbs):
+            return {}
+        self._weights[self.batch :, self.condition.slots :] = self.guidance.weights(self.confidence)
         return targeted(self.guidance, self._weights)
 
 
@@ -106,9 +123,8 @@ def targeted(guidance: SoftCFG, weights: Tensor) -> dict[str, Tensor]:
 
 
 def _forcing(
-    generator: Generator, batch: int, tokens: Tensor | None, mask: Tensor | None
+    generator: Generator, shape: tuple[int, int], tokens: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    shape = (batch, generator.num_tokens)
     if tokens is None:
         if mask is not None:
             raise UserError("forced_mask says where to use forced_tokens, which are missing")

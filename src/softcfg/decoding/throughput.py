@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.sequential import Perturbation
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.decoding.sequential import Decoder
+from softcfg.guidance import CFG
 from softcfg.models.base import Generator
 from softcfg.nn.linear import prepared_linear_layers
 
@@ -22,31 +22,21 @@ POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 def decoding_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], Tensor]:
     """One step of decoding a batch at token `position`, on a cache and confidences of random contents.
 
-    It does what `decode` does in a step; call it under `prepared_linear_layers`, as `decode` does.
+    It is the step of `decode`; call it under `prepared_linear_layers`, as `decode` does.
     """
-    active = guidance.is_active
-    condition = generator.condition([row % generator.num_classes for row in range(batch)], guided=active)
-    device = generator.device
-    cache = generator.new_cache(condition.rows)
-    for contents in (cache.keys, cache.values):  # the same for all rows, which is fast to make
-        contents.copy_(torch.randn(contents.shape[2:], device=device).expand_as(contents))
-    tokens = torch.randint(generator.vocab_size, (condition.rows, 1), device=device)
-    uniforms = torch.rand(batch, device=device)
-    scale = float(guidance.scales(generator.num_tokens)[position])
-    perturbation = None
-    if isinstance(guidance, SoftCFG) and active and guidance.perturbs:
-        perturbation = Perturbation(guidance, batch, generator.num_tokens, generator.condition_slots, device)
-        perturbation.confidence[:, :position].uniform_()
+    labels = [row % generator.num_classes for row in range(batch)]
+    condition = generator.condition(labels, guided=guidance.is_active)
+    decoder = Decoder(generator, condition, guidance, Sampling())
+    for contents in (decoder.cache.keys, decoder.cache.values):  # the same for all rows, which is fast to make
+        contents.copy_(torch.randn(contents.shape[2:], device=contents.device).expand_as(contents))
+    decoder.confidence[:, :position].uniform_()
+    tokens = torch.randint(generator.vocab_size, (batch, 1), device=generator.device)
+    uniforms = torch.rand(batch, device=generator.device)
 
     @torch.inference_mode()
     def step() -> Tensor:
-        weights = perturbation.row_weights() if perturbation else {}
-        slot = generator.condition_slots + position - 1
-        logits = generator(condition, tokens, cache=cache, slot=slot, **weights)[:, -1].float()
-        guided = guidance.guide(logits[:batch], logits[batch:], scale) if active else logits
-        drawn = draw(Sampling().probabilities(guided), uniforms)
-        if perturbation:
-            perturbation.record(position, logits[:batch], drawn, 1.0)
+        drawn = draw(decoder.predict(position, tokens), uniforms)
+        decoder.record(position, drawn)
         return drawn
 
     return step

@@ -30,7 +30,8 @@ class CFG:
     Attributes:
         guidance_scale: g >= 0, the full scale 1 + gamma. 0 and 1 mean the conditional branch alone, at half the work.
         guidance_scale_pow: k >= 0, the power of the cosine ramp.
-        schedule: "cosine_power" (the released samplers' ramp from 1 to g), "constant" or "linear".
+        schedule: "cosine_power" (the released samplers' ramp from 1 to g), "constant", "linear" or
+            "lumina_released" (see `softcfg.guidance.schedule.lumina_released`).
         interval: steps [start, stop), 0-based, outside of which there is no guidance; None for all steps.
 
     Raises:
@@ -62,9 +63,9 @@ class CFG:
         """Whether the unconditional branch is perturbed."""
         return False
 
-    def scales(self, steps: int) -> Tensor:
-        """The guidance scale s_t of every step, float32 [steps]."""
-        return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval)
+    def scales(self, steps: int, codes: int | None = None) -> Tensor:
+        """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
+        return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
 
     def guide(self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float) -> Tensor:
         """Guided logits from both branches' logits [..., V] at the scale s_t of the step."""

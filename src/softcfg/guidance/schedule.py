@@ -1,7 +1,7 @@
 """How the guidance scale moves over the decoding steps.
 
 The scale of step t (0-based, of T) is s_t = 1 + gamma_t; with s_t = 1 the guided logits are the conditional
-ones. Each schedule maps the progress t / T in [0, 1) to the fraction of the way from 1 to the full scale.
+ones. A ramp maps the progress t / T in [0, 1) to the fraction of the way from 1 to the full scale.
 """
 
 from __future__ import annotations
@@ -28,11 +28,25 @@ def cosine_power(progress: Tensor, power: float) -> Tensor:
     return (1 - torch.cos(math.pi * progress**power)) / 2
 
 
-SCHEDULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+RAMPS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "constant": constant,
     "linear": linear,
     "cosine_power": cosine_power,
 }
+SCHEDULES = (*RAMPS, "lumina_released")
+
+
+def lumina_released(steps: int, scale: float, codes: int) -> Tensor:
+    """The scales [steps], in float64, of the released Lumina-mGPT 2.0: they drift from `scale` to 4 and stay there.
+
+    Every step multiplies the scale by 1 - n / (codes / 4), n = t + 2, and raises it to 4 if it is less: a scale
+    between 1 and 4 acts as 4, too. Up to 1 there is no guidance.
+    """
+    scales = torch.ones(steps, dtype=torch.float64)
+    if scale > 1:
+        for step in range(steps):
+            scale = scales[step] = max(4.0, scale * (1 - (step + 2) / (codes / 4)))
+    return scales
 
 
 def guidance_scales(
@@ -41,6 +55,7 @@ def guidance_scales(
     schedule: str = "cosine_power",
     power: float = 1.0,
     interval: tuple[int, int] | None = None,
+    codes: int | None = None,
 ) -> Tensor:
     """The guidance scale of every step, float32 [steps].
 
@@ -49,12 +64,17 @@ def guidance_scales(
         schedule: a name from `SCHEDULES`.
         power: exponent of `cosine_power`; the other schedules do not use it.
         interval: steps [start, stop), 0-based, outside of which the scale is 1.
+        codes: how many of the tokens are image codes, not structure like the ends of lines; by default all. Only
+            `lumina_released` uses it.
     """
     if scale == 0:
         return torch.ones(steps)
-    # In float64, so that long sequences do not lose the small differences between neighbouring steps.
-    progress = torch.arange(steps, dtype=torch.float64) / steps
-    scales = 1 + (scale - 1) * SCHEDULES[schedule](progress, power)
+    if schedule == "lumina_released":
+        scales = lumina_released(steps, scale, steps if codes is None else codes)
+    else:
+        # In float64, so that long sequences do not lose the small differences between neighbouring steps.
+        progress = torch.arange(steps, dtype=torch.float64) / steps
+        scales = 1 + (scale - 1) * RAMPS[schedule](progress, power)
     if interval is not None:
         step = torch.arange(steps)
         scales[(step < interval[0]) | (step >= interval[1])] = 1.0

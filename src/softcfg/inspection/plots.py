@@ -36,8 +36,8 @@ def plot_confidence(trace: Trace, pixels: np.ndarray, *, names: list[str] | None
     maps = measures.on_grid(trace.confidence).cpu()
     shown: Any = None
     for column in range(count):
-        title = names[column] if names else f"class {int(trace.labels[column])}"
-        _image(axes[0, column], pixels[column], title)
+        label = "" if trace.labels is None else f"class {int(trace.labels[column])}"
+        _image(axes[0, column], pixels[column], names[column] if names else label)
         shown = _overlay(axes[1, column], pixels[column], maps[column].numpy(), 0.0, 1.0)
     axes[1, 0].set_ylabel("confidence")
     figure.colorbar(shown, ax=axes[1, :].tolist(), label=f"confidence ({_confidence_name(trace)})", shrink=0.85)

@@ -15,7 +15,7 @@ from softcfg.decoding.sequential import targeted
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, SoftCFG, token_confidence
-from softcfg.models.base import Condition, Generator, LabelsLike, as_ids
+from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
 from softcfg.version import __version__
 
 WEIGHTS_BY_DEFAULT_UP_TO = 1024  # tokens; beyond, [B, T, T] is hundreds of megabytes
@@ -28,9 +28,10 @@ class Trace:
     Attributes:
         guidance: the method and its settings.
         temperature: of the confidences, and of the sampling where the trace drew its tokens.
-        labels: int64 [B].
+        labels: int64 [B]; None for generators that are not conditioned on a class.
         tokens: int64 [B, T].
-        cond_logits, uncond_logits, guided_logits: float32 [B, T, V]; entry t predicts token t.
+        cond_logits, uncond_logits, guided_logits: float32 [B, T, V]; entry t predicts token t. The guided ones
+            are -inf for tokens that the generator rules out.
         guidance_scale: float32 [T], the scale s_t = 1 + gamma_t.
         confidence: float32 [B, T], confidence in each token (plain CFG: p_max, without effect). With "successor"
             alignment no slot carries the first token's confidence, and it reads 0.
@@ -39,7 +40,7 @@ class Trace:
 
     guidance: CFG
     temperature: float
-    labels: Tensor
+    labels: Tensor | None
     tokens: Tensor
     cond_logits: Tensor
     uncond_logits: Tensor
@@ -70,7 +71,7 @@ class Trace:
 def trace(
     generator: Generator,
     *,
-    labels: LabelsLike,
+    labels: Any,
     guidance: CFG,
     tokens: Any = None,
     temperature: float = 1.0,
@@ -86,7 +87,7 @@ def trace(
     each (in pieces for long sequences): query t of the unconditional pass sees the weights of step t.
 
     Args:
-        labels: B class ids.
+        labels: B class ids, or what else the generator is conditioned on.
         guidance: the method that is traced. Where it is inactive the unconditional logits are still computed.
         tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, with `top_k` and `top_p`.
         temperature: of the confidences and of the drawing.
@@ -98,8 +99,10 @@ def trace(
     """
     sampling = Sampling(temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
-    batch, total = condition.rows // 2, generator.num_tokens
-    cond, uncond = (generator.class_condition(half) for half in condition.classes.chunk(2))
+    batch, total = condition.rows // 2, condition.num_tokens
+    cond, uncond = condition[:batch], condition[batch:]
+    steps = torch.arange(total, device=generator.device)
+    codes = generator.is_code(steps, cond)
     if tokens is None:
         uniforms = image_uniforms(seed, range(batch), total)
         tokens = decode(generator, labels, guidance, uniforms=uniforms, sampling=sampling)
@@ -112,7 +115,7 @@ def trace(
     kept = torch.ones(batch, total, total) if value_weights else None
     confidence = torch.zeros(batch, total, device=generator.device)
     logits: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
-    caches = {"cond": generator.new_cache(batch), "uncond": generator.new_cache(batch)}
+    caches = {"cond": generator.new_cache(cond), "uncond": generator.new_cache(uncond)}
     for start in range(0, total, steps_per_pass):
         stop = min(start + steps_per_pass, total)
         piece = _Piece(generator, tokens, start, stop)
@@ -121,7 +124,7 @@ def trace(
             token_confidences = guidance.token_confidence(cond_logits, tokens[:, start:stop], temperature)
         else:
             token_confidences = token_confidence(cond_logits, tokens[:, start:stop], temperature=temperature)
-        confidence[:, start:stop] = token_confidences
+        confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None
         if isinstance(guidance, SoftCFG) and guidance.perturbs:
             weights = step_weights(confidence, guidance, torch.arange(start, stop))
@@ -137,10 +140,11 @@ def trace(
     guided_logits = cond_logits
     if guidance.is_active:
         guided_logits = guidance.guide(cond_logits, uncond_logits, scales[:, None])
+    guided_logits = generator.constrain(guided_logits, steps, cond)
     return Trace(
         guidance=guidance,
         temperature=temperature,
-        labels=cond.classes,
+        labels=cond.classes if isinstance(cond, ClassCondition) else None,
         tokens=tokens,
         cond_logits=cond_logits,
         uncond_logits=uncond_logits,
@@ -169,7 +173,7 @@ class _Piece:
     def __init__(self, generator: Generator, tokens: Tensor, start: int, stop: int) -> None:
         self.generator = generator
         self.inputs = tokens[:, max(start - 1, 0) : stop - 1]
-        self.slot = 0 if start == 0 else generator.condition_slots + start - 1
+        self.start = start
 
     def run(
         self,
@@ -182,7 +186,8 @@ class _Piece:
         weights = {}
         if isinstance(guidance, SoftCFG) and step_weights is not None:
             # Slots of the condition, as queries and as keys, are not weighted.
-            slots = self.generator.condition_slots
-            leading = slots - 1 if self.slot == 0 else 0
-            weights = targeted(guidance, torch.nn.functional.pad(step_weights, (slots, 0, leading, 0), value=1.0))
-        return self.generator(condition, self.inputs, cache=cache, slot=self.slot, **weights).float()
+            leading = 0 if self.start else condition.slots - 1
+            step_weights = torch.nn.functional.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0)
+            weights = targeted(guidance, step_weights)
+        slot = condition.slots + self.start - 1 if self.start else 0
+        return self.generator(condition, self.inputs, cache=cache, slot=slot, **weights).float()

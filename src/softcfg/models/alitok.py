@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
-from softcfg.models.base import Condition, Generator
-from softcfg.nn.attention import AttentionContext, SelfAttention
+from softcfg.models.base import ClassCondition, ClassGenerator, Condition
+from softcfg.nn.attention import AttentionContext, SelfAttention, pass_slots
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
@@ -87,7 +87,7 @@ class AliTokBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class AliTok(Generator):
+class AliTok(ClassGenerator):
     """The AliTok generator.
 
     One table embeds image codes (rows 0 .. V - 1), classes (row V + 1 + class) and the null class (the last
@@ -122,21 +122,23 @@ class AliTok(Generator):
         tokens: Tensor,
         *,
         cache: KVCache | None = None,
-        slot: int = 0,
+        slot: int | Tensor = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
         """See `Generator.forward`."""
+        assert isinstance(condition, ClassCondition)
         ids = tokens
-        if slot == 0:
+        if isinstance(slot, int) and slot == 0:
             ids = torch.cat((condition.classes[:, None] + self.vocab_size + 1, tokens), dim=1)
         new = ids.shape[1]
-        rotary = (self.rotary_cos[slot : slot + new], self.rotary_sin[slot : slot + new])
+        where = pass_slots(slot, new)
+        rotary = (self.rotary_cos[where], self.rotary_sin[where])
         context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights)
         x = self.embeddings(ids)
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, context)
-        return self.output(self.norm(x[:, self.first_predicting(slot) :]))
+        return self.output(self.norm(x[:, condition.first_predicting(slot) :]))
 
 
 def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,37 +16,80 @@ from softcfg.nn.kv_cache import KVCache
 LabelsLike = Any  # a tensor, array or sequence of class ids
 
 
-@dataclass
-class Condition:
-    """What the rows of a batch are conditioned on: one class id a row, `num_classes` for the null class."""
+class Condition(ABC):
+    """What the rows of a batch are conditioned on.
 
-    classes: Tensor  # int64 [rows]
+    The sequence of a row starts with `slots` slots that the condition fills; image token i stands at slot
+    `slots + i`, and its logits come from the slot before it.
+
+    Attributes:
+        rows: sequences in the batch; with guidance the conditional ones first, then as many unconditional.
+        slots: slots in front of the first image token, the same for all rows.
+        num_tokens: T, image tokens to decode.
+        padding: int64 [rows], leading slots of each row that no query sees (left-padded prompts); None for none.
+    """
+
+    def __init__(self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None) -> None:
+        self.rows = rows
+        self.slots = slots
+        self.num_tokens = num_tokens
+        self.padding = padding
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> Condition:
+        """The condition of some of the rows."""
 
     @property
-    def rows(self) -> int:
-        """Number of sequences in the batch: twice the images where guidance runs, else once."""
-        return self.classes.shape[0]
+    def cache_slots(self) -> int:
+        """Slots that are ever fed: the last token is drawn alone."""
+        return self.slots + self.num_tokens - 1
+
+    def first_predicting(self, slot: int | Tensor) -> int:
+        """Index, within a pass that starts at `slot`, of the first input from which an image token is predicted."""
+        return max(0, self.slots - 1 - slot) if isinstance(slot, int) else 0
+
+
+class ClassCondition(Condition):
+    """One class id a row, `num_classes` for the null class.
+
+    Attributes:
+        classes: int64 [rows].
+    """
+
+    def __init__(self, classes: Tensor, slots: int, num_tokens: int) -> None:
+        super().__init__(len(classes), slots, num_tokens)
+        self.classes = classes
+
+    def __getitem__(self, rows: slice) -> ClassCondition:
+        """See `Condition.__getitem__`."""
+        return ClassCondition(self.classes[rows], self.slots, self.num_tokens)
 
 
 class Generator(nn.Module, ABC):
-    """A decoder-only transformer that predicts image tokens, class-conditionally.
-
-    The sequence starts with `condition_slots` slots that the condition fills; image token i stands at slot
-    `condition_slots + i`, and its logits come from the slot before it.
+    """A decoder-only transformer that predicts image tokens under a condition.
 
     Attributes:
-        num_tokens: T, image tokens per image.
-        vocab_size: V, the number of image codes.
-        num_classes: classes are 0 .. num_classes - 1.
-        condition_slots: slots in front of the first image token.
+        num_tokens: T, image tokens per image; where the condition can choose, the most.
+        vocab_size: V, the number of tokens that may be drawn.
+        num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
         cache_shape: (layers, heads, head_dim) of the key/value cache.
     """
 
     num_tokens: int
     vocab_size: int
-    num_classes: int
-    condition_slots: int
+    num_classes: int = 0
     cache_shape: tuple[int, int, int]
+
+    @abstractmethod
+    def condition(self, inputs: Any, *, guided: bool) -> Condition:
+        """The condition of a batch: rows for `inputs` and, if `guided`, as many unconditional rows after them.
+
+        Args:
+            inputs: one a row: the labels of class-conditional models, the prompts of others.
+
+        Raises:
+            UserError: the inputs do not fit the model.
+        """
 
     @abstractmethod
     def forward(
@@ -56,7 +98,7 @@ class Generator(nn.Module, ABC):
         tokens: Tensor,
         *,
         cache: KVCache | None = None,
-        slot: int = 0,
+        slot: int | Tensor = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
@@ -65,10 +107,11 @@ class Generator(nn.Module, ABC):
         Args:
             condition: of all rows (with guidance the conditional rows first, then the unconditional).
             tokens: int64 [rows, n], the image tokens to feed. A pass at slot 0 puts the condition in front of
-                them (n may be 0); a later pass starts at the slot of its first token, `condition_slots + i`.
+                them (n may be 0); a later pass starts at the slot of its first token, `condition.slots + i`.
             cache: keys and values of the slots before `slot`; those of this pass are written into it. Without
                 it the pass must start at slot 0.
-            slot: where the pass starts.
+            slot: where the pass starts; or int64 [rows], where each row's pass does (behind the condition, all
+                of it inside the cache). Shapes then do not depend on the slots: attention runs over the whole cache.
             value_weights, key_weights: weights on the cached values or keys of every slot, [rows, slots] or
                 [rows, n, slots]; None for none.
 
@@ -87,8 +130,47 @@ class Generator(nn.Module, ABC):
         """The dtype of the weights."""
         return next(self.parameters()).dtype
 
-    def condition(self, labels: LabelsLike, *, guided: bool) -> Condition:
-        """The condition of a batch: rows for `labels` and, if `guided`, as many unconditional rows after them.
+    def new_cache(self, condition: Condition) -> KVCache:
+        """A key/value cache for the rows of `condition`, in the dtype and on the device of the weights."""
+        layers, heads, head_dim = self.cache_shape
+        return KVCache(
+            layers, condition.rows, heads, condition.cache_slots, head_dim, dtype=self.dtype, device=self.device
+        )
+
+    def cache_bytes(self, condition: Condition) -> int:
+        """The memory that `new_cache` takes."""
+        layers, heads, head_dim = self.cache_shape
+        return 2 * layers * condition.rows * heads * condition.cache_slots * head_dim * self.dtype.itemsize
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """Rule out the tokens that may not stand at a position, by logits of -inf; by default none.
+
+        Args:
+            logits: guided logits [B, n, V].
+            steps: int64 [n] or [B, n], the index of the image token that each position predicts.
+            condition: of the batch, with or without its unconditional rows.
+        """
+        return logits
+
+    def is_code(self, steps: Tensor, condition: Condition) -> Tensor | None:
+        """Which image tokens are image codes (bool like `steps`), not structure like the ends of lines; None: all.
+
+        Only codes get a confidence in SoftCFG.
+        """
+        return None
+
+
+class ClassGenerator(Generator):
+    """A generator that is conditioned on a class.
+
+    Attributes:
+        condition_slots: slots that the class takes in front of the first image token.
+    """
+
+    condition_slots: int
+
+    def condition(self, labels: LabelsLike, *, guided: bool) -> ClassCondition:
+        """See `Generator.condition`.
 
         Raises:
             UserError: `labels` is not a flat list of class ids in 0 .. num_classes - 1.
@@ -100,20 +182,9 @@ class Generator(nn.Module, ABC):
             classes = torch.cat((classes, torch.full_like(classes, self.num_classes)))
         return self.class_condition(classes)
 
-    def class_condition(self, classes: Tensor) -> Condition:
+    def class_condition(self, classes: Tensor) -> ClassCondition:
         """The condition of rows given as int64 class ids, where `num_classes` stands for the null class."""
-        return Condition(classes)
-
-    def new_cache(self, rows: int) -> KVCache:
-        """A key/value cache for `rows` sequences of this generator, in the dtype and on the device of its weights."""
-        layers, heads, head_dim = self.cache_shape
-        # The last token is drawn and never fed.
-        slots = self.condition_slots + self.num_tokens - 1
-        return KVCache(layers, rows, heads, slots, head_dim, dtype=self.dtype, device=self.device)
-
-    def first_predicting(self, slot: int) -> int:
-        """Index, within a pass that starts at `slot`, of the first input from which an image token is predicted."""
-        return max(0, self.condition_slots - 1 - slot)
+        return ClassCondition(classes, self.condition_slots, self.num_tokens)
 
 
 def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
-from softcfg.models.base import Condition, Generator
-from softcfg.nn.attention import AttentionContext, attend, split_heads
+from softcfg.models.base import ClassCondition, ClassGenerator, Condition
+from softcfg.nn.attention import AttentionContext, attend, pass_slots, split_heads
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
@@ -107,7 +107,7 @@ class LlamaGenBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class LlamaGen(Generator):
+class LlamaGen(ClassGenerator):
     """The LlamaGen generator.
 
     The sequence is: class, image tokens in raster order. The table of classes ends with the null class.
@@ -144,17 +144,19 @@ class LlamaGen(Generator):
         tokens: Tensor,
         *,
         cache: KVCache | None = None,
-        slot: int = 0,
+        slot: int | Tensor = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
         """See `Generator.forward`."""
+        assert isinstance(condition, ClassCondition)
         x = self.tok_embeddings(tokens)
-        if slot == 0:
+        if isinstance(slot, int) and slot == 0:
             x = torch.cat((self.cls_embedding["embedding_table"](condition.classes)[:, None], x), dim=1)
         new = x.shape[1]
-        rotary = (self.rotary_cos[slot : slot + new], self.rotary_sin[slot : slot + new])
+        where = pass_slots(slot, new)
+        rotary = (self.rotary_cos[where], self.rotary_sin[where])
         context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights)
         for layer, block in enumerate(self.layers):
             x = block(x, layer, context)
-        return self.output(self.norm(x[:, self.first_predicting(slot) :]))
+        return self.output(self.norm(x[:, condition.first_predicting(slot) :]))

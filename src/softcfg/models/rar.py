@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
-from softcfg.models.base import Condition, Generator
-from softcfg.nn.attention import AttentionContext, SelfAttention
+from softcfg.models.base import ClassCondition, ClassGenerator, Condition
+from softcfg.nn.attention import AttentionContext, SelfAttention, pass_slots
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import MLP
@@ -58,12 +58,13 @@ class RobusTokConfig(RARConfig):
     codebook_size: int = 4096
 
 
-class RARCondition(Condition):
+class RARCondition(ClassCondition):
     """Classes, and what the layers make of them and of the slots ahead, computed for all distinct rows together.
 
     The modulations do not depend on the tokens. A decoding step would spend a third of its weights on them, for a
     few rows; one product for many slots, with the unconditional rows done once, is many times cheaper. Its shape
-    depends on the batch size alone, so an image gets the same bits in any batch of that size.
+    depends on the batch size alone, so an image gets the same bits in any batch of that size. Where rows stand at
+    slots of their own, the window is the whole sequence (with guidance 1.5 times the memory of the cache).
 
     Attributes:
         distinct: class ids [U], those of the conditional rows and, once, the null class.
@@ -71,8 +72,9 @@ class RARCondition(Condition):
         windows: layer -> first slot of the window, and its modulations [U, slots, parts * hidden_size].
     """
 
-    def __init__(self, classes: Tensor, null: int) -> None:
-        super().__init__(classes)
+    def __init__(self, classes: Tensor, slots: int, num_tokens: int, null: int) -> None:
+        super().__init__(classes, slots, num_tokens)
+        self.null = null
         conditional = classes != null
         count = int(conditional.sum())
         self.distinct = classes[conditional]
@@ -80,6 +82,10 @@ class RARCondition(Condition):
         if count < len(classes):
             self.distinct = torch.cat((self.distinct, classes.new_full((1,), null)))
         self.windows: dict[int, tuple[int, Tensor]] = {}
+
+    def __getitem__(self, rows: slice) -> RARCondition:
+        """See `Condition.__getitem__`."""
+        return RARCondition(self.classes[rows], self.slots, self.num_tokens, self.null)
 
 
 class Modulation(nn.Module):
@@ -122,7 +128,7 @@ class HeadNorm(Modulation):
         return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
-class RAR(Generator):
+class RAR(ClassGenerator):
     """The RAR generator; RobusTok's generators are the same function with 4,096 codes.
 
     The sequence is: cls token, class, image tokens. One table embeds image codes (rows 0 .. V - 1), a mask
@@ -163,35 +169,41 @@ class RAR(Generator):
         tokens: Tensor,
         *,
         cache: KVCache | None = None,
-        slot: int = 0,
+        slot: int | Tensor = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
         """See `Generator.forward`."""
+        assert isinstance(condition, RARCondition)
         x = self.embeddings(tokens)
-        if slot == 0:
+        if isinstance(slot, int) and slot == 0:
             label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
             x = torch.cat((self.cls_token.expand(condition.rows, -1, -1), label, x), dim=1)
         new = x.shape[1]
-        x = x + self._positions(slot, slot + new)
+        x = x + self._positions(slot, new)
         context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights)
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, RARBlock)
             x = block(x, self._modulation(condition, layer, block, slot, new), layer, context)
         head = self._modulation(condition, len(self.blocks), self.adaln_before_head, slot, new)
-        first = self.first_predicting(slot)
+        first = condition.first_predicting(slot)
         return self.lm_head(self.adaln_before_head(x[:, first:], head[:, first:]))
 
     def class_condition(self, classes: Tensor) -> RARCondition:
         """See `Generator.class_condition`."""
-        return RARCondition(classes, self.num_classes)
+        return RARCondition(classes, self.condition_slots, self.num_tokens, self.num_classes)
 
-    def _modulation(self, condition: Condition, layer: int, module: Modulation, slot: int, new: int) -> Tensor:
+    def _modulation(
+        self, condition: RARCondition, layer: int, module: Modulation, slot: int | Tensor, new: int
+    ) -> Tensor:
         """The modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size]."""
-        assert isinstance(condition, RARCondition)
+        window = condition.windows.get(layer)
+        if isinstance(slot, Tensor):
+            if window is None or window[1].shape[1] < condition.cache_slots:
+                window = condition.windows[layer] = (0, self._modulate(condition, module, 0, condition.cache_slots))
+            return window[1][condition.source[:, None], pass_slots(slot, new)]
         if new > 1:  # many slots as it is
             return self._modulate(condition, module, slot, new)[condition.source]
-        window = condition.windows.get(layer)
         if window is None or not window[0] <= slot < window[0] + window[1].shape[1]:
             ahead = max(1, WINDOW_ROWS // len(condition.distinct))
             window = condition.windows[layer] = (slot, self._modulate(condition, module, slot, ahead))
@@ -203,9 +215,9 @@ class RAR(Generator):
         label = self.embeddings(condition.distinct + self.vocab_size + 1)[:, None]
         return module.adaLN_modulation(label + self.timesteps_embeddings[:, slot : slot + count])
 
-    def _positions(self, start: int, stop: int) -> Tensor:
-        """What is added to the inputs of slots start .. stop - 1: [1, stop - start, hidden_size]."""
-        target = self.target_aware_pos_embed[:, start + 1 : stop + 1]
-        if start == 0:  # the cls token predicts nothing
-            target = torch.cat((torch.zeros_like(target[:, :1]), target[:, 1:]), dim=1)
-        return self.pos_embed[:, start:stop] + target
+    def _positions(self, slot: int | Tensor, new: int) -> Tensor:
+        """What is added to the inputs of a pass: [new, hidden_size] or, for slots by row, [rows, new, hidden_size]."""
+        target = self.target_aware_pos_embed[0, pass_slots(slot + 1, new)]
+        if isinstance(slot, int) and slot == 0:  # the cls token predicts nothing
+            target = torch.cat((torch.zeros_like(target[:1]), target[1:]))
+        return self.pos_embed[0, pass_slots(slot, new)] + target

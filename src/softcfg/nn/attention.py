@@ -30,24 +30,28 @@ def weighted_attention(
     key_weights: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Causal scaled dot-product attention; the n queries are the last n of the S slots.
+    """Causal scaled dot-product attention; the n queries are the last n of the S slots, unless the mask says more.
 
     Args:
         query: [rows, heads, n, head_dim].
         key, value: [rows, heads, S, head_dim], S >= n.
         value_weights, key_weights: factors on the values or keys of each slot, [rows, S], or [rows, n, S] where
             each query has its own. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
-        mask: bool [rows, S], False for slots that no query may see (the padding of left-padded rows).
+        mask: bool [rows, S], False for slots that no query may see (the padding of left-padded rows); or
+            [rows, n, S], True for the slots that each query sees, causality included.
 
     Returns:
         [rows, heads, n, head_dim] in the dtype of `value`. The softmax is in float32 (or float64).
     """
     new, slots = query.shape[2], key.shape[2]
     visible = None
-    if new > 1:
-        visible = torch.ones(new, slots, dtype=torch.bool, device=query.device).tril_(slots - new)
-    if mask is not None:
-        visible = mask[:, None, None, :] if visible is None else visible & mask[:, None, None, :]
+    if mask is not None and mask.dim() == 3:
+        visible = mask[:, None]
+    else:
+        if new > 1:
+            visible = torch.ones(new, slots, dtype=torch.bool, device=query.device).tril_(slots - new)
+        if mask is not None:
+            visible = mask[:, None, None, :] if visible is None else visible & mask[:, None, None, :]
 
     # For a single query on a CPU the plain products are faster than the fused kernel.
     fused = value_weights is None and key_weights is None and (new > 1 or query.device.type != "cpu")
@@ -82,34 +86,82 @@ def _finite(output: Tensor, mask: Tensor | None) -> Tensor:
 class AttentionContext:
     """What every attention layer of one forward pass shares."""
 
-    slot: int  # where the first new position stands in the sequence
+    slot: int | Tensor  # where the first new position stands in the sequence, of all rows or [rows]
     cache: KVCache | None = None
-    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin of the new positions
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin of the new positions, [n, pairs] or [rows, n, pairs]
     value_weights: Tensor | None = None  # [rows, filled] or [rows, n, filled]
     key_weights: Tensor | None = None
-    mask: Tensor | None = None  # bool [rows, filled]
+    mask: Tensor | None = None  # bool [rows, filled] or [rows, n, filled]
 
     @classmethod
     def create(
         cls,
-        slot: int,
+        slot: int | Tensor,
         new: int,
         cache: KVCache | None,
         rotary: tuple[Tensor, Tensor] | None = None,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> AttentionContext:
-        """Cut the per-slot tensors to the part of the sequence that is filled after this pass."""
-        if slot and cache is None:
-            raise ValueError(f"a pass that starts at slot {slot} needs the cache of the slots before it")
-        filled = slot + new
+        """Cut the per-slot tensors to the part of the sequence that is filled after this pass, and make the mask.
+
+        Where rows have slots of their own, nothing is cut: attention runs over the whole cache, and the mask hides
+        what lies behind each query.
+
+        Args:
+            padding: int64 [rows], leading slots of each row that no query sees.
+        """
+        if isinstance(slot, Tensor):
+            if cache is None:
+                raise ValueError("a pass whose rows have slots of their own needs the cache of the slots before them")
+            filled = cache.slots
+            mask = _slots_up_to(slot, new, filled)
+            if padding is not None:
+                mask &= _behind_padding(padding, filled)[:, None]
+        else:
+            if slot and cache is None:
+                raise ValueError(f"a pass that starts at slot {slot} needs the cache of the slots before it")
+            filled = slot + new
+            mask = None if padding is None else _behind_padding(padding, filled)
         return cls(
             slot=slot,
             cache=cache,
             rotary=rotary,
             value_weights=None if value_weights is None else value_weights[..., :filled],
             key_weights=None if key_weights is None else key_weights[..., :filled],
+            mask=mask,
         )
+
+
+def pass_slots(slot: int | Tensor, new: int, padding: Tensor | None = None) -> slice | Tensor:
+    """Index of the `new` slots of a pass from `slot` on, into tables by slot or position.
+
+    Args:
+        slot: of all rows, or int64 [rows].
+        padding: int64 [rows]; positions are then counted from each row's first slot behind its padding (0 inside).
+
+    Returns:
+        A slice where all rows have the same, else int64 [rows, new].
+    """
+    if isinstance(slot, Tensor):
+        start = slot[:, None] if padding is None else (slot - padding)[:, None]
+    elif padding is not None:
+        start = slot - padding[:, None]
+    else:
+        return slice(slot, slot + new)
+    return (start + torch.arange(new, device=start.device)).clamp_min(0)
+
+
+def _slots_up_to(slot: Tensor, new: int, slots: int) -> Tensor:
+    """Bool [rows, new, slots]: which slots the queries of a pass see that starts at `slot` [rows]."""
+    first = torch.arange(slots, device=slot.device) - torch.arange(new, device=slot.device)[:, None]
+    return first <= slot[:, None, None]
+
+
+def _behind_padding(padding: Tensor, slots: int) -> Tensor:
+    """Bool [rows, slots], False for the leading slots that are padding."""
+    return torch.arange(slots, device=padding.device) >= padding[:, None]
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 class KVCache:
     """Keys and values of all layers, allocated once as [layers, rows, heads, slots, head_dim].
 
-    A slot is written once and never changed: guidance weights act on the attention, not on the cache.
+    Guidance weights act on the attention, not on the cache: what is written stays as it is.
     Rows are the sequences of a batch (with guidance the conditional ones first, then the unconditional).
     """
 
@@ -33,12 +33,20 @@ class KVCache:
         """The number of sequence positions that the cache holds."""
         return self.keys.shape[3]
 
-    def update(self, layer: int, keys: Tensor, values: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> tuple[Tensor, Tensor]:
         """Write `keys` and `values` [rows, heads, n, head_dim] at `slot` and return the filled part.
 
+        Args:
+            slot: of all rows, or int64 [rows], one a row.
+
         Returns:
-            Views [rows, heads, slot + n, head_dim] of the layer's keys and values.
+            Views [rows, heads, slot + n, head_dim] of the layer's keys and values; for slots by row, of all slots.
         """
+        if isinstance(slot, Tensor):
+            where = (slot[:, None] + torch.arange(keys.shape[2], device=slot.device))[:, None, :, None]
+            self.keys[layer].scatter_(2, where.expand_as(keys), keys)
+            self.values[layer].scatter_(2, where.expand_as(values), values)
+            return self.keys[layer], self.values[layer]
         end = slot + keys.shape[2]
         if end > self.slots:
             raise ValueError(f"the cache has {self.slots} slots, writing up to slot {end} does not fit")

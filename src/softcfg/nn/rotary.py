@@ -1,4 +1,4 @@
-"""Rotary position embedding over adjacent channel pairs."""
+"""Rotary position embedding, over adjacent channel pairs or over the two halves of the channels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (2i, 2i+1) of `x` [..., n, head_dim] by the angles of each position.
 
     Args:
-        cos, sin: float32 [n, head_dim / 2]; low-precision inputs are turned in float32.
+        cos, sin: float32 [n, head_dim / 2], or [rows, n, head_dim / 2] for `x` [rows, heads, n, head_dim] whose
+            rows have positions of their own; low-precision inputs are turned in float32.
     """
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
     dtype = torch.promote_types(x.dtype, cos.dtype)
     # As complex numbers, (a + ib)(cos + i sin), it is one operation rather than six.
     pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
     turned = pairs * torch.complex(cos.to(dtype), sin.to(dtype))
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Like `rotate`, for the channel pairs (i, head_dim / 2 + i)."""
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def tables_behind_condition(angles: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,6 +160,7 @@ GENERATORS: dict[str, Family] = _by_name(
             ignored=("freqs_cis",),
             allowed_types=TRAINING_ARGUMENTS,
         ),
+        _generator("lumina-mgpt-2", "softcfg.models.lumina", "Lumina", "LuminaConfig", ignored=("model.vqmodel.",)),
     ]
 )
 

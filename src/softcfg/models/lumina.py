@@ -1,0 +1,376 @@
+"""The Lumina-mGPT 2.0 generator: a Llama decoder over one vocabulary of text and image tokens.
+
+Lumina-mGPT 2.0 (https://arxiv.org/abs/2507.17801, https://github.com/Alpha-VLLM/Lumina-mGPT-2.0). Parameter names are
+those of the released checkpoints, and the ids of the special tokens are theirs by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.configuration import require_positive
+from softcfg.errors import UserError
+from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn.attention import AttentionContext, attend, pass_slots
+from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.linear import Linear
+from softcfg.nn.rotary import angles_1d, rotate_halves
+
+HEAD_NORM_EPS = 1e-5
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of the positions of a pass
+
+
+@dataclass(frozen=True)
+class LuminaConfig:
+    """Sizes and token ids of a Lumina-mGPT generator, under the names of the released `config.json` where it has them.
+
+    An image is laid out as: start, two tokens for its height and width in grid cells, h lines of w codes and a
+    new-line token each, end. A grid cell is `codes_per_cell` codes or `cell_pixels` pixels wide.
+
+    Attributes:
+        vocab_size: V, text, special tokens and image codes.
+        max_position_embeddings: the longest sequence, prompt and image together.
+        model_parallel_size: rows of the head norms' weights; each serves as many consecutive heads as the others.
+        swin_norm: norms behind attention and MLP rather than before them.
+        prompt_start_id, separator_id: first and last token of a prompt.
+        image_start_id, image_end_id, new_line_id: see above.
+        size_id: a side of n grid cells is the token `size_id` + n.
+        first_code_id, num_codes: image code c is the token `first_code_id` + c.
+        image_size: H and W, in pixels, of images whose prompt does not say.
+    """
+
+    vocab_size: int = 171385
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 10240
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    model_parallel_size: int = 1
+    swin_norm: bool = False
+    prompt_start_id: int = 151645
+    separator_id: int = 171384
+    image_start_id: int = 151665
+    image_end_id: int = 151666
+    new_line_id: int = 151670
+    size_id: int = 151671
+    first_code_id: int = 155000
+    num_codes: int = 16384
+    codes_per_cell: int = 4
+    cell_pixels: int = 32
+    image_size: int = 768
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "rms_norm_eps", "rope_theta", "model_parallel_size", "num_codes",
+            "codes_per_cell", "cell_pixels", "image_size",
+        )  # fmt: skip
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads ({heads}), for the "
+                "rotary embedding"
+            )
+        if self.num_key_value_heads not in (None, heads):
+            raise ValueError(
+                f"num_key_value_heads must be num_attention_heads ({heads}), as released, got "
+                f"{self.num_key_value_heads}"
+            )
+        if heads % self.model_parallel_size:
+            raise ValueError(
+                f"num_attention_heads {heads} must be a multiple of model_parallel_size ({self.model_parallel_size})"
+            )
+        for name in ("prompt_start_id", "separator_id", "image_start_id", "image_end_id", "new_line_id", "size_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(f"{name} {getattr(self, name)} is outside of the {self.vocab_size} tokens")
+        if not 0 <= self.first_code_id <= self.vocab_size - self.num_codes:
+            raise ValueError(
+                f"{self.num_codes} image codes from {self.first_code_id} on do not fit into {self.vocab_size} tokens"
+            )
+        self.grid(self.image_size, self.image_size)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """The lines and columns (h, w) of codes of an image of `width` x `height` pixels.
+
+        Raises:
+            ValueError: a side is no multiple of a grid cell, or there is no token for its size.
+        """
+        for name, side in (("width", width), ("height", height)):
+            if side < 1 or side % self.cell_pixels:
+                raise ValueError(f"{name} must be a multiple of {self.cell_pixels}, got {side}")
+            token = self.size_id + side // self.cell_pixels
+            if token >= self.vocab_size or self.first_code_id <= token < self.first_code_id + self.num_codes:
+                raise ValueError(f"{name} {side} is too large: the vocabulary has no token for this size")
+        return tuple(side // self.cell_pixels * self.codes_per_cell for side in (height, width))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt as the generator reads it.
+
+    Attributes:
+        ids: the tokens of the text, from the first prompt token to the separator. None at all make the prompt an
+            unconditional one.
+        width, height: of the image, in pixels; by default the model's.
+        given: int64 [k, w], codes of the image's first k lines, where they are not to be drawn.
+    """
+
+    ids: Sequence[int] | Tensor
+    width: int | None = None
+    height: int | None = None
+    given: Tensor | None = None
+
+
+class PromptCondition(Condition):
+    """Prompts, left-padded to one length, for images of one size.
+
+    Attributes:
+        ids: int64 [rows, slots], padding in front.
+        grid: lines and columns (h, w) of codes of the whole images.
+        given: int64 [B, k, w], codes of the first k lines, which stand in the prompt.
+    """
+
+    def __init__(self, ids: Tensor, padding: Tensor | None, grid: tuple[int, int], given: Tensor) -> None:
+        super().__init__(*ids.shape, num_tokens=(grid[0] - given.shape[1]) * (grid[1] + 1) + 1, padding=padding)
+        self.ids = ids
+        self.grid = grid
+        self.given = given
+
+    @property
+    def num_codes(self) -> int:
+        """See `Condition.num_codes`."""
+        return (self.grid[0] - self.given.shape[1]) * self.grid[1]
+
+    def __getitem__(self, rows: slice) -> PromptCondition:
+        """See `Condition.__getitem__`."""
+        padding = None if self.padding is None else self.padding[rows]
+        return PromptCondition(self.ids[rows], padding, self.grid, self.given)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm over the channels of each head; each row of weights serves as many consecutive heads."""
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(groups, width))
+        self.bias = nn.Parameter(torch.zeros(groups, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, n, heads, width] -> the same shape."""
+        groups, width = self.weight.shape
+        if groups == 1:
+            return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
+        x = F.layer_norm(x, (width,), eps=HEAD_NORM_EPS).unflatten(2, (groups, -1))
+        return (x * self.weight[:, None] + self.bias[:, None]).flatten(2, 3)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention with normalised queries and keys, without biases."""
+
+    def __init__(self, config: LuminaConfig) -> None:
+        super().__init__()
+        width, groups = config.hidden_size, config.model_parallel_size
+        self.heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(width, width, bias=False) for _ in range(4))
+        self.q_norm = HeadNorm(groups, width // self.heads)
+        self.k_norm = HeadNorm(groups, width // self.heads)
+
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, rotary: Rotary) -> Tensor:
+        """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
+        query, key, value = (
+            project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = rotate_halves(self.q_norm(query).transpose(1, 2), *rotary)
+        key = rotate_halves(self.k_norm(key).transpose(1, 2), *rotary)
+        return self.o_proj(attend(query, key, value.transpose(1, 2), layer, context))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x), without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LuminaBlock(nn.Module):
+    """Transformer block; its norms stand before attention and MLP or, with `swin_norm`, behind them."""
+
+    def __init__(self, config: LuminaConfig) -> None:
+        super().__init__()
+        self.swin_norm = config.swin_norm
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, rotary: Rotary) -> Tensor:
+        """[rows, n, hidden_size] -> the same shape."""
+        if self.swin_norm:
+            x = x + self.input_layernorm(self.self_attn(x, layer, context, rotary))
+            return x + self.post_attention_layernorm(self.mlp(x))
+        x = x + self.self_attn(self.input_layernorm(x), layer, context, rotary)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LuminaDecoder(nn.Module):
+    """Token embedding, blocks and the last norm."""
+
+    def __init__(self, config: LuminaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LuminaBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, context: AttentionContext, rotary: Rotary) -> Tensor:
+        """Ids int64 [rows, n] -> [rows, n, hidden_size], before the last norm."""
+        x = self.embed_tokens(ids)
+        for layer, block in enumerate(self.layers):
+            x = block(x, layer, context, rotary)
+        return x
+
+
+class Lumina(Generator):
+    """The Lumina-mGPT generator.
+
+    A conditional row is: prompt, image start, height, width, image tokens; an unconditional row begins at the image
+    start. Both stand left-padded in one batch, and positions count from 0 at a row's first real token. The three
+    tokens that open an image are given, not drawn. Image tokens are the codes, the ends of lines and the end of the
+    image, as ids of the whole vocabulary; what may stand where is a rule.
+    """
+
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def __init__(self, config: LuminaConfig) -> None:
+        super().__init__()
+        self.config = config
+        h, w = config.grid(config.image_size, config.image_size)
+        self.num_tokens = h * (w + 1) + 1
+        self.vocab_size = config.vocab_size
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.cache_shape = (config.num_hidden_layers, config.num_attention_heads, head_dim)
+
+        self.model = LuminaDecoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        positions = torch.arange(config.max_position_embeddings, device="cpu")
+        angles = angles_1d(positions, head_dim // 2, config.rope_theta)
+        self.register_buffer("rotary_cos", angles.cos(), persistent=False)
+        self.register_buffer("rotary_sin", angles.sin(), persistent=False)
+
+    def condition(self, prompts: Sequence[TokenPrompt], *, guided: bool) -> PromptCondition:
+        """See `Generator.condition`.
+
+        Raises:
+            UserError: no prompts, ids outside of the vocabulary, a size that is no multiple of a grid cell, sizes that
+                differ, or a sequence longer than the model's positions.
+        """
+        config = self.config
+        if not prompts or not all(isinstance(prompt, TokenPrompt) for prompt in prompts):
+            raise UserError(f"prompts must be a list of at least one TokenPrompt, got {prompts!r}")
+        sizes = {(prompt.width or config.image_size, prompt.height or config.image_size) for prompt in prompts}
+        if len(sizes) > 1:
+            listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+            raise UserError(f"all images of a batch must have one size, got {listed}")
+        try:
+            grid = config.grid(*sizes.pop())
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+        given = self._given(prompts, grid)
+        opening = [config.image_start_id, *(config.size_id + side // config.codes_per_cell for side in grid)]
+        lines = F.pad(given + config.first_code_id, (0, 1), value=config.new_line_id).flatten(1)
+        opened = torch.cat((torch.tensor([opening]).expand(len(prompts), -1), lines), dim=1)
+        texts = [as_ids(prompt.ids, "prompt ids", self.vocab_size).flatten() for prompt in prompts]
+        if guided:
+            texts += [texts[0][:0]] * len(prompts)
+            opened = opened.repeat(2, 1)
+        lengths = torch.tensor([len(text) for text in texts])
+        longest = int(lengths.max())
+        padded = [F.pad(text, (longest - len(text), 0), value=config.prompt_start_id) for text in texts]
+        padding = (longest - lengths).to(self.device) if (lengths < longest).any() else None
+        ids = torch.cat((torch.stack(padded), opened), dim=1).to(self.device)
+        condition = PromptCondition(ids, padding, grid, given.to(self.device))
+        if condition.cache_slots > config.max_position_embeddings:
+            raise UserError(
+                f"prompt and image take {condition.cache_slots} positions, but the model has "
+                f"{config.max_position_embeddings}; give a shorter prompt or a smaller image"
+            )
+        return condition
+
+    def _given(self, prompts: Sequence[TokenPrompt], grid: tuple[int, int]) -> Tensor:
+        """The lines of codes that the prompts bring along, int64 [B, k, w]."""
+        h, w = grid
+        none = torch.zeros(0, w, dtype=torch.int64)
+        given = [none if prompt.given is None else prompt.given for prompt in prompts]
+        if any(lines.dim() != 2 or lines.shape[1] != w or len(lines) >= h for lines in given):
+            raise UserError(f"given codes must have shape [k, {w}] with k < {h}, got {list(given[0].shape)}")
+        if len({len(lines) for lines in given}) > 1:
+            raise UserError("all prompts of a batch must give as many lines of codes")
+        return as_ids(torch.stack([lines.cpu() for lines in given]), "given codes", self.config.num_codes)
+
+    def forward(
+        self,
+        condition: Condition,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        slot: int | Tensor = 0,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `Generator.forward`; the logits are float32 or better."""
+        assert isinstance(condition, PromptCondition)
+        ids = tokens
+        if isinstance(slot, int) and slot == 0:
+            ids = torch.cat((condition.ids, tokens), dim=1)
+        new = ids.shape[1]
+        context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights, padding=condition.padding)
+        x = self.model(ids, context, self._rotary(condition, slot, new))[:, condition.first_predicting(slot) :]
+        logits = self.lm_head(self.model.norm(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _rotary(self, condition: Condition, slot: int | Tensor, new: int) -> Rotary:
+        """Cosines and sines of the positions of a pass, [n, pairs] or [rows, n, pairs]."""
+        where = pass_slots(slot, new)
+        if condition.padding is not None:
+            if isinstance(where, slice):
+                where = torch.arange(where.start, where.stop, device=self.device)
+            where = (where - condition.padding[:, None]).clamp_min(0)
+        return self.rotary_cos[where], self.rotary_sin[where]
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """Codes inside of a line, a new line behind it, the end behind the last: see `Generator.constrain`."""
+        code, last = self.is_code(steps, condition), steps == condition.num_tokens - 1
+        token = torch.arange(self.vocab_size, device=logits.device)
+        codes = (token >= self.config.first_code_id) & (token < self.config.first_code_id + self.config.num_codes)
+        structure = torch.where(last, self.config.image_end_id, self.config.new_line_id)
+        allowed = torch.where(code[..., None], codes, token == structure[..., None])
+        return logits.masked_fill(~allowed, float("-inf"))
+
+    def is_code(self, steps: Tensor, condition: Condition) -> Tensor:
+        """See `Generator.is_code`."""
+        assert isinstance(condition, PromptCondition)
+        return ((steps + 1) % (condition.grid[1] + 1) != 0) & (steps != condition.num_tokens - 1)
+
+    def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """The codes int64 [B, h w], in raster order, of whole images whose drawn tokens are `tokens` [B, T]."""
+        assert isinstance(condition, PromptCondition)
+        steps = torch.arange(condition.num_tokens, device=tokens.device)
+        drawn = tokens[:, self.is_code(steps, condition)] - self.config.first_code_id
+        return torch.cat((condition.given.flatten(1), drawn), dim=1)

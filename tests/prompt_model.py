@@ -1,0 +1,91 @@
+"""A small generator behind prompts of different lengths, whose rows of tokens end with a token of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softcfg.models.base import Condition, Generator
+from softcfg.nn import AttentionContext, KVCache, SelfAttention
+from softcfg.nn.attention import pass_slots
+from softcfg.nn.rotary import angles_1d
+
+CODES, WIDTH, HEADS, LAYERS = 3, 16, 2, 2
+END_OF_LINE = CODES  # the last token that may be drawn
+LINE = 3  # tokens of a line, its end included
+
+
+class Prompts(Condition):
+    """Left-padded prompts, ids [rows, slots]."""
+
+    def __init__(self, ids: Tensor, padding: Tensor | None, num_tokens: int) -> None:
+        super().__init__(len(ids), ids.shape[1], num_tokens, padding)
+        self.ids = ids
+
+    def __getitem__(self, rows: slice) -> Prompts:
+        return Prompts(self.ids[rows], None if self.padding is None else self.padding[rows], self.num_tokens)
+
+
+class PromptGenerator(Generator):
+    """A decoder over prompts (lists of ids below 8) and image tokens; without guidance's prompt, the id 0 alone."""
+
+    cache_shape = (LAYERS, HEADS, WIDTH // HEADS)
+    vocab_size = CODES + 1
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.prompt = nn.Embedding(8, WIDTH)
+        self.token = nn.Embedding(self.vocab_size, WIDTH)
+        self.layers = nn.ModuleList(
+            SelfAttention(WIDTH, HEADS, nn.LayerNorm(WIDTH // HEADS), nn.LayerNorm(WIDTH // HEADS))
+            for _ in range(LAYERS)
+        )
+        self.output = nn.Linear(WIDTH, self.vocab_size)
+        self.register_buffer("angles", angles_1d(torch.arange(64), WIDTH // HEADS // 2, 100.0))
+
+    def condition(self, prompts: list[list[int]], *, guided: bool) -> Prompts:
+        prompts = prompts + [[0]] * len(prompts) if guided else prompts
+        slots = max(map(len, prompts))
+        padding = torch.tensor([slots - len(prompt) for prompt in prompts])
+        ids = torch.tensor([[7] * (slots - len(prompt)) + prompt for prompt in prompts])
+        return Prompts(ids, padding if padding.any() else None, self.num_tokens)
+
+    def forward(
+        self,
+        condition: Condition,
+        tokens: Tensor,
+        *,
+        cache: KVCache | None = None,
+        slot: int | Tensor = 0,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+    ) -> Tensor:
+        assert isinstance(condition, Prompts)
+        x = self.token(tokens)
+        if isinstance(slot, int) and slot == 0:
+            x = torch.cat((self.prompt(condition.ids), x), dim=1)
+        new = x.shape[1]
+        angles = self.angles[pass_slots(slot, new, condition.padding)]
+        rotary = angles.cos(), angles.sin()
+        context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights, condition.padding)
+        for layer, attention in enumerate(self.layers):
+            x = x + attention(x, layer, context)
+        return self.output(x[:, condition.first_predicting(slot) :])
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        end = torch.arange(self.vocab_size) == END_OF_LINE
+        return logits.masked_fill(self.is_code(steps, condition)[..., None] == end, float("-inf"))
+
+    def is_code(self, steps: Tensor, condition: Condition) -> Tensor:
+        return steps % LINE != LINE - 1
+
+
+def prompt_generator(num_tokens: int) -> PromptGenerator:
+    """The generator with random weights large enough to matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = PromptGenerator(num_tokens)
+        for parameter in generator.parameters():
+            torch.nn.init.normal_(parameter, std=0.7)
+    return generator.requires_grad_(False).eval()
