@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,9 @@ def whole(weights: dict[str, Tensor], config: LuminaConfig) -> dict[str, Tensor]
     return {name: tensor.bfloat16() for name, tensor in {**weights, "lm_head.weight": head}.items()}
 
 
-def nats_per_code(predict: nn.Module, model: Lumina, prompts: Sequence[TokenPrompt], codes: Tensor) -> Tensor:
+def nats_per_code(
+    predict: Callable[..., Tensor], model: Lumina, prompts: Sequence[TokenPrompt], codes: Tensor
+) -> Tensor:
     """Mean cross-entropy of the image codes int64 [B, h w] given the prompts."""
     config = model.config
     condition = model.condition(prompts, guided=False)
@@ -187,16 +189,20 @@ def initialise(model: Lumina) -> None:
             parameter.zero_()
         elif name.endswith("_proj.weight"):
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        elif name in ("lm_head.weight", "model.embed_tokens.weight"):
-            nn.init.normal_(parameter, std=0.02 if name.startswith("lm_head") else 0.5)
+        elif name == "lm_head.weight":
+            nn.init.normal_(parameter, std=0.02)
+        elif name == "model.embed_tokens.weight":
+            nn.init.normal_(parameter, std=0.2)
 
 
 def optimizers_of(model: Lumina) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    """Muon for the matrices inside the blocks, AdamW for everything else, fast for the embedding of rare words."""
     matrices = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    embedding = model.model.embed_tokens.weight
+    apart = {id(p) for p in (*matrices, embedding)}
+    rest = [p for p in model.parameters() if id(p) not in apart]
+    groups = [{"params": [embedding], "lr": 1e-2}, {"params": rest, "lr": 3e-3}]
     return [
         Muon(matrices, lr=6e-3, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0),
     ]
