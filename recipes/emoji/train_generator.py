@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recipes.emoji.captions import TEXT_TOKENS, caption, pair_caption, text_tokenizer
 from recipes.emoji.data import SIZE, Picture
 from recipes.emoji.train_tokenizer import CONFIG as TOKENIZER
-from recipes.emoji.train_tokenizer import pixels_of, tokenizer_from
+from recipes.emoji.train_tokenizer import pixels_of, tokenizer_from, tokens_of
 from recipes.muon import Muon
 from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, save_weights
 from softcfg.files import make_folder, write_atomically
@@ -103,7 +103,7 @@ class Examples:
 def train(out: Path, budget: Budget, pictures: Sequence[Picture], *, compiled: bool = False) -> Path:
     """Tokenise the pictures with the tokenizer in `out`, train, and return the path of the weights."""
     tokenizer = tokenizer_from(out / "tokenizer.safetensors").to(accelerator().device)
-    codes = torch.cat([tokenizer.encode(part).cpu() for part in pixels_of(pictures).split(250)])
+    codes = torch.cat([tokens_of(tokenizer, part).cpu() for part in pixels_of(pictures).split(250)])
     text = text_tokenizer(pictures)
     make_folder(out)
     write_atomically(out / "tokenizer.json", text.to_str().encode())
