@@ -1,4 +1,8 @@
-"""A model folder small enough for every test: 16 tokens of 20 codes, 4 named classes, 8 x 8 pixels."""
+"""Model folders small enough for every test.
+
+One draws classes: 16 tokens of 20 codes, 4 named classes, 8 x 8 pixels. One reads prompts: 20 codes of 2 x 2 pixels,
+4 to a grid cell of 4 x 4 pixels, 8 x 8 pixels by default.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,50 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer": {"family": "maskgit-vq", "config": TOKENIZER, "checkpoint": "tokenizer.safetensors"},
         "sampling": {"guidance_scale": 3.0, "guidance_scale_pow": 0.5, "temperature": 0.9},
         "classes": CLASSES,
+    }
+    (folder / "model.yaml").write_text(yaml.safe_dump(description))
+    return folder
+
+
+WORDS = ["[UNK]", "a", "red", "green", "apple", "star", "and"]
+LUMINA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 160, "vocab_size": 40, "prompt_start_id": 7, "separator_id": 8, "image_start_id": 9,
+    "image_end_id": 10, "new_line_id": 11, "size_id": 12, "first_code_id": 20, "num_codes": 20, "codes_per_cell": 2,
+    "cell_pixels": 4, "image_size": 8,
+}  # fmt: skip
+MOVQ = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 8, "n_embed": 20}
+
+
+@pytest.fixture(scope="session")
+def prompt_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from softcfg.configuration import load_config
+    from softcfg.models.lumina import Lumina, LuminaConfig
+    from softcfg.tokenizers import MoVQ, MoVQConfig
+
+    folder = tmp_path_factory.mktemp("models") / "words"
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = Lumina(load_config(LuminaConfig, LUMINA))
+        for parameter in generator.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+        tokenizer = MoVQ(load_config(MoVQConfig, MOVQ))
+    save_file(generator.state_dict(), folder / "generator.safetensors")
+    save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
+    text = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    text.pre_tokenizer = pre_tokenizers.Whitespace()
+    text.save(str(folder / "tokenizer.json"))
+    description = {
+        "name": "words",
+        "description": "random weights",
+        "generator": {"family": "lumina-mgpt-2", "config": LUMINA, "checkpoint": "generator.safetensors"},
+        "tokenizer": {"family": "movq", "config": MOVQ, "checkpoint": "tokenizer.safetensors"},
+        "text": {"tokenizer": "tokenizer.json", "template": "{prompt}"},
+        "sampling": {"guidance_scale": 3.0, "schedule": "constant", "temperature": 0.9, "top_k": 15},
     }
     (folder / "model.yaml").write_text(yaml.safe_dump(description))
     return folder

@@ -1,4 +1,4 @@
-"""From labels to images: a generator, a tokenizer and their default settings in one object."""
+"""From labels or prompts to images: a generator, a tokenizer and their default settings in one object."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
+from softcfg.models.lumina import Lumina
+from softcfg.prompts import Prompt, PromptReader, as_prompts
 from softcfg.tokenizers.base import Tokenizer
-from softcfg.zoo.checkpoints import load_generator, load_tokenizer, random_weights
+from softcfg.zoo.checkpoints import load_generator, load_prompt_reader, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
 
@@ -26,16 +28,18 @@ class PipelineOutput:
     """B sampled images.
 
     Attributes:
-        labels: int64 [B].
+        labels: int64 [B]; None where prompts were given.
         indices: the index n of each image; with the seed it fixes the image's random numbers.
         tokens: int64 [B, T].
         pixels: uint8 [B, H, W, 3].
+        prompts: the B prompts, with the size that was drawn; None where labels were given.
     """
 
-    labels: Tensor
+    labels: Tensor | None
     indices: list[int]
     tokens: Tensor
     pixels: np.ndarray
+    prompts: list[Prompt] | None = None
 
     @property
     def images(self) -> list[Image.Image]:
@@ -44,13 +48,14 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """Draws images of given classes.
+    """Draws images of given classes, or from given prompts.
 
     Attributes:
         generator, tokenizer: the two halves of the model.
         name: the name of the model.
         classes: names of the classes, where the model has them.
-        sampling_defaults: temperature, guidance_scale, guidance_scale_pow and schedule that suit the model.
+        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
+        prompt_reader: turns prompts into tokens; None for models that draw classes.
     """
 
     def __init__(
@@ -61,17 +66,15 @@ class Pipeline:
         name: str = "",
         classes: Sequence[str] = (),
         sampling_defaults: Mapping[str, Any] | None = None,
+        prompt_reader: PromptReader | None = None,
     ) -> None:
-        if (generator.num_tokens, generator.vocab_size) != (tokenizer.num_tokens, tokenizer.codebook_size):
-            raise UserError(
-                f"the generator draws {generator.num_tokens} tokens of {generator.vocab_size} codes, but the tokenizer "
-                f"reads {tokenizer.num_tokens} tokens of {tokenizer.codebook_size} codes"
-            )
+        _require_fit(generator, tokenizer)
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
         self.classes = tuple(classes)
         self.sampling_defaults = dict(sampling_defaults or {})
+        self.prompt_reader = prompt_reader
 
     @classmethod
     def from_pretrained(
@@ -101,6 +104,7 @@ class Pipeline:
             name=entry.name,
             classes=entry.classes,
             sampling_defaults=entry.sampling,
+            prompt_reader=None if entry.text is None else load_prompt_reader(entry),
         )
 
     @classmethod
@@ -127,65 +131,74 @@ class Pipeline:
         }
         return method(**{**suited, **settings})
 
-    def sampling(self, temperature: float | None = None, top_k: int = 0, top_p: float = 1.0) -> Sampling:
-        """Sampling settings, with the model's temperature by default."""
+    def sampling(self, temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0) -> Sampling:
+        """Sampling settings, with the model's temperature and top-k by default."""
         if temperature is None:
             temperature = self.sampling_defaults.get("temperature", 1.0)
+        if top_k is None:
+            top_k = self.sampling_defaults.get("top_k", 0)
         return Sampling(temperature, top_k, top_p)
 
     def __call__(
         self,
-        labels: LabelsLike,
+        labels: LabelsLike = None,
         guidance: CFG | None = None,
         *,
+        prompts: Any = None,
+        width: int | None = None,
+        height: int | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         temperature: float | None = None,
-        top_k: int = 0,
+        top_k: int | None = None,
         top_p: float = 1.0,
         batch_size: int | None = None,
         forced_tokens: Any = None,
         forced_mask: Any = None,
         on_step: Callable[[int], None] | None = None,
     ) -> PipelineOutput:
-        """Draw one image a label.
+        """Draw one image a label, or one a prompt.
 
         Args:
-            labels: B class ids.
+            labels: B class ids. In their place, prompts may be given here too.
             guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power.
+            prompts: B texts or `Prompt`s, for images of one size.
+            width, height: of the images of prompts that do not say, in pixels; the model's by default.
             seed, indices: image n of a seed draws from the random stream (seed, n), whatever the batch; the
                 indices are 0 .. B - 1 by default.
-            temperature, top_k, top_p: see `Sampling`; the temperature is the model's by default.
+            temperature, top_k, top_p: see `Sampling`; temperature and top-k are the model's by default.
             batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
                 one batch size an image is the same to the last bit in whatever batch it is drawn.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
 
         Raises:
-            UserError: labels out of range, or arguments that do not fit together.
+            UserError: labels out of range, prompts for a model that draws classes or the other way round, or arguments
+                that do not fit together.
         """
         guidance = guidance or self.default_guidance()
         sampling = self.sampling(temperature, top_k, top_p)
-        classes = as_ids(labels, "labels", self.generator.num_classes)
-        if classes.dim() != 1 or not len(classes):
-            raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
-        count = len(classes)
+        inputs, shown = self._inputs(labels, prompts, width, height)
+        count = len(inputs)
         indices = list(range(count)) if indices is None else [int(index) for index in indices]
         if len(indices) != count:
-            raise UserError(f"indices must be as many as labels, {count}, got {len(indices)}")
+            raise UserError(
+                f"indices must be as many as {'prompts' if shown else 'labels'}, {count}, got {len(indices)}"
+            )
         batch_size = count if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        total = self.generator.num_tokens
+        total = self.generator.condition(inputs, guided=False).num_tokens
 
         tokens, pixels = [], []
         for batch, start in enumerate(range(0, count, batch_size)):
             # A partial batch is filled up with its last image.
             rows = [min(start + i, count - 1) for i in range(batch_size)]
             kept = min(batch_size, count - start)
+            chosen = [inputs[row] for row in rows]
             drawn = decode(
                 self.generator,
-                classes[rows],
+                chosen,
                 guidance,
                 uniforms=image_uniforms(seed, [indices[row] for row in rows], total),
                 sampling=sampling,
@@ -194,8 +207,59 @@ class Pipeline:
                 on_step=_shifted(on_step, batch * total),
             )
             tokens.append(drawn[:kept].cpu())
-            pixels.append(self.tokenizer.to_uint8(self.tokenizer.decode(drawn))[:kept].cpu().numpy())
-        return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels))
+            condition = self.generator.condition(chosen, guided=False)
+            image = self.tokenizer.decode(self.generator.image_codes(drawn, condition), condition.grid)
+            pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
+        classes = torch.tensor(inputs) if shown is None else None
+        return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels), shown)
+
+    def _inputs(
+        self, labels: Any, prompts: Any, width: int | None, height: int | None
+    ) -> tuple[list[Any], list[Prompt] | None]:
+        """What the generator is conditioned on, one an image; and the prompts, for models that draw from prompts."""
+        name = self.name or "this model"
+        if prompts is None and _is_text(labels):
+            labels, prompts = None, labels
+        if not isinstance(self.generator, Lumina):
+            if prompts is not None:
+                raise UserError(f"{name} draws classes: give labels, it does not read prompts")
+            if width is not None or height is not None:
+                raise UserError(f"{name} draws images of one size, without width and height")
+            classes = as_ids(labels, "labels", self.generator.num_classes)
+            if classes.dim() != 1 or not len(classes):
+                raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
+            return classes.tolist(), None
+        if labels is not None:
+            raise UserError(f"{name} draws from prompts: give texts, it has no classes")
+        if self.prompt_reader is None:
+            raise UserError(f"{name} has no text tokenizer, so it cannot read prompts")
+        size = self.generator.config.image_size
+        shown = as_prompts(prompts, width or size, height or size)
+        return self.prompt_reader.read(shown, self.generator, self.tokenizer), shown
+
+
+def _require_fit(generator: Generator, tokenizer: Tokenizer) -> None:
+    """Raise `UserError` unless `tokenizer` decodes what `generator` draws."""
+    if isinstance(generator, Lumina):
+        config = generator.config
+        drawn = (config.num_codes, config.cell_pixels // config.codes_per_cell)
+        if not tokenizer.any_size or drawn != (tokenizer.codebook_size, tokenizer.patch_size):
+            raise UserError(
+                f"the generator draws {drawn[0]} codes, {drawn[1]} pixels wide, for images of any size; the tokenizer "
+                "does not decode them"
+            )
+    elif (generator.num_tokens, generator.vocab_size) != (tokenizer.num_tokens, tokenizer.codebook_size):
+        raise UserError(
+            f"the generator draws {generator.num_tokens} tokens of {generator.vocab_size} codes, but the tokenizer "
+            f"reads {tokenizer.num_tokens} tokens of {tokenizer.codebook_size} codes"
+        )
+
+
+def _is_text(values: Any) -> bool:
+    """Whether these are prompts, not labels."""
+    return isinstance(values, (str, Prompt)) or (
+        isinstance(values, Sequence) and len(values) > 0 and isinstance(values[0], (str, Prompt))
+    )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

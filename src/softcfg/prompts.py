@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 from softcfg.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from softcfg.models.lumina import Lumina, TokenPrompt
@@ -61,24 +59,24 @@ class Prompt:
         image: an image, or the path of one; cropped to the upper half, and the lower half is drawn from it.
 
     Raises:
-        ValueError: a task that does not exist, or an image without a task.
+        UserError: a task that does not exist, or an image without a task.
     """
 
     text: str
     width: int | None = None
     height: int | None = None
     task: str | None = None
-    image: str | Path | Image.Image | None = None
+    image: str | Path | Image | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise ValueError(f"the text of a prompt must be a string, got {self.text!r}")
+            raise UserError(f"the text of a prompt must be a string, got {self.text!r}")
         tasks = PAIR_TASKS if self.image is None else IMAGE_TASKS
         if self.task is None and self.image is not None:
-            raise ValueError(f"a prompt with an image needs a task, one of {', '.join(tasks)}")
+            raise UserError(f"a prompt with an image needs a task, one of {', '.join(tasks)}")
         if self.task is not None and self.task not in tasks:
             kind = "without" if self.image is None else "with"
-            raise ValueError(
+            raise UserError(
                 f"the task of a prompt {kind} an image must be one of {', '.join(tasks)}, got {self.task!r}"
             )
 
@@ -142,13 +140,14 @@ class PromptReader:
         Raises:
             CheckpointError: the tokens of the sizes do not follow one another.
         """
-        found = {field: self.tokenizer.token_to_id(name) for field, name in SPECIAL_TOKENS.items()}
+        named = {field: self.tokenizer.token_to_id(name) for field, name in SPECIAL_TOKENS.items()}
+        found = {field: token for field, token in named.items() if token is not None}
         sizes = [self.tokenizer.token_to_id(SIZE_TOKEN.format(8800 + cells)) for cells in range(1, 25)]
-        if None not in sizes:
+        if sizes[0] is not None:
             if sizes != list(range(sizes[0], sizes[0] + len(sizes))):
                 raise CheckpointError("the tokens of image sizes in tokenizer.json do not follow one another")
             found["size_id"] = sizes[0] - 1
-        return {field: token for field, token in found.items() if token is not None}
+        return found
 
     def read(self, prompts: Sequence[Prompt], generator: Lumina, tokenizer: Tokenizer) -> list[TokenPrompt]:
         """The tokens of `prompts`, of which those with an image have it encoded by the image `tokenizer`.
@@ -170,25 +169,28 @@ class PromptReader:
         return read
 
 
-def encode_upper_half(image: str | Path | Image.Image, width: int, height: int, tokenizer: Tokenizer) -> Tensor:
+def encode_upper_half(image: str | Path | Image, width: int, height: int, tokenizer: Tokenizer) -> Tensor:
     """The codes int64 [h / 2, w] of `image` as the upper half of a picture, scaled and cropped about its centre.
 
     Raises:
         UserError: the image cannot be read, or the half is no multiple of the codes.
     """
+    import numpy as np
     import torch
+    from PIL import Image as Images
+    from PIL import ImageOps
 
     size = (width, height // 2)
     if height % 2 or any(side % tokenizer.patch_size for side in size):
         raise UserError(
             f"the half of a picture of {width} x {height} pixels must be a multiple of {tokenizer.patch_size} pixels"
         )
-    if not isinstance(image, Image.Image):
+    if not isinstance(image, Images.Image):
         try:
-            with Image.open(image) as file:
+            with Images.open(image) as file:
                 image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise UserError(f"image {image} cannot be read: {error}") from None
-    pixels = np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    pixels = np.asarray(ImageOps.fit(image.convert("RGB"), size, Images.Resampling.LANCZOS), dtype=np.float32) / 255
     codes = tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     return codes.view(size[1] // tokenizer.patch_size, -1)

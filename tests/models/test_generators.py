@@ -6,7 +6,7 @@ from softcfg.configuration import load_config
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGen, LlamaGenConfig
-from softcfg.models.rar import RAR, RARConfig
+from softcfg.models.rar import RAR, RARConfig, RobusTokConfig
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": 24,
@@ -26,12 +26,23 @@ def rar() -> RAR:
     return RAR(RARConfig(**SMALL, intermediate_size=64, image_seq_len=12)).eval()
 
 
+def robustok() -> RAR:
+    torch.manual_seed(0)
+    return RAR(RobusTokConfig(**SMALL, intermediate_size=64, image_seq_len=12)).eval()
+
+
 def llamagen() -> LlamaGen:
     torch.manual_seed(0)
     return LlamaGen(LlamaGenConfig(**LLAMAGEN)).eval()
 
 
-GENERATORS = {"alitok": alitok, "alitok without prefix": lambda: alitok(0, 4), "rar": rar, "llamagen": llamagen}
+GENERATORS = {
+    "alitok": alitok,
+    "alitok without prefix": lambda: alitok(0, 4),
+    "rar": rar,
+    "robustok": robustok,
+    "llamagen": llamagen,
+}
 
 
 @pytest.fixture(params=list(GENERATORS))

@@ -99,6 +99,7 @@ RELEASED = [
     ("alitok", "alitok/keys-tokenizer.json"),
     ("robustok", "robustok/keys-tokenizer.json"),
     ("llamagen-vq", "llamagen/keys-vq-16.json"),
+    ("movq", "lumina/keys-movqgan-270m.json"),
 ]
 Loaded = tuple[Case, Golden, Tokenizer]
 

@@ -84,7 +84,7 @@ class Decoder:
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, device=device)
         self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
-        self._scales = guidance.scales(total).tolist()
+        self._scales = guidance.scales(total, condition.num_codes).tolist()
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
 

@@ -136,7 +136,7 @@ def trace(
     if isinstance(guidance, SoftCFG) and guidance.alignment == "successor":
         confidence[:, 0] = 0
     cond_logits, uncond_logits = (torch.cat(parts, dim=1) for parts in logits.values())
-    scales = guidance.scales(total).to(generator.device)
+    scales = guidance.scales(total, condition.num_codes).to(generator.device)
     guided_logits = cond_logits
     if guidance.is_active:
         guided_logits = guidance.guide(cond_logits, uncond_logits, scales[:, None])

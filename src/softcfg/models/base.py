@@ -27,7 +27,10 @@ class Condition(ABC):
         slots: slots in front of the first image token, the same for all rows.
         num_tokens: T, image tokens to decode.
         padding: int64 [rows], leading slots of each row that no query sees (left-padded prompts); None for none.
+        grid: lines and columns (h, w) of the images' codes, where the condition can choose; None for the model's.
     """
+
+    grid: tuple[int, int] | None = None
 
     def __init__(self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None) -> None:
         self.rows = rows
@@ -38,6 +41,11 @@ class Condition(ABC):
     @abstractmethod
     def __getitem__(self, rows: slice) -> Condition:
         """The condition of some of the rows."""
+
+    @property
+    def num_codes(self) -> int:
+        """How many of the T image tokens are image codes, not structure like the ends of lines."""
+        return self.num_tokens
 
     @property
     def cache_slots(self) -> int:
@@ -158,6 +166,10 @@ class Generator(nn.Module, ABC):
         Only codes get a confidence in SoftCFG.
         """
         return None
+
+    def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """What the image tokenizer decodes, int64 [B, h w] in [0, codebook_size), of the drawn `tokens` [B, T]."""
+        return tokens
 
 
 class ClassGenerator(Generator):

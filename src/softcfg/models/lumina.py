@@ -89,6 +89,10 @@ class LuminaConfig:
             raise ValueError(
                 f"num_attention_heads {heads} must be a multiple of model_parallel_size ({self.model_parallel_size})"
             )
+        if self.cell_pixels % self.codes_per_cell:
+            raise ValueError(
+                f"cell_pixels {self.cell_pixels} must be a multiple of codes_per_cell ({self.codes_per_cell})"
+            )
         for name in ("prompt_start_id", "separator_id", "image_start_id", "image_end_id", "new_line_id", "size_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name} {getattr(self, name)} is outside of the {self.vocab_size} tokens")
@@ -139,8 +143,11 @@ class PromptCondition(Condition):
         given: int64 [B, k, w], codes of the first k lines, which stand in the prompt.
     """
 
+    grid: tuple[int, int]
+
     def __init__(self, ids: Tensor, padding: Tensor | None, grid: tuple[int, int], given: Tensor) -> None:
-        super().__init__(*ids.shape, num_tokens=(grid[0] - given.shape[1]) * (grid[1] + 1) + 1, padding=padding)
+        rows, slots = ids.shape
+        super().__init__(rows, slots, (grid[0] - given.shape[1]) * (grid[1] + 1) + 1, padding)
         self.ids = ids
         self.grid = grid
         self.given = given
@@ -369,7 +376,7 @@ class Lumina(Generator):
         return ((steps + 1) % (condition.grid[1] + 1) != 0) & (steps != condition.num_tokens - 1)
 
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
-        """The codes int64 [B, h w], in raster order, of whole images whose drawn tokens are `tokens` [B, T]."""
+        """See `Generator.image_codes`; the lines that the prompts gave come first."""
         assert isinstance(condition, PromptCondition)
         steps = torch.arange(condition.num_tokens, device=tokens.device)
         drawn = tokens[:, self.is_code(steps, condition)] - self.config.first_code_id

@@ -112,6 +112,7 @@ class AttentionContext:
         Args:
             padding: int64 [rows], leading slots of each row that no query sees.
         """
+        mask: Tensor | None
         if isinstance(slot, Tensor):
             if cache is None:
                 raise ValueError("a pass whose rows have slots of their own needs the cache of the slots before them")

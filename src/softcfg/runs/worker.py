@@ -209,6 +209,7 @@ def draw_shards(
 
 def shard_of(run: RunFolder, number: int, drawn: PipelineOutput, at_once: int) -> Shard:
     """The shard that holds a pipeline's output."""
+    assert drawn.labels is not None
     return Shard(
         number,
         run.run,

@@ -163,11 +163,10 @@ class Tokenizer(nn.Module):
         if not pixels.is_floating_point():
             raise UserError(f"pixels must be floats, got {_dtype_name(pixels)}; divide 8-bit values by 255")
         if not self._fits(pixels.shape):
-            size = [self.image_size] * 2
+            wanted = f"[B, {self.num_channels}, {self.image_size}, {self.image_size}]"
             if self.any_size:
-                size = [f"{name} = a multiple of {self.patch_size}" for name in ("H", "W")]
-            wanted = ", ".join(map(str, (self.num_channels, *size)))
-            raise UserError(f"pixels must have shape [B, {wanted}], got {list(pixels.shape)}")
+                wanted = f"[B, {self.num_channels}, H, W] with H and W multiples of {self.patch_size}"
+            raise UserError(f"pixels must have shape {wanted}, got {list(pixels.shape)}")
         if pixels.numel():
             least, most = (bound.item() for bound in pixels.aminmax())  # both are NaN where any pixel is
             if not (least >= -PIXEL_TOLERANCE and most <= 1 + PIXEL_TOLERANCE):

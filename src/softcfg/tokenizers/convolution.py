@@ -37,5 +37,5 @@ class Upsample(nn.Module):
 
 def pixel_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of all pixels to all, with one head: three of [B, channels, h, w] -> the same shape."""
-    rows = (tensor.flatten(2).transpose(1, 2)[:, None] for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*rows)[:, 0].transpose(1, 2).unflatten(2, query.shape[2:])
+    q, k, v = (tensor.flatten(2).transpose(1, 2)[:, None] for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, query.shape[2:])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from softcfg.models.base import Generator
+    from softcfg.prompts import PromptReader
     from softcfg.tokenizers.base import Tokenizer
 
 FOLDER_VARIABLE = "SOFTCFG_CHECKPOINTS"
@@ -77,6 +78,21 @@ def load_tokenizer(
     See `load_generator`.
     """
     return _load(TOKENIZERS, family, config, checkpoint, device, dtype)
+
+
+def load_prompt_reader(model: str | Path | ModelEntry) -> PromptReader:
+    """Load what turns the prompts of a text-to-image model into tokens.
+
+    Raises:
+        CheckpointError: its file is missing or damaged.
+        UserError: the model does not read prompts.
+    """
+    from softcfg.prompts import PromptReader
+
+    entry = resolve(model)
+    if entry.text is None:
+        raise UserError(f"{entry.name} does not read prompts")
+    return PromptReader(require_file(entry.text.file, entry), entry.text.template)
 
 
 def _load(

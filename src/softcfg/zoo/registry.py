@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from softcfg.configuration import read_yaml
 from softcfg.errors import UserError
+from softcfg.prompts import TEXT_TO_IMAGE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,10 +102,19 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Text:
+    """How a text-to-image model reads prompts: its `tokenizer.json`, and the sentence around a prompt."""
+
+    file: ModelFile
+    template: str = TEXT_TO_IMAGE
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """A model that can be sampled from.
 
     Attributes:
+        text: how it reads prompts; None for models that draw classes.
         sampling: default settings, as far as known: temperature, guidance_scale, guidance_scale_pow, schedule, seed.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
@@ -117,6 +127,7 @@ class ModelEntry:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     fid: float | None = None
     classes: tuple[str, ...] = ()
+    text: Text | None = None
 
     @property
     def parts(self) -> tuple[Part, Part]:
@@ -403,6 +414,11 @@ def read_model_folder(folder: Path) -> ModelEntry:
             expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
         elif not isinstance(value, (int, float)):
             raise UserError(f"{path}: sampling.{key} must be a number, got {value!r}")
+    text = None
+    if "text" in content:
+        section = expect(dict, content, "text")
+        file = ModelFile(expect(str, section, "tokenizer", "tokenizer.json"), folder=folder)
+        text = Text(file, expect(str, section, "template", TEXT_TO_IMAGE))
     return ModelEntry(
         expect(str, content, "name", folder.name),
         part("generator", GENERATORS),
@@ -410,6 +426,7 @@ def read_model_folder(folder: Path) -> ModelEntry:
         expect(str, content, "description", ""),
         sampling,
         classes=tuple(str(name) for name in expect(list, content, "classes", [])),
+        text=text,
     )
 
 
