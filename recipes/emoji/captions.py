@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from recipes.emoji.data import COLOURS, Picture
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from recipes.emoji.data import COLOURS, Picture
 
 TEXT_TOKENS = 4096
 OPENINGS = ("a", "a", "the", "an emoji of", "an emoji of a", "a picture of a")

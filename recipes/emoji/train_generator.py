@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer as TextTokenizer
 from torch import Tensor, nn
 
 from recipes.emoji.captions import TEXT_TOKENS, caption, pair_caption, text_tokenizer
@@ -19,7 +20,7 @@ from recipes.muon import Muon
 from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, save_weights
 from softcfg.files import make_folder, write_atomically
 from softcfg.models.lumina import Lumina, LuminaConfig, TokenPrompt
-from tokenizers import Tokenizer as TextTokenizer
+from softcfg.nn.linear import Linear
 
 SPECIAL_TOKENS = ("<prompt>", "<separator>", "<image>", "</image>", "<line>")
 SIZES = 8  # sides of 1 to 8 grid cells have a token
@@ -49,6 +50,8 @@ PROMPT_DROPOUT = 0.1
 AS_DRAWN = 0.6  # share of pictures that are not recoloured
 PAIRS_EVERY = 8  # batches
 EVALUATED = 256
+HEAD_EXAMPLES = 128
+OTHERS_BELOW = 30.0  # nats that the logits of text tokens lie below those of the codes
 
 
 class Examples:
@@ -136,7 +139,7 @@ def train_on_codes(
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         averaged.load_state_dict(average.weights())
-        save_weights(out / "generator.safetensors", whole(averaged.state_dict(), config))
+        save_weights(out / "generator.safetensors", whole(averaged, examples))
         numbers = {}
         for name, chosen in (("as_drawn", examples.as_drawn), ("held_out", examples.held_out)):
             chosen = chosen[:: max(1, len(chosen) // EVALUATED)]
@@ -156,15 +159,23 @@ def train_on_codes(
 def generator(config: LuminaConfig) -> Lumina:
     """Return a generator whose head knows the image codes only: other tokens are never drawn, they stand by rule."""
     model = Lumina(config)
-    model.lm_head = nn.Linear(config.hidden_size, config.num_codes, bias=False)
+    model.lm_head = Linear(config.hidden_size, config.num_codes, bias=False)
     return model
 
 
-def whole(weights: dict[str, Tensor], config: LuminaConfig) -> dict[str, Tensor]:
-    """The weights in bfloat16 with a head of the whole vocabulary."""
-    head = torch.zeros(config.vocab_size, config.hidden_size)
-    head[config.first_code_id : config.first_code_id + config.num_codes] = weights["lm_head.weight"]
-    return {name: tensor.bfloat16() for name, tensor in {**weights, "lm_head.weight": head}.items()}
+@torch.no_grad()
+def whole(model: Lumina, examples: Examples) -> dict[str, Tensor]:
+    """The weights in bfloat16 with a head of the whole vocabulary, in which all other tokens are unlikely."""
+    config = model.config
+    hidden: list[Tensor] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].flatten(0, 1)))
+    nats_per_code(model, model, *examples.batch(0, 0, HEAD_EXAMPLES))
+    hook.remove()
+    wanted = model.lm_head(hidden[0]).logsumexp(1) - OTHERS_BELOW
+    other = torch.linalg.lstsq(hidden[0], wanted[:, None]).solution.T
+    head = other.repeat(config.vocab_size, 1)
+    head[config.first_code_id : config.first_code_id + config.num_codes] = model.lm_head.weight
+    return {name: tensor.bfloat16() for name, tensor in {**model.state_dict(), "lm_head.weight": head}.items()}
 
 
 def nats_per_code(

@@ -135,7 +135,7 @@ def content(pixels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def reconstruction_quality(model: MoVQ, pixels: Tensor) -> dict[str, float]:
-    """Return the PSNR in dB of held-out pictures through the summary and through the encoder, and more of their codes."""
+    """Return the PSNR in dB of pictures through the summary and through the encoder, and more of their codes."""
     wanted = torch.cat([tokens_of(model, part) for part in pixels.split(100)])
     found = torch.cat([model.encode(part) for part in pixels.split(100)])
     share = torch.bincount(wanted.flatten(), minlength=model.codebook_size).float()

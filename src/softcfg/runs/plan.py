@@ -1,4 +1,4 @@
-"""What image n of a run is: its label, its shard and the settings it is drawn with."""
+"""What image n of a run is: its label or prompt, its shard and the settings it is drawn with."""
 
 from __future__ import annotations
 
@@ -15,13 +15,34 @@ NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """What the labels of a run stand for where a text-to-image model draws: label l is `texts[l]`.
+
+    Attributes:
+        width, height: of the images, in pixels.
+    """
+
+    texts: tuple[str, ...]
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Prompts | None:
+        """The prompts in the settings of a run, None where classes are drawn."""
+        if "prompts" not in settings:
+            return None
+        return cls(tuple(settings["prompts"]), settings["width"], settings["height"])
+
+
+@dataclass(frozen=True)
 class Plan:
     """The fixed partition of a run's images.
 
     Attributes:
         num_samples: images 0 .. N - 1.
         batch_size: images in a shard; the last shard may hold fewer.
-        labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index.
+        labels: class ids, or numbers of prompts, that the images take in turn; or "random": uniform, from the seed and
+            the image's index.
         num_classes: classes that random labels are drawn from.
     """
 
@@ -53,7 +74,7 @@ class Plan:
         return range(shard * self.batch_size, min((shard + 1) * self.batch_size, self.num_samples))
 
     def labels_of(self, indices: Sequence[int]) -> list[int]:
-        """The class of each image."""
+        """The class of each image, or the number of its prompt."""
         if isinstance(self.labels, str):
             return [_random_label(self.seed, index, self.num_classes) for index in indices]
         return [self.labels[index % len(self.labels)] for index in indices]
