@@ -142,7 +142,7 @@ def train_on_codes(
         save_weights(out / "generator.safetensors", whole(averaged, examples))
         numbers = {}
         for name, chosen in (("as_drawn", examples.as_drawn), ("held_out", examples.held_out)):
-            chosen = chosen[:: max(1, len(chosen) // EVALUATED)]
+            chosen = _spread(chosen, EVALUATED)
             names = [examples.pictures[i].name for i in chosen]
             for kind, drop in (("conditional", False), ("unconditional", True)):
                 if chosen:
@@ -154,6 +154,11 @@ def train_on_codes(
     plan = Plan(warmup_steps=100, decay_share=0.4)
     training.fit(budget, plan, loss, after_step=average.update, evaluate=evaluate, stop_at=stop_at)
     return out / "generator.safetensors"
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """About `count` of the values, evenly spread."""
+    return list(values[:: max(1, len(values) // count)])
 
 
 def generator(config: LuminaConfig) -> Lumina:
@@ -169,7 +174,10 @@ def whole(model: Lumina, examples: Examples) -> dict[str, Tensor]:
     config = model.config
     hidden: list[Tensor] = []
     hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].flatten(0, 1)))
-    nats_per_code(model, model, *examples.batch(0, 0, HEAD_EXAMPLES))
+    chosen = _spread(examples.as_drawn, HEAD_EXAMPLES)
+    names = [examples.pictures[i].name for i in chosen]
+    prompts = examples.prompts(names, [place % 4 == 0 for place in range(len(names))])
+    nats_per_code(model, model, prompts, examples.codes[chosen])
     hook.remove()
     wanted = model.lm_head(hidden[0]).logsumexp(1) - OTHERS_BELOW
     other = torch.linalg.lstsq(hidden[0], wanted[:, None]).solution.T

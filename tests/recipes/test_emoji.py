@@ -65,7 +65,7 @@ def test_skin_tones_and_gender_signs_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("colour", "word"),
     [
-        ((221, 46, 68), "red"), ((244, 144, 12), "orange"), ((253, 203, 88), "yellow"), ((120, 177, 89), "green"),
+        ((221, 46, 68), "red"), ((244, 144, 12), "orange"), ((253, 216, 53), "yellow"), ((120, 177, 89), "green"),
         ((85, 172, 238), "blue"), ((170, 142, 214), "purple"), ((244, 171, 186), "pink"), ((122, 70, 40), "brown"),
         ((20, 20, 22), "black"), ((150, 152, 150), "gray"), ((250, 250, 252), "white"),
     ],
@@ -128,17 +128,18 @@ def test_text_tokenizer_minds_neither_case_nor_punctuation(pictures: list[Pictur
 
 
 def test_summary_is_zero_for_white_and_orthogonal() -> None:
-    assert train_tokenizer.summary(torch.ones(1, 3, 8, 8), 8).abs().max() == 0
+    assert train_tokenizer.summary(torch.ones(1, 3, 8, 8)).abs().max() == 0
     impulses = 1 - torch.eye(48).view(48, 3, 4, 4)
-    basis = train_tokenizer.summary(impulses, 8).flatten(1).double()  # [48, 8]
-    assert torch.allclose(basis.T @ basis, torch.eye(8).double() / 16, atol=1e-6)
+    basis = train_tokenizer.summary(impulses).flatten(1).double()  # [48, 12]
+    assert torch.allclose(basis.T @ basis, torch.eye(12).double() / 16, atol=1e-6)
+    black = train_tokenizer.summary(torch.zeros(1, 3, 4, 4)).flatten()
+    assert black[0] == pytest.approx(3**0.5)
+    assert black[1:].abs().max() < 1e-6
 
 
 def tiny_codec(out: Path, pictures: list[Picture], steps: int, stop_at: int | None = None) -> dict[str, torch.Tensor]:
-    config = replace(train_tokenizer.CONFIG, ch_mult=(1, 1, 1), n_embed=16)
-    weights = train_tokenizer.train(
-        out, Budget(steps=steps), pictures, config=config, continuous_steps=2, batch_size=4, stop_at=stop_at
-    )
+    config = replace(train_tokenizer.CONFIG, ch_mult=(1, 1, 1), n_embed=4)
+    weights = train_tokenizer.train(out, Budget(steps=steps), pictures, config=config, batch_size=4, stop_at=stop_at)
     return load_file(weights) if weights.exists() else {}
 
 
@@ -182,7 +183,7 @@ def test_generator_learns_and_continues(tmp_path: Path, pictures: list[Picture])
     made = examples(pictures)
 
     def train(out: Path, **more: int) -> Path:
-        return train_generator.train_on_codes(out, Budget(steps=30), made, batch_size=8, **more)
+        return train_generator.train_on_codes(out, Budget(steps=40), made, batch_size=6, **more)
 
     whole = load_file(train(tmp_path / "whole"))
     train(tmp_path / "killed", stop_at=20)
@@ -201,4 +202,4 @@ def test_generator_learns_and_continues(tmp_path: Path, pictures: list[Picture])
     logits = model.constrain(model(condition, tokens.flatten(1)), torch.arange(73), condition)
     at_codes = logits[:, model.is_code(torch.arange(73), condition)]
     loss = torch.nn.functional.cross_entropy(at_codes.flatten(0, 1), codes.flatten() + config.first_code_id)
-    assert loss < 2.6  # 16 codes at random: 2.77
+    assert loss < 2.7  # 16 codes at random: 2.77
