@@ -39,6 +39,7 @@ def write_model_card(folder: Path) -> None:
             "checkpoint": "tokenizer.safetensors",
             "parameters": parameters(folder / "tokenizer.safetensors"),
         },
+        "text": {"tokenizer": "tokenizer.json", "template": "{prompt}"},
         "sampling": SAMPLING,
     }
     write_atomically(folder / "model.yaml", yaml.safe_dump(card, sort_keys=False).encode())

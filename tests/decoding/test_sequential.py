@@ -65,6 +65,27 @@ def test_decoding_is_the_definition_without_a_cache(generator: Generator, method
         assert tokens[row].tolist() == by_hand(generator, method, label, uniforms[row])
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'target', '')}")
+def test_steps_of_constant_shapes_draw_the_same(generator: Generator, method: CFG) -> None:
+    uniforms = image_uniforms(11, range(5), generator.num_tokens)
+    done: list[int] = []
+    mask = torch.zeros(5, generator.num_tokens, dtype=torch.bool)
+    mask[1, 2:5] = True
+    forced = {"forced_tokens": torch.ones(5, generator.num_tokens, dtype=torch.int64), "forced_mask": mask}
+    static = decode(generator, LABELS, method, uniforms=uniforms, static=True, on_step=done.append, **forced)
+    assert static.tolist() == decode(generator, LABELS, method, uniforms=uniforms, static=False, **forced).tolist()
+    assert done == list(range(1, generator.num_tokens + 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'target', '')}")
+def test_a_graph_on_a_gpu_draws_what_a_cpu_draws(model_folder: Path, generator: Generator, method: CFG) -> None:
+    on_gpu = softcfg.load_generator(model_folder, device="cuda")
+    uniforms = image_uniforms(11, range(5), generator.num_tokens)
+    drawn = decode(on_gpu, LABELS, method, uniforms=uniforms)
+    assert drawn.tolist() == decode(generator, LABELS, method, uniforms=uniforms).tolist()
+
+
 def test_methods_differ(generator: Generator) -> None:
     uniforms = image_uniforms(11, range(5), generator.num_tokens)
     drawn = [decode(generator, LABELS, method, uniforms=uniforms).tolist() for method in METHODS]

@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     from softcfg.runs.lock import Lock
     from softcfg.runs.shards import write_shard
     from softcfg.runs.worker import Progress
-    from softcfg.zoo.checkpoints import hash_file, load_tokenizer, require_file
+    from softcfg.zoo.checkpoints import hash_weights, load_tokenizer, require_file
     from softcfg.zoo.registry import resolve
 
     source = RunFolder.open(args.folder)
@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
             "tokenizer": {
                 "family": entry.tokenizer.family.name,
                 "config": dict(config),
-                "sha256": hash_file(checkpoint),
+                "sha256": hash_weights(checkpoint),
             },
             "decoded_from": str(source.path.resolve()),
             "command": shlex.join(["softcfg", *args.words]),

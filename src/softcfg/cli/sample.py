@@ -211,19 +211,23 @@ def _settings(
     args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampling: Sampling, subjects: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of run.json: what decides the images, and what they were made with."""
-    from softcfg.zoo.checkpoints import hash_file, require_file
+    from softcfg.zoo.checkpoints import hash_weights, require_file
     from softcfg.zoo.registry import resolve
 
     entry = resolve(args.model)
 
     def half(part: Any, given: str | None) -> dict[str, Any]:
         path = given or require_file(part.file, entry)
-        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_file(path)}
+        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_weights(path)}
 
+    text = {}
+    if entry.text is not None:
+        text["text"] = {"template": entry.text.template, "sha256": hash_weights(require_file(entry.text.file, entry))}
     return {
         "model": entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve()),
         "generator": half(entry.generator, args.generator_checkpoint),
         "tokenizer": half(entry.tokenizer, args.tokenizer_checkpoint),
+        **text,
         "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
         "sampling": dataclasses.asdict(sampling),
         "seed": args.seed,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.graphs import repeat
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator, as_ids
@@ -26,6 +28,7 @@ def decode(
     forced_tokens: Tensor | None = None,
     forced_mask: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
+    static: bool | None = None,
 ) -> Tensor:
     """Draw the image tokens of a batch.
 
@@ -37,6 +40,8 @@ def decode(
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
+        static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
+            default, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
 
     Returns:
         int64 [B, T].
@@ -51,17 +56,25 @@ def decode(
     if uniforms.shape != (batch, total):
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
-    uniforms = uniforms.to(generator.device)
-    tokens = torch.zeros(batch, total, dtype=torch.int64, device=generator.device)
+    device = generator.device
+    uniforms = uniforms.to(device)
+    tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
+
+    def advance(step: int | Tensor) -> None:
+        at = decoder.index(step)
+        drawn = draw(decoder.predict(step, tokens), uniforms[:, at].squeeze(1))
+        if forced is not None and mask is not None:
+            drawn = torch.where(mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
+        decoder.record(step, drawn)
+        tokens[:, at] = drawn[:, None]
+
+    static = device.type == "cuda" if static is None else static
     with prepared_linear_layers(generator, condition.rows):
-        for step in range(total):
-            drawn = draw(decoder.predict(step, tokens[:, max(step - 1, 0) : step]), uniforms[:, step])
-            if forced is not None and mask is not None:
-                drawn = torch.where(mask[:, step], forced[:, step], drawn)
-            decoder.record(step, drawn)
-            tokens[:, step] = drawn
+        advance(0)
+        steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
+        for done, _ in enumerate(chain([None], steps), start=1):
             if on_step is not None:
-                on_step(step + 1)
+                on_step(done)
     return tokens
 
 
@@ -84,29 +97,45 @@ class Decoder:
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, device=device)
         self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
-        self._scales = guidance.scales(total, condition.num_codes).tolist()
+        self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
 
-    def predict(self, step: int, inputs: Tensor) -> Tensor:
-        """Feed the token before token `step`, int64 [B, 1] ([B, 0] at step 0); return what to draw from, [B, V]."""
-        slot = self.condition.slots + step - 1 if step else 0
+    def index(self, step: int | Tensor) -> Tensor:
+        """A step as an index of one element, int64 [1]."""
+        return self._steps[step : step + 1] if isinstance(step, int) else step.reshape(1)
+
+    def predict(self, step: int | Tensor, tokens: Tensor) -> Tensor:
+        """Feed the token before token `step`, of `tokens` int64 [B, T]; return what to draw from, [B, V].
+
+        Args:
+            step: 0 feeds the condition. As an int64 tensor of one element, above 0, the shapes do not depend on it.
+        """
+        at = self.index(step)
+        slot: int | Tensor
+        if isinstance(step, int):
+            inputs = tokens[:, max(step - 1, 0) : step]
+            slot = self.condition.slots + step - 1 if step else 0
+        else:
+            inputs = tokens[:, at - 1]
+            slot = (self.condition.slots - 1 + at).expand(self.condition.rows)
         rows = inputs.repeat(self.condition.rows // self.batch, 1)
         logits = self.generator(self.condition, rows, cache=self.cache, slot=slot, **self._row_weights())
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
-            guided = self.guidance.guide(guided, logits[self.batch :], self._scales[step])
-        guided = self.generator.constrain(guided[:, None], self._steps[step : step + 1], self.condition)[:, 0]
+            guided = self.guidance.guide(guided, logits[self.batch :], self._scales[at])
+        guided = self.generator.constrain(guided[:, None], at, self.condition)[:, 0]
         return self.sampling.probabilities(guided)
 
-    def record(self, step: int, tokens: Tensor) -> None:
+    def record(self, step: int | Tensor, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
         if isinstance(self.guidance, SoftCFG) and self.guidance.perturbs:
+            at = self.index(step)
             confidence = self.guidance.token_confidence(self._cond_logits, tokens, self.sampling.temperature)
             if self._codes is not None:
-                confidence = confidence * self._codes[..., step]
-            self.confidence[:, step] = confidence
+                confidence = confidence * self._codes[..., at].squeeze(-1)
+            self.confidence[:, at] = confidence[:, None]
 
     def _row_weights(self) -> dict[str, Tensor]:
         """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.graphs import WARM_UP, captured
 from softcfg.decoding.sequential import Decoder
 from softcfg.guidance import CFG
 from softcfg.models.base import Generator
@@ -30,16 +31,31 @@ def decoding_step(generator: Generator, batch: int, guidance: CFG, position: int
     for contents in (decoder.cache.keys, decoder.cache.values):  # the same for all rows, which is fast to make
         contents.copy_(torch.randn(contents.shape[2:], device=contents.device).expand_as(contents))
     decoder.confidence[:, :position].uniform_()
-    tokens = torch.randint(generator.vocab_size, (batch, 1), device=generator.device)
+    tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
     uniforms = torch.rand(batch, device=generator.device)
+
+    # As `decode` does it: on a GPU the position is a tensor, and the step a CUDA graph.
+    on_gpu = generator.device.type == "cuda"
+    at = torch.tensor([position], device=generator.device) if on_gpu else position
+    drawn = tokens.new_zeros(batch)
 
     @torch.inference_mode()
     def step() -> Tensor:
-        drawn = draw(decoder.predict(position, tokens), uniforms)
-        decoder.record(position, drawn)
+        drawn.copy_(draw(decoder.predict(at, tokens), uniforms))
+        decoder.record(at, drawn)
         return drawn
 
-    return step
+    if not on_gpu:
+        return step
+    for _ in range(WARM_UP):
+        step()
+    replay = captured(step, generator.device)
+
+    def replayed() -> Tensor:
+        replay()
+        return drawn
+
+    return replayed
 
 
 def seconds_per_step(

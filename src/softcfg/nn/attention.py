@@ -10,7 +10,9 @@ on keys multiplies the scores before the softmax, q . (w_i k_i) = w_i (q . k_i).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,7 @@ class AttentionContext:
     value_weights: Tensor | None = None  # [rows, filled] or [rows, n, filled]
     key_weights: Tensor | None = None
     mask: Tensor | None = None  # bool [rows, filled] or [rows, n, filled]
+    padding: Tensor | None = None  # int64 [rows], what the mask hides at the start of each row
 
     @classmethod
     def create(
@@ -132,6 +135,7 @@ class AttentionContext:
             value_weights=None if value_weights is None else value_weights[..., :filled],
             key_weights=None if key_weights is None else key_weights[..., :filled],
             mask=mask,
+            padding=padding,
         )
 
 
@@ -165,6 +169,16 @@ def _behind_padding(padding: Tensor, slots: int) -> Tensor:
     return torch.arange(slots, device=padding.device) >= padding[:, None]
 
 
+@cache
+def decode_kernel() -> Callable[..., Tensor] | None:
+    """The fused attention of a decoding step (`nn.kernels`), where Triton is there to compile it."""
+    try:
+        from softcfg.nn.kernels.decode_attention import decode_attention
+    except ImportError:
+        return None
+    return decode_attention
+
+
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[rows, n, 3 * width], queries, keys and values as (heads, head_dim) -> three of [rows, heads, n, head_dim]."""
     query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -184,6 +198,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, context: Atten
         query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
     if context.cache is not None:
         key, value = context.cache.update(layer, key, value, context.slot)
+    if isinstance(context.slot, Tensor) and query.is_cuda and query.shape[2] == 1 and (fused := decode_kernel()):
+        out = fused(
+            query,
+            key,
+            value,
+            context.slot,
+            first=context.padding,
+            value_weights=context.value_weights,
+            key_weights=context.key_weights,
+        )
+        return out.transpose(1, 2).flatten(2)
     out = weighted_attention(
         query,
         key,

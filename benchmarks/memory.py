@@ -1,0 +1,111 @@
+"""The memory of a batch at its peak, against what has to be there: weights, cache, the activations of the decoder.
+
+    python -m benchmarks.memory --model alitok-b --batch-size 16
+
+On a CPU the linear layers' weights are there twice while tokens are drawn, once as loaded and once as the matrix
+product wants them; that is counted as a part of its own. The activations of the pixel decoder are the peak of decoding
+one batch of pixels with nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.timing import machine, table
+from softcfg import Pipeline, SoftCFG
+from softcfg.decoding import decode, image_uniforms
+from softcfg.nn.linear import Linear
+
+MIB = 2**20
+
+
+def resident() -> float:
+    """MiB in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / MIB
+    return _status("VmRSS")
+
+
+def peak() -> float:
+    """The most MiB in use since `forget_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MIB
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> float:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+def size(module: nn.Module) -> float:
+    """MiB of a module's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()) / MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="alitok-b")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, help="stop after so many tokens (the cache is there from the first on)")
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # the libraries' own memory
+    empty = resident()
+    pipeline = Pipeline.with_random_weights(args.model, device=device)
+    generator, tokenizer, batch = pipeline.generator, pipeline.tokenizer, args.batch_size
+    guidance, labels = SoftCFG(guidance_scale=4.0), [0] * batch
+    weights = size(generator) + size(tokenizer)
+    cache = generator.cache_bytes(generator.condition(labels, guided=True)) / MIB
+    prepared = 0.0
+    if device.type == "cpu":
+        prepared = sum(size(layer) for layer in generator.modules() if isinstance(layer, Linear))
+
+    class EnoughError(Exception):
+        pass
+
+    def on_step(done: int) -> None:
+        if done == args.tokens:
+            raise EnoughError
+
+    tokens = torch.randint(generator.vocab_size, (batch, generator.num_tokens), device=device)
+    forget_peak()
+    before = resident()
+    tokenizer.decode(tokens)
+    activations = peak() - before
+
+    forget_peak()
+    try:
+        uniforms = image_uniforms(0, range(batch), generator.num_tokens)
+        tokens = decode(generator, labels, guidance, uniforms=uniforms, on_step=on_step)
+    except EnoughError:
+        pass
+    tokenizer.to_uint8(tokenizer.decode(tokens))
+    found = peak() - empty
+
+    print(f"{args.model}, batch {batch}, {machine()}; MiB\n")
+    expected = weights + prepared + cache + activations
+    print(
+        table(
+            ["weights", "prepared weights", "cache", "activations of pixels", "sum", "peak", "peak / sum"],
+            [[weights, prepared, cache, activations, expected, found, found / expected]],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Split-KV attention for decoding: one query a row against a static cache, with weights on values and keys.
+
+A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. A row
+and a head alone are too few programs to reach it: the slots are split into chunks, every program attends to one
+chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
+one launch, and one captured CUDA graph, serves every step; chunks behind the position cost nothing.
+
+A value weight is one multiplication of a probability in a register: SoftCFG costs nothing next to reading the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 256  # slots that a program attends to
+BLOCK = 64  # slots in registers at once
+
+
+@triton.jit
+def _attend_chunk(
+    query, keys, values, value_weights, key_weights, first, last, maxima, sums, outputs,
+    query_row, query_head, cache_row, cache_head, cache_slot, weights_row,
+    heads, groups, chunks, scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    row, head, chunk = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
+    end = tl.load(last + row) + 1
+    start = 0
+    if PADDED:
+        start = tl.load(first + row)
+    dims = tl.arange(0, WIDTH)
+    inside = dims < DIM
+    q = tl.load(query + row * query_row + head * query_head + dims, mask=inside, other=0.0).to(tl.float32) * scale
+    base = row.to(tl.int64) * cache_row + (head // groups) * cache_head
+
+    maximum = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    output = tl.zeros((WIDTH,), tl.float32)
+    for begin in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), BLOCK):
+        slots = begin + tl.arange(0, BLOCK)
+        seen = (slots < end) & (slots >= start)
+        place = base + slots[:, None].to(tl.int64) * cache_slot + dims[None, :]
+        k = tl.load(keys + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        scores = tl.sum(k * q[None, :], axis=1)
+        if WEIGHT_KEYS:
+            scores *= tl.load(key_weights + row * weights_row + slots, mask=seen, other=1.0)
+        scores = tl.where(seen, scores, float("-inf"))
+        above = tl.maximum(maximum, tl.max(scores, axis=0))
+        # A block of padding alone leaves the maximum at -inf, and -inf - -inf is no number.
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        kept = tl.exp(maximum - shift)
+        p = tl.exp(scores - shift)
+        total = total * kept + tl.sum(p, axis=0)
+        if WEIGHT_VALUES:
+            p *= tl.load(value_weights + row * weights_row + slots, mask=seen, other=1.0)
+        v = tl.load(values + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        output = output * kept + tl.sum(v * p[:, None], axis=0)
+        maximum = above
+
+    part = tl.program_id(0) * chunks + chunk
+    one = tl.arange(0, 1)
+    tl.store(maxima + part + one, maximum)
+    tl.store(sums + part + one, total)
+    tl.store(outputs + part * DIM + dims, output, mask=inside)
+
+
+@triton.jit
+def _join_chunks(
+    maxima, sums, outputs, joined, chunks, DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    place = tl.program_id(0)
+    parts = tl.arange(0, CHUNKS)
+    there = parts < chunks
+    maximum = tl.load(maxima + place * chunks + parts, mask=there, other=float("-inf"))
+    above = tl.max(maximum, axis=0)
+    shift = tl.where(above == float("-inf"), 0.0, above)
+    kept = tl.exp(maximum - shift)
+    total = tl.sum(tl.load(sums + place * chunks + parts, mask=there, other=0.0) * kept, axis=0)
+    dims = tl.arange(0, WIDTH)
+    inside = dims < DIM
+    part = tl.load(
+        outputs + (place * chunks + parts[:, None]) * DIM + dims[None, :],
+        mask=there[:, None] & inside[None, :],
+        other=0.0,
+    )
+    output = tl.sum(part * kept[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(joined + place * DIM + dims, output.to(joined.dtype.element_ty), mask=inside)
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    last: Tensor,
+    *,
+    first: Tensor | None = None,
+    value_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query a row to the slots first .. last of a static cache.
+
+    Args:
+        query: [rows, heads, 1, head_dim].
+        keys, values: [rows, key_value_heads, slots, head_dim] of the same strides, the last dimension contiguous;
+            every `heads / key_value_heads` consecutive heads share one. What lies behind `last` may be anything.
+        last: int64 [rows], the slot of the query itself, on the device.
+        first: int64 [rows], slots before it are padding; None for none.
+        value_weights, key_weights: [rows, slots] factors on the values or keys of each slot. The attention row is
+            not renormalised (SoftCFG, arXiv 2510.00996).
+
+    Returns:
+        [rows, heads, 1, head_dim] in the dtype of `values`; sums are in float32. A row that sees nothing gives zeros.
+    """
+    rows, heads, new, dim = query.shape
+    slots = keys.shape[2]
+    if new != 1:
+        raise ValueError(f"decode_attention takes one query a row, got {new}")
+    if keys.stride() != values.stride() or keys.stride(-1) != 1:
+        raise ValueError("keys and values must have the same strides and contiguous head dimensions")
+    query = query.contiguous()
+    weights = [
+        None if given is None else given.to(torch.float32).expand(rows, slots) for given in (value_weights, key_weights)
+    ]
+    weights = [None if given is None else given.contiguous() for given in weights]
+    chunks = triton.cdiv(slots, CHUNK)
+    maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
+    outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
+    joined = torch.empty(rows, heads, 1, dim, dtype=values.dtype, device=query.device)
+    width = triton.next_power_of_2(dim)
+    _attend_chunk[(rows * heads, chunks)](
+        query, keys, values, weights[0], weights[1], first, last, maxima, sums, outputs,
+        query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), slots,
+        heads, heads // keys.shape[1], chunks, dim**-0.5,
+        DIM=dim, WIDTH=width, CHUNK=CHUNK, BLOCK=BLOCK,
+        WEIGHT_VALUES=weights[0] is not None, WEIGHT_KEYS=weights[1] is not None, PADDED=first is not None,
+    )  # fmt: skip
+    _join_chunks[(rows * heads,)](
+        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks)
+    )
+    return joined

@@ -1,0 +1,80 @@
+"""The Triton kernel in Triton's interpreter, against attention in float64 over the visible slots alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
+
+DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 2e-2)}
+
+
+def reference(query, keys, values, last, first, value_weights, key_weights):
+    """Row by row in float64, as the definition of attention has it."""
+    rows, heads, _, dim = query.shape
+    out = torch.empty(rows, heads, 1, dim, dtype=torch.float64)
+    for row in range(rows):
+        seen = slice(int(first[row]), int(last[row]) + 1)
+        for head in range(heads):
+            shared = head * keys.shape[1] // heads
+            k, v = keys[row, shared, seen].double(), values[row, shared, seen].double()
+            scores = k @ query[row, head, 0].double() / dim**0.5
+            if key_weights is not None:
+                scores = scores * key_weights[row, seen].double()
+            probabilities = scores.softmax(0)
+            if value_weights is not None:
+                probabilities = probabilities * value_weights[row, seen].double()
+            out[row, head, 0] = probabilities @ v
+    return out
+
+
+def check() -> None:
+    """Every combination of weights and padding, at head dimensions that are no powers of two, across chunks."""
+    from softcfg.nn.kernels.decode_attention import CHUNK, decode_attention
+
+    torch.manual_seed(0)
+    shapes = [(2, 2, 2, 70, 48, "float32"), (2, 2, 1, CHUNK + 70, 80, "float32"), (2, 1, 1, 70, 64, "bfloat16")]
+    for rows, heads, shared, slots, dim, name in shapes:
+        dtype, tolerance = DTYPES[name]
+        # Rows of a larger cache, as a layer sees them.
+        keys, values = torch.randn(2, 2, rows, shared, slots, dim).to(dtype)[:, 1]
+        query = torch.randn(rows, heads, 1, dim).to(dtype)
+        last = torch.randint(8, slots, (rows,))
+        last[0] = slots - 1
+        padding = torch.arange(rows) * 3
+        for weigh_values, weigh_keys, padded in product((False, True), repeat=3):
+            weights = [torch.rand(rows, slots) if used else None for used in (weigh_values, weigh_keys)]
+            first = padding if padded else torch.zeros_like(last)
+            wanted = reference(query, keys, values, last, first, *weights)
+            for row, end in enumerate(last.tolist()):  # what lies behind a row's position must not matter
+                keys[row, :, end + 1 :] = values[row, :, end + 1 :] = float("nan")
+            out = decode_attention(
+                query, keys, values, last,
+                first=padding if padded else None, value_weights=weights[0], key_weights=weights[1],
+            )  # fmt: skip
+            keys.nan_to_num_(0.0), values.nan_to_num_(0.0)
+            torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
+            assert out.dtype == dtype
+
+
+def test_kernel_is_attention_over_the_visible_slots():
+    # The interpreter is chosen when Triton is imported.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernel_on_a_gpu():
+    with torch.device("cuda"):
+        check()
+
+
+if __name__ == "__main__":
+    check()
