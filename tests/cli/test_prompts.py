@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors import safe_open
 
 from softcfg import Pipeline
 from softcfg.cli.main import main
+from softcfg.prompts import Prompt
 from softcfg.runs.folder import RunFolder
 
 PROMPTS = ("red apple", "a blue cat")
@@ -77,6 +80,10 @@ def test_a_run_of_prompts_grows_but_does_not_change(
         (["--prompts", os.devnull], "--prompts: /dev/null holds no text"),
         (["--prompt", "a", "--width", "7"], "width must be a multiple of 4, got 7"),
         (["--prompt", "a", "--height", "4000"], "height 4000 is too large"),
+        (["--prompt", "a", "--prompt", " ".join(["red"] * 500)], "give a shorter prompt or a smaller image"),
+        (["--prompt", "a", "--task", "depth"], "this model draws images only, it has no task depth"),
+        (["--prompt", "a", "--task", "colour"], "the task of a prompt without an image must be one of depth"),
+        (["--prompt", "a", "--image", "x.png"], "a prompt with an image needs a task"),
         (["--prompt", "a", "--images-per-prompt", "0"], "--images-per-prompt must be at least 1, got 0"),
         (["--prompt", "a", "--images-per-prompt", "2", "--num-samples", "3"], "--num-samples, not both"),
     ],
@@ -186,3 +193,26 @@ def test_wrong_benches_are_one_sentence(
         assert message in capsys.readouterr().err
     assert not out.exists()
     assert not out.with_name("out.run").exists()
+
+
+def test_pictures_in_two_halves(prompt_model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(prompt_model_folder, folder)
+    description = yaml.safe_load((folder / "model.yaml").read_text())
+    del description["text"]["template"]
+    description["generator"]["config"]["max_position_embeddings"] = 128
+    (folder / "model.yaml").write_text(yaml.safe_dump(description))
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "given.png")
+    flags = ["--prompt", "red apple", "--images-per-prompt", "2", "--no-compare"]
+    assert sample(folder, tmp_path / "pair", *flags, "--task", "canny") == 0
+    pipe = Pipeline.from_pretrained(folder)
+    expected = pipe(prompts=[Prompt("red apple", task="canny")] * 2)
+    assert np.array_equal(RunFolder.open(tmp_path / "pair").read(0).pixels, expected.pixels)
+    flags += ["--task", "depth", "--image", str(tmp_path / "given.png")]
+    assert sample(folder, tmp_path / "given", *flags) == 0
+    expected = pipe(prompts=[Prompt("red apple", task="depth", image=tmp_path / "given.png")] * 2)
+    run = RunFolder.open(tmp_path / "given")
+    assert np.array_equal(run.read(0).pixels, expected.pixels)
+    assert run.settings["task"] == "depth"
+    Image.new("RGB", (8, 4), "blue").save(tmp_path / "given.png")
+    assert sample(folder, tmp_path / "given", *flags) == 2  # another image under the same name

@@ -54,6 +54,7 @@ examples:
   softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0   # plain CFG
   softcfg sample emoji --prompt "red apple" --prompt "cat face"
   softcfg sample lumina-mgpt-2 --prompts prompts.txt --images-per-prompt 2 --width 768 --height 768
+  softcfg sample lumina-mgpt-2 --prompt "a lighthouse" --task depth --image photo.jpg --width 512 --height 1024
   softcfg sample alitok-xl --labels 207,360 --guidance-scale 9 --guidance-scale-pow 1.5
   torchrun --nproc-per-node 8 -m softcfg sample alitok-xl --num-samples 50000 --npz --output-dir run
   softcfg sample config=configs/alitok_xl.yaml experiment.output_dir=out model.generator.guidance_scale=9"""
@@ -79,6 +80,12 @@ def add_parser(commands: Any) -> None:
     )
     arguments.add_prompt_arguments(group)
     group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")
+    group.add_argument(
+        "--task",
+        help="a picture in two halves: an image above its depth, canny, hed or openpose map; or with --image depth, "
+        "canny or subject, which say what that is",
+    )
+    group.add_argument("--image", metavar="FILE", help="the upper half, from which the lower one is drawn")
     group.add_argument("--num-samples", type=int, metavar="N", help=f"images in all (default: {PER_LABEL} a label)")
     group.add_argument("--batch-size", type=int, metavar="B", help="images drawn at once (default: at most 100)")
     group = parser.add_argument_group("results")
@@ -248,6 +255,7 @@ def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
         if args.images_per_prompt and args.num_samples:
             raise UserError("give --images-per-prompt or --num-samples, not both")
         width, height = arguments.image_size(args, pipeline)
+        check_prompts(args, pipeline, prompts)
         each = args.images_per_prompt or (PER_PROMPT if args.prompts is None else 1)
         return {
             "labels": list(range(len(prompts))),
@@ -256,7 +264,11 @@ def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
             "prompts": prompts,
             "width": width,
             "height": height,
+            **({} if args.task is None else {"task": args.task}),
+            **({} if args.image is None else {"image": _image_facts(args.image)}),
         }
+    if args.task is not None or args.image is not None:
+        raise UserError(f"--task and --image: {pipeline.name} draws classes")
     given = "all" if args.labels is None else args.labels
     chosen: list[int] | str = RANDOM
     if given.strip().lower() != RANDOM:
@@ -269,6 +281,23 @@ def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
         "num_classes": pipeline.generator.num_classes,
         "num_samples": args.num_samples or each * len(chosen),
     }
+
+
+def check_prompts(args: argparse.Namespace, pipeline: Pipeline, texts: Sequence[str]) -> None:
+    """Raise `UserError` for prompts that the model cannot draw, before anything is written."""
+    from softcfg.prompts import Prompt
+
+    assert pipeline.prompt_reader is not None
+    for text in texts:
+        prompt = Prompt(text, args.width, args.height, args.task, args.image)
+        read = pipeline.prompt_reader.read([prompt], pipeline.generator, pipeline.tokenizer)
+        pipeline.generator.condition(read, guided=False)
+
+
+def _image_facts(path: str) -> dict[str, str]:
+    from softcfg.zoo.checkpoints import hash_file
+
+    return {"path": str(Path(path).absolute()), "sha256": hash_file(Path(path))}
 
 
 def _environment(pipeline: Pipeline) -> dict[str, Any]:

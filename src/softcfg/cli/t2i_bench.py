@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run, track=None)
+    parser.set_defaults(run=run, track=None, task=None, image=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"the scorer of DPG-Bench takes square images, got {width} x {height}")
         for folder in {path.parent for number in range(len(suite.prompts)) for path in suite.files(pictures, number)}:
             remove_temporary(folder)
+        sample.check_prompts(args, pipeline, suite.prompts)
         return {
             "labels": [number for number in range(len(suite.prompts)) for _ in range(IMAGES_PER_PROMPT)],
             "num_classes": len(suite.prompts),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softcfg.errors import UserError
+from softcfg.prompts import Prompt
 
 RANDOM = "random"
 NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from")  # fields that change no image
@@ -20,18 +21,26 @@ class Prompts:
 
     Attributes:
         width, height: of the images, in pixels.
+        task, image: of pictures in two halves, and of those that are drawn from an image; see `Prompt`.
     """
 
     texts: tuple[str, ...]
     width: int
     height: int
+    task: str | None = None
+    image: str | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Prompts | None:
         """The prompts in the settings of a run, None where classes are drawn."""
         if "prompts" not in settings:
             return None
-        return cls(tuple(settings["prompts"]), settings["width"], settings["height"])
+        image = settings.get("image", {}).get("path")
+        return cls(tuple(settings["prompts"]), settings["width"], settings["height"], settings.get("task"), image)
+
+    def __getitem__(self, label: int) -> Prompt:
+        """The prompt that a label stands for."""
+        return Prompt(self.texts[label], self.width, self.height, self.task, self.image)
 
 
 @dataclass(frozen=True)

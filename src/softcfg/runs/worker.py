@@ -63,10 +63,10 @@ class Artist:
             UserError: there is not even memory for one image at a time.
         """
         what: dict[str, Any] = {"labels": labels}
+        tokens = self.pipeline.generator.num_tokens
         if self.prompts is not None:
-            texts, width, height = self.prompts.texts, self.prompts.width, self.prompts.height
-            what = {"prompts": [texts[label] for label in labels], "width": width, "height": height}
-        tokens = self.pipeline.num_tokens(what.get("width"), what.get("height"))
+            what = {"prompts": [self.prompts[label] for label in labels]}
+            tokens = self.pipeline.num_tokens(self.prompts.width, self.prompts.height)
         while True:
             steps = -(-len(indices) // self.at_once) * tokens
 
