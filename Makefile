@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: help install sample test test-all lint format bench pictures train clean
+.PHONY: help install sample test test-all lint format bench pictures train study clean
 
 help:
 	@echo "make sample    draw images with the bundled model into $(OUT)/"
@@ -11,6 +11,7 @@ help:
 	@echo "make bench     the benchmarks"
 	@echo "make pictures  draw the pictures of the README again"
 	@echo "make train     train the bundled model again (recipes/fashion_mnist)"
+	@echo "make study     draw what the study of guidance lacks, and write docs/study.md"
 
 install: .venv/.installed
 
@@ -47,6 +48,9 @@ pictures: install
 
 train: install
 	$(BIN)/python -m recipes.fashion_mnist.train
+
+study: install
+	$(BIN)/python -m recipes.study
 
 clean:
 	rm -rf .venv $(OUT) .mypy_cache .ruff_cache .pytest_cache

@@ -74,13 +74,15 @@ def main() -> None:
     rows = []
     for batch in args.batch_size:
         collected: dict[str, list[float]] = {}
+        cache = generator.new_cache(generator.condition(range(batch), guided=True))
+        cache.keys.normal_(), cache.values.normal_()
         for fraction in POSITIONS:
             position = round(fraction * generator.num_tokens)
             sides: dict[str, Callable[[], object]] = {
                 "released CFG": released_step(baseline, batch, cfg, position),
                 "released SoftCFG": released_step(baseline, batch, soft, position),
-                "CFG": decoding_step(generator, batch, cfg, position),
-                "SoftCFG": decoding_step(generator, batch, soft, position),
+                "CFG": decoding_step(generator, range(batch), cfg, position, cache),
+                "SoftCFG": decoding_step(generator, range(batch), soft, position, cache),
                 "linear layers": linear_layers(baseline, 2 * batch),
             }
             with prepared_linear_layers(generator, 2 * batch):

@@ -1,4 +1,4 @@
-"""The bundled model: what is shipped, and that its samples are what they are asked to be."""
+"""The bundled models: what is shipped, and that their samples are what they are asked to be."""
 
 import subprocess
 import sys
@@ -13,11 +13,17 @@ from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.zoo.registry import BUNDLED
 
 FOLDER = BUNDLED / "fashion"
+PARTS = {"model.yaml", "generator.safetensors", "tokenizer.safetensors"}
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return Pipeline.from_pretrained("fashion")
+
+
+@pytest.fixture(scope="module")
+def small() -> Pipeline:
+    return Pipeline.from_pretrained("fashion-small")
 
 
 def class_accuracy(pipe: Pipeline, count: int, guidance: CFG | None = None) -> float:
@@ -32,8 +38,11 @@ def class_accuracy(pipe: Pipeline, count: int, guidance: CFG | None = None) -> f
 
 def test_what_is_shipped_is_small() -> None:
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert set(sizes) == {"model.yaml", "generator.safetensors", "tokenizer.safetensors", "classifier.safetensors"}
+    assert set(sizes) == PARTS | {"classifier.safetensors"}
     assert sum(sizes.values()) <= 16 * 2**20
+    sizes = {path.name: path.stat().st_size for path in (BUNDLED / "fashion-small").iterdir()}
+    assert set(sizes) == PARTS
+    assert sum(sizes.values()) <= 6 * 2**20
 
 
 def test_the_model_is_made_of_the_usual_parts(pipe: Pipeline) -> None:
@@ -43,8 +52,20 @@ def test_the_model_is_made_of_the_usual_parts(pipe: Pipeline) -> None:
     assert pipe.classes[7] == "Sneaker"
 
 
+def test_the_small_model_has_fewer_tokens(pipe: Pipeline, small: Pipeline) -> None:
+    assert small.generator.num_tokens == 64
+    assert small.tokenizer.image_size == pipe.tokenizer.image_size
+    assert small.classes == pipe.classes
+
+
 def test_samples_are_in_their_class(pipe: Pipeline) -> None:
     assert class_accuracy(pipe, 60) >= 0.8
+
+
+def test_guidance_puts_samples_of_the_small_model_into_their_class(small: Pipeline) -> None:
+    guided = class_accuracy(small, 400, CFG(guidance_scale=3.0))
+    assert guided >= 0.85
+    assert guided > class_accuracy(small, 400, CFG(guidance_scale=0))
 
 
 @pytest.mark.slow

@@ -77,8 +77,9 @@ def train(
         decoded = model.decode_latents(latents).float()
         error = F.mse_loss(decoded, pixels)
         numbers["psnr"] = -10 * error.detach().log10()
-        wrong = rows(latents_of_encoder - haar(pixels, patch)).square().mean(1)
-        local = torch.where(content(pixels, patch), wrong, BACKGROUND_WEIGHT * wrong).mean()
+        target = haar(pixels, patch)
+        wrong = rows(latents_of_encoder - F.pad(target, (0, 0, 0, 0, 0, config.z_channels - 4))).square()
+        local = torch.where(content(pixels, patch), wrong[:, :4].mean(1), BACKGROUND_WEIGHT * wrong.mean(1)).mean()
         numbers["local"] = local.detach()
         return F.l1_loss(decoded, pixels) + 4 * error + COMMITMENT * commitment + LOCALITY * local, numbers
 
@@ -120,13 +121,10 @@ def reconstruction_quality(model: MaskGITVQ, pixels: Tensor) -> dict[str, float]
 
 
 def haar(pixels: Tensor, patch: int) -> Tensor:
-    """Return what a token should say of its patch: the sum and three differences of the means of its quadrants.
-
-    They are scaled such that for patches of 2x2 pixels, and for flat ones, the energy is that of the gray values.
-    """
+    """Return what a token should say of its patch: sum and differences of the means of its quadrants."""
     quadrants = F.avg_pool2d(pixels[:, :1], patch // 2)
     a, b, c, d = F.pixel_unshuffle(quadrants, 2).chunk(4, dim=1)
-    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) * (patch / 4)
+    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) / 2
 
 
 def content(pixels: Tensor, patch: int) -> Tensor:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from goldens import FOLDER, golden
 from softcfg import UserError
-from softcfg.evaluation import Statistics, frechet_distance, inception_score, precision_recall, statistics
+from softcfg.evaluation import (
+    Statistics,
+    class_accuracy,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    statistics,
+)
 from softcfg.evaluation.metrics import radii
 
 
@@ -252,6 +259,18 @@ def test_too_few_rows_are_refused() -> None:
     assert precision_recall(base[:4], samples) == (expected["4"]["precision"], expected["4"]["recall"])
     with pytest.raises(UserError, match="at least 4 images on both sides, got 3"):
         precision_recall(base[:3], samples)
+
+
+def test_class_accuracy() -> None:
+    logits = torch.tensor([[0.1, 2.0, -1.0], [3.0, 2.9, 2.8], [-3.0, -2.0, -1.0], [0.0, 1.0, 0.0]])
+    assert class_accuracy(logits, torch.tensor([1, 0, 2, 1])) == 1
+    assert class_accuracy(logits, torch.tensor([1, 1, 2, 2])) == 0.5
+    for labels, text in (
+        (torch.tensor([0, 1]), "one label an image"),
+        (torch.tensor([0, 1, 3, 0]), "found 3"),
+    ):
+        with pytest.raises(UserError, match=text):
+            class_accuracy(logits, labels)
 
 
 def test_what_are_no_features_is_refused() -> None:

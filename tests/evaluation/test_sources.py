@@ -48,6 +48,13 @@ def test_npz(images: np.ndarray, tmp_path: Path, save: Any, batch_size: int) -> 
     save(tmp_path / "a.npz", images, np.arange(23))
     np.testing.assert_array_equal(read(tmp_path / "a.npz", batch_size), images)
     assert open_source(str(tmp_path / "a.npz")).fingerprint == hash_file(tmp_path / "a.npz")
+    assert open_source(tmp_path / "a.npz").labels.tolist() == list(range(23))
+
+
+@pytest.mark.parametrize("other", [None, np.arange(22), np.zeros(23), np.array([{}] * 23)])
+def test_what_lies_beside_the_images_need_not_be_labels(images: np.ndarray, other: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images, *(() if other is None else (other,)))
+    assert open_source(tmp_path / "a.npz").labels is None
 
 
 def test_npz_in_fortran_order_and_later_formats(images: np.ndarray, tmp_path: Path) -> None:
@@ -109,6 +116,14 @@ def test_runs_are_read_in_the_order_of_the_indices(images: np.ndarray, tmp_path:
     write_pngs(folder / "images", images[::-1])  # as an export would
     np.testing.assert_array_equal(read(folder, batch_size), images)
     np.testing.assert_array_equal(read(folder / "shards", batch_size), images)
+    assert open_source(folder).labels is None
+
+
+def test_labels_of_a_run_are_in_the_order_of_the_indices(images: np.ndarray, tmp_path: Path) -> None:
+    for n, indices in enumerate(([5, 2, 0], [1, 4, 3])):
+        tensors = {"pixels": torch.from_numpy(images[indices]), "indices": torch.tensor(indices)}
+        save_file({**tensors, "labels": 10 * torch.tensor(indices)}, tmp_path / f"shard-{n}.safetensors")
+    assert open_source(tmp_path).labels.tolist() == [0, 10, 20, 30, 40, 50]
 
 
 def test_the_fingerprint_follows_the_content(images: np.ndarray, tmp_path: Path) -> None:

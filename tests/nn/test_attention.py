@@ -123,3 +123,34 @@ def test_cache_refuses_to_overflow() -> None:
     cache = KVCache(layers=1, rows=1, heads=1, slots=2, head_dim=4)
     with pytest.raises(ValueError, match="2 slots"):
         cache.update(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 1)
+
+
+@pytest.mark.parametrize("new", [1, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_grouped_query_heads_share_keys_and_values(new: int, weighted: bool) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(ROWS, 6, new, DIM, dtype=torch.float64)
+    key, value = torch.randn(2, ROWS, 2, 9, DIM, dtype=torch.float64)
+    settings = {"value_weights": torch.rand(ROWS, 9), "key_weights": torch.rand(ROWS, new, 9)} if weighted else {}
+    got = weighted_attention(query, key, value, **settings)
+    each = weighted_attention(query, key.repeat_interleave(3, dim=1), value.repeat_interleave(3, dim=1), **settings)
+    torch.testing.assert_close(got, each, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mask_by_query_takes_the_place_of_the_causal_rule(weighted: bool) -> None:
+    """The last of four queries sees the first two slots alone, as if nothing else were there."""
+    query, key, value = inputs(4, 6, torch.float64)
+    weights = torch.rand(ROWS, 6) if weighted else None
+    mask = torch.ones(ROWS, 4, 6, dtype=torch.bool)
+    mask[:, 3, 2:] = False
+    got = weighted_attention(query, key, value, value_weights=weights, mask=mask)
+    for row, slots in ((slice(0, 3), 6), (slice(3, 4), 2)):
+        for i in range(4)[row]:
+            alone = weighted_attention(
+                query[:, :, i : i + 1],
+                key[:, :, :slots],
+                value[:, :, :slots],
+                value_weights=None if weights is None else weights[:, :slots],
+            )
+            torch.testing.assert_close(got[:, :, i : i + 1], alone, atol=1e-12, rtol=0)

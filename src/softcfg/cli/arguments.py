@@ -69,6 +69,12 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--schedule", help="cosine_power, constant or linear (default: the model's own)")
     group.add_argument(
+        "--interval",
+        type=parse_interval,
+        metavar="START-STOP",
+        help="guide in the steps START <= step < STOP alone, such as 32-192 (default: in all)",
+    )
+    group.add_argument(
         "--softcfg-strength",
         type=float,
         metavar="P",
@@ -90,6 +96,9 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--softcfg-floor", type=float, metavar="W", help="least weight, in [0, 1] (default: the preset's)"
     )
+    group.add_argument(
+        "--softcfg-eps", type=float, metavar="E", help="added to the sum of confidences (default: the preset's)"
+    )
     group = parser.add_argument_group("token sampling")
     group.add_argument("--temperature", type=float, help="divides the logits, > 0 (default: the model's own)")
     group.add_argument(
@@ -103,6 +112,14 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep codes up to this total probability; 1: all (default)",
     )
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
+
+
+def parse_interval(text: str) -> tuple[int, int]:
+    """Two steps from START-STOP."""
+    steps = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not steps:
+        raise argparse.ArgumentTypeError(f"{text!r} is not START-STOP, two steps such as 32-192")
+    return int(steps[1]), int(steps[2])
 
 
 def parse_device(name: str | None) -> torch.device | None:
@@ -142,25 +159,31 @@ def load_pipeline(
     )
 
 
-def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
-    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
-    from softcfg.guidance import SoftCFG
-
-    chosen: dict[str, Any] = {
+def guidance_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the guidance method that the arguments give a value."""
+    chosen = {
         "guidance_scale": args.guidance_scale,
         "guidance_scale_pow": args.guidance_scale_pow,
         "schedule": args.schedule,
+        "interval": args.interval,
         "strength": args.softcfg_strength,
         "step_norm": args.step_norm,
         "confidence": args.confidence,
         "target": args.target,
         "alignment": args.alignment,
         "floor": args.softcfg_floor,
+        "eps": args.softcfg_eps,
     }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
+    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
+    from softcfg.guidance import SoftCFG
+
     preset = SoftCFG.released if args.preset == "released" else SoftCFG.paper
-    given = {name: value for name, value in chosen.items() if value is not None}
     try:
-        return pipeline.default_guidance(preset, **given)
+        return pipeline.default_guidance(preset, **guidance_settings(args))
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -13,7 +13,8 @@ Measure images by the protocol of ImageNet papers: FID, sFID, Inception Score, p
 
 SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG or WebP images,
 or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
-reference batches and --save-stats have them. Without a reference there is only the Inception Score.
+reference batches and --save-stats have them. Without a reference there is only the Inception Score, and class
+accuracy where the extractor knows the classes (fashion) and SAMPLES says what was drawn (a run folder, arr_1).
 
 The Inception weights are downloaded once, into the folder SOFTCFG_CHECKPOINTS (default:
 ~/.cache/softcfg/checkpoints); features are kept in SOFTCFG_FEATURES (default: ~/.cache/softcfg/features)."""
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--metrics",
         metavar="LIST",
-        help="some of fid,sfid,inception_score,precision,recall (default: all that can be computed)",
+        help="some of fid,sfid,inception_score,precision,recall,class_accuracy (default: all that can be computed)",
     )
     group = parser.add_argument_group("features")
     group.add_argument(

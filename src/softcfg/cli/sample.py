@@ -156,7 +156,7 @@ def draw(
     """Draw the run of the folder `args.output_dir`, from the start or from where it was left.
 
     Args:
-        subjects: what is drawn and how often, as fields of run.json.
+        subjects: what is drawn and how often, as arguments of `run_settings`.
         writer: what to do with every shard that is written, off the main thread.
         finish: what to do in the end, in the first process.
     """
@@ -214,58 +214,21 @@ def _png_writer(args: argparse.Namespace, run: RunFolder) -> Callable[[Shard], N
     return functools.partial(write_pngs, run, folder=run.path) if args.png else None
 
 
-def _settings(
-    args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampling: Sampling, subjects: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of run.json: what decides the images, and what they were made with."""
-    from softcfg.zoo.checkpoints import hash_weights, require_file
-    from softcfg.zoo.registry import resolve
-
-    entry = resolve(args.model)
-
-    def half(part: Any, given: str | None) -> dict[str, Any]:
-        path = given or require_file(part.file, entry)
-        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_weights(path)}
-
-    text = {}
-    if entry.text is not None:
-        text["text"] = {"template": entry.text.template, "sha256": hash_weights(require_file(entry.text.file, entry))}
-    return {
-        "model": entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve()),
-        "generator": half(entry.generator, args.generator_checkpoint),
-        "tokenizer": half(entry.tokenizer, args.tokenizer_checkpoint),
-        **text,
-        "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
-        "sampling": dataclasses.asdict(sampling),
-        "seed": args.seed,
-        "dtype": args.dtype,
-        **subjects,
-        "batch_size": args.batch_size,
-        "command": _command(args),
-        "environment": [_environment(pipeline)],
-    }
-
-
 def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
-    """What is drawn and how often: classes, or prompts and the numbers of those."""
-    from softcfg.runs.plan import RANDOM
+    """What is drawn and how often, as arguments of `run_settings`."""
+    from softcfg.runs.plan import RANDOM, Prompts
 
-    prompts = arguments.parse_prompts(args, pipeline)
-    if prompts is not None:
+    texts = arguments.parse_prompts(args, pipeline)
+    if texts is not None:
         if args.images_per_prompt and args.num_samples:
             raise UserError("give --images-per-prompt or --num-samples, not both")
-        width, height = arguments.image_size(args, pipeline)
-        check_prompts(args, pipeline, prompts)
+        prompts = Prompts(tuple(texts), *arguments.image_size(args, pipeline), args.task, args.image)
+        prompts.check(pipeline)
         each = args.images_per_prompt or (PER_PROMPT if args.prompts is None else 1)
         return {
-            "labels": list(range(len(prompts))),
-            "num_classes": len(prompts),
-            "num_samples": args.num_samples or each * len(prompts),
+            "labels": range(len(texts)),
+            "num_samples": args.num_samples or each * len(texts),
             "prompts": prompts,
-            "width": width,
-            "height": height,
-            **({} if args.task is None else {"task": args.task}),
-            **({} if args.image is None else {"image": _image_facts(args.image)}),
         }
     if args.task is not None or args.image is not None:
         raise UserError(f"--task and --image: {pipeline.name} draws classes")
@@ -276,44 +239,28 @@ def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     elif args.num_samples is None:
         raise UserError("--labels random needs --num-samples")
     each = 1 if given.startswith("@") else PER_LABEL
-    return {
-        "labels": chosen,
-        "num_classes": pipeline.generator.num_classes,
-        "num_samples": args.num_samples or each * len(chosen),
-    }
+    return {"labels": chosen, "num_samples": args.num_samples or each * len(chosen)}
 
 
-def check_prompts(args: argparse.Namespace, pipeline: Pipeline, texts: Sequence[str]) -> None:
-    """Raise `UserError` for prompts that the model cannot draw, before anything is written."""
-    from softcfg.prompts import Prompt
+def _settings(
+    args: argparse.Namespace, pipeline: Pipeline, guidance: CFG, sampling: Sampling, subjects: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of run.json."""
+    from softcfg.runs.settings import run_settings
 
-    assert pipeline.prompt_reader is not None
-    for text in texts:
-        prompt = Prompt(text, args.width, args.height, args.task, args.image)
-        read = pipeline.prompt_reader.read([prompt], pipeline.generator, pipeline.tokenizer)
-        pipeline.generator.condition(read, guided=False)
-
-
-def _image_facts(path: str) -> dict[str, str]:
-    from softcfg.zoo.checkpoints import hash_file
-
-    return {"path": str(Path(path).absolute()), "sha256": hash_file(Path(path))}
-
-
-def _environment(pipeline: Pipeline) -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    from softcfg.version import __version__
-
-    device = pipeline.generator.device
-    where = (
-        {"device": torch.cuda.get_device_name(device)}
-        if device.type == "cuda"
-        else {"device": f"{device.type}, {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads()}
+    return run_settings(
+        args.model,
+        pipeline,
+        guidance,
+        sampling,
+        **subjects,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        dtype=args.dtype,
+        command=_command(args),
+        generator_checkpoint=args.generator_checkpoint,
+        tokenizer_checkpoint=args.tokenizer_checkpoint,
     )
-    return {"softcfg": __version__, "torch": torch.__version__, "python": platform.python_version(), **where}
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run, track=None, task=None, image=None)
+    parser.set_defaults(run=run, track=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     args.output_dir = str(pictures.with_name(f"{pictures.name}.run"))
 
     def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
+        from softcfg.runs.plan import Prompts
+
         if pipeline.prompt_reader is None:
             raise UserError(f"{pipeline.name} draws classes, not texts; t2i-bench is for text-to-image models")
         width, height = arguments.image_size(args, pipeline)
@@ -86,14 +88,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"the scorer of DPG-Bench takes square images, got {width} x {height}")
         for folder in {path.parent for number in range(len(suite.prompts)) for path in suite.files(pictures, number)}:
             remove_temporary(folder)
-        sample.check_prompts(args, pipeline, suite.prompts)
+        prompts = Prompts(tuple(suite.prompts), width, height)
+        prompts.check(pipeline)
         return {
             "labels": [number for number in range(len(suite.prompts)) for _ in range(IMAGES_PER_PROMPT)],
-            "num_classes": len(suite.prompts),
             "num_samples": IMAGES_PER_PROMPT * len(suite.prompts),
-            "prompts": suite.prompts,
-            "width": width,
-            "height": height,
+            "prompts": prompts,
         }
 
     def writer(args: argparse.Namespace, run: RunFolder) -> Callable[[Shard], None]:

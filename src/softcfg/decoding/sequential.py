@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
@@ -14,6 +15,7 @@ from softcfg.decoding.graphs import repeat
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
 
@@ -41,7 +43,7 @@ def decode(
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
         static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
-            default, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
+            default for generators that can, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
 
     Returns:
         int64 [B, T].
@@ -68,7 +70,8 @@ def decode(
         decoder.record(step, drawn)
         tokens[:, at] = drawn[:, None]
 
-    static = device.type == "cuda" if static is None else static
+    if static is None:
+        static = device.type == "cuda" and generator.slots_by_row
     with prepared_linear_layers(generator, condition.rows):
         advance(0)
         steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
@@ -87,13 +90,20 @@ class Decoder:
         confidence: float32 [B, T], zero for tokens that are not there yet or are no image codes.
     """
 
-    def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        guidance: CFG,
+        sampling: Sampling,
+        cache: KVCache | None = None,
+    ) -> None:
         self.generator = generator
         self.condition = condition
         self.guidance = guidance
         self.sampling = sampling
         self.batch = condition.rows // 2 if guidance.is_active else condition.rows
-        self.cache = generator.new_cache(condition)
+        self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, device=device)
         self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
@@ -143,6 +153,32 @@ class Decoder:
             return {}
         self._weights[self.batch :, self.condition.slots :] = self.guidance.weights(self.confidence)
         return targeted(self.guidance, self._weights)
+
+
+def step_weights(confidence: Tensor, guidance: CFG, steps: Tensor) -> Tensor:
+    """Weights [B, n, T] that the given steps (0-based) put on every token, from those before it.
+
+    Args:
+        confidence: [B, T], of all tokens.
+        guidance: plain CFG gives ones.
+        steps: int64 [n] or [B, n].
+    """
+    token = torch.arange(confidence.shape[1], device=confidence.device)
+    so_far = confidence[:, None] * (token < steps.to(confidence.device)[..., None])
+    return guidance.weights(so_far) if isinstance(guidance, SoftCFG) else torch.ones_like(so_far)
+
+
+def query_weights(
+    guidance: SoftCFG, step_weights: Tensor, condition: Condition, *, from_start: bool
+) -> dict[str, Tensor]:
+    """Keyword arguments for a pass of the unconditional rows that predicts several tokens.
+
+    Args:
+        step_weights: [rows, n, T], of the steps that the pass predicts.
+        from_start: the pass starts with the condition, whose slots, as queries and as keys, are not weighted.
+    """
+    leading = condition.slots - 1 if from_start else 0
+    return targeted(guidance, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
 
 
 def targeted(guidance: SoftCFG, weights: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +15,30 @@ from softcfg.decoding.graphs import WARM_UP, captured
 from softcfg.decoding.sequential import Decoder
 from softcfg.guidance import CFG
 from softcfg.models.base import Generator
+from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
 # A step's cost grows with the filled part of the cache; the mean over these parts of the sequence stands for all of it.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def decoding_step(generator: Generator, batch: int, guidance: CFG, position: int) -> Callable[[], Tensor]:
+def decoding_step(
+    generator: Generator, inputs: Sequence[Any], guidance: CFG, position: int, cache: KVCache | None = None
+) -> Callable[[], Tensor]:
     """One step of decoding a batch at token `position`, on a cache and confidences of random contents.
 
     It is the step of `decode`; call it under `prepared_linear_layers`, as `decode` does.
+
+    Args:
+        inputs: what the images are conditioned on.
+        cache: to use, with its contents, in place of a new one.
     """
-    labels = [row % generator.num_classes for row in range(batch)]
-    condition = generator.condition(labels, guided=guidance.is_active)
-    decoder = Decoder(generator, condition, guidance, Sampling())
-    for contents in (decoder.cache.keys, decoder.cache.values):  # the same for all rows, which is fast to make
-        contents.copy_(torch.randn(contents.shape[2:], device=contents.device).expand_as(contents))
+    condition = generator.condition(inputs, guided=guidance.is_active)
+    decoder = Decoder(generator, condition, guidance, Sampling(), cache)
+    batch = decoder.batch
+    if cache is None:
+        for contents in (decoder.cache.keys, decoder.cache.values):  # the same for all rows, which is fast to make
+            contents.copy_(torch.randn(contents.shape[2:], device=contents.device).expand_as(contents))
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
     uniforms = torch.rand(batch, device=generator.device)
@@ -71,7 +80,8 @@ def seconds_per_step(
     means = []
     with prepared_linear_layers(generator, rows):
         for part in positions:
-            step = decoding_step(generator, batch, guidance, max(1, round(part * generator.num_tokens)))
+            labels = [row % generator.num_classes for row in range(batch)]
+            step = decoding_step(generator, labels, guidance, max(1, round(part * generator.num_tokens)))
             times = []
             for turn in range(repeats + 1):
                 started = time.perf_counter()

@@ -3,6 +3,7 @@
 from softcfg.evaluation.features import Extractor, Features, extract, load_extractor, register_extractor
 from softcfg.evaluation.metrics import (
     Statistics,
+    class_accuracy,
     frechet_distance,
     inception_score,
     precision_recall,
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "Statistics",
     "StatisticsFile",
+    "class_accuracy",
     "evaluate",
     "extract",
     "frechet_distance",

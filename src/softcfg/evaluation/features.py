@@ -60,6 +60,7 @@ class Extractor:
         describe: uint8 `[B, 3, H, W]` on `device` -> `Features` of B images.
         identity: tells apart networks of the same name; best the SHA-256 of the weights.
         note: what a reader of figures made with it has to know, or "".
+        classifies: whether logit c is that of class c as the labels of the samples count; then class accuracy is known.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Extractor:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     note: str = ""
+    classifies: bool = False
 
 
 ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
@@ -130,7 +132,7 @@ def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> 
         pooled = network.features(pixels.to(dtype) / 255)
         return Features(pooled, logits=network.head(pooled))
 
-    return Extractor("fashion", describe, digest, device, dtype)
+    return Extractor("fashion", describe, digest, device, dtype, classifies=True)
 
 
 register_extractor("inception", _inception)

@@ -106,6 +106,21 @@ def inception_score(logits: Tensor, split_size: int = SPLIT_SIZE) -> float:
     return float(torch.stack(scores).mean())
 
 
+def class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of N images whose largest logit, of `logits` `[N, C]`, is that of their class in `labels` int64 `[N]`.
+
+    Raises:
+        UserError: there are not as many labels as images, or a label is none of the C classes.
+    """
+    count, classes = _checked(logits, "logits").shape
+    if labels.shape != (count,) or not count:
+        raise UserError(f"class accuracy needs one label an image, got {list(labels.shape)} for {count} images")
+    least, most = (int(bound) for bound in labels.aminmax())
+    if least < 0 or most >= classes:
+        raise UserError(f"labels must be classes in 0..{classes - 1}, found {least if least < 0 else most}")
+    return float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
+
+
 @full_float32()
 def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> tuple[float, float]:
     """Improved precision and recall of `samples` `[N, D]` against `reference` `[M, D]`.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from softcfg.errors import UserError
@@ -26,7 +26,8 @@ from softcfg.version import __version__
 from softcfg.zoo.checkpoints import hash_file
 from softcfg.zoo.registry import find
 
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy")
+SAMPLES_ALONE = ("inception_score", "class_accuracy")  # they need no reference
 FRECHET = {"fid": "pooled", "sfid": "spatial"}  # the features they compare
 
 Images = str | Path | NDArray[Any] | Tensor | ImageSource
@@ -38,6 +39,7 @@ def evaluate(
     extractor: str | Extractor = "inception",
     metrics: Sequence[str] | None = None,
     *,
+    labels: ArrayLike | Tensor | None = None,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
@@ -51,11 +53,13 @@ def evaluate(
     Args:
         samples: an .npz file with `arr_0`, a folder of images, a run folder, or uint8 images `[N, H, W, 3]`.
         reference: the same, or an .npz file of statistics (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID);
-            without it there is only the Inception Score. As in the ADM protocol, statistics in a file take the
-            place of its images in FID and sFID, on both sides.
+            without it there are only the Inception Score and class accuracy. As in the ADM protocol, statistics in
+            a file take the place of its images in FID and sFID, on both sides.
         extractor: a registered name, "package.module:factory", or an `Extractor`.
-        metrics: some of "fid", "sfid", "inception_score", "precision", "recall"; by default all that the input
-            and the extractor allow, with a note on the others.
+        metrics: some of "fid", "sfid", "inception_score", "precision", "recall", "class_accuracy"; by default all
+            that the input and the extractor allow, with a note on the others.
+        labels: the class of every sample, for class accuracy; by default those that a run folder, or `arr_1` of an
+            .npz file, holds.
         weights: of the extractor, instead of its own.
         device: where features and metrics are computed; CUDA where there is one.
         dtype: of the extractor, float32 or float64.
@@ -76,19 +80,23 @@ def evaluate(
     # What can be refused is refused before anything takes time.
     inputs = [_Input.open(given) for given in (samples, reference) if given is not None]
     _require_equal_sizes(inputs)
-    obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs))}
+    classes = inputs[0].labels if labels is None else torch.as_tensor(labels)
+    obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs, classes))}
     if metrics and obstacles:
         raise UserError("; ".join(f"{TITLES[name]} cannot be computed: {why}" for name, why in obstacles.items()))
     if save_stats and inputs[0].source is None:
         raise UserError(f"{inputs[0].name} holds no images of which statistics could be saved")
     if not isinstance(extractor, Extractor):
         extractor = load_extractor(extractor, weights, device, dtype)
+    if not metrics and not extractor.classifies:
+        wanted.remove("class_accuracy")
+        obstacles.pop("class_accuracy", None)
     for given in inputs:
         given.require_made_with(extractor)
 
     options = {"batch_size": batch_size, "cache": cache, "progress": progress}
     sides = [_Side(given, extractor, device, options) for given in inputs]
-    comparison = _Comparison(*sides)
+    comparison = _Comparison(*sides, labels=classes)
     values: dict[str, float] = {}
     for name in wanted:
         if name not in obstacles:
@@ -139,9 +147,10 @@ class _UnavailableError(UserError):
 class _Comparison:
     """The metrics by their names; what two of them share is computed once."""
 
-    def __init__(self, samples: _Side, reference: _Side | None = None) -> None:
+    def __init__(self, samples: _Side, reference: _Side | None = None, *, labels: Tensor | None) -> None:
         self.samples = samples
         self.reference = reference
+        self.labels = labels
 
     def fid(self) -> float:
         return self._frechet("pooled")
@@ -158,6 +167,13 @@ class _Comparison:
     def recall(self) -> float:
         return self._precision_recall[1]
 
+    def class_accuracy(self) -> float:
+        extractor = self.samples.extractor
+        if not extractor.classifies:
+            raise _UnavailableError(f"the extractor {extractor.name} does not know the classes of the samples")
+        assert self.labels is not None
+        return formulas.class_accuracy(self.samples.tensor("logits"), self.labels)
+
     def _frechet(self, kind: str) -> float:
         assert self.reference is not None
         moments = self.samples.statistics(kind), self.reference.statistics(kind)
@@ -172,9 +188,9 @@ class _Comparison:
         return formulas.precision_recall(self.reference.tensor("pooled"), self.samples.tensor("pooled"))
 
 
-def _obstacle(metric: str, inputs: Sequence[_Input]) -> str | None:
+def _obstacle(metric: str, inputs: Sequence[_Input], labels: Tensor | None) -> str | None:
     """Why `metric` cannot be computed of these inputs, whatever the extractor."""
-    if metric == "inception_score":
+    if metric in SAMPLES_ALONE:
         inputs = inputs[:1]
     elif len(inputs) < 2:
         return "it needs a reference"
@@ -185,6 +201,8 @@ def _obstacle(metric: str, inputs: Sequence[_Input]) -> str | None:
                 return f"{given.name} holds statistics for FID, but not those for sFID, {' and '.join(ARRAYS[kind])}"
         elif given.source is None:
             return f"{given.name} holds statistics, but no images"
+    if metric == "class_accuracy" and labels is None:
+        return f"{inputs[0].name} does not say of which classes its images are"
     return None
 
 
@@ -201,6 +219,11 @@ class _Input:
         file = read_statistics(given) if isinstance(given, (str, Path)) else None
         source = open_source(given) if file is None or file.has_images else None
         return cls(str(given) if source is None else source.name, source, file)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The classes of the images, as far as known."""
+        return self.source.labels if self.source else None
 
     @property
     def size(self) -> tuple[int, int] | None:

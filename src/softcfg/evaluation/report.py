@@ -12,8 +12,9 @@ TITLES = {
     "inception_score": "Inception Score",
     "precision": "precision",
     "recall": "recall",
+    "class_accuracy": "class accuracy",
 }
-DECIMALS = {"inception_score": 2, "precision": 4, "recall": 4}
+DECIMALS = {"inception_score": 2, "precision": 4, "recall": 4, "class_accuracy": 4}
 
 
 @dataclass(frozen=True)

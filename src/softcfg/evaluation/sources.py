@@ -35,11 +35,13 @@ class ImageSource(ABC):
         name: where they come from.
         count: their number.
         size: height and width.
+        labels: the classes that they were drawn for, int64 `[N]`, where the source says so; else None.
     """
 
     name: str
     count: int
     size: tuple[int, int]
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -114,6 +116,17 @@ class NpzSource(ImageSource):
             self.count, self.size = _check(f"arr_0 of {path}", dtype, shape)
         # Only an array in C order holds one image after the other.
         self.array = _read_array(path, "arr_0") if fortran else None
+        self.labels = self._labels()
+
+    def _labels(self) -> Tensor | None:
+        """`arr_1`, where the samplers of ADM put the classes."""
+        with zipfile.ZipFile(self.path) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return None
+        with _open_member(self.path, "arr_1") as (_, shape, dtype, _):
+            if shape != (self.count,) or not np.issubdtype(dtype, np.integer):
+                return None  # something else
+        return torch.from_numpy(_read_array(self.path, "arr_1").astype(np.int64))
 
     def _hash(self) -> str:
         return hash_file(self.path)
@@ -220,7 +233,11 @@ class ShardsSource(ImageSource):
         self.count, self.size = len(indices), next(iter(sizes))
         # Where the images lie, in the order of their indices: number of the shard and row in it.
         places = [(shard, row) for shard, part in enumerate(found) for row in range(len(part))]
-        self.places = [places[n] for n in indices.argsort()]
+        order = indices.argsort()
+        self.places = [places[n] for n in order]
+        labels = [_shard_labels(path) for path in shards]
+        if all(part is not None for part in labels):
+            self.labels = torch.cat(labels)[torch.from_numpy(order)]  # type: ignore[arg-type]
 
     def _hash(self) -> str:
         return _hash_files(self.folder, self.shards)
@@ -253,12 +270,19 @@ def _shard_header(path: Path) -> tuple[NDArray[np.int64], tuple[int, ...]]:
         raise UserError(f"{path} is no shard of a run, or damaged ({error})") from None
 
 
+def _shard_labels(path: Path) -> Tensor | None:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as shard:
+        return shard.get_tensor("labels") if "labels" in shard.keys() else None  # noqa: SIM118
+
+
 def _read_image(path: Path) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            if image.mode == "RGBA" and image.getextrema()[3] != (255, 255):
+            if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
                 raise UserError(f"{path} is partly transparent; put it on a background first")
             if image.mode not in ("RGB", "RGBA", "L", "P"):
                 raise UserError(f"{path} has the mode {image.mode}; images must be RGB or grey, 8 bits a channel")

@@ -81,12 +81,14 @@ class Generator(nn.Module, ABC):
         vocab_size: V, the number of tokens that may be drawn.
         num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
         cache_shape: (layers, heads, head_dim) of the key/value cache.
+        slots_by_row: whether a pass may start at a slot of each row's own.
     """
 
     num_tokens: int
     vocab_size: int
     num_classes: int = 0
     cache_shape: tuple[int, int, int]
+    slots_by_row: bool = True
 
     @abstractmethod
     def condition(self, inputs: Any, *, guided: bool) -> Condition:

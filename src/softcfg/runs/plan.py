@@ -6,10 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import UserError
 from softcfg.prompts import Prompt
+
+if TYPE_CHECKING:
+    from softcfg.pipeline import Pipeline
 
 RANDOM = "random"
 NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from")  # fields that change no image
@@ -37,6 +41,24 @@ class Prompts:
             return None
         image = settings.get("image", {}).get("path")
         return cls(tuple(settings["prompts"]), settings["width"], settings["height"], settings.get("task"), image)
+
+    def facts(self) -> dict[str, Any]:
+        """The prompts as fields of the settings of a run."""
+        from softcfg.zoo.checkpoints import hash_file
+
+        facts: dict[str, Any] = {"prompts": list(self.texts), "width": self.width, "height": self.height}
+        if self.task is not None:
+            facts["task"] = self.task
+        if self.image is not None:
+            facts["image"] = {"path": str(Path(self.image).absolute()), "sha256": hash_file(self.image)}
+        return facts
+
+    def check(self, pipeline: Pipeline) -> None:
+        """Raise `UserError` for prompts that the model of `pipeline` cannot draw."""
+        assert pipeline.prompt_reader is not None
+        for label in range(len(self.texts)):
+            read = pipeline.prompt_reader.read([self[label]], pipeline.generator, pipeline.tokenizer)
+            pipeline.generator.condition(read, guided=False)
 
     def __getitem__(self, label: int) -> Prompt:
         """The prompt that a label stands for."""

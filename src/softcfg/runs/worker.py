@@ -181,14 +181,15 @@ def draw_shards(
     run: RunFolder,
     todo: Sequence[int],
     artist: Artist,
-    processes: Processes,
+    processes: Processes | None = None,
     *,
     written: Callable[[Shard], None] | None = None,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> None:
     """Draw this process's part of the shards `todo`, every world-th; rank 0 then waits for the others.
 
     Args:
+        processes: those that share the work; None if this one does it all.
         written: called with every shard that was written, off the main thread.
 
     Raises:
@@ -204,7 +205,7 @@ def draw_shards(
         # Files are written while the next batch is drawn. However this block ends, a batch that was drawn is kept.
         with ThreadPoolExecutor(max_workers=1) as writer:
             writing: Future[None] | None = None
-            for number in todo[processes.rank :: processes.world]:
+            for number in todo if processes is None else todo[processes.rank :: processes.world]:
                 indices = run.plan.indices(number)
 
                 def on_step(share: float, images: int = len(indices)) -> None:
@@ -220,7 +221,8 @@ def draw_shards(
                 writing.result()
         if progress is not None:
             progress.look()
-            progress.wait(processes)
+            if processes is not None:
+                progress.wait(processes)
     finally:
         if progress is not None:
             progress.close()

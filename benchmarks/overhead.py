@@ -1,0 +1,98 @@
+"""What SoftCFG adds to a decoding step of CFG, in per cent.
+
+    python -m benchmarks.overhead alitok-b --batch-size 4 16 64
+    python -m benchmarks.overhead alitok-xl --layers 4 --batch-size 4 128
+    python -m benchmarks.overhead lumina-mgpt-2 --layers 2 --batch-size 2
+
+Both sides take turns on one cache, at several positions of the sequence. SoftCFG computes the weights once a step and
+multiplies with them in every layer, so a model that was cut to a few layers shows more overhead than the whole one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.timing import machine, medians, table
+from softcfg.configuration import load_config
+from softcfg.decoding.throughput import POSITIONS, decoding_step
+from softcfg.guidance import CFG, SoftCFG
+from softcfg.models.base import Generator
+from softcfg.nn.linear import prepared_linear_layers
+from softcfg.zoo.registry import GENERATORS, MODELS
+
+
+def build(args: argparse.Namespace) -> Generator:
+    """The generator with random weights, cut as asked for."""
+    if args.model in MODELS:
+        part = MODELS[args.model].generator
+        family, content = part.family, dict(part.config)
+    else:
+        family, content = GENERATORS[args.model], {}
+    model, config_type = family.classes()
+    config: Any = load_config(config_type, content, family.sections)
+    if args.layers:
+        config = replace(config, num_hidden_layers=args.layers)
+    if family.name == "lumina-mgpt-2":  # its text tokens are of no account here
+        config = replace(
+            config, vocab_size=20000, prompt_start_id=0, separator_id=1, image_start_id=2, image_end_id=3,
+            new_line_id=4, size_id=10, first_code_id=1000,
+        )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model(config).requires_grad_(False).eval()  # type: ignore[return-value]
+
+
+def inputs_of(generator: Generator, batch: int) -> Sequence[Any]:
+    """Labels, or prompts of 64 tokens."""
+    if generator.num_classes:
+        return range(batch)
+    from softcfg.models.lumina import TokenPrompt
+
+    return [TokenPrompt([0] * 64)] * batch
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model of the zoo, or a family with its default configuration")
+    parser.add_argument("--layers", type=int, help="as many layers as these")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+
+    generator = build(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = generator.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    methods = {"CFG": CFG(4.0), "SoftCFG": SoftCFG(4.0)}
+    rows = []
+    for batch in args.batch_size:
+        inputs = inputs_of(generator, batch)
+        condition = generator.condition(inputs, guided=True)
+        cache = generator.new_cache(condition)
+        for contents in (cache.keys, cache.values):
+            contents.copy_(torch.randn(contents.shape[2:], device=device).expand_as(contents))
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        with prepared_linear_layers(generator, condition.rows):
+            for part in POSITIONS:
+                position = round(part * condition.num_tokens)
+                sides = {
+                    name: decoding_step(generator, inputs, guidance, position, cache)
+                    for name, guidance in methods.items()
+                }
+                for name, median in medians(sides, args.repeats, warmup=2).items():
+                    seconds[name].append(median)
+        cfg, soft = (1e3 * statistics.fmean(seconds[name]) for name in methods)
+        rows.append([batch, condition.num_tokens, cfg, soft, f"{100 * (soft / cfg - 1):+.1f} %"])
+    cut = f" cut to {args.layers} layers" if args.layers else ""
+    print(f"{args.model}{cut}, {generator.dtype}, {machine()}\n")
+    print(table(["batch", "tokens", "CFG, ms a step", "SoftCFG, ms a step", "overhead"], rows))
+
+
+if __name__ == "__main__":
+    main()

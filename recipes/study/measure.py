@@ -1,0 +1,124 @@
+"""Drawing and measuring a point."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import softcfg
+from recipes.fashion_mnist.data import load
+from recipes.study.points import Point, Row
+from softcfg import Pipeline, evaluation
+from softcfg.evaluation import Extractor, Features
+from softcfg.inspection import measures
+from softcfg.version import __version__
+
+CLASSES = 10
+TRACED_AT_ONCE = 100
+
+
+class Laboratory:
+    """A model, a classifier, and the test images that samples are compared with."""
+
+    def __init__(self, model: str, data: Path, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.pipeline = Pipeline.from_pretrained(model)
+        self.device = self.pipeline.generator.device
+        self.extractor: Extractor = evaluation.load_extractor("fashion", device=self.device)
+        self.data = data
+        self.reference = self.features(_colours(load(data, "test").images))
+        self.reference_statistics = evaluation.statistics(self.reference.pooled)
+
+    def features(self, images: Tensor) -> Features:
+        """What the classifier says of uint8 images [N, H, W, 3]."""
+        source = evaluation.open_source(images.contiguous())
+        return evaluation.extract(self.extractor, source, batch_size=self.batch_size)
+
+    def run(self, point: Point) -> Row:
+        """The row of a point for the results."""
+        start = time.monotonic()
+        kinds = {"images": self.images, "trace": self.trace, "real": self.bound, "reconstructed": self.bound}
+        values = kinds[point.measure](point)
+        return {
+            **point.settings(),
+            "model": self.model,
+            "values": values,
+            "seconds": round(time.monotonic() - start, 1),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "versions": {"softcfg": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    def images(self, point: Point) -> Row:
+        """The metrics of images drawn with the point's settings, classes in turn."""
+        labels = torch.arange(point.samples) % CLASSES
+        out = self.pipeline(labels, point.guidance, seed=point.seed, batch_size=self.batch_size)
+        return self.metrics(torch.from_numpy(out.pixels), labels)
+
+    def bound(self, point: Point) -> Row:
+        """The metrics of training images, as they are or as the tokenizer gives them back."""
+        train = load(self.data, "train")
+        chosen = slice(point.samples)
+        images = _colours(train.images[chosen])
+        if point.measure == "reconstructed":
+            tokenizer = self.pipeline.tokenizer
+            parts = train.pixels(chosen).split(self.batch_size)
+            images = torch.cat([tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(part))).cpu() for part in parts])
+        return self.metrics(images, train.labels[chosen])
+
+    def metrics(self, images: Tensor, labels: Tensor) -> Row:
+        """The metrics of images uint8 [N, H, W, 3] of classes [N]; the extractor has no spatial features for sFID."""
+        features = self.features(images)
+        assert features.logits is not None
+        precision, recall = evaluation.precision_recall(self.reference.pooled, features.pooled)
+        return {
+            "fid": evaluation.frechet_distance(evaluation.statistics(features.pooled), self.reference_statistics),
+            "inception_score": evaluation.inception_score(features.logits),
+            "precision": precision,
+            "recall": recall,
+            "class_accuracy": evaluation.class_accuracy(features.logits, labels),
+        }
+
+    def trace(self, point: Point) -> Row:
+        """What guidance does at every step, means over the images.
+
+        `entropy_gap` and `branch_distance` have standard errors beside them; `budget` and `budget_without` are the sums
+        of 1 - w with and without Step Normalisation.
+        """
+        found: dict[str, list[Tensor]] = {"entropy_gap": [], "branch_distance": [], "budget": [], "budget_without": []}
+        confidences = []
+        for part in torch.arange(point.samples).split(TRACED_AT_ONCE):
+            labels = part % CLASSES
+            drawn = self.pipeline(labels, point.guidance, seed=point.seed, indices=part.tolist()).tokens
+            trace = softcfg.trace(
+                self.pipeline.generator,
+                labels=labels,
+                tokens=drawn,
+                guidance=point.guidance,
+                temperature=self.pipeline.sampling().temperature,
+                value_weights=False,
+            )
+            found["entropy_gap"].append(measures.entropy_gap(trace))
+            found["branch_distance"].append(measures.branch_distance(trace))
+            found["budget"].append(measures.perturbation_budget(trace, step_norm=True))
+            found["budget_without"].append(measures.perturbation_budget(trace, step_norm=False))
+            confidences.append(trace.confidence)
+        values: Row = {}
+        for name, parts in {**found, "confidence": confidences}.items():
+            every = torch.cat(parts).double().cpu()
+            values[name] = _short(every.mean(dim=0))
+            values[f"{name}_error"] = _short(every.std(dim=0) / len(every) ** 0.5)
+        return values
+
+
+def _colours(gray: Tensor) -> Tensor:
+    """[N, H, W] -> [N, H, W, 3]."""
+    return gray[..., None].expand(-1, -1, -1, 3)
+
+
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in values.tolist()]

@@ -1,0 +1,145 @@
+"""Which points the study has: guidance settings, seeds and numbers of samples.
+
+Scale and power of every method are tuned on a seed of their own with fewer samples; all that is reported comes from
+other seeds. Image n of a seed draws the same random numbers at every setting, so settings compare seed by seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from softcfg import CFG, SoftCFG
+
+Row = dict[str, Any]  # of the results
+
+METHODS: Mapping[str, CFG] = {
+    "CFG": CFG(),
+    "SoftCFG without Step Normalisation": SoftCFG(step_norm=False),
+    "SoftCFG": SoftCFG(),
+}
+NONE = CFG(guidance_scale=1.0)
+
+TUNING_SEED = 1000
+TUNING_SCALES = (1.5, 2.0, 3.0, 5.0, 8.0)
+TUNING_POWERS = (1.0, 2.0)
+RANGE = (1.5, 2.0, 3.0, 5.0, 8.0, 12.0)
+TARGETS = ("value", "key", "both")
+CONFIDENCES = ("max", "sampled", "entropy", "margin")
+TRACED = 500
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something to draw and measure.
+
+    Attributes:
+        measure: "images": the metrics of `samples` images; "trace": what guidance does while they are drawn;
+            "real": the metrics of as many training images, "reconstructed": of these through the tokenizer.
+    """
+
+    guidance: CFG
+    seed: int
+    samples: int
+    measure: str = "images"
+
+    def settings(self) -> Row:
+        """What tells the point apart, as the results hold it."""
+        guidance = {"method": type(self.guidance).__name__, **asdict(self.guidance)}
+        return {"measure": self.measure, "guidance": guidance, "seed": self.seed, "samples": self.samples}
+
+
+def key(settings: Row) -> str:
+    """A text that two rows share if they are of the same point."""
+    return json.dumps({name: settings[name] for name in ("measure", "guidance", "seed", "samples")}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Design:
+    """The size of the study: samples a point, seeds, and samples a point while scale and power are tuned."""
+
+    samples: int = 10_000
+    seeds: int = 3
+    tuning_samples: int = 1_000
+
+    def tuning(self) -> list[Point]:
+        """The grid in which the best scale and power of every method are looked for."""
+        return [
+            Point(replace(method, guidance_scale=scale, guidance_scale_pow=power), TUNING_SEED, self.tuning_samples)
+            for method in METHODS.values()
+            for scale in TUNING_SCALES
+            for power in TUNING_POWERS
+        ]
+
+    def points(self, rows: Mapping[str, Row]) -> list[Point]:
+        """All points that follow from the results so far, the most important first."""
+        tuning = self.tuning()
+        if not all(key(point.settings()) in rows for point in tuning):
+            return tuning
+        best = self.best(rows)
+        traces = [Point(method, 0, min(TRACED, self.samples), "trace") for method in at_scale_of(best["CFG"]).values()]
+        parts = [
+            {"none": NONE, **best},
+            scale_range(best),
+            targets(best),
+            definitions(best),
+        ]
+        images = [
+            Point(guidance, seed, self.samples)
+            for seed in range(self.seeds)
+            for part in parts
+            for guidance in part.values()
+        ]
+        return list(dict.fromkeys([*tuning, *self.bounds(), *traces, *images]))
+
+    def bounds(self) -> list[Point]:
+        """What no generator can do better, as there is nothing else to draw: guidance and seed mean nothing here."""
+        return [Point(NONE, 0, self.samples, measure) for measure in ("real", "reconstructed")]
+
+    def best(self, rows: Mapping[str, Row]) -> dict[str, CFG]:
+        """Every method at the scale and power of least FID in the grid."""
+        found: dict[str, CFG] = {}
+        for name in METHODS:
+            grid = [point for point in self.tuning() if at_scale_of(point.guidance)[name] == point.guidance]
+            found[name] = min(grid, key=lambda p: rows[key(p.settings())]["values"]["fid"]).guidance
+        return found
+
+
+def at_scale_of(guidance: CFG) -> dict[str, CFG]:
+    """Every method at one scale and power."""
+    shared = {"guidance_scale": guidance.guidance_scale, "guidance_scale_pow": guidance.guidance_scale_pow}
+    return {name: replace(method, **shared) for name, method in METHODS.items()}  # type: ignore[arg-type]
+
+
+def scale_range(best: Mapping[str, CFG]) -> dict[tuple[str, float], CFG]:
+    """(method, scale) -> CFG and SoftCFG over a wide range of scales, all at the power that is best for CFG."""
+    return {
+        (name, scale): replace(METHODS[name], guidance_scale=scale, guidance_scale_pow=best["CFG"].guidance_scale_pow)
+        for scale in RANGE
+        for name in ("CFG", "SoftCFG")
+    }
+
+
+def targets(best: Mapping[str, CFG]) -> dict[str, CFG]:
+    """What the weights scale, at the scale and power that are best for SoftCFG."""
+    return {target: replace(best["SoftCFG"], target=target) for target in TARGETS}  # type: ignore[call-arg]
+
+
+def definitions(best: Mapping[str, CFG]) -> dict[str, CFG]:
+    """Confidences, and the released definition, at the scale and power that are best for SoftCFG."""
+    softcfg = best["SoftCFG"]
+    shared = {"guidance_scale": softcfg.guidance_scale, "guidance_scale_pow": softcfg.guidance_scale_pow}
+    return {
+        **{kind: replace(softcfg, confidence=kind) for kind in CONFIDENCES},  # type: ignore[call-arg]
+        "released": SoftCFG.released(**shared),
+    }
+
+
+def of_seeds(guidance: CFG, rows: Mapping[str, Row], design: Design) -> Iterator[Row]:
+    """The rows of a setting, one a seed, as far as they are there."""
+    for seed in range(design.seeds):
+        row = rows.get(key(Point(guidance, seed, design.samples).settings()))
+        if row is not None:
+            yield row

@@ -1,0 +1,416 @@
+"""The document of the study: its tables and plots come from the results, the text around them is written by hand.
+
+A block of the document between `<!-- begin NAME -->` and `<!-- end NAME -->` is made anew from the results.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from recipes.study.points import (
+    METHODS,
+    NONE,
+    RANGE,
+    TUNING_POWERS,
+    TUNING_SCALES,
+    Design,
+    Row,
+    at_scale_of,
+    definitions,
+    key,
+    of_seeds,
+    scale_range,
+    targets,
+)
+from softcfg import CFG
+from softcfg.errors import UserError
+from softcfg.files import make_folder, write_atomically
+from softcfg.inspection.plots import COLOURS
+
+METRICS = {  # title, factor, decimals
+    "fid": ("FID ↓", 1, 3),
+    "inception_score": ("IS ↑", 1, 3),
+    "precision": ("precision ↑, %", 100, 2),
+    "recall": ("recall ↑, %", 100, 2),
+    "class_accuracy": ("class accuracy ↑, %", 100, 2),
+}
+TOLERANCE = 1.1  # a scale is usable where FID is at most this multiple of the least
+MISSING = "–"
+
+
+class Study:
+    """The results, and what is asked of them."""
+
+    def __init__(self, rows: Mapping[str, Row], design: Design) -> None:
+        self.rows = rows
+        self.design = design
+        self.best = design.best(rows)
+
+    def of_seeds(self, guidance: CFG, metric: str) -> dict[int, float]:
+        """Seed -> value of a metric, for the seeds that are there."""
+        return {row["seed"]: row["values"][metric] for row in of_seeds(guidance, self.rows, self.design)}
+
+    def text(self, guidance: CFG, metric: str) -> str:
+        """Mean and standard deviation over the seeds."""
+        _, factor, decimals = METRICS[metric]
+        return _spread([factor * value for value in self.of_seeds(guidance, metric).values()], decimals)
+
+    def less(self, guidance: CFG, other: CFG, metric: str) -> str:
+        """The same of the differences between two settings, seed by seed."""
+        _, factor, decimals = METRICS[metric]
+        one, two = self.of_seeds(guidance, metric), self.of_seeds(other, metric)
+        return _spread([factor * (one[seed] - two[seed]) for seed in one.keys() & two.keys()], decimals, sign="+")
+
+    def table(self, settings: Mapping[str, CFG], first: str, compared: CFG, name: str) -> str:
+        """One line a setting: its scale and power, all metrics, and how much its FID differs from another's."""
+        head = [
+            first,
+            "scale, power",
+            "seeds",
+            *(title for title, _, _ in METRICS.values()),
+            f"FID less that of {name}",
+        ]
+        lines = []
+        for title, guidance in settings.items():
+            count = len(self.of_seeds(guidance, "fid"))
+            metrics = [self.text(guidance, metric) for metric in METRICS]
+            difference = "" if guidance == compared else self.less(guidance, compared, "fid")
+            lines.append([title, _scale(guidance), str(count), *metrics, difference])
+        return _table(head, lines)
+
+
+def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
+    """Write the plots, and the document with its blocks made anew.
+
+    Raises:
+        UserError: the document does not exist, has a block of an unknown name, or scale and power are not tuned yet.
+    """
+    if not all(key(point.settings()) in rows for point in design.tuning()):
+        raise UserError("there are no results for all points of the tuning yet; draw them first")
+    if not document.is_file():
+        raise UserError(f"{document} does not exist; it holds the text around the tables")
+    study = Study(rows, design)
+    pictures = make_folder(document.parent / "images" / "study")
+
+    def block(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in BLOCKS:
+            raise UserError(f"{document} has a block {name}; known are {', '.join(BLOCKS)}")
+        return f"<!-- begin {name} -->\n{BLOCKS[name](study)}\n<!-- end {name} -->"
+
+    text = document.read_text(encoding="utf-8")
+    text = re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
+    for name, draw in PICTURES.items():
+        write_atomically(pictures / f"{name}.svg", _svg(draw(study)))
+    write_atomically(document, text.encode())
+
+
+# ---- blocks
+
+
+def about(study: Study) -> str:
+    """What was drawn, with what."""
+    every = list(study.rows.values())
+    images = [row for row in every if row["measure"] == "images"]
+    wanted = study.design.points(study.rows)
+    missing = [point for point in wanted if key(point.settings()) not in study.rows]
+    hours = sum(row["seconds"] for row in every) / 3600
+    devices = sorted({row["device"] for row in every})
+    versions = sorted({f"softcfg {row['versions']['softcfg']}, PyTorch {row['versions']['torch']}" for row in every})
+    full = [len(study.of_seeds(guidance, "fid")) for guidance in _reported(study)]
+    seeds = f"{min(full)} to {max(full)}" if min(full) < max(full) else str(min(full))
+    lines = [
+        f"- Model `{every[0]['model']}`; {study.design.samples:,} images a point, the classes in turn.",
+        f"- {seeds} of {study.design.seeds} seeds a point; the column *seeds* says how many a line has.",
+        f"- {sum(row['samples'] for row in images):,} images in {len(images)} points, {hours:.1f} hours of one "
+        f"process with one thread ({', '.join(devices)}; {'; '.join(versions)}).",
+    ]
+    if missing:
+        lines.append(f"- {len(missing)} of {len(wanted)} points are not there yet; `make study` draws them.")
+    return "\n".join(lines)
+
+
+def ablation(study: Study) -> str:
+    """Part 1."""
+    table = study.table({"no guidance": NONE, **study.best}, "method", study.best["CFG"], "CFG")
+    for point, title in zip(
+        study.design.bounds(), ("*training images*", "*the same through the tokenizer*"), strict=True
+    ):
+        if row := study.rows.get(key(point.settings())):
+            values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
+            table += "\n| " + " | ".join([title, MISSING, MISSING, *values, ""]) + " |"
+    return table
+
+
+def same_scale(study: Study) -> str:
+    """The methods at the scale and power of CFG."""
+    settings = at_scale_of(study.best["CFG"])
+    return study.table(settings, "method", study.best["CFG"], "CFG")
+
+
+def over_scales(study: Study) -> str:
+    """Part 2."""
+    settings = scale_range(study.best)
+    head = ["scale", "seeds", "FID ↓ CFG", "FID ↓ SoftCFG", "difference", "IS ↑ CFG", "IS ↑ SoftCFG", "difference",
+            "class accuracy CFG, %", "SoftCFG, %"]  # fmt: skip
+    lines = []
+    for scale in RANGE:
+        cfg, softcfg = settings["CFG", scale], settings["SoftCFG", scale]
+        count = min(len(study.of_seeds(guidance, "fid")) for guidance in (cfg, softcfg))
+        line = [f"{scale:g}", str(count)]
+        for metric in ("fid", "inception_score"):
+            line += [study.text(cfg, metric), study.text(softcfg, metric), study.less(softcfg, cfg, metric)]
+        lines.append([*line, study.text(cfg, "class_accuracy"), study.text(softcfg, "class_accuracy")])
+    ranges = [_usable_range(study, name) for name in ("CFG", "SoftCFG")]
+    return "\n\n".join([_table(head, lines), *filter(None, ranges)])
+
+
+def weighted(study: Study) -> str:
+    """Part 3."""
+    settings = targets(study.best)
+    named = {"values (SoftCFG)": settings["value"], "keys": settings["key"], "both": settings["both"]}
+    return study.table({"nothing (CFG)": _plain(study), **named}, "weights on", settings["value"], "values")
+
+
+def confidences(study: Study) -> str:
+    """Part 4."""
+    settings = definitions(study.best)
+    names = {
+        "max": "`max` (the paper's definition)",
+        "sampled": "`sampled`",
+        "entropy": "`entropy`",
+        "margin": "`margin`",
+        "released": "`SoftCFG.released` (the released definition)",
+    }
+    named = {title: settings[name] for name, title in names.items()}
+    return study.table(named, "confidence", settings["max"], "`max`")
+
+
+def over_steps(study: Study) -> str:
+    """Part 5."""
+    traces = _traces(study)
+    if not traces:
+        return "Not drawn yet."
+    rows = {name: row["values"] for name, row in traces.items()}
+    total = len(next(iter(rows.values()))["entropy_gap"])
+    thirds = [slice(round(i * total / 3), round((i + 1) * total / 3)) for i in range(3)]
+    head = ["method", "quantity", *(f"steps {part.start + 1} to {part.stop}" for part in thirds)]
+    names = {"entropy_gap": "normalised entropy, unconditional less conditional", "branch_distance": "distance"}
+    lines = [
+        [name, title, *(f"{mean(values[quantity][part]):.4f}" for part in thirds)]
+        for quantity, title in names.items()
+        for name, values in rows.items()
+    ]
+    lines += [
+        ["SoftCFG" + suffix, "sum of (1 - w)", *(f"{mean(values[part]):.2f}" for part in thirds)]
+        for suffix, values in (
+            ("", rows["SoftCFG"]["budget"]),
+            (" without Step Normalisation", rows["SoftCFG without Step Normalisation"]["budget_without"]),
+        )
+    ]
+    return _table(head, lines)
+
+
+def tuning(study: Study) -> str:
+    """The grid: least FID of every method in bold."""
+    seed = study.design.tuning()[0].seed
+    head = ["method", "power", *(f"scale {scale:g}" for scale in TUNING_SCALES)]
+    lines = []
+    for name in METHODS:
+        grid = _grid(study, name)
+        for power in TUNING_POWERS:
+            best = study.best[name]
+            values = [
+                f"**{value:.3f}**"
+                if (best.guidance_scale, best.guidance_scale_pow) == (scale, power)
+                else f"{value:.3f}"
+                for scale, value in grid[power].items()
+            ]
+            lines.append([name, f"{power:g}", *values])
+    return f"FID of {study.design.tuning_samples:,} images, seed {seed}:\n\n{_table(head, lines)}"
+
+
+BLOCKS: Mapping[str, Callable[[Study], str]] = {
+    block.__name__: block
+    for block in (about, ablation, same_scale, over_scales, weighted, confidences, over_steps, tuning)
+}
+
+
+# ---- plots
+
+
+def plot_range(study: Study) -> Figure:
+    """FID and IS against the scale, and FID against class accuracy."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    settings = scale_range(study.best)
+    for colour, name in zip(COLOURS, ("CFG", "SoftCFG"), strict=False):
+        drawn = [settings[name, scale] for scale in RANGE if study.of_seeds(settings[name, scale], "fid")]
+        scales = [guidance.guidance_scale for guidance in drawn]
+        for axis, metric in zip(axes, ("fid", "inception_score"), strict=False):
+            values, errors = _errors(study, drawn, metric)
+            axis.errorbar(scales, values, errors, color=colour, marker="o", markersize=3, capsize=2, label=name)
+        accuracy, fid = (_errors(study, drawn, metric)[0] for metric in ("class_accuracy", "fid"))
+        axes[2].plot(100 * accuracy, fid, color=colour, marker="o", markersize=3, label=name)
+    for axis, metric in zip(axes, ("fid", "inception_score"), strict=False):
+        none = _errors(study, [NONE], metric)[0]
+        if len(none):
+            axis.axhline(none[0], color="0.5", linestyle=":", label="no guidance")
+        axis.set(xscale="log", xlabel="guidance scale", ylabel=METRICS[metric][0].split()[0])
+        axis.set_xticks(RANGE, [f"{scale:g}" for scale in RANGE])
+        axis.minorticks_off()
+    none = [_errors(study, [NONE], metric)[0] for metric in ("class_accuracy", "fid")]
+    axes[2].plot(100 * none[0], none[1], color="0.5", marker="o", linestyle="", label="no guidance")
+    axes[2].set(xlabel="class accuracy, %", ylabel="FID")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def plot_tuning(study: Study) -> Figure:
+    """FID over the grid."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(METHODS), sharey=True)
+    for axis, name in zip(axes, METHODS, strict=True):
+        for colour, (power, values) in zip(COLOURS, _grid(study, name).items(), strict=False):
+            axis.plot(
+                *zip(*values.items(), strict=True), color=colour, marker="o", markersize=3, label=f"power {power:g}"
+            )
+        axis.set(title=name, xlabel="guidance scale", xscale="log")
+        axis.set_xticks(TUNING_SCALES, [f"{scale:g}" for scale in TUNING_SCALES])
+        axis.minorticks_off()
+    axes[0].set_ylabel("FID")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def plot_steps(study: Study) -> Figure:
+    """How far the branches are apart over the steps."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, (name, row) in zip(COLOURS, _traces(study).items(), strict=False):
+        _curve(left, row, "entropy_gap", colour, name)
+        _curve(right, row, "branch_distance", colour, name)
+    left.axhline(0, color="0.6", linewidth=0.8)
+    left.set(xlabel="step", ylabel="normalised entropy", title="Unconditional less conditional entropy")
+    right.set(xlabel="step", ylabel="total variation distance", title="Distance of the branches", ylim=(0, None))
+    right.legend(frameon=False)
+    return figure
+
+
+def plot_budget(study: Study) -> Figure:
+    """What the perturbation sums up to, and the mean confidence."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    traces = _traces(study)
+    if traces:
+        _curve(left, traces["SoftCFG"], "budget", COLOURS[0], "SoftCFG")
+        without = "SoftCFG without Step Normalisation"
+        _curve(left, traces[without], "budget_without", COLOURS[1], without)
+        _curve(right, traces["SoftCFG"], "confidence", COLOURS[0], "SoftCFG")
+    left.set(xlabel="step", ylabel="sum of (1 - w)", title="Perturbation of a step", ylim=(0, None))
+    left.legend(frameon=False)
+    right.set(xlabel="token", ylabel="p_max", title="Mean confidence in the tokens", ylim=(0, 1))
+    return figure
+
+
+PICTURES: Mapping[str, Callable[[Study], Figure]] = {
+    "range": plot_range,
+    "tuning": plot_tuning,
+    "steps": plot_steps,
+    "budget": plot_budget,
+}
+
+
+# ---- pieces
+
+
+def _traces(study: Study) -> dict[str, Row]:
+    found = {}
+    for point in study.design.points(study.rows):
+        if point.measure == "trace" and key(point.settings()) in study.rows:
+            name = next(name for name, guidance in at_scale_of(point.guidance).items() if guidance == point.guidance)
+            found[name] = study.rows[key(point.settings())]
+    return found if len(found) == len(METHODS) else {}
+
+
+def _grid(study: Study, name: str) -> dict[float, dict[float, float]]:
+    """Power -> scale -> FID."""
+    found: dict[float, dict[float, float]] = {power: {} for power in TUNING_POWERS}
+    for point in study.design.tuning():
+        if at_scale_of(point.guidance)[name] == point.guidance:
+            fid = study.rows[key(point.settings())]["values"]["fid"]
+            found[point.guidance.guidance_scale_pow][point.guidance.guidance_scale] = fid
+    return found
+
+
+def _usable_range(study: Study, name: str) -> str:
+    """Between which scales FID is near its least, interpolated on a logarithmic axis."""
+    settings = scale_range(study.best)
+    scales = [scale for scale in RANGE if study.of_seeds(settings[name, scale], "fid")]
+    if len(scales) < len(RANGE):
+        return ""
+    fine = np.geomspace(RANGE[0], RANGE[-1], 2000)
+    values = np.interp(np.log(fine), np.log(scales), _errors(study, [settings[name, s] for s in scales], "fid")[0])
+    usable = fine[values <= TOLERANCE * values.min()]
+    low = f"below {RANGE[0]:g}" if math.isclose(usable[0], RANGE[0]) else f"{usable[0]:.1f}"
+    high = f"above {RANGE[-1]:g}" if math.isclose(usable[-1], RANGE[-1]) else f"{usable[-1]:.1f}"
+    return f"{name}: FID is within {TOLERANCE - 1:.0%} of its least from scale {low} to {high}."
+
+
+def _reported(study: Study) -> Iterable[CFG]:
+    points = [point for point in study.design.points(study.rows) if point.samples == study.design.samples]
+    return dict.fromkeys(point.guidance for point in points if point.measure == "images")
+
+
+def _plain(study: Study) -> CFG:
+    """CFG at the scale and power of the best SoftCFG."""
+    return at_scale_of(study.best["SoftCFG"])["CFG"]
+
+
+def _errors(study: Study, settings: Sequence[CFG], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations over the seeds, of the settings that are there."""
+    found = [values for guidance in settings if (values := list(study.of_seeds(guidance, metric).values()))]
+    spreads = [stdev(values) if len(values) > 1 else 0.0 for values in found]
+    return np.array([mean(values) for values in found]), np.array(spreads)
+
+
+def _curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
+    """Mean over images, with two standard errors as a band."""
+    values, errors = np.array(row["values"][quantity]), np.array(row["values"][f"{quantity}_error"])
+    steps = np.arange(1, len(values) + 1)
+    axis.plot(steps, values, color=colour, label=name)
+    axis.fill_between(steps, values - 2 * errors, values + 2 * errors, color=colour, alpha=0.2, linewidth=0)
+
+
+def _scale(guidance: CFG) -> str:
+    return f"{guidance.guidance_scale:g}, {guidance.guidance_scale_pow:g}" if guidance.is_active else MISSING
+
+
+def _spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
+    if not values:
+        return MISSING
+    text = f"{mean(values):{sign}.{decimals}f}"
+    return f"{text} ± {stdev(values):.{decimals}f}" if len(values) > 1 else text
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
+
+
+def _svg(figure: Figure) -> bytes:
+    """The same file for the same figure."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "softcfg", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()

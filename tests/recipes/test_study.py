@@ -1,0 +1,243 @@
+"""The study of guidance: which points it has, that a kill costs one point at most, and the document it becomes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from recipes.study import __main__ as study
+from recipes.study import report
+from recipes.study.measure import Laboratory
+from recipes.study.points import METHODS, NONE, TUNING_SEED, Design, Point, at_scale_of, key
+from recipes.study.results import Results
+from softcfg import CFG, Pipeline, SoftCFG, UserError, evaluation
+from softcfg.models.alitok import AliTok, AliTokConfig
+from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
+
+SMALL = Design(samples=20, seeds=2, tuning_samples=8)
+BLOCKS = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in report.BLOCKS)
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty training images and forty test images of noise."""
+    folder = tmp_path_factory.mktemp("data")
+    numbers = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(numbers.integers(0, 256, (40, 28, 28))))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(40) % 10))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, four tokens an image."""
+    folder = tmp_path_factory.mktemp("model")
+    generator = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "codebook_size": 16,
+        "condition_num_classes": 10, "image_seq_len": 4, "grid_size": 2, "prefix_tokens": 0,
+    }  # fmt: skip
+    tokenizer = {
+        "channel_mult": [1, 1, 1, 1, 1], "hidden_channels": 32, "num_res_blocks": 1, "resolution": 32,
+        "z_channels": 4, "codebook_size": 16,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(AliTok(AliTokConfig(**generator)).state_dict(), folder / "generator.safetensors")
+        save_file(MaskGITVQ(MaskGITVQConfig(**tokenizer)).state_dict(), folder / "tokenizer.safetensors")
+    card = {
+        "name": "tiny",
+        "generator": {"family": "alitok", "config": generator},
+        "tokenizer": {"family": "maskgit-vq", "config": tokenizer},
+        "sampling": {"temperature": 1.0},
+    }
+    (folder / "model.yaml").write_text(yaml.safe_dump(card))
+    return folder
+
+
+@pytest.fixture
+def command(model: Path, data: Path, tmp_path: Path) -> list[str]:
+    document = tmp_path / "study.md"
+    document.write_text(f"before\n{BLOCKS}\nafter\n")
+    return [
+        "study", "--model", str(model), "--data", str(data), "--samples", "20", "--seeds", "2", "--tuning-samples", "8",
+        "--batch-size", "10", "--workers", "1", "--results", str(tmp_path / "results.jsonl"),
+        "--document", str(document),
+    ]  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def made_up(design: Design, fid: Callable[[CFG], float]) -> dict[str, dict[str, Any]]:
+    """Rows of the tuning with chosen FIDs."""
+    return {key(p.settings()): {**p.settings(), "values": {"fid": fid(p.guidance)}} for p in design.tuning()}
+
+
+class TestPoints:
+    def test_first_the_methods_are_tuned(self) -> None:
+        points = SMALL.points({})
+        assert {point.seed for point in points} == {TUNING_SEED}
+        assert {point.samples for point in points} == {8}
+        assert len(points) == len(set(points)) == 30
+        assert {type(point.guidance) for point in points} == {CFG, SoftCFG}
+
+    def test_the_best_have_the_least_fid_of_their_own_method(self) -> None:
+        def fid(guidance: CFG) -> float:
+            wanted = 2.0 if type(guidance) is CFG else 3.0 if guidance.step_norm else 5.0
+            return abs(guidance.guidance_scale - wanted) + abs(guidance.guidance_scale_pow - 2.0)
+
+        best = SMALL.best(made_up(SMALL, fid))
+        assert best == {
+            "CFG": CFG(2.0, 2.0),
+            "SoftCFG without Step Normalisation": SoftCFG(5.0, 2.0, step_norm=False),
+            "SoftCFG": SoftCFG(3.0, 2.0),
+        }
+
+    def test_points_that_follow(self) -> None:
+        rows = made_up(SMALL, lambda guidance: abs(guidance.guidance_scale - 3) + guidance.guidance_scale_pow)
+        points = SMALL.points(rows)
+        assert len(points) == len(set(points))
+        images = [p for p in points if p.measure == "images" and p.samples == 20]
+        first = [p.guidance for p in images if p.seed == 0]
+        assert first == [p.guidance for p in images if p.seed == 1]
+        assert images[: len(first)] == [Point(guidance, 0, 20) for guidance in first]  # a whole seed before the next
+        best = SoftCFG(3.0, 1.0)
+        assert first[:4] == [NONE, CFG(3.0, 1.0), SoftCFG(3.0, 1.0, step_norm=False), best]
+        assert {CFG(8.0, 1.0), SoftCFG(8.0, 1.0)} < set(first)
+        assert {replace(best, target="key"), replace(best, target="both"), replace(best, confidence="margin")} < set(
+            first
+        )
+        assert SoftCFG.released(guidance_scale=3.0, guidance_scale_pow=1.0) in first
+        assert {p.guidance for p in points if p.measure == "trace"} == set(at_scale_of(CFG(3.0, 1.0)).values())
+
+
+def test_a_point_is_measured_as_the_evaluation_measures(model: Path, data: Path) -> None:
+    from recipes.fashion_mnist.data import load
+
+    guidance = SoftCFG(guidance_scale=3.0)
+    row = Laboratory(str(model), data, batch_size=10).run(Point(guidance, seed=4, samples=20))
+    labels = [index % 10 for index in range(20)]
+    drawn = Pipeline.from_pretrained(model)(labels, guidance, seed=4, batch_size=10).pixels
+    reference = load(data, "test").images[..., None].expand(-1, -1, -1, 3)
+    expected = evaluation.evaluate(drawn, reference, "fashion", labels=labels).metrics
+    assert row["values"] == pytest.approx(expected)
+    assert row["guidance"]["method"] == "SoftCFG"
+    assert (row["seed"], row["samples"]) == (4, 20)
+
+
+def test_bounds_are_of_training_images(model: Path, data: Path) -> None:
+    from recipes.fashion_mnist.data import load
+
+    laboratory = Laboratory(str(model), data, batch_size=10)
+    real, reconstructed = (laboratory.run(point)["values"] for point in SMALL.bounds())
+    train, test = load(data, "train"), load(data, "test")
+    reference = test.images[..., None].expand(-1, -1, -1, 3)
+    images = train.images[:20, ..., None].expand(-1, -1, -1, 3)
+    assert real == pytest.approx(evaluation.evaluate(images, reference, "fashion", labels=train.labels[:20]).metrics)
+    assert reconstructed["fid"] > real["fid"]  # the tokenizer is untrained
+
+
+def test_a_trace_is_the_mean_over_images(model: Path, data: Path) -> None:
+    laboratory = Laboratory(str(model), data, batch_size=10)
+    values = laboratory.run(Point(SoftCFG(guidance_scale=3.0), seed=0, samples=30, measure="trace"))["values"]
+    assert all(len(value) == 4 for value in values.values())
+    assert values["budget"] == pytest.approx([0, 1, 1, 1], abs=1e-3)
+    sums = np.cumsum([0, *values["confidence"][:-1]])
+    assert values["budget_without"] == pytest.approx(sums, rel=1e-2)
+    assert all(error >= 0 for error in values["branch_distance_error"])
+
+
+class TestCommand:
+    def test_all_points_are_drawn_once_and_the_document_is_made(self, command, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr(sys, "argv", command)
+        study.main()
+        rows = lines(tmp_path / "results.jsonl")
+        assert len({key(row) for row in rows}) == len(rows)
+        text = (tmp_path / "study.md").read_text()
+        assert text.startswith("before\n<!-- begin about -->\n- Model")
+        assert text.endswith("<!-- end tuning -->\nafter\n")
+        assert "old" not in text
+        assert "not there yet" not in text
+        none = Point(NONE, 0, 20).settings()["guidance"]
+        (fid,) = [
+            r["values"]["fid"] for r in rows if r["guidance"] == none and r["seed"] == 0 and r["measure"] == "images"
+        ]
+        (other,) = [r["values"]["fid"] for r in rows if r["guidance"] == none and r["seed"] == 1]
+        spread = f"{(fid + other) / 2:.3f} ± {abs(fid - other) / 2**0.5:.3f}"
+        assert f"| no guidance | – | 2 | {spread} |" in text
+        pictures = {path.name: path.read_bytes() for path in (tmp_path / "images" / "study").iterdir()}
+        assert set(pictures) == {f"{name}.svg" for name in report.PICTURES}
+
+        study.main()  # nothing is left to draw, and the document stays as it is
+        assert lines(tmp_path / "results.jsonl") == rows
+        assert (tmp_path / "study.md").read_text() == text
+        assert {path.name: path.read_bytes() for path in (tmp_path / "images" / "study").iterdir()} == pictures
+
+    def test_killed_it_goes_on_and_comes_to_the_same(self, command, tmp_path) -> None:
+        path = tmp_path / "results.jsonl"
+        killed = [sys.executable, "-m", "recipes.study", *command[1:], "--draw-only"]
+        process = subprocess.Popen(killed, cwd=Path(__file__).parents[2])
+        while not path.exists() or path.read_bytes().count(b"\n") < 5:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        before = [row["values"] for row in lines(path)]
+        with path.open("a") as file:
+            file.write('{"measure": "ima')  # as if the kill had come while it wrote
+        parts = [subprocess.Popen(killed, cwd=Path(__file__).parents[2]) for _ in range(2)]  # sharing what is left
+        assert [part.wait() for part in parts] == [0, 0]
+        rows = lines(path)
+        assert [row["values"] for row in rows[: len(before)]] == before
+        assert len({key(row) for row in rows}) == len(rows) == len(SMALL.points({key(row): row for row in rows}))
+
+    def test_the_document_before_the_results(self, command, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(sys, "argv", [*command, "--document-only"])
+        with pytest.raises(SystemExit) as end:
+            study.main()
+        assert end.value.code == 2
+        assert "no results for all points of the tuning" in capsys.readouterr().err
+
+
+class TestResults:
+    def test_rows_of_other_weights_do_not_count(self, tmp_path: Path) -> None:
+        row = {**Point(CFG(), 0, 10).settings(), "values": {}}
+        Results(tmp_path / "r.jsonl", "one").append(row)
+        assert not Results(tmp_path / "r.jsonl", "two").rows()
+        assert list(Results(tmp_path / "r.jsonl", "one").rows()) == [key(row)]
+
+    def test_a_point_is_claimed_by_one(self, tmp_path: Path) -> None:
+        settings = Point(METHODS["CFG"], 0, 10).settings()
+        one, other = (Results(tmp_path / "r.jsonl", "w") for _ in range(2))
+        with one.claim(settings) as mine, other.claim(settings) as theirs:
+            assert mine
+            assert not theirs
+        with other.claim(settings) as theirs:
+            assert theirs
+            other.append({**settings, "values": {}})
+        with one.claim(settings) as mine:
+            assert not mine
+
+    def test_what_is_no_result_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "r.jsonl").write_text("hello\n")
+        with pytest.raises(UserError, match=r"r\.jsonl, line 1, is no result"):
+            Results(tmp_path / "r.jsonl", "w").rows()
