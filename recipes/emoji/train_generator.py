@@ -107,9 +107,10 @@ def train(out: Path, budget: Budget, pictures: Sequence[Picture], *, compiled: b
     """Tokenise the pictures with the tokenizer in `out`, train, and return the path of the weights."""
     tokenizer = tokenizer_from(out / "tokenizer.safetensors").to(accelerator().device)
     codes = torch.cat([tokens_of(tokenizer, part).cpu() for part in pixels_of(pictures).split(250)])
-    text = text_tokenizer(pictures)
-    make_folder(out)
-    write_atomically(out / "tokenizer.json", text.to_str().encode())
+    path = make_folder(out) / "tokenizer.json"
+    if not path.exists():  # a training that goes on keeps its words
+        write_atomically(path, text_tokenizer(pictures).to_str().encode())
+    text = TextTokenizer.from_file(str(path))
     return train_on_codes(out, budget, Examples(pictures, codes, text, CONFIG), compiled=compiled)
 
 

@@ -54,7 +54,7 @@ examples:
   softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0   # plain CFG
   softcfg sample emoji --prompt "red apple" --prompt "cat face"
   softcfg sample lumina-mgpt-2 --prompts prompts.txt --images-per-prompt 2 --width 768 --height 768
-  softcfg sample lumina-mgpt-2 --prompt "a lighthouse" --task depth --image photo.jpg --width 512 --height 1024
+  softcfg sample lumina-mgpt-2 --prompt "a lighthouse" --task depth --image photo.jpg --height 1024
   softcfg sample alitok-xl --labels 207,360 --guidance-scale 9 --guidance-scale-pow 1.5
   torchrun --nproc-per-node 8 -m softcfg sample alitok-xl --num-samples 50000 --npz --output-dir run
   softcfg sample config=configs/alitok_xl.yaml experiment.output_dir=out model.generator.guidance_scale=9"""

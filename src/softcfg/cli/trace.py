@@ -12,8 +12,9 @@ from softcfg.files import make_folder
 
 DESCRIPTION = """\
 Draw images (or replay given tokens) and save what guidance did at every step, as safetensors:
-labels [B] (not of prompts), tokens [B, T], cond_logits, uncond_logits, guided_logits [B, T, V], guidance_scale [T],
-confidence [B, T] and value_weights [B, T, T] (step, slot). The settings are in the file's metadata."""
+labels [B] (where they are classes), tokens [B, T], cond_logits, uncond_logits, guided_logits [B, T, V],
+guidance_scale [T], confidence [B, T] and value_weights [B, T, T] (step, slot). The settings, and the
+prompts if there are, are in the file's metadata."""
 
 EXAMPLES = """\
 examples:
