@@ -8,20 +8,26 @@ recoloured ones included.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recipes.emoji import data
 from recipes.emoji.data import Picture
 from recipes.emoji.train_tokenizer import pixels_of
+from recipes.training import randomness, save_weights
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.errors import UserError
+from softcfg.files import write_atomically
 from softcfg.images import grid
+
+GOLDEN = 300  # pictures
 
 
 def main() -> None:
@@ -35,6 +41,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[0])
     parser.add_argument("--held-out", action="store_true", help="prompts for pictures that were kept from training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--golden", type=Path, help="folder for names and small pictures that tests compare with")
     parser.add_argument("--grids", type=Path, help="folder for a picture of 100 images of each row")
     given = parser.parse_args()
     try:
@@ -46,8 +53,10 @@ def main() -> None:
 
 def measure(given: argparse.Namespace) -> None:
     """Print the table."""
-    pipeline = Pipeline.from_pretrained(given.model)
     pictures = data.load()
+    if given.golden:
+        write_golden(given.golden, pictures)
+    pipeline = Pipeline.from_pretrained(given.model)
     candidates = pictures if given.held_out else [picture for picture in pictures if not picture.recoloured]
     pixels = pixels_of(candidates)
     decoded = torch.cat([pipeline.tokenizer.decode(pipeline.tokenizer.encode(part)) for part in pixels.split(50)])
@@ -77,6 +86,19 @@ def measure(given: argparse.Namespace) -> None:
                     given.grids.mkdir(parents=True, exist_ok=True)
                     rows = [out.images[i : i + 10] for i in range(0, min(100, len(wanted)), 10)]
                     grid(rows).save(given.grids / f"{name}-{temperature:g}-{top_k}.png".replace(" ", "-"))
+
+
+def write_golden(folder: Path, pictures: Sequence[Picture]) -> None:
+    """Write the names of emoji, in random order, and their pictures uint8 [300, 16, 16, 3]."""
+    drawn = [picture for picture in pictures if not picture.recoloured]
+    some = [drawn[i] for i in torch.randperm(len(drawn), generator=randomness(0, 0))[:GOLDEN]]
+    small = F.avg_pool2d(pixels_of(some), 2).mul(255).round().byte().permute(0, 2, 3, 1)
+    save_weights(folder / "pictures.safetensors", {"pictures": small})
+    facts = {
+        "source": "Noto Color Emoji 2.042, SIL Open Font License 1.1; names of Unicode 15.0",
+        "names": [picture.name for picture in some],
+    }
+    write_atomically(folder / "names.json", json.dumps(facts).encode())
 
 
 def chosen(pictures: Sequence[Picture], count: int, *, held_out: bool) -> list[int]:
