@@ -19,6 +19,7 @@ from softcfg.models.base import Generator, LabelsLike, as_ids
 from softcfg.models.lumina import Lumina
 from softcfg.prompts import Prompt, PromptReader, as_prompts
 from softcfg.tokenizers.base import Tokenizer
+from softcfg.zoo import placement
 from softcfg.zoo.checkpoints import load_generator, load_prompt_reader, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
@@ -87,21 +88,38 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         generator_checkpoint: str | Path | None = None,
         tokenizer_checkpoint: str | Path | None = None,
+        quantize: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
+        offload_folder: str | None = None,
     ) -> Pipeline:
         """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder by its path.
 
         Args:
             device: "cuda" where there is one, else "cpu", by default.
-            dtype: of the generator; the tokenizer stays in float32.
+            dtype: of the generator; by default what suits the model, float32 for most. The tokenizer stays in float32.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
+            quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
+            device_map, max_memory, offload_folder: spread the generator over several devices (see
+                `zoo.placement.spread`).
 
         Raises:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
         """
         entry = resolve(model)
         device = _device(device)
+        if quantize is not None and device_map is not None:
+            raise UserError("quantize and device_map do not go together: give one of them")
+        moves = quantize is not None or device_map is not None
+        generator = load_generator(
+            entry, checkpoint=generator_checkpoint, device="cpu" if moves else device, dtype=dtype
+        )
+        if quantize is not None:
+            generator = placement.quantize(generator, quantize, device)
+        if device_map is not None:
+            generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
         return cls(
-            load_generator(entry, checkpoint=generator_checkpoint, device=device, dtype=dtype),
+            generator,
             load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
             name=entry.name,
             classes=entry.classes,
@@ -116,6 +134,7 @@ class Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
+        dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
         return cls(
             random_weights(entry.generator, device=device, dtype=dtype),
             random_weights(entry.tokenizer, device=device),

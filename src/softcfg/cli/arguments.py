@@ -47,8 +47,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the generator (default: float32)",
+        help="of the generator (default: the model's own, float32 for all but the largest)",
+    )
+    group.add_argument("--quantize", choices=("int8", "int4"), help="round the generator's weights; needs torchao")
+    group.add_argument(
+        "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
     )
 
 
@@ -148,14 +151,17 @@ def load_pipeline(
     from softcfg.pipeline import Pipeline
 
     device = parse_device(str(device)) if device else parse_device(args.device)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if random_weights:
-        return Pipeline.with_random_weights(args.model, device=device, dtype=getattr(torch, args.dtype))
+        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype)
     return Pipeline.from_pretrained(
         args.model,
         device=device,
-        dtype=getattr(torch, args.dtype),
+        dtype=dtype,
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
+        quantize=args.quantize,
+        device_map=args.device_map,
     )
 
 

@@ -256,7 +256,7 @@ def _settings(
         **subjects,
         batch_size=args.batch_size,
         seed=args.seed,
-        dtype=args.dtype,
+        dtype="/".join([str(pipeline.generator.dtype).removeprefix("torch."), *filter(None, [args.quantize])]),
         command=_command(args),
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,

@@ -109,7 +109,7 @@ class JacobiDecoder:
         self._caches = [generator.new_cache(part) for part in self._parts]
         self.rows_at_once = self._parts[0].rows
         self._confidence = torch.zeros(self.batch, total, device=device)
-        self._scales = guidance.scales(total).to(device)
+        self._scales = guidance.scales(total, condition.num_codes).to(device)
         codes = generator.is_code(torch.arange(total, device=device), condition)
         self._codes = None if codes is None else codes.expand(self.batch, -1)
 

@@ -71,7 +71,7 @@ def decode(
         tokens[:, at] = drawn[:, None]
 
     if static is None:
-        static = device.type == "cuda" and generator.slots_by_row
+        static = device.type == "cuda" and generator.slots_by_row and generator.layer_devices is None
     with prepared_linear_layers(generator, condition.rows):
         advance(0)
         steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
