@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import shlex
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 PER_LABEL = 8
 PER_PROMPT = 4
+WINDOW = 16  # of speculative Jacobi decoding
 COMPARE_UP_TO = 100  # images
 COMPARE_UP_TO_TOKENS = 1024
 COMPARED_PER_LABEL = 4
@@ -108,6 +110,17 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--track", choices=("tensorboard", "wandb"), help="report settings, throughput and a grid")
     arguments.add_guidance_arguments(parser)
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--speculative-jacobi",
+        nargs="?",
+        type=int,
+        const=WINDOW,
+        default=0,
+        metavar="WINDOW",
+        help=f"draft WINDOW tokens (default: {WINDOW}) and verify them in one pass: fewer passes, other images of the "
+        "same distribution",
+    )
     released.add_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -126,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
             value = getattr(args, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if args.speculative_jacobi < 0:
+            raise UserError(f"--speculative-jacobi must be at least 1 (0: off), got {args.speculative_jacobi}")
         processes = Processes(args.device)
         try:
             draw(args, processes, _subjects, _png_writer, _finish)
@@ -179,6 +194,8 @@ def draw(
 
     def claim() -> tuple[dict[str, Any], list[int]]:
         settings = _settings(args, pipeline, guidance, sampling, subjects(args, pipeline))
+        if args.speculative_jacobi:
+            settings["speculative_jacobi"] = args.speculative_jacobi
         locks.append(Lock(make_folder(folder)))
         run = RunFolder.claim(folder, settings, overwrite=args.overwrite)
         return run.settings, run.missing()
@@ -188,7 +205,7 @@ def draw(
     progress = None
     try:
         prompts = Prompts.of(run.settings)
-        artist = Artist(pipeline, guidance, sampling, args.seed, run.plan.batch_size, prompts)
+        artist = Artist(pipeline, guidance, sampling, args.seed, run.plan.batch_size, args.speculative_jacobi, prompts)
         tracker = _tracker(args, run, processes)
         if processes.first:
             _announce(run, guidance, todo)
@@ -356,7 +373,6 @@ def _write_comparison(
     """Three panels with the same seeds; the panel of the run's own method reuses its images."""
     from softcfg.guidance import CFG, SoftCFG
     from softcfg.images import side_by_side
-    from softcfg.runs.worker import Artist
 
     shown = shown[: COMPARED_PER_LABEL * len({label for label, _ in shown})]
     labels = [label for label, _ in shown]
@@ -371,8 +387,8 @@ def _write_comparison(
     for title, method in methods.items():
         images = list(shown)
         if method != guidance:
-            at_once = min(artist.at_once, len(shown))
-            other = Artist(artist.pipeline, method, artist.sampling, artist.seed, at_once, artist.prompts)
+            other = copy.copy(artist)
+            other.guidance, other.at_once = method, min(artist.at_once, len(shown))
             images = list(zip(labels, other.draw(range(len(shown)), labels).pixels, strict=True))
         panels.append(_grid(images, () if panels else names, title))
     _write_png(path, side_by_side(panels))

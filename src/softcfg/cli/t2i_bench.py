@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run, track=None)
+    parser.set_defaults(run=run, track=None, speculative_jacobi=0)
 
 
 def run(args: argparse.Namespace) -> int:

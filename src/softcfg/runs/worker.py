@@ -32,6 +32,7 @@ class Artist:
 
     Attributes:
         at_once: images in a batch as the model sees it.
+        speculative_jacobi: the window, see `Pipeline`.
         prompts: what labels stand for; None where they are classes.
     """
 
@@ -42,6 +43,7 @@ class Artist:
         sampling: Sampling,
         seed: int,
         batch_size: int,
+        speculative_jacobi: int = 0,
         prompts: Prompts | None = None,
     ) -> None:
         self.pipeline = pipeline
@@ -49,6 +51,7 @@ class Artist:
         self.sampling = sampling
         self.seed = seed
         self.at_once = batch_size
+        self.speculative_jacobi = speculative_jacobi
         self.prompts = prompts
 
     def draw(
@@ -84,6 +87,7 @@ class Artist:
                     temperature=self.sampling.temperature,
                     top_k=self.sampling.top_k,
                     top_p=self.sampling.top_p,
+                    speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
                 )
             except (RuntimeError, MemoryError) as error:
