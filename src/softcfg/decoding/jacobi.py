@@ -114,6 +114,7 @@ class JacobiDecoder:
         self._codes = None if codes is None else codes.expand(self.batch, -1)
 
         self._passes = 0
+        self._end = 0  # of the farthest window
         self._offsets = torch.arange(self.window, device=device)
         # As if a window in front of the sequence had been left behind, with equal logits at its end.
         self._start = self.settled - self.window
@@ -130,6 +131,7 @@ class JacobiDecoder:
         # A row that is nearly done goes over its last n tokens; what is settled among them stays.
         start = self.settled.clamp(max=self.condition.num_tokens - self.window)
         steps = start[:, None] + self._offsets
+        self._end = int(start.max()) + self.window
         drawn_from, drafts = self._drafts(start, steps, drafting)
         self.tokens.scatter_(1, steps, drafts)
 
@@ -185,7 +187,8 @@ class JacobiDecoder:
         copies = condition.rows // self.batch
         if isinstance(slot, Tensor):
             slot = slot.repeat(copies)
-        cache = self._caches[part]
+        # What is fed last stands before the last position of the window; attention need not look further.
+        cache = self._caches[part].up_to(condition.slots - 1 + self._end)
         return self.generator(condition, inputs.repeat(copies, 1), cache=cache, slot=slot, **weights).float()
 
     def _record(self, steps: Tensor, cond_logits: Tensor, tokens: Tensor) -> None:

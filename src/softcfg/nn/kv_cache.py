@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ class KVCache:
     def slots(self) -> int:
         """The number of sequence positions that the cache holds."""
         return self.keys[0].shape[2]
+
+    def up_to(self, slots: int) -> KVCache:
+        """The first `slots` slots as a cache that shares the memory of this one."""
+        part = copy(self)
+        part.keys = [keys[:, :, :slots] for keys in self.keys]
+        part.values = [values[:, :, :slots] for values in self.values]
+        return part
 
     def update(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> tuple[Tensor, Tensor]:
         """Write `keys` and `values` [rows, heads, n, head_dim] at `slot` and return the filled part.
