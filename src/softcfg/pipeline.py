@@ -31,7 +31,8 @@ class PipelineOutput:
     Attributes:
         labels: int64 [B]; None where prompts were given.
         indices: the index n of each image; with the seed it fixes the image's random numbers.
-        tokens: int64 [B, T].
+        tokens: int64 [B, T], as the generator drew them.
+        codes: int64 [B, h w], what the tokenizer decoded: the same, or what is left of them without structure.
         pixels: uint8 [B, H, W, 3].
         prompts: the B prompts, with the size that was drawn; None where labels were given.
         passes: of the generator, over all batches: T a batch, fewer with speculative Jacobi decoding.
@@ -40,6 +41,7 @@ class PipelineOutput:
     labels: Tensor | None
     indices: list[int]
     tokens: Tensor
+    codes: Tensor
     pixels: np.ndarray
     prompts: list[Prompt] | None = None
     passes: int = 0
@@ -160,6 +162,21 @@ class Pipeline:
             top_k = self.sampling_defaults.get("top_k", 0)
         return Sampling(temperature, top_k, top_p)
 
+    def num_tokens(self, width: int | None = None, height: int | None = None) -> int:
+        """T, the tokens drawn for an image; of text-to-image models for one of this size, by default the model's.
+
+        Raises:
+            UserError: the model does not draw images of this size.
+        """
+        if not isinstance(self.generator, Lumina):
+            return self.generator.num_tokens
+        config = self.generator.config
+        try:
+            h, w = config.grid(width or config.image_size, height or config.image_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return h * (w + 1) + 1
+
     def __call__(
         self,
         labels: LabelsLike = None,
@@ -219,7 +236,7 @@ class Pipeline:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         total = self.generator.condition(inputs, guided=False).num_tokens
 
-        tokens, pixels, passes = [], [], 0
+        tokens, codes, pixels, passes = [], [], [], 0
         for batch, start in enumerate(range(0, count, batch_size)):
             # A partial batch is filled up with its last image.
             rows = [min(start + i, count - 1) for i in range(batch_size)]
@@ -253,10 +270,14 @@ class Pipeline:
             passes += taken
             tokens.append(drawn[:kept].cpu())
             condition = self.generator.condition(chosen, guided=False)
-            image = self.tokenizer.decode(self.generator.image_codes(drawn, condition), condition.grid)
+            decoded = self.generator.image_codes(drawn, condition)
+            codes.append(decoded[:kept].cpu())
+            image = self.tokenizer.decode(decoded, condition.grid)
             pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
         classes = torch.tensor(inputs) if shown is None else None
-        return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels), shown, passes)
+        return PipelineOutput(
+            classes, indices, torch.cat(tokens), torch.cat(codes), np.concatenate(pixels), shown, passes
+        )
 
     def _inputs(
         self, labels: Any, prompts: Any, width: int | None, height: int | None

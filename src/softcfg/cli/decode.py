@@ -129,10 +129,15 @@ def _decoded(shard: Shard, tokenizer: Tokenizer, target: RunFolder) -> Shard:
 
     import numpy as np
 
+    from softcfg.runs.plan import Prompts
+
     count = len(shard.tokens)
+    grid = None
+    if (prompts := Prompts.of(target.settings)) is not None:
+        grid = (prompts.height // tokenizer.patch_size, prompts.width // tokenizer.patch_size)
     padded = np.concatenate([shard.tokens, shard.tokens[-1:].repeat(target.plan.batch_size - count, axis=0)])
     pixels = [
-        tokenizer.to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once])).cpu().numpy()
+        tokenizer.to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once], grid)).cpu().numpy()
         for start in range(0, count, shard.drawn_at_once)
     ]
     return dataclasses.replace(shard, run=target.run, pixels=np.concatenate(pixels)[:count])
