@@ -103,9 +103,8 @@ class JacobiDecoder:
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
 
-        halves = [condition[: self.batch], condition[self.batch :]]
         self._perturbs = isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs
-        self._parts = halves if self._perturbs else [condition]
+        self._parts = [condition[: self.batch], condition[self.batch :]] if self._perturbs else [condition]
         self._caches = [generator.new_cache(part) for part in self._parts]
         self.rows_at_once = self._parts[0].rows
         self._confidence = torch.zeros(self.batch, total, device=device)
