@@ -75,7 +75,8 @@ def main() -> None:
     for batch in args.batch_size:
         collected: dict[str, list[float]] = {}
         cache = generator.new_cache(generator.condition(range(batch), guided=True))
-        cache.keys.normal_(), cache.values.normal_()
+        for contents in (*cache.keys, *cache.values):
+            contents.normal_()
         for fraction in POSITIONS:
             position = round(fraction * generator.num_tokens)
             sides: dict[str, Callable[[], object]] = {

@@ -7,7 +7,7 @@ other seeds. Image n of a seed draws the same random numbers at every setting, s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -79,20 +79,20 @@ class Design:
         if not all(key(point.settings()) in rows for point in tuning):
             return tuning
         best = self.best(rows)
-        traces = [Point(method, 0, min(TRACED, self.samples), "trace") for method in at_scale_of(best["CFG"]).values()]
-        parts = [
-            {"none": NONE, **best},
-            scale_range(best),
-            targets(best),
-            definitions(best),
+        traces = [Point(method, 0, min(TRACED, self.samples), "trace") for method in traced(best).values()]
+        first = {"none": NONE, **best}.values()
+        others = [
+            *scale_range(best).values(),
+            *targets(best).values(),
+            *definitions(best).values(),
         ]
-        images = [
-            Point(guidance, seed, self.samples)
-            for seed in range(self.seeds)
-            for part in parts
-            for guidance in part.values()
-        ]
-        return list(dict.fromkeys([*tuning, *self.bounds(), *traces, *images]))
+        points = [*tuning, *self._images(first, 0), *traces, *self._images(others, 0), *self.bounds()]
+        for seed in range(1, self.seeds):
+            points += self._images([*first, *others], seed)
+        return list(dict.fromkeys(points))
+
+    def _images(self, settings: Iterable[CFG], seed: int) -> list[Point]:
+        return [Point(guidance, seed, self.samples) for guidance in settings]
 
     def bounds(self) -> list[Point]:
         """What no generator can do better, as there is nothing else to draw: guidance and seed mean nothing here."""
@@ -113,11 +113,16 @@ def at_scale_of(guidance: CFG) -> dict[str, CFG]:
     return {name: replace(method, **shared) for name, method in METHODS.items()}  # type: ignore[arg-type]
 
 
+def traced(best: Mapping[str, CFG]) -> dict[str, CFG]:
+    """What is looked at step by step: no guidance, and every method at the scale and power that are best for CFG."""
+    return {"no guidance": NONE, **at_scale_of(best["CFG"])}
+
+
 def scale_range(best: Mapping[str, CFG]) -> dict[tuple[str, float], CFG]:
     """(method, scale) -> CFG and SoftCFG over a wide range of scales, all at the power that is best for CFG."""
     return {
         (name, scale): replace(METHODS[name], guidance_scale=scale, guidance_scale_pow=best["CFG"].guidance_scale_pow)
-        for scale in RANGE
+        for scale in reversed(RANGE)
         for name in ("CFG", "SoftCFG")
     }
 

@@ -19,6 +19,7 @@ from softcfg.models.base import Generator, LabelsLike, as_ids
 from softcfg.models.lumina import Lumina
 from softcfg.prompts import Prompt, PromptReader, as_prompts
 from softcfg.tokenizers.base import Tokenizer
+from softcfg.zoo import placement
 from softcfg.zoo.checkpoints import load_generator, load_prompt_reader, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
@@ -30,7 +31,8 @@ class PipelineOutput:
     Attributes:
         labels: int64 [B]; None where prompts were given.
         indices: the index n of each image; with the seed it fixes the image's random numbers.
-        tokens: int64 [B, T].
+        tokens: int64 [B, T], as the generator drew them.
+        codes: int64 [B, h w], what the tokenizer decoded: the same, or what is left of them without structure.
         pixels: uint8 [B, H, W, 3].
         prompts: the B prompts, with the size that was drawn; None where labels were given.
         passes: of the generator, over all batches: T a batch, fewer with speculative Jacobi decoding.
@@ -39,6 +41,7 @@ class PipelineOutput:
     labels: Tensor | None
     indices: list[int]
     tokens: Tensor
+    codes: Tensor
     pixels: np.ndarray
     prompts: list[Prompt] | None = None
     passes: int = 0
@@ -87,21 +90,38 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         generator_checkpoint: str | Path | None = None,
         tokenizer_checkpoint: str | Path | None = None,
+        quantize: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
+        offload_folder: str | None = None,
     ) -> Pipeline:
         """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder by its path.
 
         Args:
             device: "cuda" where there is one, else "cpu", by default.
-            dtype: of the generator; the tokenizer stays in float32.
+            dtype: of the generator; by default what suits the model, float32 for most. The tokenizer stays in float32.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
+            quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
+            device_map, max_memory, offload_folder: spread the generator over several devices (see
+                `zoo.placement.spread`).
 
         Raises:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
         """
         entry = resolve(model)
         device = _device(device)
+        if quantize is not None and device_map is not None:
+            raise UserError("quantize and device_map do not go together: give one of them")
+        moves = quantize is not None or device_map is not None
+        generator = load_generator(
+            entry, checkpoint=generator_checkpoint, device="cpu" if moves else device, dtype=dtype
+        )
+        if quantize is not None:
+            generator = placement.quantize(generator, quantize, device)
+        if device_map is not None:
+            generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
         return cls(
-            load_generator(entry, checkpoint=generator_checkpoint, device=device, dtype=dtype),
+            generator,
             load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
             name=entry.name,
             classes=entry.classes,
@@ -116,6 +136,7 @@ class Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
+        dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
         return cls(
             random_weights(entry.generator, device=device, dtype=dtype),
             random_weights(entry.tokenizer, device=device),
@@ -141,6 +162,21 @@ class Pipeline:
             top_k = self.sampling_defaults.get("top_k", 0)
         return Sampling(temperature, top_k, top_p)
 
+    def num_tokens(self, width: int | None = None, height: int | None = None) -> int:
+        """T, the tokens drawn for an image; of text-to-image models for one of this size, by default the model's.
+
+        Raises:
+            UserError: the model does not draw images of this size.
+        """
+        if not isinstance(self.generator, Lumina):
+            return self.generator.num_tokens
+        config = self.generator.config
+        try:
+            h, w = config.grid(width or config.image_size, height or config.image_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return h * (w + 1) + 1
+
     def __call__(
         self,
         labels: LabelsLike = None,
@@ -159,6 +195,7 @@ class Pipeline:
         forced_tokens: Any = None,
         forced_mask: Any = None,
         on_step: Callable[[int], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
     ) -> PipelineOutput:
         """Draw one image a label, or one a prompt.
 
@@ -176,6 +213,8 @@ class Pipeline:
                 generator; 0 draws token by token. Another window draws other images, of the same distribution.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
+            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step of
+                token by token decoding; what it raises ends the drawing.
 
         Raises:
             UserError: labels out of range, prompts for a model that draws classes or the other way round, or arguments
@@ -197,7 +236,7 @@ class Pipeline:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         total = self.generator.condition(inputs, guided=False).num_tokens
 
-        tokens, pixels, passes = [], [], 0
+        tokens, codes, pixels, passes = [], [], [], 0
         for batch, start in enumerate(range(0, count, batch_size)):
             # A partial batch is filled up with its last image.
             rows = [min(start + i, count - 1) for i in range(batch_size)]
@@ -226,14 +265,19 @@ class Pipeline:
                     forced_tokens=_rows(forced_tokens, rows),
                     forced_mask=_rows(forced_mask, rows),
                     on_step=report,
+                    on_tokens=on_tokens,
                 )
             passes += taken
             tokens.append(drawn[:kept].cpu())
             condition = self.generator.condition(chosen, guided=False)
-            image = self.tokenizer.decode(self.generator.image_codes(drawn, condition), condition.grid)
+            decoded = self.generator.image_codes(drawn, condition)
+            codes.append(decoded[:kept].cpu())
+            image = self.tokenizer.decode(decoded, condition.grid)
             pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
         classes = torch.tensor(inputs) if shown is None else None
-        return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels), shown, passes)
+        return PipelineOutput(
+            classes, indices, torch.cat(tokens), torch.cat(codes), np.concatenate(pixels), shown, passes
+        )
 
     def _inputs(
         self, labels: Any, prompts: Any, width: int | None, height: int | None

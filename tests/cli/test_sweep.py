@@ -25,15 +25,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOFTCFG_FEATURES", str(tmp_path / "features"))
-
-
 def words(model: Path, reference: Path, out: Path, *more: str) -> list[str]:
     return [
         "sweep", str(model), "--output-dir", str(out), "--reference", str(reference), "--extractor", "stand_in:factory",
-        "--batch-size", "4", "--search", "guidance_scale=1:8", *more,
+        "--cache-dir", str(out.parent / "features"), "--batch-size", "4", "--search", "guidance_scale=1:8", *more,
     ]  # fmt: skip
 
 

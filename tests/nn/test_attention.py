@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softcfg.nn import KVCache, weighted_attention
+from softcfg.nn import AttentionContext, KVCache, weighted_attention
 
 ROWS, HEADS, DIM = 3, 2, 8
 
@@ -103,7 +103,7 @@ def test_weights_may_be_differentiated() -> None:
 def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
     cache = KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM)
     key, value = torch.randn(2, ROWS, HEADS, 6, DIM)
-    pointer = cache.keys.data_ptr()
+    pointers = [part.data_ptr() for part in (*cache.keys, *cache.values)]
     for layer in range(2):
         cache.update(layer, key[:, :, :2], value[:, :, :2], 0)
     for slot in range(2, 6):
@@ -115,8 +115,21 @@ def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
     assert torch.equal(cache.values[0], value)
     assert torch.equal(keys[:, :, 2:], 2 * key[:, :, 2:])
     assert torch.equal(cache.keys[0], key)
-    assert cache.keys.data_ptr() == pointer
+    assert [part.data_ptr() for part in (*cache.keys, *cache.values)] == pointers
     assert cache.slots == 6
+
+
+def test_layers_may_lie_on_several_devices() -> None:
+    cache = KVCache(layers=2, rows=1, heads=1, slots=2, head_dim=4, device=[torch.device("cpu"), torch.device("meta")])
+    assert [part.device.type for part in cache.values] == ["cpu", "meta"]
+    padding, mask = torch.tensor([1]), torch.ones(1, 2, dtype=torch.bool)
+    context = AttentionContext(slot=1, cache=cache, mask=mask, padding=padding)
+    assert context.on(torch.device("cpu")) is context
+    moved = context.on(torch.device("meta"))
+    assert moved.cache is cache
+    assert moved.mask is not None
+    assert moved.padding is not None
+    assert (moved.slot, moved.mask.device.type, moved.padding.device.type) == (1, "meta", "meta")
 
 
 def test_cache_refuses_to_overflow() -> None:

@@ -47,7 +47,7 @@ def made_up(artist: Any, indices: Sequence[int], labels: Sequence[int], *_: Any)
         spread = 10 + guidance.guidance_scale + 5 * (guidance.confidence == "max")
         image[:] = 128 + numbers.normal(0, spread, image.shape) + artist.sampling.temperature
     tokens = torch.zeros(len(indices), 16, dtype=torch.int64)
-    return PipelineOutput(torch.tensor(labels), list(indices), tokens, pixels.clip(0, 255).astype(np.uint8))
+    return PipelineOutput(torch.tensor(labels), list(indices), tokens, tokens, pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(autouse=True)

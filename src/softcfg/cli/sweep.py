@@ -150,7 +150,6 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
-    import torch
 
     from softcfg.evaluation import load_extractor
     from softcfg.evaluation.features import cache_folder
@@ -162,6 +161,8 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         rungs = None if args.rungs is None else [int(rung) for rung in args.rungs.split(",")]
     except ValueError:
         raise UserError(f"--rungs must be numbers of samples such as 500,2000, got {args.rungs!r}") from None
+    if args.quantize:
+        raise UserError("--quantize is not for sweeps: the runs that they stand for have the model's own weights")
     pipeline = arguments.load_pipeline(args, processes.device)
     labels: list[int] | str | None = None
     if args.labels.strip().lower() == RANDOM:
@@ -193,7 +194,7 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         storage=args.storage,
         study=args.study,
         pipeline=pipeline,
-        dtype=getattr(torch, args.dtype),
+        dtype=pipeline.generator.dtype,
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
         cache=args.cache_dir or cache_folder(),

@@ -30,6 +30,7 @@ def decode(
     forced_tokens: Tensor | None = None,
     forced_mask: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
     static: bool | None = None,
 ) -> Tensor:
     """Draw the image tokens of a batch.
@@ -42,6 +43,8 @@ def decode(
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
+        on_tokens: called with the tokens drawn so far, int64 [B, n], after every step; what it raises ends the
+            decoding.
         static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
             default for generators that can, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
 
@@ -71,13 +74,15 @@ def decode(
         tokens[:, at] = drawn[:, None]
 
     if static is None:
-        static = device.type == "cuda" and generator.slots_by_row
+        static = device.type == "cuda" and generator.slots_by_row and generator.layer_devices is None
     with prepared_linear_layers(generator, condition.rows):
         advance(0)
         steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
             if on_step is not None:
                 on_step(done)
+            if on_tokens is not None:
+                on_tokens(tokens[:, :done])
     return tokens
 
 

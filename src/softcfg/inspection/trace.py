@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,18 @@ class Trace:
         """All tensors by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def save(self, path: str | Path) -> None:
-        """Write the tensors as safetensors; the metadata entry `softcfg` holds the settings as JSON."""
+    def at(self, chosen: Tensor) -> Trace:
+        """The trace of some of the tokens alone, bool [T]; of image codes without the ends of lines, for example."""
+        weights = None if self.value_weights is None else self.value_weights[:, chosen.cpu()][:, :, chosen.cpu()]
+        per_token = {
+            name: getattr(self, name)[:, chosen]
+            for name in ("tokens", "cond_logits", "uncond_logits", "guided_logits", "confidence")
+        }
+        scale = self.guidance_scale[chosen]
+        return replace(self, **per_token, guidance_scale=scale, value_weights=weights)
+
+    def save(self, path: str | Path, **facts: Any) -> None:
+        """Write the tensors as safetensors; the metadata entry `softcfg` holds the settings and `facts` as JSON."""
         from safetensors.torch import save
 
         settings: dict[str, Any] = {
@@ -62,6 +72,7 @@ class Trace:
             "method": type(self.guidance).__name__,
             "guidance": asdict(self.guidance),
             "temperature": self.temperature,
+            **facts,
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
         write_atomically(path, save(tensors, metadata={"softcfg": json.dumps(settings)}))

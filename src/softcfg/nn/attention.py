@@ -11,8 +11,9 @@ on keys multiplies the scores before the softmax, q . (w_i k_i) = w_i (q . k_i).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +144,15 @@ class AttentionContext:
             mask=mask,
             padding=padding,
         )
+
+    def on(self, device: torch.device) -> AttentionContext:
+        """The same for layers on `device`, where the layers lie on several."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.device != device
+        }
+        return replace(self, **moved) if moved else self
 
 
 def pass_slots(slot: int | Tensor, new: int, padding: Tensor | None = None) -> slice | Tensor:
