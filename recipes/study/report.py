@@ -247,7 +247,12 @@ def over_steps(study: Study) -> str:
             (" without Step Normalisation", rows["SoftCFG without Step Normalisation"]["budget_without"]),
         )
     ]
-    return _table(head, lines)
+    shares = ["method", "mean p_max of black patches", "of other patches", "share of all p_max on black patches"]
+    of_patches = [
+        [name, *(f"{values[k]:.3f}" for k in ("background_confidence", "object_confidence", "background_share"))]
+        for name, values in rows.items()
+    ]
+    return "\n\n".join([_table(head, lines), _table(shares, of_patches)])
 
 
 def tuning(study: Study) -> str:
