@@ -56,7 +56,7 @@ def test_text_tokens_get_no_probability(pipe: Pipeline) -> None:
 
 
 def right(pipe: Pipeline, count: int, guidance: CFG | None = None) -> tuple[float, float]:
-    """The share of `count` pictures nearest to the emoji asked for, and of those with it among the nearest five."""
+    """The share of `count` pictures nearest to the emoji asked for, and of those that have it among the nearest 5."""
     names = json.loads((GOLDEN / "names.json").read_text())["names"]
     pictures = load_file(GOLDEN / "pictures.safetensors")["pictures"]  # uint8 [N, 16, 16, 3]
     drawn = torch.from_numpy(pipe(prompts=names[:count], guidance=guidance, batch_size=50).pixels).permute(0, 3, 1, 2)

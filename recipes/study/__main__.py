@@ -18,7 +18,7 @@ import torch
 from recipes.fashion_mnist.data import DEFAULT_FOLDER
 from recipes.study import report
 from recipes.study.measure import Laboratory
-from recipes.study.points import Design, key
+from recipes.study.points import Design, key, traced
 from recipes.study.results import Results
 from softcfg.errors import UserError
 from softcfg.zoo import resolve
@@ -53,7 +53,11 @@ def main() -> None:
         if not given.document_only:
             work_together(given)
         if not given.draw_only:
-            report.write(given.document, results_of(given).rows(), design_of(given))
+            rows, design = results_of(given).rows(), design_of(given)
+            report.write(given.document, rows, design)
+            if not given.document_only:
+                laboratory = Laboratory(given.model, given.data, given.batch_size)
+                report.write_picture(given.document, laboratory.picture(traced(design.best(rows)).values()))
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import softcfg
 from recipes.fashion_mnist.data import load
 from recipes.study.points import Point, Row
-from softcfg import Pipeline, evaluation
+from softcfg import CFG, Pipeline, evaluation
 from softcfg.evaluation import Extractor, Features
+from softcfg.images import grid
 from softcfg.inspection import measures
 from softcfg.version import __version__
 
@@ -71,6 +76,12 @@ class Laboratory:
             images = torch.cat([tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(part))).cpu() for part in parts])
         return self.metrics(images, train.labels[chosen])
 
+    def picture(self, settings: Iterable[CFG]) -> Image.Image:
+        """Two rows of images for each setting, the classes in turn, with the same random numbers."""
+        labels = torch.arange(2 * CLASSES) % CLASSES
+        drawn = [self.pipeline(labels, guidance, seed=0).images for guidance in settings]
+        return grid([images[i : i + CLASSES] for images in drawn for i in (0, CLASSES)])
+
     def metrics(self, images: Tensor, labels: Tensor) -> Row:
         """The metrics of images uint8 [N, H, W, 3] of classes [N]; the extractor has no spatial features for sFID.
 
@@ -96,18 +107,17 @@ class Laboratory:
     def trace(self, point: Point) -> Row:
         """What guidance does at every step, means over the images.
 
-        `entropy_gap` and `branch_distance` have standard errors beside them; `budget` and `budget_without` are the sums
-        of 1 - w with and without Step Normalisation.
+        `budget` and `budget_without` are the sums of 1 - w with and without Step Normalisation, `brightness` is the
+        mean gray value of the token's patch. Every quantity has its standard error beside it.
         """
-        found: dict[str, list[Tensor]] = {"entropy_gap": [], "branch_distance": [], "budget": [], "budget_without": []}
-        confidences = []
+        found: dict[str, list[Tensor]] = defaultdict(list)
         for part in torch.arange(point.samples).split(TRACED_AT_ONCE):
             labels = part % CLASSES
-            drawn = self.pipeline(labels, point.guidance, seed=point.seed, indices=part.tolist()).tokens
+            drawn = self.pipeline(labels, point.guidance, seed=point.seed, indices=part.tolist())
             trace = softcfg.trace(
                 self.pipeline.generator,
                 labels=labels,
-                tokens=drawn,
+                tokens=drawn.tokens,
                 guidance=point.guidance,
                 temperature=self.pipeline.sampling().temperature,
                 value_weights=False,
@@ -116,9 +126,11 @@ class Laboratory:
             found["branch_distance"].append(measures.branch_distance(trace))
             found["budget"].append(measures.perturbation_budget(trace, step_norm=True))
             found["budget_without"].append(measures.perturbation_budget(trace, step_norm=False))
-            confidences.append(trace.confidence)
+            found["confidence"].append(trace.confidence)
+            gray = torch.from_numpy(drawn.pixels[..., 0]).float() / 255
+            found["brightness"].append(F.adaptive_avg_pool2d(gray, self.pipeline.tokenizer.latent_size).flatten(1))
         values: Row = {}
-        for name, parts in {**found, "confidence": confidences}.items():
+        for name, parts in found.items():
             every = torch.cat(parts).double().cpu()
             values[name] = _short(every.mean(dim=0))
             values[f"{name}_error"] = _short(every.std(dim=0) / len(every) ** 0.5)

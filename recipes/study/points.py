@@ -79,7 +79,7 @@ class Design:
         if not all(key(point.settings()) in rows for point in tuning):
             return tuning
         best = self.best(rows)
-        traces = [Point(method, 0, min(TRACED, self.samples), "trace") for method in at_scale_of(best["CFG"]).values()]
+        traces = [Point(method, 0, min(TRACED, self.samples), "trace") for method in traced(best).values()]
         first = {"none": NONE, **best}.values()
         others = [
             *scale_range(best).values(),
@@ -111,6 +111,11 @@ def at_scale_of(guidance: CFG) -> dict[str, CFG]:
     """Every method at one scale and power."""
     shared = {"guidance_scale": guidance.guidance_scale, "guidance_scale_pow": guidance.guidance_scale_pow}
     return {name: replace(method, **shared) for name, method in METHODS.items()}  # type: ignore[arg-type]
+
+
+def traced(best: Mapping[str, CFG]) -> dict[str, CFG]:
+    """What is looked at step by step: no guidance, and every method at the scale and power that are best for CFG."""
+    return {"no guidance": NONE, **at_scale_of(best["CFG"])}
 
 
 def scale_range(best: Mapping[str, CFG]) -> dict[tuple[str, float], CFG]:

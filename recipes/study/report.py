@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from recipes.study.points import (
     METHODS,
@@ -31,6 +32,7 @@ from recipes.study.points import (
     of_seeds,
     scale_range,
     targets,
+    traced,
 )
 from softcfg import CFG
 from softcfg.errors import UserError
@@ -111,7 +113,7 @@ def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
     if not document.is_file():
         raise UserError(f"{document} does not exist; it holds the text around the tables")
     study = Study(rows, design)
-    pictures = make_folder(document.parent / "images" / "study")
+    pictures = _pictures(document)
 
     def block(found: re.Match[str]) -> str:
         name = found[1]
@@ -124,6 +126,17 @@ def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
     for name, draw in PICTURES.items():
         write_atomically(pictures / f"{name}.svg", _svg(draw(study)))
     write_atomically(document, text.encode())
+
+
+def write_picture(document: Path, picture: Image.Image) -> None:
+    """Write the picture of samples that the document shows."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", optimize=True)
+    write_atomically(_pictures(document) / "samples.png", buffer.getvalue())
+
+
+def _pictures(document: Path) -> Path:
+    return make_folder(document.parent / "images" / "study")
 
 
 # ---- blocks
@@ -217,7 +230,11 @@ def over_steps(study: Study) -> str:
     total = len(next(iter(rows.values()))["entropy_gap"])
     thirds = [slice(round(i * total / 3), round((i + 1) * total / 3)) for i in range(3)]
     head = ["method", "quantity", *(f"steps {part.start + 1} to {part.stop}" for part in thirds)]
-    names = {"entropy_gap": "normalised entropy, unconditional less conditional", "branch_distance": "distance"}
+    names = {
+        "entropy_gap": "normalised entropy, unconditional less conditional",
+        "branch_distance": "distance of the branches",
+        "brightness": "brightness of the patch",
+    }
     lines = [
         [name, title, *(f"{mean(values[quantity][part]):.4f}" for part in thirds)]
         for quantity, title in names.items()
@@ -307,15 +324,17 @@ def plot_tuning(study: Study) -> Figure:
 
 def plot_steps(study: Study) -> Figure:
     """How far the branches are apart over the steps."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for colour, (name, row) in zip(COLOURS, _traces(study).items(), strict=False):
         _curve(left, row, "entropy_gap", colour, name)
-        _curve(right, row, "branch_distance", colour, name)
+        _curve(middle, row, "branch_distance", colour, name)
+        _curve(right, row, "brightness", colour, name)
     left.axhline(0, color="0.6", linewidth=0.8)
     left.set(xlabel="step", ylabel="normalised entropy", title="Unconditional less conditional entropy")
-    right.set(xlabel="step", ylabel="total variation distance", title="Distance of the branches", ylim=(0, None))
-    right.legend(frameon=False)
+    middle.set(xlabel="step", ylabel="total variation distance", title="Distance of the branches", ylim=(0, None))
+    right.set(xlabel="step", ylabel="mean gray value", title="Brightness of the token's patch", ylim=(0, None))
+    right.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -347,12 +366,11 @@ PICTURES: Mapping[str, Callable[[Study], Figure]] = {
 
 
 def _traces(study: Study) -> dict[str, Row]:
-    found = {}
-    for point in study.design.points(study.rows):
-        if point.measure == "trace" and key(point.settings()) in study.rows:
-            name = next(name for name, guidance in at_scale_of(point.guidance).items() if guidance == point.guidance)
-            found[name] = study.rows[key(point.settings())]
-    return found if len(found) == len(METHODS) else {}
+    """The traces by the name of their method, if all are there."""
+    points = {point.guidance: point for point in study.design.points(study.rows) if point.measure == "trace"}
+    keys = {name: key(points[guidance].settings()) for name, guidance in traced(study.best).items()}
+    there = study.rows.keys() >= {*keys.values()}
+    return {name: study.rows[k] for name, k in keys.items()} if there else {}
 
 
 def _grid(study: Study, name: str) -> dict[float, dict[float, float]]:

@@ -43,9 +43,10 @@ def test_an_address_that_is_taken(model_folder: Path, capsys: pytest.CaptureFixt
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["ui", str(model_folder), "--port", str(port)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"softcfg: error: cannot listen on 127.0.0.1 port {port}: ")
-    assert error.count("\n") == 1
+    assert capsys.readouterr().err == (
+        f"softcfg: error: cannot listen on 127.0.0.1 port {port}: Address already in use; give another --host or "
+        "--port\n"
+    )
 
 
 @pytest.mark.parametrize(

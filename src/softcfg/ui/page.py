@@ -452,10 +452,9 @@ def serve(studio: Studio, host: str, port: int, ready: Callable[[str], None]) ->
     """
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}; give another --port"
-        ) from None
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from None
     shown = f"[{host}]" if ":" in host else host
     # Failures are printed where they happen; the server's own log would add the pages that are open at the end.
     config = uvicorn.Config(application(studio), log_level="critical", timeout_graceful_shutdown=1)

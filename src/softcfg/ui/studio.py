@@ -282,7 +282,7 @@ class Session:
             raise UserError("A drawing is under way; stop it first or wait for it.")
         shot = [other for other in self.pictures.values() if other.shot == picture.shot]
         self.panels = [Panel(other.method, other.grid.total, other.grid.total, picture=other) for other in shot]
-        self.shown, self.chosen = picture.settings, None
+        self.shown, self.chosen, self.note = picture.settings, None, ""
         return picture.settings
 
     def choose(self, picture: Picture, token: int) -> None:
