@@ -43,7 +43,7 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 
 pictures: install
 	$(BIN)/softcfg sample fashion --labels all --overwrite --output-dir runs/pictures

@@ -164,6 +164,9 @@ def test_bounds_are_of_training_images(model: Path, data: Path) -> None:
 def test_a_trace_is_the_mean_over_images(model: Path, data: Path) -> None:
     laboratory = Laboratory(str(model), data, batch_size=10)
     values = laboratory.run(Point(SoftCFG(guidance_scale=3.0), seed=0, samples=30, measure="trace"))["values"]
+    # The untrained tokenizer's images have no black patches.
+    assert values.pop("background_share") == values.pop("background_confidence") == 0
+    assert values.pop("object_confidence") == pytest.approx(np.mean(values["confidence"]), rel=1e-3)
     assert all(len(value) == 4 for value in values.values())
     assert values["budget"] == pytest.approx([0, 1, 1, 1], abs=1e-3)
     sums = np.cumsum([0, *values["confidence"][:-1]])
