@@ -47,9 +47,9 @@ def released_step(generator: ClassGenerator, batch: int, guidance: CFG, position
     return step
 
 
-def linear_layers(generator: ClassGenerator, rows: int) -> Callable[[], None]:
+def linear_layers(generator: ClassGenerator, rows: int, kind: type[nn.Linear] = nn.Linear) -> Callable[[], None]:
     """All linear layers of a step alone, one after the other."""
-    layers = [module for module in generator.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in generator.modules() if isinstance(module, kind)]
     inputs = [torch.randn(rows, layer.in_features) for layer in layers]
 
     @torch.inference_mode()
