@@ -120,13 +120,14 @@ def workplace(
         monkeypatch.setenv(variable, str(path))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    here = tmp_path / "clone" / "recipes" / "fashion_mnist"
-    here.mkdir(parents=True)
+    here = tmp_path / "clone"
+    here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.syspath_prepend(here)
-    trained = tmp_path / "clone" / "runs" / "fashion"
+    trained = here / "runs" / "fashion"
     trained.parent.mkdir()
     trained.symlink_to(model_folder if request.param == "small" else BUNDLED / "fashion")
+    (here / "runs" / "emoji").symlink_to(BUNDLED / "emoji")
 
     images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     for file in ("samples", "ref", "VIRTUAL_imagenet256_labeled"):
@@ -378,7 +379,7 @@ def test_commands_in_the_prose(path: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
 def test_examples_of_the_help(command: Any) -> None:
     assert command.EXAMPLES.startswith("examples:\n")
-    for line in command.EXAMPLES.splitlines()[1:]:
+    for line in command.EXAMPLES.replace("\\\n", " ").splitlines()[1:]:
         words = shlex.split(line, comments=True)
         if words[0] == "torchrun":
             words = words[words.index("-m") + 1 :]
