@@ -104,9 +104,14 @@ def test_speculative_jacobi_decoding(pipe: Pipeline) -> None:
     assert pipe([0, 1, 2], seed=3).passes == total
     assert pipe([0, 1, 2], seed=3, batch_size=2).passes == 2 * total
     done: list[int] = []
-    drawn = pipe([0, 1, 2], seed=3, speculative_jacobi=6, on_step=done.append)
+    seen: list[torch.Tensor] = []
+    drawn = pipe(
+        [0, 1, 2], seed=3, speculative_jacobi=6, on_step=done.append, on_tokens=lambda t: seen.append(t.clone())
+    )
     assert 0 < drawn.passes == len(done) <= total
     assert done[-1] == total
+    assert [tokens.shape[1] for tokens in seen] == done
+    assert all(torch.equal(tokens, drawn.tokens[:, : tokens.shape[1]]) for tokens in seen)
     in_batches = pipe([0, 1, 2], seed=3, speculative_jacobi=6, batch_size=2)
     assert torch.equal(in_batches.tokens, drawn.tokens)
     assert np.array_equal(in_batches.pixels, drawn.pixels)

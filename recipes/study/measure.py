@@ -25,6 +25,7 @@ from softcfg.version import __version__
 CLASSES = 10
 TRACED_AT_ONCE = 100
 TENTHS = 10
+BLACK = 0.02  # mean gray value up to which a patch is background
 
 
 class Laboratory:
@@ -108,7 +109,9 @@ class Laboratory:
         """What guidance does at every step, means over the images.
 
         `budget` and `budget_without` are the sums of 1 - w with and without Step Normalisation, `brightness` is the
-        mean gray value of the token's patch. Every quantity has its standard error beside it.
+        mean gray value of the token's patch. Every quantity has its standard error beside it. `background_confidence`
+        and `object_confidence` are the mean confidences in black patches and in all others, `background_share` is the
+        part of all confidence, and so of the perturbation, that lies on black patches.
         """
         found: dict[str, list[Tensor]] = defaultdict(list)
         for part in torch.arange(point.samples).split(TRACED_AT_ONCE):
@@ -134,6 +137,10 @@ class Laboratory:
             every = torch.cat(parts).double().cpu()
             values[name] = _short(every.mean(dim=0))
             values[f"{name}_error"] = _short(every.std(dim=0) / len(every) ** 0.5)
+        confidence, black = torch.cat(found["confidence"]).cpu(), torch.cat(found["brightness"]) < BLACK
+        for name, chosen in (("background", black), ("object", ~black)):
+            values[f"{name}_confidence"] = float((confidence * chosen).sum() / chosen.sum().clamp(min=1))
+        values["background_share"] = float((confidence * black).sum() / confidence.sum())
         return values
 
 

@@ -25,6 +25,7 @@ from recipes.study.points import (
     TUNING_POWERS,
     TUNING_SCALES,
     Design,
+    Point,
     Row,
     at_scale_of,
     definitions,
@@ -144,10 +145,10 @@ def _pictures(document: Path) -> Path:
 
 def about(study: Study) -> str:
     """What was drawn, with what."""
-    every = list(study.rows.values())
+    wanted = {key(point.settings()) for point in study.design.points(study.rows)}
+    missing = wanted - study.rows.keys()
+    every = [row for name, row in study.rows.items() if name in wanted]
     images = [row for row in every if row["measure"] == "images"]
-    wanted = study.design.points(study.rows)
-    missing = [point for point in wanted if key(point.settings()) not in study.rows]
     hours = sum(row["seconds"] for row in every) / 3600
     devices = sorted({row["device"] for row in every})
     versions = sorted({f"softcfg {row['versions']['softcfg']}, PyTorch {row['versions']['torch']}" for row in every})
@@ -174,6 +175,19 @@ def ablation(study: Study) -> str:
             values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
             table += "\n| " + " | ".join([title, MISSING, MISSING, *values, ""]) + " |"
     return table
+
+
+def sizes(study: Study) -> str:
+    """The same settings with other numbers of images, where these were drawn."""
+    head = ["method", "scale, power", "seed", "images", *(title for title, _, _ in METRICS.values())]
+    lines = []
+    for name, guidance in {"no guidance": NONE, **study.best}.items():
+        settings = Point(guidance, 0, 0).settings()["guidance"]
+        found = [row for row in study.rows.values() if row["guidance"] == settings and row["measure"] == "images"]
+        for row in sorted(found, key=lambda row: (row["samples"], row["seed"])):
+            values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
+            lines.append([name, _scale(guidance), str(row["seed"]), f"{row['samples']:,}", *values])
+    return _table(head, lines)
 
 
 def same_scale(study: Study) -> str:
@@ -247,7 +261,12 @@ def over_steps(study: Study) -> str:
             (" without Step Normalisation", rows["SoftCFG without Step Normalisation"]["budget_without"]),
         )
     ]
-    return _table(head, lines)
+    shares = ["method", "mean p_max of black patches", "of other patches", "share of all p_max on black patches"]
+    of_patches = [
+        [name, *(f"{values[k]:.3f}" for k in ("background_confidence", "object_confidence", "background_share"))]
+        for name, values in rows.items()
+    ]
+    return "\n\n".join([_table(head, lines), _table(shares, of_patches)])
 
 
 def tuning(study: Study) -> str:
@@ -271,7 +290,7 @@ def tuning(study: Study) -> str:
 
 BLOCKS: Mapping[str, Callable[[Study], str]] = {
     block.__name__: block
-    for block in (about, ablation, same_scale, over_scales, weighted, confidences, over_steps, tuning)
+    for block in (about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, tuning)
 }
 
 
@@ -298,8 +317,8 @@ def plot_range(study: Study) -> Figure:
         axis.set(xscale="log", xlabel="guidance scale", ylabel=METRICS[metric][0].split()[0])
         axis.set_xticks(RANGE, [f"{scale:g}" for scale in RANGE])
         axis.minorticks_off()
-    none = [_errors(study, [NONE], metric)[0] for metric in ("class_accuracy", "fid")]
-    axes[2].plot(100 * none[0], none[1], color="0.5", marker="o", linestyle="", label="no guidance")
+    accuracy, fid = (_errors(study, [NONE], metric)[0] for metric in ("class_accuracy", "fid"))
+    axes[2].plot(100 * accuracy, fid, color="0.5", marker="o", linestyle="", label="no guidance")
     axes[2].set(xlabel="class accuracy, %", ylabel="FID")
     axes[0].legend(frameon=False)
     return figure

@@ -213,8 +213,8 @@ class Pipeline:
                 generator; 0 draws token by token. Another window draws other images, of the same distribution.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
-            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step of
-                token by token decoding; what it raises ends the drawing.
+            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step;
+                what it raises ends the drawing.
 
         Raises:
             UserError: labels out of range, prompts for a model that draws classes or the other way round, or arguments
@@ -253,6 +253,7 @@ class Pipeline:
                     window=speculative_jacobi,
                     sampling=sampling,
                     on_step=report,
+                    on_tokens=on_tokens,
                 )
             else:
                 taken = total

@@ -124,6 +124,11 @@ def test_trace_and_plot(prompt_model_folder: Path, tmp_path: Path) -> None:
     assert main(["plot", str(prompt_model_folder), *oblong]) == 2
 
 
+def test_bench_is_for_models_of_classes(prompt_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(prompt_model_folder)]) == 2
+    assert "bench draws classes, and words draws texts" in capsys.readouterr().err
+
+
 def bench(model: Path, suite: str, prompts: Path, out: Path, *flags: str) -> int:
     command = ["t2i-bench", str(model), "--suite", suite, "--prompts", str(prompts), "--output-dir", str(out)]
     return main([*command, "--batch-size", "8", *flags])

@@ -235,3 +235,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert exit_.value.code == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+def test_quantized_weights_are_recorded(model_folder: Path, tmp_path: Path) -> None:
+    flags = ["--labels", "0", "--num-samples", "1", "--no-compare"]
+    assert sample(model_folder, tmp_path / "int8", *flags, "--quantize", "int8") == 0
+    assert json.loads((tmp_path / "int8" / "run.json").read_text())["dtype"] == "float32/int8"
+    expected = Pipeline.from_pretrained(model_folder, quantize="int8")([0])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "int8" / "000000.png")), expected.pixels[0])
+    assert sample(model_folder, tmp_path / "bf16", *flags, "--dtype", "bfloat16") == 0
+    assert json.loads((tmp_path / "bf16" / "run.json").read_text())["dtype"] == "bfloat16"
+    # Another kind of weights would continue the run with other images.
+    assert sample(model_folder, tmp_path / "int8", *flags) == 2
+    assert sample(model_folder, tmp_path / "auto", *flags, "--device-map", "auto") == 2

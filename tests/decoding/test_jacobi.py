@@ -140,7 +140,7 @@ def test_with_every_method(method: str) -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("method", METHODS)
 def test_with_many_draws(name: str, method: str) -> None:
-    check_law(name, method, 25000)
+    check_law(name, method, 10000)
 
 
 @pytest.mark.parametrize("window", [1, 2, 100])

@@ -26,6 +26,7 @@ from softcfg import CFG, Pipeline, SoftCFG, UserError, evaluation
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
 
+SCALARS = ("background_share", "background_confidence", "object_confidence")
 SMALL = Design(samples=20, seeds=2, tuning_samples=8)
 BLOCKS = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in report.BLOCKS)
 
@@ -164,6 +165,12 @@ def test_bounds_are_of_training_images(model: Path, data: Path) -> None:
 def test_a_trace_is_the_mean_over_images(model: Path, data: Path) -> None:
     laboratory = Laboratory(str(model), data, batch_size=10)
     values = laboratory.run(Point(SoftCFG(guidance_scale=3.0), seed=0, samples=30, measure="trace"))["values"]
+    # Some share f of the patches is black; both means and their weights make the mean confidence.
+    share, black, others = (values.pop(name) for name in SCALARS)
+    whole = np.mean(values["confidence"])
+    f = (whole - others) / (black - others)
+    assert 0 < f < 1
+    assert share == pytest.approx(f * black / whole, abs=0.005)  # the means are rounded
     assert all(len(value) == 4 for value in values.values())
     assert values["budget"] == pytest.approx([0, 1, 1, 1], abs=1e-3)
     sums = np.cumsum([0, *values["confidence"][:-1]])

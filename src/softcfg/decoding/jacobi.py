@@ -41,6 +41,7 @@ def jacobi_decode(
     window: int,
     sampling: Sampling | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, int]:
     """Draw the image tokens of a batch, up to `window` a pass.
 
@@ -54,6 +55,7 @@ def jacobi_decode(
         window: n >= 1, positions in a pass; 1 is token by token.
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         on_step: called after every pass with the number of tokens that all images have so far.
+        on_tokens: called with these tokens, int64 [B, n], after every pass; what it raises ends the decoding.
 
     Returns:
         int64 [B, T], and the number of passes until the last image was done.
@@ -75,6 +77,8 @@ def jacobi_decode(
             passes += 1
             if on_step is not None:
                 on_step(done)
+            if on_tokens is not None:
+                on_tokens(decoder.tokens[:, :done])
     return decoder.tokens, passes
 
 
@@ -103,9 +107,8 @@ class JacobiDecoder:
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
 
-        halves = [condition[: self.batch], condition[self.batch :]]
         self._perturbs = isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs
-        self._parts = halves if self._perturbs else [condition]
+        self._parts = [condition[: self.batch], condition[self.batch :]] if self._perturbs else [condition]
         self._caches = [generator.new_cache(part) for part in self._parts]
         self.rows_at_once = self._parts[0].rows
         self._confidence = torch.zeros(self.batch, total, device=device)

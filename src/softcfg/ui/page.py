@@ -135,7 +135,8 @@ def build(studio: Studio) -> gr.Blocks:
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         drawing = {"concurrency_limit": len(studio.models), "concurrency_id": "draw", **private}
-        looking = {"concurrency_limit": 2, "concurrency_id": "look", **private}
+        # One after the other, so that the answer to the last of several quick choices comes last.
+        looking = {"concurrency_limit": 1, "concurrency_id": "look", **private}
         form.model.change(form.on_model, form.model, form.of_model, **looking)
         form.new_seed.click(None, None, form.seed, js=NEW_SEED)
         gr.on(
@@ -149,9 +150,7 @@ def build(studio: Studio) -> gr.Blocks:
         gr.on([form.draw.click, form.prompt.submit, form.seed.submit], None, js=TO_THE_STAGE)
         # Past the queue: it must work when the queue is full.
         form.stop.click(stop, queue=False, **private)
-        stage.choose(
-            shown.choose, mode, [stage, share, legend, inspector, status], trigger_mode="always_last", **looking
-        )
+        stage.choose(shown.choose, mode, [stage, share, legend, inspector, status], trigger_mode="multiple", **looking)
         mode.change(shown.choose_map, mode, [stage, share, legend, status], **looking)
         gallery.open(shown.open, mode, [*shown.all, *form.fields], **looking)
         download.click(download_all, None, [archive, status], **looking)

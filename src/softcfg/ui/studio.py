@@ -328,7 +328,7 @@ class Model:
         pipeline = self.pipeline
         if pipeline.prompt_reader is None:
             return [subject]
-        return pipeline.prompt_reader.read(as_prompts(subject), pipeline.generator, pipeline.tokenizer)  # type: ignore[arg-type]
+        return pipeline.prompt_reader.read(as_prompts(subject), pipeline.generator, pipeline.tokenizer)
 
     def defaults(self, name: str) -> Settings:
         """The settings that suit the model."""
