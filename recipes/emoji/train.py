@@ -18,7 +18,7 @@ from softcfg.errors import UserError
 from softcfg.files import write_atomically
 
 SHARES = {"tokenizer": 0.19, "generator": 0.81}
-SAMPLING = {"temperature": 0.4, "guidance_scale": 2.0, "schedule": "constant"}
+SAMPLING = {"temperature": 0.4, "guidance_scale": 1.5, "schedule": "constant"}
 
 
 def write_model_card(folder: Path) -> None:

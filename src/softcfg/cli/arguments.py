@@ -252,7 +252,8 @@ def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any
     if prompts is not None:
         assert pipeline.prompt_reader is not None
         width, height = image_size(args, pipeline)
-        read = pipeline.prompt_reader.read(as_prompts(prompts, width, height), pipeline.generator, pipeline.tokenizer)
+        generator: Any = pipeline.generator
+        read = pipeline.prompt_reader.read(as_prompts(prompts, width, height), generator, pipeline.tokenizer)
         return list(read), [short(prompt) for prompt in prompts]
     if args.labels is None:
         raise UserError(f"{pipeline.name} draws classes: give them with --labels")
