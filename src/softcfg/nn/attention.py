@@ -76,7 +76,9 @@ def weighted_attention(
     accumulate = torch.promote_types(scores.dtype, torch.float32)
     probabilities = scores.softmax(dim=-1, dtype=accumulate)
     if value_weights is not None:
-        probabilities = probabilities * _per_score(value_weights)
+        # In place where no gradient needs the softmax: for long sequences a copy costs more than the products.
+        weigh = torch.mul if torch.is_grad_enabled() else Tensor.mul_
+        probabilities = weigh(probabilities, _per_score(value_weights))
     out = probabilities.to(value.dtype).view(rows, key_heads, -1, slots) @ value
     return _finite(out.view(rows, heads, new, -1), mask)
 
