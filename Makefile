@@ -2,14 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: help install sample test test-all lint format bench pictures train study clean
+.PHONY: help install sample test test-all lint format bench docs pictures train study clean
 
 help:
 	@echo "make sample    draw images with the bundled model into $(OUT)/"
 	@echo "make test      lint, type check and the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make bench     the benchmarks"
-	@echo "make pictures  draw the pictures of the README again"
+	@echo "make docs      the documentation as a site, into site/"
+	@echo "make pictures  draw the pictures of the documents again"
 	@echo "make train     train the bundled model again (recipes/fashion_mnist)"
 	@echo "make study     draw what the study of guidance lacks, and write docs/study.md"
 
@@ -41,10 +42,14 @@ format: install
 bench: install
 	$(BIN)/python -m benchmarks
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
 pictures: install
 	$(BIN)/softcfg sample fashion --labels all --overwrite --output-dir runs/pictures
 	cp runs/pictures/comparison.png docs/images/fashion-comparison.png
 	cp runs/pictures/grid.png docs/images/fashion-grid.png
+	$(BIN)/softcfg plot fashion --labels Sneaker,Bag,Dress,Coat --step 150 --output-dir docs/images/plots
 
 train: install
 	$(BIN)/python -m recipes.fashion_mnist.train
@@ -53,4 +58,4 @@ study: install
 	$(BIN)/python -m recipes.study
 
 clean:
-	rm -rf .venv $(OUT) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(OUT) site .mypy_cache .ruff_cache .pytest_cache

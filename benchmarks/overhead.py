@@ -75,8 +75,8 @@ def main() -> None:
         inputs = inputs_of(generator, batch)
         condition = generator.condition(inputs, guided=True)
         cache = generator.new_cache(condition)
-        for contents in (cache.keys, cache.values):
-            contents.copy_(torch.randn(contents.shape[2:], device=device).expand_as(contents))
+        for contents in (*cache.keys, *cache.values):
+            contents.copy_(torch.randn(contents.shape[1:], device=device).expand_as(contents))
         seconds: dict[str, list[float]] = {name: [] for name in methods}
         with prepared_linear_layers(generator, condition.rows):
             for part in POSITIONS:

@@ -53,23 +53,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-WORDS = ["[UNK]", "a", "red", "green", "apple", "star", "and"]
-LUMINA = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "max_position_embeddings": 160, "vocab_size": 40, "prompt_start_id": 7, "separator_id": 8, "image_start_id": 9,
-    "image_end_id": 10, "new_line_id": 11, "size_id": 12, "first_code_id": 20, "num_codes": 20, "codes_per_cell": 2,
-    "cell_pixels": 4, "image_size": 8,
-}  # fmt: skip
-MOVQ = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 8, "n_embed": 20}
-
-
 @pytest.fixture(scope="session")
 def prompt_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     from softcfg.configuration import load_config
     from softcfg.models.lumina import Lumina, LuminaConfig
     from softcfg.tokenizers import MoVQ, MoVQConfig
+    from tiny_models import LUMINA, MOVQ, text_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "words"
     folder.mkdir()
@@ -82,9 +71,7 @@ def prompt_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = MoVQ(load_config(MoVQConfig, MOVQ))
     save_file(generator.state_dict(), folder / "generator.safetensors")
     save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
-    text = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    text.pre_tokenizer = pre_tokenizers.Whitespace()
-    text.save(str(folder / "tokenizer.json"))
+    text_tokenizer().save(str(folder / "tokenizer.json"))
     description = {
         "name": "words",
         "description": "random weights",

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 PRELOADED = [
     "torch", "torch.distributed", "accelerate.utils", "tqdm", "PIL.Image", "softcfg.cli.main", "softcfg.pipeline",
     "softcfg.models.alitok", "softcfg.tokenizers.maskgit_vq", "softcfg.runs.worker", "softcfg.runs.processes",
-    "launching",
+    "softcfg.tuning", "matplotlib.figure", "launching",
 ]  # fmt: skip
 
 

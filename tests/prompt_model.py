@@ -41,6 +41,7 @@ class PromptGenerator(Generator):
             SelfAttention(WIDTH, HEADS, nn.LayerNorm(WIDTH // HEADS), nn.LayerNorm(WIDTH // HEADS))
             for _ in range(LAYERS)
         )
+        self.norm = nn.LayerNorm(WIDTH)
         self.output = nn.Linear(WIDTH, self.vocab_size)
         self.register_buffer("angles", angles_1d(torch.arange(64), WIDTH // HEADS // 2, 100.0))
 
@@ -71,7 +72,7 @@ class PromptGenerator(Generator):
         context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights, condition.padding)
         for layer, attention in enumerate(self.layers):
             x = x + attention(x, layer, context)
-        return self.output(x[:, condition.first_predicting(slot) :])
+        return self.output(self.norm(x[:, condition.first_predicting(slot) :]))
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         end = torch.arange(self.vocab_size) == END_OF_LINE
@@ -87,5 +88,6 @@ def prompt_generator(num_tokens: int) -> PromptGenerator:
         torch.manual_seed(0)
         generator = PromptGenerator(num_tokens)
         for parameter in generator.parameters():
-            torch.nn.init.normal_(parameter, std=0.7)
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.7)
     return generator.requires_grad_(False).eval()

@@ -1,5 +1,9 @@
+import ast
+import graphlib
 import subprocess
 import sys
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +31,23 @@ def test_guidance_imports_nothing_of_the_rest() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert found.strip() == "['softcfg.version']"
+
+
+def test_packages_do_not_need_each_other() -> None:
+    home = Path(softcfg.__file__).parent
+    needs: dict[str, set[str]] = defaultdict(set)
+    for path in home.rglob("*.py"):
+        part = path.relative_to(home).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            needs[part] |= {name.split(".")[1] for name in names if name.startswith("softcfg.")}
+        needs[part].discard(part)
+    del needs["__init__"]  # the public names
+    order = list(graphlib.TopologicalSorter(needs).static_order())
+    assert needs["guidance"] == set()
+    assert needs["nn"] <= {"errors"}
+    assert order.index("models") < order.index("zoo") < order.index("pipeline") < order.index("cli")
 
 
 def test_public_names() -> None:

@@ -97,3 +97,26 @@ def test_halves_that_do_not_fit(pipe: Pipeline) -> None:
 
     with pytest.raises(UserError, match="16 tokens of 20 codes, but the tokenizer reads 16 tokens of 21 codes"):
         Pipeline(pipe.generator, Other())  # type: ignore[arg-type]
+
+
+def test_speculative_jacobi_decoding(pipe: Pipeline) -> None:
+    total = pipe.generator.num_tokens
+    assert pipe([0, 1, 2], seed=3).passes == total
+    assert pipe([0, 1, 2], seed=3, batch_size=2).passes == 2 * total
+    done: list[int] = []
+    seen: list[torch.Tensor] = []
+    drawn = pipe(
+        [0, 1, 2], seed=3, speculative_jacobi=6, on_step=done.append, on_tokens=lambda t: seen.append(t.clone())
+    )
+    assert 0 < drawn.passes == len(done) <= total
+    assert done[-1] == total
+    assert [tokens.shape[1] for tokens in seen] == done
+    assert all(torch.equal(tokens, drawn.tokens[:, : tokens.shape[1]]) for tokens in seen)
+    in_batches = pipe([0, 1, 2], seed=3, speculative_jacobi=6, batch_size=2)
+    assert torch.equal(in_batches.tokens, drawn.tokens)
+    assert np.array_equal(in_batches.pixels, drawn.pixels)
+    assert not torch.equal(drawn.tokens, pipe([0, 1, 2], seed=3).tokens)
+    with pytest.raises(UserError, match="forced_tokens are for drawing token by token"):
+        pipe([0], speculative_jacobi=6, forced_tokens=drawn.tokens[:1])
+    with pytest.raises(UserError, match="window"):
+        pipe([0], speculative_jacobi=-1)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from softcfg import CFG, CheckpointError, Pipeline, SoftCFG, UserError
 from softcfg.prompts import TEXT_TO_IMAGE, Prompt, PromptReader, as_prompts
 from softcfg.zoo import resolve
+from tiny_models import RELEASED_SPECIAL, text_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -83,26 +83,17 @@ def test_lists_of_prompts() -> None:
 # ---- tokens
 
 
-def released_like(path: Path, missing: str = "") -> Path:
-    """A tokenizer.json with the names of the released special tokens, at other ids."""
-    words = ["[UNK]", "a", "cat"]
-    text = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    text.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<eoss>", "<racm3:break>", "<|im_end|>", "<reserved08706>", "<reserved08799>"]
-    special += [f"<reserved{8800 + cells:05d}>" for cells in range(1, 25)]
-    text.add_special_tokens([name for name in special if name != missing])
-    text.save(str(path))
-    return path
-
-
 def test_special_tokens_are_found_by_name(tmp_path: Path, prompt_model_folder: Path) -> None:
-    reader = PromptReader(released_like(tmp_path / "tokenizer.json"))
-    assert reader.special_ids() == {
-        "image_end_id": 3, "image_start_id": 4, "prompt_start_id": 5, "separator_id": 6, "new_line_id": 7, "size_id": 7,
+    path = tmp_path / "tokenizer.json"
+    text_tokenizer(RELEASED_SPECIAL).save(str(path))
+    assert PromptReader(path).special_ids() == {
+        "image_end_id": 7, "image_start_id": 8, "prompt_start_id": 9, "separator_id": 10, "new_line_id": 11,
+        "size_id": 11,
     }  # fmt: skip
     assert PromptReader(prompt_model_folder / "tokenizer.json").special_ids() == {}
+    text_tokenizer([name for name in RELEASED_SPECIAL if name != "<reserved08807>"]).save(str(path))
     with pytest.raises(CheckpointError, match="do not follow one another"):
-        PromptReader(released_like(tmp_path / "gap.json", missing="<reserved08807>")).special_ids()
+        PromptReader(path).special_ids()
 
 
 def test_prompts_become_tokens(pipe: Pipeline, prompt_model_folder: Path) -> None:

@@ -1,10 +1,21 @@
 """Models small enough to save and load in a moment, and their weights."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as TextTokenizer
+from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
 
 from softcfg.configuration import load_config
 from softcfg.zoo import GENERATORS, TOKENIZERS, ModelEntry, ModelFile, Part
+from softcfg.zoo.registry import Text
 
 ALITOK = {
     "hidden_size": 32,
@@ -34,6 +45,15 @@ VQ = {
     "codebook_size": 16,
 }
 
+LUMINA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 160, "vocab_size": 40, "prompt_start_id": 7, "separator_id": 8, "image_start_id": 9,
+    "image_end_id": 10, "new_line_id": 11, "size_id": 12, "first_code_id": 20, "num_codes": 20, "codes_per_cell": 2,
+    "cell_pixels": 4, "image_size": 8,
+}  # fmt: skip
+MOVQ = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 8, "n_embed": 20}
+WORDS = ["[UNK]", "a", "red", "green", "apple", "star", "and"]
+
 VQ_ON_DRIVE = Part(TOKENIZERS["maskgit-vq"], VQ, ModelFile("tiny_vq.pth", drive_id="vq-id"))
 ON_DRIVE = ModelEntry(
     "tiny-drive",
@@ -51,6 +71,58 @@ def on_hub(repository: str, file: str) -> ModelEntry:
         Part(TOKENIZERS["maskgit-vq"], VQ, ModelFile("tiny_vq.bin", repository="someone/tiny")),
         "a model on Hugging Face",
     )
+
+
+def text_tokenizer(special: Sequence[str] = ()) -> TextTokenizer:
+    """A text tokenizer that knows `WORDS` and, behind them, `special` tokens."""
+    text = TextTokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    text.pre_tokenizer = pre_tokenizers.Whitespace()
+    text.add_special_tokens(list(special))
+    return text
+
+
+RELEASED_SPECIAL = [
+    *("<eoss>", "<racm3:break>", "<|im_end|>", "<reserved08706>", "<reserved08799>"),
+    *(f"<reserved{8800 + cells:05d}>" for cells in range(1, 25)),
+]
+
+
+def lumina_on_hub() -> ModelEntry:
+    """A text-to-image model as Lumina-mGPT 2.0 is published: weights in several files, a configuration, a tokenizer."""
+
+    def published(name: str) -> ModelFile:
+        return ModelFile(name, "someone/lumina", alias=f"tiny-lumina/{name}")
+
+    known = {**LUMINA, "vocab_size": 64, "first_code_id": 40}
+    return ModelEntry(
+        "tiny-lumina",
+        Part(
+            GENERATORS["lumina-mgpt-2"],
+            {**known, "num_hidden_layers": 1},
+            published("model.safetensors.index.json"),
+            config_file=published("config.json"),
+            dtype="bfloat16",
+        ),
+        Part(TOKENIZERS["movq"], MOVQ, ModelFile("movq.ckpt", "someone/movq")),
+        "text to image, on Hugging Face",
+        {"guidance_scale": 3.0, "schedule": "constant"},
+        text=Text(published("tokenizer.json")),
+    )
+
+
+def write_lumina_files(folder: Path) -> None:
+    """The files of `lumina_on_hub`; its configuration file has one layer more than the registry says."""
+    entry = lumina_on_hub()
+    sizes = {"num_hidden_layers": 2, "vocab_size": 64, "rope_scaling": None, "vocabulary_map": {"<eoss>": 7}}
+    whole = replace(entry.generator, config={**entry.generator.config, "num_hidden_layers": 2})
+    state = {name: tensor.bfloat16() for name, tensor in weights(whole).items()}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    text_tokenizer(RELEASED_SPECIAL).save(str(folder / "tokenizer.json"))
+    files = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: state[name].clone() for name in state if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    torch.save({**weights(entry.tokenizer), "loss.perceptual.weight": torch.ones(3)}, folder / "movq.ckpt")
 
 
 def module(part: Part, device: str = "cpu") -> nn.Module:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 
 import yaml
-from safetensors import safe_open
 
 from recipes.fashion_mnist import train_classifier, train_generator, train_tokenizer
-from recipes.fashion_mnist.common import Budget
 from recipes.fashion_mnist.data import CLASSES, DEFAULT_FOLDER, load
 from recipes.fashion_mnist.presets import PRESETS
+from recipes.training import Budget, parameters
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 
@@ -44,12 +42,6 @@ def write_model_card(folder: Path, name: str) -> None:
         "classes": list(CLASSES),
     }
     write_atomically(folder / "model.yaml", yaml.safe_dump(card, sort_keys=False).encode())
-
-
-def parameters(weights: Path) -> int:
-    """Return the number of parameters in a weights file."""
-    with safe_open(weights, "pt") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def main() -> None:

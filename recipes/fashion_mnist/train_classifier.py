@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.fashion_mnist.common import (
+from recipes.fashion_mnist.data import Split
+from recipes.muon import Muon
+from recipes.training import (
     Average,
     Budget,
     Plan,
@@ -19,8 +21,6 @@ from recipes.fashion_mnist.common import (
     randomness,
     save_weights,
 )
-from recipes.fashion_mnist.data import Split
-from recipes.fashion_mnist.muon import Muon
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 
 BATCH_SIZE = 128

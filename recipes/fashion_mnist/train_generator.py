@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.fashion_mnist.common import (
+from recipes.fashion_mnist.data import Split
+from recipes.fashion_mnist.presets import Preset
+from recipes.fashion_mnist.train_tokenizer import tokenizer_from
+from recipes.muon import Muon
+from recipes.training import (
     Average,
     Budget,
     Plan,
@@ -21,10 +25,6 @@ from recipes.fashion_mnist.common import (
     randomness,
     save_weights,
 )
-from recipes.fashion_mnist.data import Split
-from recipes.fashion_mnist.muon import Muon
-from recipes.fashion_mnist.presets import Preset
-from recipes.fashion_mnist.train_tokenizer import tokenizer_from
 from softcfg.files import write_atomically
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ

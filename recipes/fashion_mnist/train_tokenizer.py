@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from recipes.fashion_mnist.common import Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.codebook import MovingCodebook, rows
 from recipes.fashion_mnist.data import Split
+from recipes.training import Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
 
 BATCH_SIZE = 16
@@ -23,58 +24,6 @@ COMMITMENT = 0.25
 LOCALITY = 1.0
 BACKGROUND_WEIGHT = 10.0
 CONTINUOUS_STEPS = 200
-
-
-class MovingCodebook(nn.Module):
-    """Keeps each code at the moving average of the latents that it stands for; code 0 stays zero, for background."""
-
-    counts: Tensor
-    sums: Tensor
-
-    def __init__(self, codebook: nn.Embedding, decay: float = 0.99, revive_below: float = 0.05) -> None:
-        super().__init__()
-        self.decay, self.revive_below = decay, revive_below
-        self._codes = [codebook.weight]  # in a list: no parameter of this module
-        self.register_buffer("counts", torch.zeros(codebook.num_embeddings - 1))
-        self.register_buffer("sums", torch.zeros(codebook.num_embeddings - 1, codebook.embedding_dim))
-
-    @torch.no_grad()
-    def initialise(self, latents: Tensor, generator: torch.Generator, rounds: int = 20) -> None:
-        """Set the codes by k-means++ over `latents` `[N, C]`."""
-        size = len(self.counts)
-        codes = latents.new_zeros(1 + size, latents.shape[1])
-        distance = latents.square().sum(1)
-        for i in range(1, 1 + size):
-            codes[i] = latents[int(torch.multinomial(distance.cpu(), 1, generator=generator))]
-            distance = torch.minimum(distance, (latents - codes[i]).square().sum(1))
-        for _ in range(rounds):
-            counts, sums = _tally(latents, torch.cdist(latents, codes).argmin(1), size)
-            codes[1:] = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes[1:])
-        self._codes[0].copy_(codes)
-        self.counts.copy_(counts.clamp(min=1))
-        self.sums.copy_(codes[1:] * self.counts[:, None])
-
-    @torch.no_grad()
-    def update(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
-        """Move the codes towards `latents` `[N, C]` that have the given tokens `[N]`; restart unused ones."""
-        counts, sums = _tally(latents, tokens, len(self.counts))
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        unused = self.counts < self.revive_below * self.counts.mean()
-        if number := int(unused.sum()):
-            # Far latents first: most of an image is background, which one code serves.
-            distance = (latents - self._codes[0][tokens]).square().sum(1).cpu() + 1e-12
-            chosen = torch.multinomial(distance, number, generator=generator).to(latents.device)
-            count = self.counts.mean()
-            self.counts[unused] = count
-            self.sums[unused] = latents[chosen] * count
-        self._codes[0][1:] = self.sums / self.counts[:, None]
-
-
-def _tally(latents: Tensor, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Count and sum the latents of the codes 1 to `size`."""
-    counts = torch.bincount(tokens, minlength=size + 1).to(latents)
-    return counts[1:], latents.new_zeros(size + 1, latents.shape[1]).index_add_(0, tokens, latents)[1:]
 
 
 def train(
@@ -112,7 +61,7 @@ def train(
             with torch.no_grad():
                 size = min(512, len(data))
                 parts = data.pixels(slice(size), device.device).split(64)
-                many = torch.cat([_rows(model.encode_latents(part))[content(part, patch)] for part in parts])
+                many = torch.cat([rows(model.encode_latents(part))[content(part, patch)] for part in parts])
             moving.initialise(many.float(), randomness(budget.seed + 2, step))
         latents = latents_of_encoder = model.encode_latents(pixels).float()
         numbers: dict[str, Any] = {}
@@ -123,13 +72,13 @@ def train(
             commitment = F.mse_loss(latents, codes)
             numbers = {"commitment": commitment.detach(), "codes_used": tokens.unique().numel()}
             kept = content(pixels, patch)
-            moving.update(_rows(latents.detach())[kept], tokens.flatten()[kept], randomness(budget.seed + 3, step))
+            moving.update(rows(latents.detach())[kept], tokens.flatten()[kept], randomness(budget.seed + 3, step))
             latents = latents + (codes - latents).detach()  # straight through
         decoded = model.decode_latents(latents).float()
         error = F.mse_loss(decoded, pixels)
         numbers["psnr"] = -10 * error.detach().log10()
         target = haar(pixels, patch)
-        wrong = _rows(latents_of_encoder - F.pad(target, (0, 0, 0, 0, 0, config.z_channels - 4))).square()
+        wrong = rows(latents_of_encoder - F.pad(target, (0, 0, 0, 0, 0, config.z_channels - 4))).square()
         local = torch.where(content(pixels, patch), wrong[:, :4].mean(1), BACKGROUND_WEIGHT * wrong.mean(1)).mean()
         numbers["local"] = local.detach()
         return F.l1_loss(decoded, pixels) + 4 * error + COMMITMENT * commitment + LOCALITY * local, numbers
@@ -181,7 +130,3 @@ def haar(pixels: Tensor, patch: int) -> Tensor:
 def content(pixels: Tensor, patch: int) -> Tensor:
     """Return which of the `B * T` patches are not black throughout."""
     return F.max_pool2d(pixels[:, 0], patch).flatten() > 0
-
-
-def _rows(latents: Tensor) -> Tensor:
-    return latents.permute(0, 2, 3, 1).flatten(0, 2)

@@ -317,8 +317,8 @@ def plot_range(study: Study) -> Figure:
         axis.set(xscale="log", xlabel="guidance scale", ylabel=METRICS[metric][0].split()[0])
         axis.set_xticks(RANGE, [f"{scale:g}" for scale in RANGE])
         axis.minorticks_off()
-    none = [_errors(study, [NONE], metric)[0] for metric in ("class_accuracy", "fid")]
-    axes[2].plot(100 * none[0], none[1], color="0.5", marker="o", linestyle="", label="no guidance")
+    accuracy, fid = (_errors(study, [NONE], metric)[0] for metric in ("class_accuracy", "fid"))
+    axes[2].plot(100 * accuracy, fid, color="0.5", marker="o", linestyle="", label="no guidance")
     axes[2].set(xlabel="class accuracy, %", ylabel="FID")
     axes[0].legend(frameon=False)
     return figure

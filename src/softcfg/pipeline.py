@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
 from softcfg.models.lumina import Lumina
 from softcfg.prompts import Prompt, PromptReader, as_prompts
 from softcfg.tokenizers.base import Tokenizer
+from softcfg.zoo import placement
 from softcfg.zoo.checkpoints import load_generator, load_prompt_reader, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
@@ -30,16 +31,20 @@ class PipelineOutput:
     Attributes:
         labels: int64 [B]; None where prompts were given.
         indices: the index n of each image; with the seed it fixes the image's random numbers.
-        tokens: int64 [B, T].
+        tokens: int64 [B, T], as the generator drew them.
+        codes: int64 [B, h w], what the tokenizer decoded: the same, or what is left of them without structure.
         pixels: uint8 [B, H, W, 3].
         prompts: the B prompts, with the size that was drawn; None where labels were given.
+        passes: of the generator, over all batches: T a batch, fewer with speculative Jacobi decoding.
     """
 
     labels: Tensor | None
     indices: list[int]
     tokens: Tensor
+    codes: Tensor
     pixels: np.ndarray
     prompts: list[Prompt] | None = None
+    passes: int = 0
 
     @property
     def images(self) -> list[Image.Image]:
@@ -85,21 +90,38 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         generator_checkpoint: str | Path | None = None,
         tokenizer_checkpoint: str | Path | None = None,
+        quantize: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
+        offload_folder: str | None = None,
     ) -> Pipeline:
         """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder by its path.
 
         Args:
             device: "cuda" where there is one, else "cpu", by default.
-            dtype: of the generator; the tokenizer stays in float32.
+            dtype: of the generator; by default what suits the model, float32 for most. The tokenizer stays in float32.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
+            quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
+            device_map, max_memory, offload_folder: spread the generator over several devices (see
+                `zoo.placement.spread`).
 
         Raises:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
         """
         entry = resolve(model)
         device = _device(device)
+        if quantize is not None and device_map is not None:
+            raise UserError("quantize and device_map do not go together: give one of them")
+        moves = quantize is not None or device_map is not None
+        generator = load_generator(
+            entry, checkpoint=generator_checkpoint, device="cpu" if moves else device, dtype=dtype
+        )
+        if quantize is not None:
+            generator = placement.quantize(generator, quantize, device)
+        if device_map is not None:
+            generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
         return cls(
-            load_generator(entry, checkpoint=generator_checkpoint, device=device, dtype=dtype),
+            generator,
             load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
             name=entry.name,
             classes=entry.classes,
@@ -114,6 +136,7 @@ class Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
+        dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
         return cls(
             random_weights(entry.generator, device=device, dtype=dtype),
             random_weights(entry.tokenizer, device=device),
@@ -139,6 +162,21 @@ class Pipeline:
             top_k = self.sampling_defaults.get("top_k", 0)
         return Sampling(temperature, top_k, top_p)
 
+    def num_tokens(self, width: int | None = None, height: int | None = None) -> int:
+        """T, the tokens drawn for an image; of text-to-image models for one of this size, by default the model's.
+
+        Raises:
+            UserError: the model does not draw images of this size.
+        """
+        if not isinstance(self.generator, Lumina):
+            return self.generator.num_tokens
+        config = self.generator.config
+        try:
+            h, w = config.grid(width or config.image_size, height or config.image_size)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return h * (w + 1) + 1
+
     def __call__(
         self,
         labels: LabelsLike = None,
@@ -153,9 +191,11 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float = 1.0,
         batch_size: int | None = None,
+        speculative_jacobi: int = 0,
         forced_tokens: Any = None,
         forced_mask: Any = None,
         on_step: Callable[[int], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
     ) -> PipelineOutput:
         """Draw one image a label, or one a prompt.
 
@@ -169,8 +209,12 @@ class Pipeline:
             temperature, top_k, top_p: see `Sampling`; temperature and top-k are the model's by default.
             batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
                 one batch size an image is the same to the last bit in whatever batch it is drawn.
+            speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
+                generator; 0 draws token by token. Another window draws other images, of the same distribution.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
+            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step;
+                what it raises ends the drawing.
 
         Raises:
             UserError: labels out of range, prompts for a model that draws classes or the other way round, or arguments
@@ -188,30 +232,53 @@ class Pipeline:
         batch_size = count if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if speculative_jacobi and forced_tokens is not None:
+            raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         total = self.generator.condition(inputs, guided=False).num_tokens
 
-        tokens, pixels = [], []
+        tokens, codes, pixels, passes = [], [], [], 0
         for batch, start in enumerate(range(0, count, batch_size)):
             # A partial batch is filled up with its last image.
             rows = [min(start + i, count - 1) for i in range(batch_size)]
             kept = min(batch_size, count - start)
             chosen = [inputs[row] for row in rows]
-            drawn = decode(
-                self.generator,
-                chosen,
-                guidance,
-                uniforms=image_uniforms(seed, [indices[row] for row in rows], total),
-                sampling=sampling,
-                forced_tokens=_rows(forced_tokens, rows),
-                forced_mask=_rows(forced_mask, rows),
-                on_step=_shifted(on_step, batch * total),
-            )
+            streams = ImageStreams(seed, [indices[row] for row in rows])
+            report = _shifted(on_step, batch * total)
+            if speculative_jacobi:
+                drawn, taken = jacobi_decode(
+                    self.generator,
+                    chosen,
+                    guidance,
+                    streams=streams,
+                    window=speculative_jacobi,
+                    sampling=sampling,
+                    on_step=report,
+                    on_tokens=on_tokens,
+                )
+            else:
+                taken = total
+                drawn = decode(
+                    self.generator,
+                    chosen,
+                    guidance,
+                    uniforms=streams.uniforms(total),
+                    sampling=sampling,
+                    forced_tokens=_rows(forced_tokens, rows),
+                    forced_mask=_rows(forced_mask, rows),
+                    on_step=report,
+                    on_tokens=on_tokens,
+                )
+            passes += taken
             tokens.append(drawn[:kept].cpu())
             condition = self.generator.condition(chosen, guided=False)
-            image = self.tokenizer.decode(self.generator.image_codes(drawn, condition), condition.grid)
+            decoded = self.generator.image_codes(drawn, condition)
+            codes.append(decoded[:kept].cpu())
+            image = self.tokenizer.decode(decoded, condition.grid)
             pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
         classes = torch.tensor(inputs) if shown is None else None
-        return PipelineOutput(classes, indices, torch.cat(tokens), np.concatenate(pixels), shown)
+        return PipelineOutput(
+            classes, indices, torch.cat(tokens), torch.cat(codes), np.concatenate(pixels), shown, passes
+        )
 
     def _inputs(
         self, labels: Any, prompts: Any, width: int | None, height: int | None

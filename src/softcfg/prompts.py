@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from softcfg.models.lumina import Lumina, TokenPrompt
+    from softcfg.models.base import Generator
+    from softcfg.models.lumina import TokenPrompt
     from softcfg.tokenizers.base import Tokenizer
 
 # The sentences that Lumina-mGPT 2.0 was trained on.
@@ -149,14 +150,15 @@ class PromptReader:
             found["size_id"] = sizes[0] - 1
         return found
 
-    def read(self, prompts: Sequence[Prompt], generator: Lumina, tokenizer: Tokenizer) -> list[TokenPrompt]:
+    def read(self, prompts: Sequence[Prompt], generator: Generator, tokenizer: Tokenizer) -> list[TokenPrompt]:
         """The tokens of `prompts`, of which those with an image have it encoded by the image `tokenizer`.
 
         Raises:
             UserError: a task that the model does not have, or an image that cannot be used.
         """
-        from softcfg.models.lumina import TokenPrompt
+        from softcfg.models.lumina import Lumina, TokenPrompt
 
+        assert isinstance(generator, Lumina)
         config, read = generator.config, []
         for prompt in prompts:
             if prompt.task is not None and self.template != TEXT_TO_IMAGE:

@@ -32,6 +32,26 @@ def test_sample_writes_images_grids_and_settings(model_folder: Path, tmp_path: P
     assert run["sampling"]["temperature"] == 0.9
 
 
+def test_speculative_jacobi_decoding(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    flags = ["--labels", "0,Star", "--num-samples", "2", "--compare"]
+    assert sample(model_folder, out, *flags, "--speculative-jacobi", "5") == 0
+    assert json.loads((out / "run.json").read_text())["speculative_jacobi"] == 5
+    pipe = Pipeline.from_pretrained(model_folder)
+    expected = pipe([0, 3], speculative_jacobi=5)
+    for index, pixels in enumerate(expected.pixels):
+        assert np.array_equal(np.asarray(Image.open(out / f"{index:06d}.png")), pixels)
+    plain = pipe([0, 3], pipe.default_guidance(guidance_scale=0), speculative_jacobi=5)
+    assert cells(out / "comparison.png", plain.pixels[0]) >= 1
+    capsys.readouterr()
+    assert sample(model_folder, out, *flags, "--speculative_jacobi") == 2
+    assert "another speculative_jacobi (5 there, 16 here)" in capsys.readouterr().err
+    assert sample(model_folder, out, *flags) == 2
+    assert sample(model_folder, tmp_path / "other", "--speculative-jacobi", "-1") == 2
+    assert "--speculative-jacobi must be at least 1 (0: off), got -1" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def cells(path: Path, image: np.ndarray) -> int:
     """How often an image stands in a grid, enlarged by 8."""
     canvas = np.asarray(Image.open(path).convert("RGB"))
@@ -215,3 +235,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert exit_.value.code == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+def test_quantized_weights_are_recorded(model_folder: Path, tmp_path: Path) -> None:
+    flags = ["--labels", "0", "--num-samples", "1", "--no-compare"]
+    assert sample(model_folder, tmp_path / "int8", *flags, "--quantize", "int8") == 0
+    assert json.loads((tmp_path / "int8" / "run.json").read_text())["dtype"] == "float32/int8"
+    expected = Pipeline.from_pretrained(model_folder, quantize="int8")([0])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "int8" / "000000.png")), expected.pixels[0])
+    assert sample(model_folder, tmp_path / "bf16", *flags, "--dtype", "bfloat16") == 0
+    assert json.loads((tmp_path / "bf16" / "run.json").read_text())["dtype"] == "bfloat16"
+    # Another kind of weights would continue the run with other images.
+    assert sample(model_folder, tmp_path / "int8", *flags) == 2
+    assert sample(model_folder, tmp_path / "auto", *flags, "--device-map", "auto") == 2

@@ -165,6 +165,25 @@ def test_every_step_is_reported(generator: Generator) -> None:
     assert steps == list(range(1, generator.num_tokens + 1))
 
 
+def test_tokens_so_far_can_be_watched_and_the_decoding_ended(generator: Generator) -> None:
+    uniforms = image_uniforms(0, range(2), generator.num_tokens)
+    seen: list[torch.Tensor] = []
+    drawn = decode(generator, [0, 1], CFG(), uniforms=uniforms, on_tokens=lambda tokens: seen.append(tokens.clone()))
+    assert [tokens.shape[1] for tokens in seen] == list(range(1, generator.num_tokens + 1))
+    assert all(torch.equal(tokens, drawn[:, : tokens.shape[1]]) for tokens in seen)
+
+    def end(tokens: torch.Tensor) -> None:
+        calls.append(tokens.shape[1])
+        if len(calls) == 3:
+            raise InterruptedError
+
+    calls: list[int] = []
+    with pytest.raises(InterruptedError):
+        decode(generator, [0, 1], CFG(), uniforms=uniforms, on_tokens=end)
+    assert calls == [1, 2, 3]
+    assert torch.equal(decode(generator, [0, 1], CFG(), uniforms=uniforms), drawn)
+
+
 def test_arguments_that_do_not_fit(generator: Generator) -> None:
     total = generator.num_tokens
     good = image_uniforms(0, [0], total)

@@ -99,7 +99,7 @@ def test_rows_at_slots_of_their_own(generator: Generator, new: int, weighted: bo
     whole = generator(condition, tokens, **weights)
 
     cache = generator.new_cache(condition)
-    for part in (cache.keys, cache.values):
+    for part in (*cache.keys, *cache.values):
         part.fill_(1e3)  # what lies behind a query must not matter
     head = {name: weight[:, :slots] for name, weight in weights.items()}
     logits = [[row] for row in generator(condition, tokens[:, :0], cache=cache, **head)[:, 0]]

@@ -12,7 +12,7 @@ import softcfg
 from goldens import Golden, golden
 from softcfg import CFG, SoftCFG, UserError
 from softcfg.configuration import load_config
-from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding import ImageStreams, Sampling, decode, image_uniforms, jacobi_decode
 from softcfg.models.lumina import Lumina, LuminaConfig, PromptCondition, TokenPrompt
 
 # The reduced ids of the golden files, under the names of the configuration.
@@ -119,6 +119,23 @@ def test_prompts_of_different_length_in_one_batch() -> None:
         assert torch.equal(alone[0], together[row])
         single = softcfg.trace(generator, labels=[one], tokens=alone, guidance=guidance)
         close(single.guided_logits[0], trace.guided_logits[row], 1e-9)
+
+
+@pytest.mark.parametrize("guidance", [CFG(5.0, schedule="constant"), SoftCFG(5.0, schedule="constant")], ids=str)
+def test_speculative_jacobi_decoding(guidance: CFG) -> None:
+    case, generator = load("guided-trajectory-decay", dtype=torch.float64)
+    prompts = [prompt(case), TokenPrompt([60, 5, 456], 64, 64)]
+    greedy = Sampling(top_k=1)
+    expected = decode(generator, prompts, guidance, uniforms=image_uniforms(0, range(2), 73), sampling=greedy)
+    streams = ImageStreams(0, range(2))
+    tokens, _ = jacobi_decode(generator, prompts, guidance, streams=streams, window=12, sampling=greedy)
+    assert torch.equal(tokens, expected)
+    # Ends of lines are known ahead, so they are settled with the code before them.
+    tokens, passes = jacobi_decode(generator, prompts, guidance, streams=ImageStreams(0, range(2)), window=4)
+    assert passes <= 73 - 9
+    is_code = torch.tensor(([True] * 8 + [False]) * 8 + [False])
+    assert (tokens[:, is_code] >= 200).all()
+    assert (tokens[:, ~is_code] < 200).all()
 
 
 def test_rows_as_the_model_reads_them() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softcfg.nn import KVCache, weighted_attention
+from softcfg.nn import AttentionContext, KVCache, weighted_attention
 
 ROWS, HEADS, DIM = 3, 2, 8
 
@@ -103,7 +103,7 @@ def test_weights_may_be_differentiated() -> None:
 def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
     cache = KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM)
     key, value = torch.randn(2, ROWS, HEADS, 6, DIM)
-    pointer = cache.keys.data_ptr()
+    pointers = [part.data_ptr() for part in (*cache.keys, *cache.values)]
     for layer in range(2):
         cache.update(layer, key[:, :, :2], value[:, :, :2], 0)
     for slot in range(2, 6):
@@ -115,11 +115,55 @@ def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
     assert torch.equal(cache.values[0], value)
     assert torch.equal(keys[:, :, 2:], 2 * key[:, :, 2:])
     assert torch.equal(cache.keys[0], key)
-    assert cache.keys.data_ptr() == pointer
+    assert [part.data_ptr() for part in (*cache.keys, *cache.values)] == pointers
     assert cache.slots == 6
+
+
+def test_layers_may_lie_on_several_devices() -> None:
+    cache = KVCache(layers=2, rows=1, heads=1, slots=2, head_dim=4, device=[torch.device("cpu"), torch.device("meta")])
+    assert [part.device.type for part in cache.values] == ["cpu", "meta"]
+    padding, mask = torch.tensor([1]), torch.ones(1, 2, dtype=torch.bool)
+    context = AttentionContext(slot=1, cache=cache, mask=mask, padding=padding)
+    assert context.on(torch.device("cpu")) is context
+    moved = context.on(torch.device("meta"))
+    assert moved.cache is cache
+    assert moved.mask is not None
+    assert moved.padding is not None
+    assert (moved.slot, moved.mask.device.type, moved.padding.device.type) == (1, "meta", "meta")
 
 
 def test_cache_refuses_to_overflow() -> None:
     cache = KVCache(layers=1, rows=1, heads=1, slots=2, head_dim=4)
     with pytest.raises(ValueError, match="2 slots"):
         cache.update(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 1)
+
+
+@pytest.mark.parametrize("new", [1, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_grouped_query_heads_share_keys_and_values(new: int, weighted: bool) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(ROWS, 6, new, DIM, dtype=torch.float64)
+    key, value = torch.randn(2, ROWS, 2, 9, DIM, dtype=torch.float64)
+    settings = {"value_weights": torch.rand(ROWS, 9), "key_weights": torch.rand(ROWS, new, 9)} if weighted else {}
+    got = weighted_attention(query, key, value, **settings)
+    each = weighted_attention(query, key.repeat_interleave(3, dim=1), value.repeat_interleave(3, dim=1), **settings)
+    torch.testing.assert_close(got, each, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mask_by_query_takes_the_place_of_the_causal_rule(weighted: bool) -> None:
+    """The last of four queries sees the first two slots alone, as if nothing else were there."""
+    query, key, value = inputs(4, 6, torch.float64)
+    weights = torch.rand(ROWS, 6) if weighted else None
+    mask = torch.ones(ROWS, 4, 6, dtype=torch.bool)
+    mask[:, 3, 2:] = False
+    got = weighted_attention(query, key, value, value_weights=weights, mask=mask)
+    for row, slots in ((slice(0, 3), 6), (slice(3, 4), 2)):
+        for i in range(4)[row]:
+            alone = weighted_attention(
+                query[:, :, i : i + 1],
+                key[:, :, :slots],
+                value[:, :, :slots],
+                value_weights=None if weights is None else weights[:, :slots],
+            )
+            torch.testing.assert_close(got[:, :, i : i + 1], alone, atol=1e-12, rtol=0)

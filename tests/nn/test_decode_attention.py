@@ -54,9 +54,10 @@ def check() -> None:
             wanted = reference(query, keys, values, last, first, *weights)
             for row, end in enumerate(last.tolist()):  # what lies behind a row's position must not matter
                 keys[row, :, end + 1 :] = values[row, :, end + 1 :] = float("nan")
+            by_query = None if weights[0] is None else weights[0][:, None]
             out = decode_attention(
                 query, keys, values, last,
-                first=padding if padded else None, value_weights=weights[0], key_weights=weights[1],
+                first=padding if padded else None, value_weights=by_query, key_weights=weights[1],
             )  # fmt: skip
             keys.nan_to_num_(0.0), values.nan_to_num_(0.0)
             torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)

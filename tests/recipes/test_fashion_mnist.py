@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recipes import codebook, muon, training
 from recipes.fashion_mnist import (
-    common,
     data,
     evaluate,
-    muon,
     train,
     train_classifier,
     train_generator,
@@ -141,7 +140,7 @@ def train_generator_tiny(out, budget, data, test, **arguments):
 @pytest.mark.parametrize("part", [train_classifier_tiny, train_tokenizer_tiny, train_generator_tiny])
 def test_killed_training_continues_to_the_same_weights(part, tmp_path, splits):
     """Five steps cross an epoch; the kill comes after the second."""
-    budget = common.Budget(steps=5)
+    budget = training.Budget(steps=5)
     whole = load_file(part(tmp_path / "whole", budget, *splits))
     part(tmp_path / "parts", budget, *splits, stop_at=2)
     (state,) = (tmp_path / "parts").glob("*/state.pt")
@@ -153,14 +152,14 @@ def test_killed_training_continues_to_the_same_weights(part, tmp_path, splits):
 
 
 def test_finished_training_changes_nothing(tmp_path, splits):
-    budget = common.Budget(steps=2)
+    budget = training.Budget(steps=2)
     first = load_file(train_generator_tiny(tmp_path, budget, *splits))
     again = load_file(train_generator_tiny(tmp_path, budget, *splits))
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
 def test_log_has_losses_of_both_conditions(tmp_path, splits):
-    train_generator_tiny(tmp_path, common.Budget(steps=2), *splits)
+    train_generator_tiny(tmp_path, training.Budget(steps=2), *splits)
     rows = [json.loads(line) for line in (tmp_path / "generator" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["done"]
     # An untrained generator is uniform over 8 codes: two small steps cannot move it far from log 8.
@@ -172,7 +171,7 @@ def test_generator_learns(tmp_path, splits):
     """Images of one code each: after the first token the next is known, and the classes name the first."""
     tokens = [train_generator.Tokens((s.labels % 8)[:, None].repeat(1, 256), s.labels) for s in splits]
     weights = train_generator.train_on_tokens(
-        tmp_path, common.Budget(steps=40), *tokens, config=TINY_GENERATOR, batch_size=8
+        tmp_path, training.Budget(steps=40), *tokens, config=TINY_GENERATOR, batch_size=8
     )
     model = train_generator.AliTok(TINY_GENERATOR)
     model.load_state_dict(load_file(weights))
@@ -186,7 +185,7 @@ def test_generator_learns(tmp_path, splits):
 
 class TestTokenizer:
     def test_black_patches_have_the_zero_code(self, tmp_path, splits):
-        weights = load_file(train_tokenizer_tiny(tmp_path, common.Budget(steps=4), *splits))
+        weights = load_file(train_tokenizer_tiny(tmp_path, training.Budget(steps=4), *splits))
         assert not weights["quantize.embedding.weight"][0].any()
         assert weights["quantize.embedding.weight"][1:].any(1).all()
 
@@ -195,14 +194,14 @@ class TestTokenizer:
         centres = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, 0.0]])
         latents = centres.repeat(50, 1) + 0.1 * torch.randn(150, 2, generator=numbers)
         table = torch.nn.Embedding(4, 2).requires_grad_(False)
-        train_tokenizer.MovingCodebook(table).initialise(latents, numbers)
+        codebook.MovingCodebook(table).initialise(latents, numbers)
         assert torch.cdist(centres, table.weight).amin(1).max() < 0.1
         assert not table.weight[0].any()
 
     def test_unused_codes_restart_at_latents(self):
         numbers = torch.Generator().manual_seed(2)
         table = torch.nn.Embedding(4, 2).requires_grad_(False)
-        moving = train_tokenizer.MovingCodebook(table, decay=0.5)
+        moving = codebook.MovingCodebook(table, decay=0.5)
         latents = torch.randn(64, 2, generator=numbers)
         moving.initialise(latents, numbers)
         table.weight[2] = 100.0
@@ -235,29 +234,29 @@ def test_muon_update_is_nearly_orthogonal():
 
 
 def test_epochs_are_shuffled_and_complete():
-    epochs = [torch.cat([common.batch_index(0, 3 * e + i, 4, 12) for i in range(3)]) for e in range(2)]
+    epochs = [torch.cat([training.batch_index(0, 3 * e + i, 4, 12) for i in range(3)]) for e in range(2)]
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(12))
     assert not torch.equal(*epochs)
     with pytest.raises(UserError, match="larger than the data"):
-        common.batch_index(0, 0, 13, 12)
+        training.batch_index(0, 0, 13, 12)
 
 
 def test_budget_follows_the_clock_or_the_steps():
-    assert common.Budget(minutes=2).progress(5, 30.0) == pytest.approx(0.25)
-    assert common.Budget(minutes=2).progress(5, 999.0) == 1.0
-    assert common.Budget(minutes=2, steps=10).progress(5, 999.0) == 0.5
+    assert training.Budget(minutes=2).progress(5, 30.0) == pytest.approx(0.25)
+    assert training.Budget(minutes=2).progress(5, 999.0) == 1.0
+    assert training.Budget(minutes=2, steps=10).progress(5, 999.0) == 0.5
 
 
 def test_rate_warms_up_and_decays_to_zero():
-    plan = common.Plan(warmup_steps=10, decay_share=0.5)
+    plan = training.Plan(warmup_steps=10, decay_share=0.5)
     assert [plan.factor(step, 0.1) for step in (0, 4, 20)] == pytest.approx([0.1, 0.5, 1.0])
     assert [plan.factor(100, progress) for progress in (0.5, 0.75, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
 
 
 def test_average_follows_the_weights():
     module = torch.nn.BatchNorm1d(2)
-    average = common.Average(module, 0.5)
+    average = training.Average(module, 0.5)
     with torch.no_grad():
         module.weight.fill_(3.0)
     for step in range(200):

@@ -1,6 +1,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from made_runs import complete, settings, shard
 from softcfg import CFG, Pipeline, Sampling, UserError
+from softcfg.runs.export import write_pngs
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.processes import Processes
 from softcfg.runs.shards import write_shard
@@ -28,7 +30,7 @@ class Cramped:
 
     def __init__(self, pipe: Pipeline, room: int, error: Exception) -> None:
         self.pipe, self.room, self.error = pipe, room, error
-        self.generator = pipe.generator
+        self.generator, self.num_tokens = pipe.generator, pipe.num_tokens
         self.tried: list[int] = []
 
     def __call__(self, *args: Any, batch_size: int, **settings: Any) -> Any:
@@ -85,7 +87,8 @@ def processes(rank: int, world: int) -> Processes:
 def test_ranks_share_the_missing_shards(empty: RunFolder, pipe: Pipeline, tmp_path: Path) -> None:
     artist = Artist(pipe, CFG(), Sampling(), 0, 4)
     for rank in range(2):
-        draw_shards(empty, [0, 1, 2], artist, processes(rank, 2), png=rank == 0, progress=None)
+        written = partial(write_pngs, empty, folder=empty.path) if rank == 0 else None
+        draw_shards(empty, [0, 1, 2], artist, processes(rank, 2), written=written, progress=None)
         assert empty.missing() == ([1] if rank == 0 else [])
     whole = pipe([n % 4 for n in range(10)], CFG(), batch_size=4, temperature=1.0)
     assert np.array_equal(np.concatenate([shard.pixels for shard in empty.shards()]), whole.pixels)
@@ -94,7 +97,7 @@ def test_ranks_share_the_missing_shards(empty: RunFolder, pipe: Pipeline, tmp_pa
 
 def test_a_smaller_batch_is_on_record(empty: RunFolder, pipe: Pipeline) -> None:
     artist = Artist(Cramped(pipe, 2, ERRORS[0]), CFG(), Sampling(), 0, 4)  # type: ignore[arg-type]
-    draw_shards(empty, [0], artist, Processes(), png=False, progress=None)
+    draw_shards(empty, [0], artist, Processes(), progress=None)
     assert empty.read(0).drawn_at_once == 2
 
 
@@ -102,7 +105,7 @@ def test_a_vanished_folder_ends_the_run(empty: RunFolder, pipe: Pipeline) -> Non
     artist = Artist(pipe, CFG(), Sampling(), 0, 4)
     empty.path.rename(empty.path.with_name("elsewhere"))
     with pytest.raises(UserError, match=r"cannot write .*shard-000000\.safetensors: No such file"):
-        draw_shards(empty, [0], artist, Processes(), png=True, progress=None)
+        draw_shards(empty, [0], artist, Processes(), progress=None)
     with pytest.raises(UserError, match=r"cannot read .*shards"):
         Progress(empty, [0, 1, 2]).look()
 
@@ -147,7 +150,7 @@ def clock_going_backwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_clock_going_backwards_changes_nothing(empty: RunFolder, pipe: Pipeline) -> None:
     artist = Artist(pipe, CFG(), Sampling(), 0, 4)
     progress = Progress(empty, [0, 1, 2])
-    draw_shards(empty, [0, 1, 2], artist, Processes(), png=False, progress=progress)
+    draw_shards(empty, [0, 1, 2], artist, Processes(), progress=progress)
     assert empty.missing() == []
     assert progress.bar.n == 10
     assert progress.seconds > 0

@@ -1,5 +1,4 @@
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -7,9 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import huggingface_hub
@@ -17,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from hub import Hub, client_environment, serving
 from softcfg import CheckpointError
 from softcfg.zoo import MODELS, ModelFile, checkpoints, fetch, load_generator, load_tokenizer
 from tiny_models import ON_DRIVE, RAR, VQ, on_hub, weights
@@ -160,65 +158,6 @@ def test_a_missing_file_says_how_to_get_it(folder: Path) -> None:
 # ---- the Hugging Face Hub: a stand-in on this machine, asked by the real client
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves files as the Hub does; `cut` files break off once, after so many bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files: dict[str, bytes] = {}
-        self.hashes: dict[str, str] = {}
-        self.cut: dict[str, int] = {}
-        self.requests: list[tuple[str, str, str | None]] = []
-
-    def add(self, repository: str, name: str, content: bytes, sha256: str | None = None) -> None:
-        path = f"/{repository}/resolve/main/{name}"
-        self.files[path] = content
-        self.hashes[path] = sha256 or hashlib.sha256(content).hexdigest()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # the client may hang up
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def answer(self) -> None:
-        span = self.headers.get("Range")
-        self.server.requests.append((self.command, self.path, span))
-        content = self.server.files.get(self.path)
-        if content is None:
-            known = any(path.startswith(self.path.rsplit("/", 1)[0]) for path in self.server.files)
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-            self.send_header("X-Repo-Commit", "c" * 40)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start = int(re.fullmatch(r"bytes=(\d+)-", span)[1]) if span else 0  # type: ignore[index]
-        self.send_response(206 if span else 200)
-        self.send_header("ETag", f'"{self.server.hashes[self.path]}"')
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - start))
-        if span:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if self.command == "GET":
-            end = self.server.cut.pop(self.path, len(content))
-            self.wfile.write(content[start:end])
-            self.close_connection = end < len(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def saved(tensors: dict[str, torch.Tensor]) -> bytes:
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
@@ -235,12 +174,8 @@ def hub() -> Iterator[Hub]:
     server.add("someone/damaged", "tiny_rar.bin", generator, sha256="0" * 64)
     server.cut["/someone/tiny/resolve/main/tiny_rar.bin"] = 11 << 20
     assert len(generator) > 12 << 20
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server):
+        yield server
 
 
 def fetch_elsewhere(hub: Hub, home: Path, *models: tuple[str, str], **settings: str) -> list[dict[str, Any]]:
@@ -258,16 +193,7 @@ for repository, file in json.loads(sys.argv[1]):
     except CheckpointError as error:
         print(json.dumps({"error": str(error)}))
 """
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        **settings,
-    }
+    environment = client_environment(hub, home, **settings)
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(models)], capture_output=True, text=True, env=environment, check=False
     )

@@ -18,6 +18,7 @@ KEYS = {
         f"llamagen-{size}-{pixels}": GOLDEN / "llamagen" / f"keys-gpt-{size}.json"
         for size, pixels in [("b", 256), ("l", 256), *((size, 384) for size in ("b", "l", "xl", "xxl", "3b"))]
     },
+    **dict.fromkeys(("lumina-mgpt-2", "lumina-mgpt-2-omni"), GOLDEN / "lumina" / "keys-7b.json"),
 }
 MODEL_YAML = """\
 name: shapes
@@ -37,7 +38,10 @@ def test_models_have_exactly_the_released_tensors(name: str) -> None:
     assert {key: list(tensor.shape) for key, tensor in generator.state_dict().items()} == released
     for part, half in zip(entry.parts, (generator, tokenizer), strict=True):
         assert part.parameters == sum(tensor.numel() for tensor in half.state_dict().values())
-    assert (generator.num_tokens, generator.vocab_size) == (tokenizer.num_tokens, tokenizer.codebook_size)
+    if entry.text is None:
+        assert (generator.num_tokens, generator.vocab_size) == (tokenizer.num_tokens, tokenizer.codebook_size)
+    else:
+        assert (generator.num_tokens, generator.config.num_codes) == (96 * 97 + 1, tokenizer.codebook_size)
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -54,14 +58,18 @@ def test_configurations_are_those_of_the_released_models(name: str) -> None:
 
 
 def test_names_in_the_checkpoints_folder_are_unique() -> None:
-    published = {
-        part.file.published: part.file for entry in MODELS.values() for part in entry.parts if not entry.folder
-    }
+    published = {file.published: file for entry in MODELS.values() for file in entry.files if not entry.folder}
     assert len({file.local_name for file in published.values()}) == len(published)
     assert MODELS["rar-b"].generator.file.local_name == "rar_b.bin"
     file = MODELS["robustok-b"].generator.file
     assert file.local_name == "robustok_rar_b.bin"
     assert file.published == "https://huggingface.co/qiuk6/RobusTok/blob/main/rar_b.bin"
+    assert [file.published for file in MODELS["lumina-mgpt-2-omni"].files] == [
+        "https://huggingface.co/Alpha-VLLM/Lumina-mGPT-2.0-Omni/blob/main/model.safetensors.index.json",
+        "https://huggingface.co/Alpha-VLLM/Lumina-mGPT-2.0-Omni/blob/main/config.json",
+        "https://huggingface.co/ai-forever/MoVQGAN/blob/main/movqgan_270M.ckpt",
+        "https://huggingface.co/Alpha-VLLM/Lumina-mGPT-2.0-Omni/blob/main/tokenizer.json",
+    ]
 
 
 @pytest.mark.parametrize(

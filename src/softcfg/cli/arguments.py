@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
+
+
+LONGEST_TITLE = 48  # characters
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -43,8 +47,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the generator (default: float32)",
+        help="of the generator (default: the model's own, float32 for all but the largest)",
+    )
+    group.add_argument("--quantize", choices=("int8", "int4"), help="round the generator's weights; needs torchao")
+    group.add_argument(
+        "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
     )
 
 
@@ -64,6 +71,12 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         help="power of the cosine ramp from 1 to G (default: the model's own)",
     )
     group.add_argument("--schedule", help="cosine_power, constant or linear (default: the model's own)")
+    group.add_argument(
+        "--interval",
+        type=parse_interval,
+        metavar="START-STOP",
+        help="guide in the steps START <= step < STOP alone, such as 32-192 (default: in all)",
+    )
     group.add_argument(
         "--softcfg-strength",
         type=float,
@@ -86,10 +99,13 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--softcfg-floor", type=float, metavar="W", help="least weight, in [0, 1] (default: the preset's)"
     )
+    group.add_argument(
+        "--softcfg-eps", type=float, metavar="E", help="added to the sum of confidences (default: the preset's)"
+    )
     group = parser.add_argument_group("token sampling")
     group.add_argument("--temperature", type=float, help="divides the logits, > 0 (default: the model's own)")
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="keep the K most likely codes; 0: all (default)"
+        "--top-k", type=int, metavar="K", help="keep the K most likely codes; 0: all (default: the model's own)"
     )
     group.add_argument(
         "--top-p",
@@ -99,6 +115,14 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep codes up to this total probability; 1: all (default)",
     )
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
+
+
+def parse_interval(text: str) -> tuple[int, int]:
+    """Two steps from START-STOP."""
+    steps = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not steps:
+        raise argparse.ArgumentTypeError(f"{text!r} is not START-STOP, two steps such as 32-192")
+    return int(steps[1]), int(steps[2])
 
 
 def parse_device(name: str | None) -> torch.device | None:
@@ -127,36 +151,45 @@ def load_pipeline(
     from softcfg.pipeline import Pipeline
 
     device = parse_device(str(device)) if device else parse_device(args.device)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if random_weights:
-        return Pipeline.with_random_weights(args.model, device=device, dtype=getattr(torch, args.dtype))
+        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype)
     return Pipeline.from_pretrained(
         args.model,
         device=device,
-        dtype=getattr(torch, args.dtype),
+        dtype=dtype,
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
+        quantize=args.quantize,
+        device_map=args.device_map,
     )
 
 
-def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
-    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
-    from softcfg.guidance import SoftCFG
-
-    chosen: dict[str, Any] = {
+def guidance_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the guidance method that the arguments give a value."""
+    chosen = {
         "guidance_scale": args.guidance_scale,
         "guidance_scale_pow": args.guidance_scale_pow,
         "schedule": args.schedule,
+        "interval": args.interval,
         "strength": args.softcfg_strength,
         "step_norm": args.step_norm,
         "confidence": args.confidence,
         "target": args.target,
         "alignment": args.alignment,
         "floor": args.softcfg_floor,
+        "eps": args.softcfg_eps,
     }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
+    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
+    from softcfg.guidance import SoftCFG
+
     preset = SoftCFG.released if args.preset == "released" else SoftCFG.paper
-    given = {name: value for name, value in chosen.items() if value is not None}
     try:
-        return pipeline.default_guidance(preset, **given)
+        return pipeline.default_guidance(preset, **guidance_settings(args))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -171,6 +204,77 @@ def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
         return pipeline.sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
+    """What text-to-image models draw."""
+    group.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to draw, for text-to-image models; may be repeated"
+    )
+    group.add_argument("--prompts", metavar="FILE", help="texts to draw, one a line")
+    group.add_argument("--width", type=int, metavar="W", help="of the images, in pixels (default: the model's own)")
+    group.add_argument("--height", type=int, metavar="H", help="of the images, in pixels (default: the model's own)")
+
+
+def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | None:
+    """The texts to draw, those of `--prompt` before those of `--prompts`; None for a model that draws classes.
+
+    Raises:
+        UserError: no prompts for a text-to-image model, labels for one, or prompts or a size for another.
+    """
+    flags = ("prompt", "prompts", "width", "height", "images_per_prompt")
+    given = [f"--{name.replace('_', '-')}" for name in flags if getattr(args, name, None) is not None]
+    if pipeline.prompt_reader is None:
+        if given:
+            raise UserError(f"{given[0]}: {pipeline.name} draws classes, not texts; choose them with --labels")
+        return None
+    if args.labels is not None:
+        raise UserError(f"--labels: {pipeline.name} draws texts, not classes; give them with --prompt or --prompts")
+    prompts = list(args.prompt or ())
+    if args.prompts is not None:
+        try:
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts: {args.prompts} cannot be read: {error}") from None
+        prompts += filter(None, map(str.strip, lines))
+        if not prompts:
+            raise UserError(f"--prompts: {args.prompts} holds no text")
+    if not prompts:
+        raise UserError(f"{pipeline.name} draws texts: give one with --prompt, or a file of them with --prompts")
+    return prompts
+
+
+def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
+    """What the generator is conditioned on, one an image: class ids or prompts; and a short name for each."""
+    from softcfg.prompts import as_prompts
+
+    prompts = parse_prompts(args, pipeline)
+    if prompts is not None:
+        assert pipeline.prompt_reader is not None
+        width, height = image_size(args, pipeline)
+        read = pipeline.prompt_reader.read(as_prompts(prompts, width, height), pipeline.generator, pipeline.tokenizer)
+        return list(read), [short(prompt) for prompt in prompts]
+    if args.labels is None:
+        raise UserError(f"{pipeline.name} draws classes: give them with --labels")
+    labels = parse_labels(args.labels, pipeline)
+    return labels, [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
+
+
+def short(prompt: str) -> str:
+    """A prompt as the title of its images."""
+    return textwrap.shorten(prompt, LONGEST_TITLE, placeholder="…")
+
+
+def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
+    """Width and height in pixels of what a text-to-image model is to draw.
+
+    Raises:
+        UserError: the model does not draw images of this size.
+    """
+    pipeline.num_tokens(args.width, args.height)
+    config: Any = pipeline.generator.config
+    side = config.image_size
+    return args.width or side, args.height or side
 
 
 def parse_labels(text: str, pipeline: Pipeline) -> list[int]:

@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--batch-sizes and --repeats must be at least 1")
     pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
     generator = pipeline.generator
+    if not generator.num_classes:
+        raise UserError(
+            f"bench draws classes, and {pipeline.name} draws texts: it cannot be measured with this command"
+        )
     guidance = arguments.guidance_from(args, pipeline)
     where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else "CPU"
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")

@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     from softcfg.runs.lock import Lock
     from softcfg.runs.shards import write_shard
     from softcfg.runs.worker import Progress
-    from softcfg.zoo.checkpoints import hash_file, load_tokenizer, require_file
+    from softcfg.zoo.checkpoints import hash_weights, load_tokenizer, require_file
     from softcfg.zoo.registry import resolve
 
     source = RunFolder.open(args.folder)
@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
             "tokenizer": {
                 "family": entry.tokenizer.family.name,
                 "config": dict(config),
-                "sha256": hash_file(checkpoint),
+                "sha256": hash_weights(checkpoint),
             },
             "decoded_from": str(source.path.resolve()),
             "command": shlex.join(["softcfg", *args.words]),
@@ -129,10 +129,15 @@ def _decoded(shard: Shard, tokenizer: Tokenizer, target: RunFolder) -> Shard:
 
     import numpy as np
 
+    from softcfg.runs.plan import Prompts
+
     count = len(shard.tokens)
+    grid = None
+    if (prompts := Prompts.of(target.settings)) is not None:
+        grid = (prompts.height // tokenizer.patch_size, prompts.width // tokenizer.patch_size)
     padded = np.concatenate([shard.tokens, shard.tokens[-1:].repeat(target.plan.batch_size - count, axis=0)])
     pixels = [
-        tokenizer.to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once])).cpu().numpy()
+        tokenizer.to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once], grid)).cpu().numpy()
         for start in range(0, count, shard.drawn_at_once)
     ]
     return dataclasses.replace(shard, run=target.run, pixels=np.concatenate(pixels)[:count])

@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{entry.name} is bundled with softcfg: there is nothing to fetch")
     for path in paths:
         print(path)
-    for part in entry.parts:
-        require_file(part.file, entry)
+    for file in entry.files:
+        require_file(file, entry)
     return 0

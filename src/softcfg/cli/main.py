@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from softcfg.cli import bench, decode, fetch, models, plot, released, runs, sample, trace
+from softcfg.cli import bench, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
 from softcfg.cli import eval as evaluation
 from softcfg.errors import UserError
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
-COMMANDS = (sample, runs, decode, evaluation, trace, plot, models, fetch, bench)
+COMMANDS = (sample, t2i_bench, runs, decode, evaluation, sweep, trace, plot, models, fetch, bench, ui)
 
 
 class Parser(argparse.ArgumentParser):

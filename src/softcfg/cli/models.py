@@ -49,24 +49,35 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(entry: ModelEntry) -> dict[str, Any]:
     """What there is to know about a model, ready for JSON; a file that is missing has the `path` None."""
-    from softcfg.zoo.checkpoints import find_file
+    from softcfg.zoo.checkpoints import find_file, missing_files
 
     def part(part: Part) -> dict[str, Any]:
-        path = find_file(part.file)
+        missing = missing_files(part.files)
         return {
             "family": part.family.name,
             "parameters": part.parameters,
             "config": dict(part.config),
             "file": part.file.name,
             "published": part.file.published,
-            "path": None if path is None else str(path),
+            "path": None if missing else str(find_file(part.file)),
+            "missing": [file.name for file in missing],
         }
 
+    text = None
+    if entry.text is not None:
+        path = find_file(entry.text.file)
+        text = {
+            "file": entry.text.file.name,
+            "published": entry.text.file.published,
+            "path": None if path is None else str(path),
+            "missing": [entry.text.file.name] if path is None else [],
+        }
     return {
         "name": entry.name,
         "description": entry.description,
         "generator": part(entry.generator),
         "tokenizer": part(entry.tokenizer),
+        "text": text,
         "sampling": dict(entry.sampling),
         "fid": entry.fid,
         "classes": list(entry.classes),
@@ -78,7 +89,8 @@ def table(entries: list[dict[str, Any]]) -> str:
     rows = [("MODEL", "GENERATOR", "TOKENIZER", "SCALE", "POWER", "TEMP.", "FID", "PUBLISHED", "FILES HERE")]
     for entry in entries:
         halves = (entry["generator"], entry["tokenizer"])
-        missing = [half["file"] for half in halves if half["path"] is None]
+        files = (*halves, *([entry["text"]] if entry["text"] else []))
+        missing = [name for file in files for name in file["missing"]]
         settings = (entry["sampling"].get(key, "") for key in ("guidance_scale", "guidance_scale_pow", "temperature"))
         rows.append(
             (
@@ -98,7 +110,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def details(entry: ModelEntry) -> str:
     """Everything about one model, and how to get what is missing."""
-    from softcfg.zoo.checkpoints import find_file, how_to_get
+    from softcfg.zoo.checkpoints import how_to_get, missing_files
 
     known = describe(entry)
     facts: list[tuple[str, str]] = []
@@ -110,13 +122,15 @@ def details(entry: ModelEntry) -> str:
             ("", _listing(half["config"])),
             ("", half["path"] or f"{half['file']} is missing: {half['published']}"),
         ]
+    if known["text"]:
+        text = known["text"]
+        facts.append(("prompts", text["path"] or f"{text['file']} is missing: {text['published']}"))
     facts.append(("defaults", _listing(known["sampling"])))
     if entry.fid:
         facts.append(("FID", f"{entry.fid:.2f}, as its authors report for plain guidance"))
     if entry.classes:
         facts.append(("classes", ", ".join(entry.classes)))
-    missing = [part.file for part in entry.parts if find_file(part.file) is None]
-    if missing:
+    if missing := missing_files(entry.files):
         facts.append(("to get it", how_to_get(missing, entry)))
     wrapper = textwrap.TextWrapper(100, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
     return "\n".join(

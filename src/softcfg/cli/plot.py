@@ -30,6 +30,7 @@ EXAMPLES = """\
 examples:
   softcfg plot fashion --labels Sneaker,Bag,Dress --output-dir plots
   softcfg plot fashion --labels Sneaker --figures weights,candidates --step 150 --token 120
+  softcfg plot emoji --prompt "red apple" --prompt octopus
   softcfg plot fashion --labels Sneaker --image shoe.png --format svg"""
 
 FIGURES = ("confidence", "gap", "budget", "weights", "candidates")
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plot",
         help="draw figures of what guidance did",
-        usage="softcfg plot MODEL --labels LABELS [options]",
+        usage="softcfg plot MODEL (--labels LABELS | --prompt TEXT) [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=arguments.HelpFormatter,
@@ -49,7 +50,8 @@ def add_parser(commands: Any) -> None:
     )
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to plot")
-    group.add_argument("--labels", required=True, help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
+    group.add_argument("--labels", help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
+    arguments.add_prompt_arguments(group)
     group.add_argument("--image", metavar="FILE", help="trace this picture (of the one label) instead of drawing")
     group.add_argument("--figures", default="all", help=f"some of {','.join(FIGURES)} (default: all)")
     group.add_argument("--step", type=int, metavar="T", help="step shown over the picture (default: the last)")
@@ -71,28 +73,35 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"figures need the package {error.name}; install it with: pip install 'softcfg[plot]'"
         ) from None
+    import torch
+
     from softcfg.guidance import CFG
     from softcfg.inspection import trace
 
     pipeline = arguments.load_pipeline(args)
     guidance = arguments.guidance_from(args, pipeline)
     sampling = arguments.sampling_from(args, pipeline)
-    labels = arguments.parse_labels(args.labels, pipeline)
-    if len(labels) > MAX_IMAGES:
-        raise UserError(f"--labels names {len(labels)} images; a figure holds at most {MAX_IMAGES}")
-    total = pipeline.generator.num_tokens
+    inputs, names = arguments.parse_inputs(args, pipeline)
+    if len(inputs) > MAX_IMAGES:
+        raise UserError(f"these are {len(inputs)} images; a figure holds at most {MAX_IMAGES}")
+    condition = pipeline.generator.condition(inputs, guided=False)
+    h, w = condition.grid or (1, 1)
+    if h != w:
+        raise UserError(f"figures show square images, got --width {args.width} --height {args.height}")
+    codes = pipeline.generator.is_code(torch.arange(condition.num_tokens), condition)
+    total = condition.num_codes
     step = total - 1 if args.step is None else args.step
     token = total // 2 if args.token is None else args.token
     for name, value in (("--step", step), ("--token", token)):
         if not 0 <= value < total:
             raise UserError(f"{name} must be in 0..{total - 1}, got {value}")
-    tokens = None if args.image is None else _encode(args.image, pipeline, labels)
+    tokens = None if args.image is None else _encode(args.image, pipeline, len(inputs))
     folder = make_folder(args.output_dir)
 
     def traced(method: CFG) -> Trace:
         return trace(
             pipeline.generator,
-            labels=labels,
+            labels=inputs,
             guidance=method,
             tokens=tokens,
             seed=args.seed,
@@ -100,15 +109,21 @@ def run(args: argparse.Namespace) -> int:
             **dataclasses.asdict(sampling),
         )
 
-    main = traced(guidance)
-    pixels: np.ndarray = pipeline.tokenizer.to_uint8(pipeline.tokenizer.decode(main.tokens)).cpu().numpy()
+    def of_codes(made: Trace) -> Trace:
+        return made if codes is None else made.at(codes)
+
+    drawn = traced(guidance)
+    image = pipeline.tokenizer.decode(pipeline.generator.image_codes(drawn.tokens, condition), condition.grid)
+    pixels: np.ndarray = pipeline.tokenizer.to_uint8(image).cpu().numpy()
+    main = of_codes(drawn)
     for name in figures:
         if name == "confidence":
-            titles = [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
-            figure = plots.plot_confidence(main, pixels, names=titles)
+            figure = plots.plot_confidence(main, pixels, names=names)
         elif name == "gap":
             plain = CFG(**{field.name: getattr(guidance, field.name) for field in dataclasses.fields(CFG)})
-            figure = plots.plot_gap({"CFG": traced(plain), "SoftCFG": main} if guidance.perturbs else {"CFG": main})
+            figure = plots.plot_gap(
+                {"CFG": of_codes(traced(plain)), "SoftCFG": main} if guidance.perturbs else {"CFG": main}
+            )
         elif name == "budget":
             figure = plots.plot_budget(main)
         elif name == "weights":
@@ -121,14 +136,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _encode(path: str, pipeline: Pipeline, labels: list[int]) -> Tensor:
+def _encode(path: str, pipeline: Pipeline, count: int) -> Tensor:
     """The tokens [1, T] of a picture, cropped to a square and resized to the tokenizer's size."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if len(labels) != 1:
-        raise UserError(f"--image is one picture and needs one label, got {len(labels)}")
+    if pipeline.prompt_reader is not None:
+        raise UserError(f"--image: {pipeline.name} draws texts; only pictures of classes can be traced")
+    if count != 1:
+        raise UserError(f"--image is one picture and needs one label, got {count}")
     try:
         with Image.open(Path(path)) as image:
             size = pipeline.tokenizer.image_size

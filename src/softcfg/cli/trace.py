@@ -12,12 +12,14 @@ from softcfg.files import make_folder
 
 DESCRIPTION = """\
 Draw images (or replay given tokens) and save what guidance did at every step, as safetensors:
-labels [B], tokens [B, T], cond_logits, uncond_logits, guided_logits [B, T, V], guidance_scale [T],
-confidence [B, T] and value_weights [B, T, T] (step, slot). The settings are in the file's metadata."""
+labels [B] (where they are classes), tokens [B, T], cond_logits, uncond_logits, guided_logits [B, T, V],
+guidance_scale [T], confidence [B, T] and value_weights [B, T, T] (step, slot). The settings, and the
+prompts if there are, are in the file's metadata."""
 
 EXAMPLES = """\
 examples:
   softcfg trace fashion --labels Sneaker --output sneaker.safetensors
+  softcfg trace emoji --prompt "red apple"
   softcfg trace fashion --labels 0,3 --tokens sneaker.safetensors --softcfg-strength 0.5"""
 
 
@@ -26,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "trace",
         help="save what guidance did at every step",
-        usage="softcfg trace MODEL --labels LABELS [options]",
+        usage="softcfg trace MODEL (--labels LABELS | --prompt TEXT) [options]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=arguments.HelpFormatter,
@@ -34,7 +36,8 @@ def add_parser(commands: Any) -> None:
     )
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to trace")
-    group.add_argument("--labels", required=True, help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
+    group.add_argument("--labels", help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
+    arguments.add_prompt_arguments(group)
     group.add_argument("--tokens", metavar="FILE", help="replay the entry 'tokens' [B, T] of this safetensors file")
     group.add_argument("--output", default="trace.safetensors", metavar="FILE", help="default: trace.safetensors")
     group.add_argument(
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     pipeline = arguments.load_pipeline(args)
     sampling = arguments.sampling_from(args, pipeline)
     guidance = arguments.guidance_from(args, pipeline)
-    labels = arguments.parse_labels(args.labels, pipeline)
+    inputs, names = arguments.parse_inputs(args, pipeline)
     tokens = None
     if args.tokens is not None:
         tokens = read_state_dict(args.tokens).get("tokens")
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     make_folder(output.parent)
     result = trace(
         pipeline.generator,
-        labels=labels,
+        labels=inputs,
         tokens=tokens,
         guidance=guidance,
         temperature=sampling.temperature,
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         value_weights=args.value_weights,
     )
-    result.save(output)
+    result.save(output, **({} if pipeline.prompt_reader is None else {"prompts": names}))
     for name, tensor in result.tensors().items():
         print(f"{name:16} {str(tensor.dtype).removeprefix('torch.'):8} {list(tensor.shape)}")
     print(f"saved to {output}")

@@ -1,7 +1,8 @@
 """Drawing image tokens: the decode loop, filtering and reproducible randomness."""
 
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.randomness import image_uniforms
+from softcfg.decoding.jacobi import jacobi_decode
+from softcfg.decoding.randomness import ImageStreams, image_uniforms
 from softcfg.decoding.sequential import decode
 
-__all__ = ["Sampling", "decode", "draw", "image_uniforms"]
+__all__ = ["ImageStreams", "Sampling", "decode", "draw", "image_uniforms", "jacobi_decode"]

@@ -52,19 +52,19 @@ class Sampling:
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token a row by inverse CDF.
+    """Draw one token from each distribution by inverse CDF.
 
     Args:
-        probabilities: [B, V], not necessarily normalised.
-        uniform: [B] in [0, 1).
+        probabilities: [..., V], not necessarily normalised.
+        uniform: [...] in [0, 1).
 
     Returns:
-        int64 [B]. A code of probability zero is never drawn.
+        int64 [...]. A code of probability zero is never drawn.
     """
     cdf = probabilities.double().cumsum(dim=-1)
-    total = cdf[:, -1:]
+    total = cdf[..., -1:]
     # u * total may round up to the total itself, behind the last possible code.
-    threshold = torch.minimum(uniform.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
 
 

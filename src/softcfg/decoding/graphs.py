@@ -27,7 +27,7 @@ def repeat(step: Callable[[Tensor], None], steps: range, device: torch.device) -
         step(at)
         at.add_(1)
 
-    run = advance
+    run: Callable[[], object] = advance
     for done, _ in enumerate(steps):
         if done == WARM_UP and len(steps) >= WORTHWHILE:
             run = captured(advance, device)

@@ -21,14 +21,32 @@ def image_uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
     Raises:
         UserError: the seed or an index is not in 0 .. 2^64 - 1.
     """
-    check_word(seed, "seed")
-    for index in indices:
-        check_word(index, "image index")
-    rows = np.empty((len(indices), count), dtype=np.float64)
-    for row, index in zip(rows, indices, strict=True):
-        # The upper 53 bits of a word make a double.
-        row[:] = (philox(seed, index).random_raw(count) >> np.uint64(11)) * 2.0**-53
-    return torch.from_numpy(rows)
+    return ImageStreams(seed, indices).uniforms(count)
+
+
+class ImageStreams:
+    """The streams of several images, for decoding that does not know ahead how many numbers it needs.
+
+    Raises:
+        UserError: the seed or an index is not in 0 .. 2^64 - 1.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int]) -> None:
+        check_word(seed, "seed")
+        for index in indices:
+            check_word(index, "image index")
+        self._streams = [philox(seed, index) for index in indices]
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def uniforms(self, count: int) -> Tensor:
+        """The next `count` numbers in [0, 1) of every image, float64 [len(self), count]."""
+        rows = np.empty((len(self._streams), count), dtype=np.float64)
+        for row, stream in zip(rows, self._streams, strict=True):
+            # The upper 53 bits of a word make a double.
+            row[:] = (stream.random_raw(count) >> np.uint64(11)) * 2.0**-53
+        return torch.from_numpy(rows)
 
 
 def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
@@ -29,6 +30,7 @@ def decode(
     forced_tokens: Tensor | None = None,
     forced_mask: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
     static: bool | None = None,
 ) -> Tensor:
     """Draw the image tokens of a batch.
@@ -41,8 +43,10 @@ def decode(
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
         on_step: called with the number of tokens drawn so far after every step.
+        on_tokens: called with the tokens drawn so far, int64 [B, n], after every step; what it raises ends the
+            decoding.
         static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
-            default, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
+            default for generators that can, one CUDA graph then serves all steps. On CPUs shorter attention pays more.
 
     Returns:
         int64 [B, T].
@@ -69,13 +73,16 @@ def decode(
         decoder.record(step, drawn)
         tokens[:, at] = drawn[:, None]
 
-    static = device.type == "cuda" if static is None else static
+    if static is None:
+        static = device.type == "cuda" and generator.slots_by_row and generator.layer_devices is None
     with prepared_linear_layers(generator, condition.rows):
         advance(0)
         steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
             if on_step is not None:
                 on_step(done)
+            if on_tokens is not None:
+                on_tokens(tokens[:, :done])
     return tokens
 
 
@@ -151,6 +158,32 @@ class Decoder:
             return {}
         self._weights[self.batch :, self.condition.slots :] = self.guidance.weights(self.confidence)
         return targeted(self.guidance, self._weights)
+
+
+def step_weights(confidence: Tensor, guidance: CFG, steps: Tensor) -> Tensor:
+    """Weights [B, n, T] that the given steps (0-based) put on every token, from those before it.
+
+    Args:
+        confidence: [B, T], of all tokens.
+        guidance: plain CFG gives ones.
+        steps: int64 [n] or [B, n].
+    """
+    token = torch.arange(confidence.shape[1], device=confidence.device)
+    so_far = confidence[:, None] * (token < steps.to(confidence.device)[..., None])
+    return guidance.weights(so_far) if isinstance(guidance, SoftCFG) else torch.ones_like(so_far)
+
+
+def query_weights(
+    guidance: SoftCFG, step_weights: Tensor, condition: Condition, *, from_start: bool
+) -> dict[str, Tensor]:
+    """Keyword arguments for a pass of the unconditional rows that predicts several tokens.
+
+    Args:
+        step_weights: [rows, n, T], of the steps that the pass predicts.
+        from_start: the pass starts with the condition, whose slots, as queries and as keys, are not weighted.
+    """
+    leading = condition.slots - 1 if from_start else 0
+    return targeted(guidance, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
 
 
 def targeted(guidance: SoftCFG, weights: Tensor) -> dict[str, Tensor]:

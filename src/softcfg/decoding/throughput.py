@@ -37,14 +37,14 @@ def decoding_step(
     decoder = Decoder(generator, condition, guidance, Sampling(), cache)
     batch = decoder.batch
     if cache is None:
-        for contents in (decoder.cache.keys, decoder.cache.values):  # the same for all rows, which is fast to make
-            contents.copy_(torch.randn(contents.shape[2:], device=contents.device).expand_as(contents))
+        for contents in (*decoder.cache.keys, *decoder.cache.values):  # the same for all rows, quick to make
+            contents.copy_(torch.randn(contents.shape[1:], device=contents.device).expand_as(contents))
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
     uniforms = torch.rand(batch, device=generator.device)
 
     # As `decode` does it: on a GPU the position is a tensor, and the step a CUDA graph.
-    on_gpu = generator.device.type == "cuda"
+    on_gpu = generator.device.type == "cuda" and generator.layer_devices is None
     at = torch.tensor([position], device=generator.device) if on_gpu else position
     drawn = tokens.new_zeros(batch)
 

@@ -282,7 +282,7 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
 
     try:
         with Image.open(path) as image:
-            if image.mode == "RGBA" and image.getextrema()[3] != (255, 255):
+            if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
                 raise UserError(f"{path} is partly transparent; put it on a background first")
             if image.mode not in ("RGB", "RGBA", "L", "P"):
                 raise UserError(f"{path} has the mode {image.mode}; images must be RGB or grey, 8 bits a channel")

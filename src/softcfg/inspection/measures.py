@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from softcfg.decoding.sequential import step_weights
 from softcfg.guidance import SoftCFG
-from softcfg.inspection.trace import Trace, step_weights
+from softcfg.inspection.trace import Trace
 
 
 def normalised_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

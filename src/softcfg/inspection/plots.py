@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from softcfg.decoding.sequential import step_weights
 from softcfg.guidance import SoftCFG
 from softcfg.inspection import measures
-from softcfg.inspection.trace import Trace, step_weights
+from softcfg.inspection.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
-from softcfg.decoding.sequential import targeted
+from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, SoftCFG, token_confidence
@@ -53,8 +53,18 @@ class Trace:
         """All tensors by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def save(self, path: str | Path) -> None:
-        """Write the tensors as safetensors; the metadata entry `softcfg` holds the settings as JSON."""
+    def at(self, chosen: Tensor) -> Trace:
+        """The trace of some of the tokens alone, bool [T]; of image codes without the ends of lines, for example."""
+        weights = None if self.value_weights is None else self.value_weights[:, chosen.cpu()][:, :, chosen.cpu()]
+        per_token = {
+            name: getattr(self, name)[:, chosen]
+            for name in ("tokens", "cond_logits", "uncond_logits", "guided_logits", "confidence")
+        }
+        scale = self.guidance_scale[chosen]
+        return replace(self, **per_token, guidance_scale=scale, value_weights=weights)
+
+    def save(self, path: str | Path, **facts: Any) -> None:
+        """Write the tensors as safetensors; the metadata entry `softcfg` holds the settings and `facts` as JSON."""
         from safetensors.torch import save
 
         settings: dict[str, Any] = {
@@ -62,6 +72,7 @@ class Trace:
             "method": type(self.guidance).__name__,
             "guidance": asdict(self.guidance),
             "temperature": self.temperature,
+            **facts,
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
         write_atomically(path, save(tensors, metadata={"softcfg": json.dumps(settings)}))
@@ -127,7 +138,7 @@ def trace(
         confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None
         if isinstance(guidance, SoftCFG) and guidance.perturbs:
-            weights = step_weights(confidence, guidance, torch.arange(start, stop))
+            weights = step_weights(confidence, guidance, steps[start:stop])
             if kept is not None:
                 kept[:, start:stop] = weights.cpu()
         logits["cond"].append(cond_logits)
@@ -155,18 +166,6 @@ def trace(
     )
 
 
-def step_weights(confidence: Tensor, guidance: CFG, steps: Tensor) -> Tensor:
-    """Weights [B, len(steps), T] that the given steps (0-based) put on every token, from those before it.
-
-    Args:
-        confidence: [B, T], of all tokens.
-        guidance: plain CFG gives ones.
-    """
-    token = torch.arange(confidence.shape[1], device=confidence.device)
-    so_far = confidence[:, None] * (token < steps.to(confidence.device)[:, None])
-    return guidance.weights(so_far) if isinstance(guidance, SoftCFG) else torch.ones_like(so_far)
-
-
 class _Piece:
     """The pass that predicts tokens start .. stop - 1: from the condition on, or from token start - 1 on."""
 
@@ -185,9 +184,6 @@ class _Piece:
         """Logits [B, stop - start, V] in float32."""
         weights = {}
         if isinstance(guidance, SoftCFG) and step_weights is not None:
-            # Slots of the condition, as queries and as keys, are not weighted.
-            leading = 0 if self.start else condition.slots - 1
-            step_weights = torch.nn.functional.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0)
-            weights = targeted(guidance, step_weights)
+            weights = query_weights(guidance, step_weights, condition, from_start=self.start == 0)
         slot = condition.slots + self.start - 1 if self.start else 0
         return self.generator(condition, self.inputs, cache=cache, slot=slot, **weights).float()

@@ -81,12 +81,16 @@ class Generator(nn.Module, ABC):
         vocab_size: V, the number of tokens that may be drawn.
         num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
         cache_shape: (layers, heads, head_dim) of the key/value cache.
+        slots_by_row: whether a pass may start at a slot of each row's own.
+        layer_devices: where each layer computes, if they are spread over several devices.
     """
 
     num_tokens: int
     vocab_size: int
     num_classes: int = 0
     cache_shape: tuple[int, int, int]
+    slots_by_row: bool = True
+    layer_devices: list[torch.device] | None = None
 
     @abstractmethod
     def condition(self, inputs: Any, *, guided: bool) -> Condition:
@@ -130,8 +134,8 @@ class Generator(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.parameters()).device
+        """The device of the weights; where they are spread over several, that of the first layer."""
+        return next(self.parameters()).device if self.layer_devices is None else self.layer_devices[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,9 +145,8 @@ class Generator(nn.Module, ABC):
     def new_cache(self, condition: Condition) -> KVCache:
         """A key/value cache for the rows of `condition`, in the dtype and on the device of the weights."""
         layers, heads, head_dim = self.cache_shape
-        return KVCache(
-            layers, condition.rows, heads, condition.cache_slots, head_dim, dtype=self.dtype, device=self.device
-        )
+        device = self.layer_devices or self.device
+        return KVCache(layers, condition.rows, heads, condition.cache_slots, head_dim, dtype=self.dtype, device=device)
 
     def cache_bytes(self, condition: Condition) -> int:
         """The memory that `new_cache` takes."""

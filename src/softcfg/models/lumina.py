@@ -198,7 +198,7 @@ class Attention(nn.Module):
         )
         query = rotate_halves(self.q_norm(query).transpose(1, 2), *rotary)
         key = rotate_halves(self.k_norm(key).transpose(1, 2), *rotary)
-        return self.o_proj(attend(query, key, value.transpose(1, 2), layer, context))
+        return self.o_proj(attend(query, key, value.transpose(1, 2), layer, context.on(x.device)))
 
 
 class MLP(nn.Module):
@@ -350,15 +350,11 @@ class Lumina(Generator):
         context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights, padding=condition.padding)
         x = self.model(ids, context, self._rotary(condition, slot, new))[:, condition.first_predicting(slot) :]
         logits = self.lm_head(self.model.norm(x))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.to(tokens.device, torch.promote_types(logits.dtype, torch.float32))
 
     def _rotary(self, condition: Condition, slot: int | Tensor, new: int) -> Rotary:
         """Cosines and sines of the positions of a pass, [n, pairs] or [rows, n, pairs]."""
-        where = pass_slots(slot, new)
-        if condition.padding is not None:
-            if isinstance(where, slice):
-                where = torch.arange(where.start, where.stop, device=self.device)
-            where = (where - condition.padding[:, None]).clamp_min(0)
+        where = pass_slots(slot, new, condition.padding)
         return self.rotary_cos[where], self.rotary_sin[where]
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:

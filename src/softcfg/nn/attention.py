@@ -11,8 +11,9 @@ on keys multiplies the scores before the softmax, q . (w_i k_i) = w_i (q . k_i).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ def weighted_attention(
 
     Args:
         query: [rows, heads, n, head_dim].
-        key, value: [rows, heads, S, head_dim], S >= n.
+        key, value: [rows, key_heads, S, head_dim], S >= n. Each of the key heads serves heads / key_heads
+            neighbouring query heads (grouped-query attention).
         value_weights, key_weights: factors on the values or keys of each slot, [rows, S], or [rows, n, S] where
             each query has its own. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
         mask: bool [rows, S], False for slots that no query may see (the padding of left-padded rows); or
@@ -45,7 +47,8 @@ def weighted_attention(
     Returns:
         [rows, heads, n, head_dim] in the dtype of `value`. The softmax is in float32 (or float64).
     """
-    new, slots = query.shape[2], key.shape[2]
+    rows, heads, new, _ = query.shape
+    key_heads, slots = key.shape[1], key.shape[2]
     visible = None
     if mask is not None and mask.dim() == 3:
         visible = mask[:, None]
@@ -59,10 +62,13 @@ def weighted_attention(
     fused = value_weights is None and key_weights is None and (new > 1 or query.device.type != "cpu")
     if fused:
         if mask is None and new == slots:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1)
-        return _finite(F.scaled_dot_product_attention(query, key, value, attn_mask=visible), mask)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1, enable_gqa=heads > key_heads)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=heads > key_heads)
+        return _finite(out, mask)
 
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    # The query heads of a group stand side by side, so that their keys and values are not repeated.
+    grouped = (query * query.shape[-1] ** -0.5).reshape(rows, key_heads, -1, query.shape[-1])
+    scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, new, slots)
     if key_weights is not None:
         scores = scores * _per_score(key_weights)
     if visible is not None:
@@ -71,7 +77,8 @@ def weighted_attention(
     probabilities = scores.softmax(dim=-1, dtype=accumulate)
     if value_weights is not None:
         probabilities = probabilities * _per_score(value_weights)
-    return _finite(probabilities.to(value.dtype) @ value, mask)
+    out = probabilities.to(value.dtype).view(rows, key_heads, -1, slots) @ value
+    return _finite(out.view(rows, heads, new, -1), mask)
 
 
 def _per_score(weights: Tensor) -> Tensor:
@@ -137,6 +144,15 @@ class AttentionContext:
             mask=mask,
             padding=padding,
         )
+
+    def on(self, device: torch.device) -> AttentionContext:
+        """The same for layers on `device`, where the layers lie on several."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.device != device
+        }
+        return replace(self, **moved) if moved else self
 
 
 def pass_slots(slot: int | Tensor, new: int, padding: Tensor | None = None) -> slice | Tensor:

@@ -49,7 +49,8 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
 
 def _can_pack(weight: Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        type(weight.data) is Tensor  # not a quantized one
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkl.is_available()
         and hasattr(torch.ops.mkl, "_mkl_linear")

@@ -1,4 +1,4 @@
-"""What image n of a run is: its label, its shard and the settings it is drawn with."""
+"""What image n of a run is: its label or prompt, its shard and the settings it is drawn with."""
 
 from __future__ import annotations
 
@@ -6,12 +6,63 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import UserError
+from softcfg.prompts import Prompt
+
+if TYPE_CHECKING:
+    from softcfg.pipeline import Pipeline
 
 RANDOM = "random"
 NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from")  # fields that change no image
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the labels of a run stand for where a text-to-image model draws: label l is `texts[l]`.
+
+    Attributes:
+        width, height: of the images, in pixels.
+        task, image: of pictures in two halves, and of those that are drawn from an image; see `Prompt`.
+    """
+
+    texts: tuple[str, ...]
+    width: int
+    height: int
+    task: str | None = None
+    image: str | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Prompts | None:
+        """The prompts in the settings of a run, None where classes are drawn."""
+        if "prompts" not in settings:
+            return None
+        image = settings.get("image", {}).get("path")
+        return cls(tuple(settings["prompts"]), settings["width"], settings["height"], settings.get("task"), image)
+
+    def facts(self) -> dict[str, Any]:
+        """The prompts as fields of the settings of a run."""
+        from softcfg.zoo.checkpoints import hash_file
+
+        facts: dict[str, Any] = {"prompts": list(self.texts), "width": self.width, "height": self.height}
+        if self.task is not None:
+            facts["task"] = self.task
+        if self.image is not None:
+            facts["image"] = {"path": str(Path(self.image).absolute()), "sha256": hash_file(self.image)}
+        return facts
+
+    def check(self, pipeline: Pipeline) -> None:
+        """Raise `UserError` for prompts that the model of `pipeline` cannot draw."""
+        assert pipeline.prompt_reader is not None
+        for label in range(len(self.texts)):
+            read = pipeline.prompt_reader.read([self[label]], pipeline.generator, pipeline.tokenizer)
+            pipeline.generator.condition(read, guided=False)
+
+    def __getitem__(self, label: int) -> Prompt:
+        """The prompt that a label stands for."""
+        return Prompt(self.texts[label], self.width, self.height, self.task, self.image)
 
 
 @dataclass(frozen=True)
@@ -21,7 +72,8 @@ class Plan:
     Attributes:
         num_samples: images 0 .. N - 1.
         batch_size: images in a shard; the last shard may hold fewer.
-        labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index.
+        labels: class ids, or numbers of prompts, that the images take in turn; or "random": uniform, from the seed and
+            the image's index.
         num_classes: classes that random labels are drawn from.
     """
 
@@ -53,7 +105,7 @@ class Plan:
         return range(shard * self.batch_size, min((shard + 1) * self.batch_size, self.num_samples))
 
     def labels_of(self, indices: Sequence[int]) -> list[int]:
-        """The class of each image."""
+        """The class of each image, or the number of its prompt."""
         if isinstance(self.labels, str):
             return [_random_label(self.seed, index, self.num_classes) for index in indices]
         return [self.labels[index % len(self.labels)] for index in indices]

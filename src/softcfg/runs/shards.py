@@ -2,7 +2,7 @@
 
 A shard is a safetensors file with the entries
     indices, labels   int64 [n]
-    tokens            int16 (int32 for codebooks beyond 32,768 codes) [n, T]
+    tokens            the codes of the images, int16 (int32 for codebooks beyond 32,768 codes) [n, T]
     pixels            uint8 [n, H, W, 3]
 and metadata: the number of the shard, the fingerprint of the run, how many images were drawn at once, and the
 SHA-256 of everything else.
@@ -39,7 +39,7 @@ class Shard:
         run: fingerprint of the run's settings.
         drawn_at_once: images in a batch as the model saw it; less than the run's batch size after memory ran out.
         indices, labels: int64 [n].
-        tokens: integers [n, T].
+        tokens: the codes of the images, integers [n, h w].
         pixels: uint8 [n, H, W, 3].
     """
 

@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from softcfg.errors import UserError
-from softcfg.runs.export import write_pngs
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.shards import Shard, write_shard
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline, PipelineOutput
+    from softcfg.runs.plan import Prompts
     from softcfg.runs.processes import Processes
     from softcfg.runs.tracking import Tracker
 
@@ -32,19 +32,32 @@ class Artist:
 
     Attributes:
         at_once: images in a batch as the model sees it.
+        speculative_jacobi: the window, see `Pipeline`.
+        prompts: what labels stand for; None where they are classes.
     """
 
-    def __init__(self, pipeline: Pipeline, guidance: CFG, sampling: Sampling, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        guidance: CFG,
+        sampling: Sampling,
+        seed: int,
+        batch_size: int,
+        speculative_jacobi: int = 0,
+        prompts: Prompts | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.guidance = guidance
         self.sampling = sampling
         self.seed = seed
         self.at_once = batch_size
+        self.speculative_jacobi = speculative_jacobi
+        self.prompts = prompts
 
     def draw(
         self, indices: Sequence[int], labels: Sequence[int], on_step: Callable[[float], None] | None = None
     ) -> PipelineOutput:
-        """Draw the images `indices` of the seed, of the classes `labels`.
+        """Draw the images `indices` of the seed, of the classes or prompts `labels`.
 
         Args:
             on_step: called with the share of the work that is done, after every token.
@@ -52,8 +65,13 @@ class Artist:
         Raises:
             UserError: there is not even memory for one image at a time.
         """
+        what: dict[str, Any] = {"labels": labels}
+        tokens = self.pipeline.generator.num_tokens
+        if self.prompts is not None:
+            what = {"prompts": [self.prompts[label] for label in labels]}
+            tokens = self.pipeline.num_tokens(self.prompts.width, self.prompts.height)
         while True:
-            steps = -(-len(indices) // self.at_once) * self.pipeline.generator.num_tokens
+            steps = -(-len(indices) // self.at_once) * tokens
 
             def step(done: int, steps: int = steps) -> None:
                 if on_step is not None:
@@ -61,14 +79,15 @@ class Artist:
 
             try:
                 return self.pipeline(
-                    labels,
-                    self.guidance,
+                    **what,
+                    guidance=self.guidance,
                     seed=self.seed,
                     indices=indices,
                     batch_size=self.at_once,
                     temperature=self.sampling.temperature,
                     top_k=self.sampling.top_k,
                     top_p=self.sampling.top_p,
+                    speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
                 )
             except (RuntimeError, MemoryError) as error:
@@ -166,12 +185,16 @@ def draw_shards(
     run: RunFolder,
     todo: Sequence[int],
     artist: Artist,
-    processes: Processes,
+    processes: Processes | None = None,
     *,
-    png: bool,
-    progress: Progress | None,
+    written: Callable[[Shard], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Draw this process's part of the shards `todo`, every world-th; rank 0 then waits for the others.
+
+    Args:
+        processes: those that share the work; None if this one does it all.
+        written: called with every shard that was written, off the main thread.
 
     Raises:
         UserError: a file cannot be written, or memory ran out for good. Every shard that was finished is kept.
@@ -179,43 +202,44 @@ def draw_shards(
 
     def write(shard: Shard) -> None:
         write_shard(run.shard_path(shard.number), shard)
-        if png:
-            write_pngs(run, shard, run.path)
+        if written is not None:
+            written(shard)
 
     try:
         # Files are written while the next batch is drawn. However this block ends, a batch that was drawn is kept.
         with ThreadPoolExecutor(max_workers=1) as writer:
-            written: Future[None] | None = None
-            for number in todo[processes.rank :: processes.world]:
+            writing: Future[None] | None = None
+            for number in todo if processes is None else todo[processes.rank :: processes.world]:
                 indices = run.plan.indices(number)
 
                 def on_step(share: float, images: int = len(indices)) -> None:
                     if progress is not None:
                         progress.update(share * images)
 
-                drawn = artist.draw(indices, run.plan.labels_of(indices), on_step)
-                if written is not None:
-                    written.result()
-                written = writer.submit(write, shard_of(run, number, drawn, artist.at_once))
-            if written is not None:
-                written.result()
+                labels = run.plan.labels_of(indices)
+                drawn = artist.draw(indices, labels, on_step)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(write, shard_of(run, number, labels, drawn, artist.at_once))
+            if writing is not None:
+                writing.result()
         if progress is not None:
             progress.look()
-            progress.wait(processes)
+            if processes is not None:
+                progress.wait(processes)
     finally:
         if progress is not None:
             progress.close()
 
 
-def shard_of(run: RunFolder, number: int, drawn: PipelineOutput, at_once: int) -> Shard:
+def shard_of(run: RunFolder, number: int, labels: Sequence[int], drawn: PipelineOutput, at_once: int) -> Shard:
     """The shard that holds a pipeline's output."""
-    assert drawn.labels is not None
     return Shard(
         number,
         run.run,
         at_once,
         np.asarray(drawn.indices, dtype=np.int64),
-        drawn.labels.cpu().numpy(),
-        drawn.tokens.cpu().numpy(),
+        np.asarray(labels, dtype=np.int64),
+        drawn.codes.cpu().numpy(),
         drawn.pixels,
     )

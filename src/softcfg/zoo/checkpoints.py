@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError
+from softcfg.prompts import PromptReader
 from softcfg.zoo.registry import (
     GENERATORS,
     MODELS,
@@ -30,11 +33,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from softcfg.models.base import Generator
-    from softcfg.prompts import PromptReader
     from softcfg.tokenizers.base import Tokenizer
 
 FOLDER_VARIABLE = "SOFTCFG_CHECKPOINTS"
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+INDEX_SUFFIX = ".safetensors.index.json"
 SHOWN = 4  # names listed in an error message, of each kind
 
 
@@ -54,10 +57,10 @@ def load_generator(
         family: a family ("alitok", "rar", "robustok", "llamagen"); or a model of the zoo ("alitok-xl") or a model
             folder, which then supplies what is not given.
         config: the family's configuration dataclass, a mapping (flat or as released) or a YAML file.
-        checkpoint: a weights file or a state dict, under the released names. Tensors that need no conversion
-            are used as they are, not copied.
+        checkpoint: a weights file, the index of several, or a state dict, under the released names. Tensors that need
+            no conversion are used as they are, not copied.
         device: where the weights go; the CPU by default.
-        dtype: dtype of the weights, float32 by default.
+        dtype: dtype of the weights; by default float32, or what suits a model of the zoo.
 
     Raises:
         CheckpointError: the weights are missing, damaged, unsafe to open or do not fit the configuration.
@@ -87,8 +90,6 @@ def load_prompt_reader(model: str | Path | ModelEntry) -> PromptReader:
         CheckpointError: its file is missing or damaged.
         UserError: the model does not read prompts.
     """
-    from softcfg.prompts import PromptReader
-
     entry = resolve(model)
     if entry.text is None:
         raise UserError(f"{entry.name} does not read prompts")
@@ -103,6 +104,8 @@ def _load(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
 ) -> Any:
+    import torch
+
     kind = "generator" if families is GENERATORS else "tokenizer"
     if isinstance(name, str) and name in families:
         family = families[name]
@@ -114,8 +117,9 @@ def _load(
         entry = resolve(name)
         part = entry.generator if families is GENERATORS else entry.tokenizer
         family = part.family
-        config = part.config if config is None else config
+        config = published_config(entry, part) if config is None else config
         checkpoint = require_file(part.file, entry) if checkpoint is None else checkpoint
+        dtype = getattr(torch, part.dtype) if dtype is None else dtype
     module_class, config_class = family.classes()
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     if isinstance(checkpoint, Mapping):
@@ -124,7 +128,20 @@ def _load(
     else:
         source = str(checkpoint)
         state = _read(family, checkpoint)
-    return load_weights(module_class, settings, state, device=device, dtype=dtype, source=source)
+    return load_weights(module_class, settings, state, device=device, dtype=dtype, source=source, extras=family.extras)
+
+
+def published_config(entry: ModelEntry, part: Part) -> dict[str, Any]:
+    """The configuration of a part, with what the files that were published beside its weights say, where they are here.
+
+    That is `config.json`, and the ids of special tokens in the text tokenizer.
+    """
+    config = dict(part.config)
+    if part.config_file is not None and (path := find_file(part.config_file)) is not None:
+        config.update(_read_json(path))
+    if entry.text is not None and part is entry.generator and find_file(entry.text.file) is not None:
+        config.update(load_prompt_reader(entry).special_ids())
+    return config
 
 
 def _read(family: Family, path: str | Path) -> dict[str, Tensor]:
@@ -140,8 +157,11 @@ def load_weights(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     source: str = "the state dict",
+    extras: bool = False,
 ) -> nn.Module:
     """Build `module_class(config)` with exactly the weights of `state_dict`, in eval mode, without gradients.
+
+    With `extras`, the state dict may hold other tensors too.
 
     Names, shapes and kinds of numbers are compared before anything is allocated on `device`.
 
@@ -151,7 +171,7 @@ def load_weights(
     import torch
 
     module = _on_meta(module_class, config)
-    _require_fit(module, state_dict, source)
+    _require_fit(module, state_dict, source, extras=extras)
     device = torch.device("cpu" if device is None else device)
     dtype = torch.float32 if dtype is None else dtype
     module.load_state_dict(
@@ -201,8 +221,10 @@ def _blank(part: Part) -> nn.Module:
     return _on_meta(module_class, load_config(config_class, part.config, part.family.sections))
 
 
-def _require_fit(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    if differences := _differences(module.state_dict(), state_dict):
+def _require_fit(module: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, extras: bool = False) -> None:
+    expected = module.state_dict()
+    found = {name: state_dict[name] for name in expected if name in state_dict} if extras else state_dict
+    if differences := _differences(expected, found):
         problem = f"{source} does not fit the configured {type(module).__name__}: {'; '.join(differences)}"
         raise CheckpointError(problem + _recognise(state_dict, type(module)))
 
@@ -266,7 +288,9 @@ def _anatomy(names: Iterable[str]) -> set[str]:
 def read_state_dict(
     path: str | Path, entries: Sequence[str] = ("model", "state_dict"), allowed_types: Sequence[type] = ()
 ) -> dict[str, Tensor]:
-    """Read a weights file (.safetensors, or .bin, .pt, .pth of PyTorch) without executing anything in it.
+    """Read a weights file (.safetensors, or .bin, .pt, .pth, .ckpt of PyTorch) without executing anything in it.
+
+    Of weights in several .safetensors files, `path` is the index.
 
     Tensors are mapped from the file where its format allows, so that reading is cheap until they are used.
 
@@ -281,6 +305,8 @@ def read_state_dict(
     from safetensors.torch import load_file
 
     path = Path(path)
+    if is_index(path):
+        return _read_shards(path)
     head = _read_head(path)
     try:
         if path.suffix == ".safetensors":
@@ -296,6 +322,53 @@ def read_state_dict(
             ) from None
         raise CheckpointError(f"{path} is truncated, damaged or no weights file; get it again") from error
     return unwrap(content, str(path), entries)
+
+
+def is_index(path: Path) -> bool:
+    """Whether the file is the index of weights in several files."""
+    return path.name.endswith(INDEX_SUFFIX)
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the files that the index of a checkpoint lists, beside it.
+
+    Raises:
+        CheckpointError: it is no such index.
+    """
+    names = _weight_map(index).values()
+    return [index.with_name(name) for name in dict.fromkeys(names)]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is no index of weights files: it has no weight_map; get it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is no file beside it")
+    return weight_map
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files of an index; they stay mapped until they are used."""
+    tensors: dict[str, Tensor] = {}
+    for path in shards_of(index):
+        tensors.update(read_state_dict(path))
+    if lacking := [name for name in _weight_map(index) if name not in tensors]:
+        raise CheckpointError(f"{index} lists {len(lacking)} tensors that its files lack, {lacking[0]} among them")
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no JSON file; get it again ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a mapping of names to values")
+    return content
 
 
 def _read_head(path: Path) -> bytes:
@@ -354,6 +427,15 @@ def hash_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hash_weights(path: str | Path) -> str:
+    """Return the SHA-256 of a weights file; of weights in several files, that of their hashes, in order."""
+    path = Path(path)
+    if not is_index(path):
+        return hash_file(path)
+    hashes = "\n".join(hash_file(part) for part in (path, *shards_of(path)))
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
 # ---- finding and fetching
 
 
@@ -382,9 +464,22 @@ def require_file(file: ModelFile, entry: ModelEntry) -> Path:
         CheckpointError: it is nowhere; the text says how to get it.
     """
     path = find_file(file)
-    if path is None:
-        raise CheckpointError(f"{file.name} of {entry.name} is missing: {how_to_get([file], entry)}")
+    for missing in missing_files([file]):
+        raise CheckpointError(f"{missing.name} of {entry.name} is missing: {how_to_get([missing], entry)}")
+    assert path is not None
     return path
+
+
+def missing_files(files: Iterable[ModelFile]) -> list[ModelFile]:
+    """Return those of `files`, and of the files that indexes among them list, that are not here."""
+    missing = []
+    for file in files:
+        path = find_file(file)
+        if path is None:
+            missing.append(file)
+        elif is_index(path):
+            missing += [file.beside(shard.name) for shard in shards_of(path) if not shard.is_file()]
+    return missing
 
 
 def how_to_get(files: Sequence[ModelFile], entry: ModelEntry) -> str:
@@ -417,29 +512,42 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
     """
     entry = resolve(model)
     if entry.folder:
-        return [require_file(part.file, entry) for part in entry.parts]
+        return [require_file(file, entry) for file in entry.files]
     if source is not None:
         return _take(entry, Path(source), link)
-    found: dict[Path, Part] = {}
+    found: dict[ModelFile, Path] = {}
     missing: list[ModelFile] = []
-    for part in entry.parts:
-        local = checkpoints_folder() / part.file.local_name
+    for file in entry.files:
+        local = checkpoints_folder() / file.local_name
         if local.is_file():
-            found[local] = part
-        elif part.file.repository:
-            found[_download(part.file)] = part
+            found[file] = local
+        elif file.repository:
+            found[file] = _download(file)
         else:
-            missing.append(part.file)
-    for path, part in found.items():
-        _check_file(part, path)
+            missing.append(file)
+            continue
+        if is_index(found[file]):
+            for shard in shards_of(found[file]):
+                found[file.beside(shard.name)] = shard if shard.is_file() else _download(file.beside(shard.name))
+    _check_files(entry, found)
     if missing:
         raise CheckpointError(f"{entry.name} cannot be downloaded by a program: {how_to_get(missing, entry)}")
-    return list(found)
+    return list(found.values())
 
 
-def _check_file(part: Part, path: Path) -> None:
-    """Raise a `CheckpointError` unless the file holds exactly the tensors of `part`; allocates no tensor."""
-    _require_fit(_blank(part), _read(part.family, path), str(path))
+def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
+    """Raise a `CheckpointError` unless the weights files among `found` hold exactly the tensors of their parts.
+
+    No tensor is allocated.
+    """
+    for part in entry.parts:
+        if part.config_file is not None and part.config_file in found:
+            part = replace(part, config={**part.config, **_read_json(found[part.config_file])})
+        if part.file in found:
+            path = found[part.file]
+            _require_fit(_blank(part), _read(part.family, path), str(path), extras=part.family.extras)
+    if entry.text is not None and entry.text.file in found:
+        PromptReader(found[entry.text.file])
 
 
 def _download(file: ModelFile) -> Path:
@@ -472,17 +580,18 @@ def _take(entry: ModelEntry, source: Path, link: bool) -> list[Path]:
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     offered = {path.name: path for path in (source.iterdir() if source.is_dir() else [source])}
-    found: dict[Path, Part] = {}
-    for part in entry.parts:
-        name = part.file.local_name if part.file.local_name in offered else part.file.name
+    found: dict[ModelFile, Path] = {}
+    for file in entry.files:
+        name = file.local_name if file.local_name in offered else file.name
         if name in offered:
-            found[offered[name]] = part
+            found[file] = offered[name]
+            if is_index(offered[name]):
+                found |= {file.beside(shard.name): shard for shard in shards_of(offered[name])}
     if not found:
-        names = " nor ".join(part.file.name for part in entry.parts)
+        names = " nor ".join(file.name for file in entry.files)
         raise CheckpointError(f"{source} is or holds neither {names}")
-    for path, part in found.items():
-        _check_file(part, path)
-    return [_place(path, part.file.local_name, link) for path, part in found.items()]
+    _check_files(entry, found)
+    return [_place(path, file.local_name, link) for file, path in found.items()]
 
 
 def _place(source: Path, name: str, link: bool) -> Path:

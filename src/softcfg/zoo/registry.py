@@ -10,7 +10,7 @@ import argparse
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +40,7 @@ class Family:
         entries: keys under which a training checkpoint may hold the weights, the preferred one first.
         ignored: beginnings of the names of tensors that released files hold and generation does not need.
         allowed_types: what released files hold beside tensors and plain containers, and may be unpickled.
+        extras: whether released files may hold more tensors than the model has, which are dropped.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Family:
     entries: tuple[str, ...] = ("model", "state_dict")
     ignored: tuple[str, ...] = ()
     allowed_types: tuple[type, ...] = ()
+    extras: bool = False
 
     def classes(self) -> tuple[type[nn.Module], type]:
         """Import and return the module class and its configuration class."""
@@ -67,7 +69,9 @@ class ModelFile:
     """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`.
 
     Attributes:
-        alias: its name in the checkpoints folder, where another model's file has the name it was published under.
+        name: weights in several files go by their index, `NAME.safetensors.index.json`, which lists those beside it.
+        alias: its name in the checkpoints folder, where another model's file has the name it was published under; may
+            begin with a folder.
     """
 
     name: str
@@ -90,15 +94,31 @@ class ModelFile:
             return f"https://drive.google.com/file/d/{self.drive_id}/view"
         return str((self.folder or Path()) / self.name)
 
+    def beside(self, name: str) -> ModelFile:
+        """The file `name` that was published beside this one."""
+        return replace(self, name=name, alias=str(Path(self.alias).with_name(name)) if self.alias else "")
+
 
 @dataclass(frozen=True)
 class Part:
-    """A model's generator or tokenizer: family, configuration (released names), weights and their number."""
+    """A model's generator or tokenizer: family, configuration (released names), weights and their number.
+
+    Attributes:
+        config_file: a `config.json` that was published with the weights and overrides `config`.
+        dtype: of the weights as they are loaded, unless asked for otherwise.
+    """
 
     family: Family
     config: Mapping[str, Any]
     file: ModelFile
     parameters: int | None = None
+    config_file: ModelFile | None = None
+    dtype: str = "float32"
+
+    @property
+    def files(self) -> list[ModelFile]:
+        """The weights (of several files, the index) and, if there is one, the configuration."""
+        return [self.file] if self.config_file is None else [self.file, self.config_file]
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,8 @@ class ModelEntry:
 
     Attributes:
         text: how it reads prompts; None for models that draw classes.
-        sampling: default settings, as far as known: temperature, guidance_scale, guidance_scale_pow, schedule, seed.
+        sampling: default settings, as far as known: temperature, top_k, guidance_scale, guidance_scale_pow, schedule,
+            seed.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
     """
@@ -133,6 +154,12 @@ class ModelEntry:
     def parts(self) -> tuple[Part, Part]:
         """The generator and the tokenizer."""
         return self.generator, self.tokenizer
+
+    @property
+    def files(self) -> list[ModelFile]:
+        """The files of the model; of weights in several files, the index."""
+        files = [file for part in self.parts for file in part.files]
+        return files if self.text is None else [*files, self.text.file]
 
     @property
     def folder(self) -> Path | None:
@@ -196,7 +223,7 @@ TOKENIZERS: dict[str, Family] = _by_name(
             ignored=("quantize.codebook_used",),
             allowed_types=TRAINING_ARGUMENTS,
         ),
-        _tokenizer("movq", "softcfg.tokenizers.movq", "MoVQ", "MoVQConfig"),
+        _tokenizer("movq", "softcfg.tokenizers.movq", "MoVQ", "MoVQConfig", extras=True),
     ]
 )
 
@@ -254,6 +281,23 @@ ROBUSTOK_TOKENIZER = Part(
     },
     ModelFile("post-train.pt", repository="qiuk6/RobusTok"),
     172_288_064,
+)
+
+
+MOVQ_TOKENIZER = Part(
+    TOKENIZERS["movq"],
+    {
+        "ch": 256,
+        "ch_mult": [1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [32],
+        "resolution": 256,
+        "z_channels": 4,
+        "n_embed": 16384,
+        "embed_dim": 4,
+    },
+    ModelFile("movqgan_270M.ckpt", repository="ai-forever/MoVQGAN"),
+    270_669_103,
 )
 
 
@@ -374,6 +418,41 @@ def _llamagen(
     )
 
 
+def _lumina(name: str, description: str) -> ModelEntry:
+    def published(file: str) -> ModelFile:
+        repository = f"Alpha-VLLM/{name.replace('lumina-mgpt-2', 'Lumina-mGPT-2.0').replace('-omni', '-Omni')}"
+        return ModelFile(file, repository=repository, alias=f"{name}/{file}")
+
+    config = {
+        "vocab_size": 171385,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 10240,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "model_parallel_size": 1,
+        "swin_norm": False,
+    }
+    return ModelEntry(
+        name,
+        Part(
+            GENERATORS["lumina-mgpt-2"],
+            config,
+            published("model.safetensors.index.json"),
+            7_880_273_920,
+            published("config.json"),
+            "bfloat16",
+        ),
+        MOVQ_TOKENIZER,
+        description,
+        {"temperature": 1.0, "guidance_scale": 4.0, "schedule": "constant", "top_k": 4096},
+        text=Text(published("tokenizer.json")),
+    )
+
+
 def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
     """Return `table[name]`, or raise a `UserError` that starts with `problem` and suggests near names."""
     if name in table:
@@ -454,6 +533,8 @@ MODELS: dict[str, ModelEntry] = _by_name(
         _llamagen("XL",  384, 1280, 36, 20,   774_699_520, 1.75, 2.62),
         _llamagen("XXL", 384, 1536, 48, 24, 1_410_972_672, 1.75, 2.34),
         _llamagen("3B",  384, 3200, 24, 32, 3_096_659_200, 1.65, 2.18),
+        _lumina("lumina-mgpt-2", "Lumina-mGPT 2.0, text to image, 768 x 768 and other sizes"),
+        _lumina("lumina-mgpt-2-omni", "Lumina-mGPT 2.0 Omni, also pairs of image and map, and images to draw from"),
     ]
 )
 # fmt: on

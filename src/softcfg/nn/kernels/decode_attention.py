@@ -109,8 +109,8 @@ def decode_attention(
             every `heads / key_value_heads` consecutive heads share one. What lies behind `last` may be anything.
         last: int64 [rows], the slot of the query itself, on the device.
         first: int64 [rows], slots before it are padding; None for none.
-        value_weights, key_weights: [rows, slots] factors on the values or keys of each slot. The attention row is
-            not renormalised (SoftCFG, arXiv 2510.00996).
+        value_weights, key_weights: [rows, slots] or [rows, 1, slots], factors on the values or keys of each slot. The
+            attention row is not renormalised (SoftCFG, arXiv 2510.00996).
 
     Returns:
         [rows, heads, 1, head_dim] in the dtype of `values`; sums are in float32. A row that sees nothing gives zeros.
@@ -123,7 +123,8 @@ def decode_attention(
         raise ValueError("keys and values must have the same strides and contiguous head dimensions")
     query = query.contiguous()
     weights = [
-        None if given is None else given.to(torch.float32).expand(rows, slots) for given in (value_weights, key_weights)
+        None if given is None else given.to(torch.float32).reshape(-1, slots).expand(rows, slots)
+        for given in (value_weights, key_weights)
     ]
     weights = [None if given is None else given.contiguous() for given in weights]
     chunks = triton.cdiv(slots, CHUNK)

@@ -1,4 +1,4 @@
-"""What the three trainings share: the loop with its schedule, logs, and checkpoints that survive a kill.
+"""What all trainings share: the loop with its schedule, logs, and checkpoints that survive a kill.
 
 A batch depends on nothing but (seed, step), so a resumed training takes the steps that an uninterrupted one takes.
 """
@@ -10,11 +10,13 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -181,6 +183,12 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write a safetensors file: whole, or not at all."""
     make_folder(path.parent)
     write_atomically(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+
+
+def parameters(weights: Path) -> int:
+    """Return the number of parameters in a weights file."""
+    with safe_open(weights, "pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def batch_index(seed: int, step: int, batch_size: int, size: int) -> Tensor:

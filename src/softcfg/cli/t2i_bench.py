@@ -1,0 +1,123 @@
+"""`softcfg t2i-bench`: draw the prompts of a text-to-image benchmark for its own scorer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softcfg.cli import arguments, sample
+from softcfg.errors import UserError
+from softcfg.files import make_folder, remove_temporary
+from softcfg.runs.signals import termination_raises
+from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES, Suite
+
+if TYPE_CHECKING:
+    from softcfg.pipeline import Pipeline
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.shards import Shard
+
+DESCRIPTION = """\
+Draw four images for every prompt of a benchmark, laid out as its own scorer expects.
+
+dpg      DPG-Bench: PROMPTS holds a text file a prompt; DIR receives a picture of 2 x 2 images for each,
+         under the name of the text file
+geneval  GenEval: PROMPTS holds evaluation_metadata.jsonl; DIR receives 00000/metadata.jsonl and
+         00000/samples/0000.png ... 0003.png for its first line, and so on
+
+DIR holds nothing else. The run itself, its settings and all images, is in the folder DIR.run beside it.
+The same command continues a run that was stopped, and can be shared by many processes, as 'softcfg sample'."""
+
+EXAMPLES = """\
+examples:
+  softcfg t2i-bench lumina-mgpt-2 --suite dpg --prompts ELLA/dpg_bench/prompts --output-dir dpg
+  softcfg t2i-bench lumina-mgpt-2 --suite geneval --prompts geneval/prompts --output-dir geneval"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "t2i-bench",
+        help="draw the prompts of DPG-Bench or GenEval for their scorers",
+        usage="softcfg t2i-bench MODEL --suite SUITE --prompts PROMPTS --output-dir DIR [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_model_arguments(parser)
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--suite", choices=SUITES, required=True, help="the benchmark")
+    group.add_argument("--prompts", metavar="PROMPTS", required=True, help="folder of its prompts")
+    group.add_argument("--width", type=int, metavar="W", help="of the images, in pixels (default: the model's own)")
+    group.add_argument("--height", type=int, metavar="H", help="of the images, in pixels (default: the model's own)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=IMAGES_PER_PROMPT,
+        metavar="B",
+        help=f"images drawn at once, a multiple of {IMAGES_PER_PROMPT} (default: {IMAGES_PER_PROMPT})",
+    )
+    group = parser.add_argument_group("results")
+    group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
+    group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
+    arguments.add_guidance_arguments(parser)
+    parser.set_defaults(run=run, track=None, speculative_jacobi=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from softcfg.runs.processes import Processes
+
+    suite = SUITES[args.suite](args.prompts)
+    if args.batch_size < 1 or args.batch_size % IMAGES_PER_PROMPT:
+        raise UserError(
+            f"--batch-size must be a multiple of {IMAGES_PER_PROMPT}, the images of a prompt, got {args.batch_size}"
+        )
+    pictures = Path(args.output_dir).absolute()
+    args.output_dir = str(pictures.with_name(f"{pictures.name}.run"))
+
+    def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
+        from softcfg.runs.plan import Prompts
+
+        if pipeline.prompt_reader is None:
+            raise UserError(f"{pipeline.name} draws classes, not texts; t2i-bench is for text-to-image models")
+        width, height = arguments.image_size(args, pipeline)
+        if args.suite == "dpg" and width != height:
+            raise UserError(f"the scorer of DPG-Bench takes square images, got {width} x {height}")
+        for folder in {path.parent for number in range(len(suite.prompts)) for path in suite.files(pictures, number)}:
+            remove_temporary(folder)
+        prompts = Prompts(tuple(suite.prompts), width, height)
+        prompts.check(pipeline)
+        return {
+            "labels": [number for number in range(len(suite.prompts)) for _ in range(IMAGES_PER_PROMPT)],
+            "num_samples": IMAGES_PER_PROMPT * len(suite.prompts),
+            "prompts": prompts,
+        }
+
+    def writer(args: argparse.Namespace, run: RunFolder) -> Callable[[Shard], None]:
+        make_folder(pictures)
+        return lambda shard: write(suite, shard, pictures)
+
+    def finish(args: argparse.Namespace, drawn: sample.Drawn) -> None:
+        for number in range(drawn.run.plan.num_shards):
+            prompts = {index // IMAGES_PER_PROMPT for index in drawn.run.plan.indices(number)}
+            if not all(suite.is_written(pictures, prompt) for prompt in prompts):
+                write(suite, drawn.run.require(number), pictures)
+        print(f"{drawn.images} images in {drawn.seconds:.1f} s; all of {len(suite.prompts)} prompts are in {pictures}")
+        print(f"score them with: {suite.scorer.format(folder=pictures, size=drawn.run.settings['width'])}")
+
+    with termination_raises():
+        processes = Processes(args.device)
+        try:
+            sample.draw(args, processes, subjects, writer, finish)
+        finally:
+            processes.leave()
+    return 0
+
+
+def write(suite: Suite, shard: Shard, folder: Path) -> None:
+    """Write the pictures of a shard, which holds all images of its prompts."""
+    for start in range(0, len(shard.labels), IMAGES_PER_PROMPT):
+        suite.write(folder, int(shard.labels[start]), list(shard.pixels[start : start + IMAGES_PER_PROMPT]))

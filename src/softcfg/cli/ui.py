@@ -1,0 +1,99 @@
+"""`softcfg ui`: the web page."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+
+PORT = 7860
+
+DESCRIPTION = """\
+Show a web page to draw, compare and look into images in a browser.
+
+Without MODEL it offers the bundled models. The page is for this machine alone unless --host says otherwise;
+what a public page may take of the machine is bounded by the limits below."""
+
+EXAMPLES = """\
+examples:
+  softcfg ui
+  softcfg ui alitok-xl --device cuda --dtype bfloat16
+  softcfg ui --host 0.0.0.0 --port 8000 --max-seconds 30"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers."""
+    parser = commands.add_parser(
+        "ui",
+        help="show a web page to draw and look into images",
+        usage="softcfg ui [MODEL ...] [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="names that 'softcfg models' lists, or paths of model folders (default: the bundled models)",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the generator (default: float32)"
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
+    group.add_argument("--open", action="store_true", help="open the page in the browser")
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--max-seconds", type=float, default=120.0, metavar="S", help="computation of a drawing (default: 120)"
+    )
+    group.add_argument(
+        "--max-queue", type=int, default=16, metavar="N", help="requests that wait at a time (default: 16)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    for name, value in (("--max-seconds", args.max_seconds), ("--max-queue", args.max_queue)):
+        if not value > 0:
+            raise UserError(f"{name} must be more than 0, got {value}")
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port must be in 0..65535, got {args.port}")
+    try:
+        from softcfg.ui import page
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the web page needs the package {error.name}; install it with: pip install 'softcfg[ui]'"
+        ) from None
+    import torch
+
+    from softcfg.pipeline import Pipeline
+    from softcfg.ui.studio import Limits, Studio
+    from softcfg.zoo.registry import MODELS
+
+    device = arguments.parse_device(args.device)
+    dtype = getattr(torch, args.dtype)
+    pipelines = {}
+    for model in args.models or [name for name, entry in MODELS.items() if entry.bundled]:
+        pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
+        if pipeline.name in pipelines:
+            raise UserError(f"there are two models named {pipeline.name!r}; give each once")
+        pipelines[pipeline.name] = pipeline
+    studio = Studio(pipelines, Limits(seconds=args.max_seconds, queue=args.max_queue))
+
+    def ready(address: str) -> None:
+        print(f"softcfg: {', '.join(pipelines)} at {address} (Ctrl-C ends it)", flush=True)
+        if args.open:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    page.serve(studio, args.host, args.port, ready)
+    return 0

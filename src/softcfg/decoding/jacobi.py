@@ -1,0 +1,229 @@
+"""Speculative Jacobi decoding: several tokens a pass, of the same distribution as token by token decoding.
+
+A window of n positions behind the settled tokens holds drafts. A pass feeds them and gives the distribution p_i of
+every position given the drafts before it. Each draft d_i is then kept with probability min(1, p_i(d_i) / q_i(d_i)),
+where q_i is what it was drawn from, or else replaced by a draw from max(p_i - q_i, 0): either way, what stands at i now
+is a draw from p_i. Behind settled tokens p_i is the true distribution, so everything up to the first replaced draft is
+settled, and its replacement too. What stands behind it are the drafts of the next pass, with q_i = p_i; most of them
+are the old ones, so the distributions behind them change little and the next pass keeps more.
+
+What happens at a position depends on the positions before it and on random numbers of its own alone. A draft is thus
+a draw from its q_i whatever stands before it, and sequences have exactly the distribution of sequential decoding.
+
+Sources: Speculative Jacobi Decoding (arXiv 2410.01699), with the redrawing rule of speculative sampling (2302.01318);
+drafts behind a replaced one that stay where they can, as in Maximal Coupling Speculative Jacobi Decoding (2510.24211).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.randomness import ImageStreams
+from softcfg.decoding.sequential import query_weights, step_weights
+from softcfg.errors import UserError
+from softcfg.guidance import CFG, SoftCFG
+from softcfg.models.base import Condition, Generator
+from softcfg.nn.linear import prepared_linear_layers
+
+
+@torch.inference_mode()
+def jacobi_decode(
+    generator: Generator,
+    labels: Any,
+    guidance: CFG,
+    *,
+    streams: ImageStreams,
+    window: int,
+    sampling: Sampling | None = None,
+    on_step: Callable[[int], None] | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, int]:
+    """Draw the image tokens of a batch, up to `window` a pass.
+
+    An image depends on its stream, the window and the settings, not on the others of the batch (up to floating-point
+    noise). It is another image than `decode` draws from the same stream, of the same distribution.
+
+    Args:
+        labels: B class ids, or what else the generator is conditioned on.
+        guidance: `CFG` or `SoftCFG`.
+        streams: of the B images.
+        window: n >= 1, positions in a pass; 1 is token by token.
+        sampling: temperature, top-k and top-p; by default temperature 1 alone.
+        on_step: called after every pass with the number of tokens that all images have so far.
+        on_tokens: called with these tokens, int64 [B, n], after every pass; what it raises ends the decoding.
+
+    Returns:
+        int64 [B, T], and the number of passes until the last image was done.
+
+    Raises:
+        UserError: labels or streams do not fit the generator, or the window is less than 1.
+    """
+    if window < 1:
+        raise UserError(f"the window of speculative Jacobi decoding must be at least 1, got {window}")
+    condition = generator.condition(labels, guided=guidance.is_active)
+    decoder = JacobiDecoder(generator, condition, guidance, sampling or Sampling(), window)
+    if len(streams) != decoder.batch:
+        raise UserError(f"streams must be as many as images, {decoder.batch}, got {len(streams)}")
+    total, done, passes = condition.num_tokens, 0, 0
+    with prepared_linear_layers(generator, decoder.rows_at_once * decoder.window):
+        while done < total:
+            decoder.advance(streams.uniforms(3 * decoder.window).to(generator.device))
+            done = int(decoder.settled.min())
+            passes += 1
+            if on_step is not None:
+                on_step(done)
+            if on_tokens is not None:
+                on_tokens(decoder.tokens[:, :done])
+    return decoder.tokens, passes
+
+
+class JacobiDecoder:
+    """A batch that is decoded by speculative Jacobi decoding; each row settles as many tokens a pass as it can.
+
+    Attributes:
+        batch: B, images.
+        window: n, positions in a pass.
+        rows_at_once: rows of a pass through the generator; with SoftCFG each branch has a pass of its own.
+        tokens: int64 [B, T], the settled tokens and behind them the drafts.
+        settled: int64 [B], how many tokens of each row are settled.
+    """
+
+    def __init__(
+        self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling, window: int
+    ) -> None:
+        self.generator = generator
+        self.condition = condition
+        self.guidance = guidance
+        self.sampling = sampling
+        self.batch = condition.rows // 2 if guidance.is_active else condition.rows
+        total, device = condition.num_tokens, generator.device
+        # From the second pass on, the window starts behind token 0 and ends with the last token at the latest.
+        self.window = max(1, min(window, total - 1))
+        self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
+        self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
+
+        self._perturbs = isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs
+        self._parts = [condition[: self.batch], condition[self.batch :]] if self._perturbs else [condition]
+        self._caches = [generator.new_cache(part) for part in self._parts]
+        self.rows_at_once = self._parts[0].rows
+        self._confidence = torch.zeros(self.batch, total, device=device)
+        self._scales = guidance.scales(total, condition.num_codes).to(device)
+        codes = generator.is_code(torch.arange(total, device=device), condition)
+        self._codes = None if codes is None else codes.expand(self.batch, -1)
+
+        self._passes = 0
+        self._end = 0  # of the farthest window
+        self._offsets = torch.arange(self.window, device=device)
+        # As if a window in front of the sequence had been left behind, with equal logits at its end.
+        self._start = self.settled - self.window
+        self._probabilities = torch.zeros(self.batch, self.window, generator.vocab_size, device=device)
+        self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, device=device)
+
+    def advance(self, uniforms: Tensor) -> None:
+        """Settle at least one more token of every row that is not done.
+
+        Args:
+            uniforms: [B, 3 n] in [0, 1).
+        """
+        keeping, redrawing, drafting = uniforms.unflatten(1, (3, self.window)).unbind(1)
+        # A row that is nearly done goes over its last n tokens; what is settled among them stays.
+        start = self.settled.clamp(max=self.condition.num_tokens - self.window)
+        steps = start[:, None] + self._offsets
+        self._end = int(start.max()) + self.window
+        drawn_from, drafts = self._drafts(start, steps, drafting)
+        self.tokens.scatter_(1, steps, drafts)
+
+        cond_logits, guided = self._logits(steps)
+        probabilities = self._distribution(guided, steps)
+        kept, redrawn = keep_or_redraw(drafts, drawn_from, probabilities, keeping, redrawing)
+        kept |= steps < self.settled[:, None]
+        tokens = torch.where(kept, drafts, redrawn)
+        self.tokens.scatter_(1, steps, tokens)
+        self._record(steps, cond_logits, tokens)
+
+        first_replaced = kept.cumprod(dim=1).sum(dim=1)
+        self.settled = start + (first_replaced + 1).clamp(max=self.window)
+        self._start, self._probabilities, self._last_logits = start, probabilities, guided[:, -1:]
+        self._passes += 1
+
+    def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """The drafts [B, n] of the window at `steps`, and what they were drawn from, [B, n, V].
+
+        Positions that the last window held have theirs. New ones get a draft from the prediction of the last position
+        before them: neighbours are alike.
+        """
+        before = self._offsets + (start - self._start)[:, None]  # the same positions in the last window
+        is_new = before >= self.window
+        new = self._distribution(self._last_logits.expand(-1, self.window, -1), steps)
+        index = before.clamp(max=self.window - 1)[..., None].expand_as(new)
+        drawn_from = torch.where(is_new[..., None], new, self._probabilities.gather(1, index))
+        return drawn_from, torch.where(is_new, draw(new, uniforms), self.tokens.gather(1, steps))
+
+    def _distribution(self, guided: Tensor, steps: Tensor) -> Tensor:
+        return self.sampling.probabilities(self.generator.constrain(guided, steps, self.condition))
+
+    def _logits(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional and guided logits [B, n, V] of the window."""
+        if self._passes == 0:
+            slot: int | Tensor = 0
+            inputs = self.tokens[:, : self.window - 1]
+        else:
+            slot = self.condition.slots - 1 + steps[:, 0]
+            inputs = self.tokens.gather(1, steps - 1)
+        cond = self._forward(0, inputs, slot)
+        if not self.guidance.is_active:
+            return cond, cond
+        if not self._perturbs:
+            cond, uncond = cond.chunk(2)
+        else:
+            self._record(steps, cond, self.tokens.gather(1, steps))
+            uncond = self._forward(1, inputs, slot, **self._weights(steps))
+        return cond, self.guidance.guide(cond, uncond, self._scales[steps][..., None])
+
+    def _forward(self, part: int, inputs: Tensor, slot: int | Tensor, **weights: Tensor) -> Tensor:
+        condition = self._parts[part]
+        copies = condition.rows // self.batch
+        if isinstance(slot, Tensor):
+            slot = slot.repeat(copies)
+        # What is fed last stands before the last position of the window; attention need not look further.
+        cache = self._caches[part].up_to(condition.slots - 1 + self._end)
+        return self.generator(condition, inputs.repeat(copies, 1), cache=cache, slot=slot, **weights).float()
+
+    def _record(self, steps: Tensor, cond_logits: Tensor, tokens: Tensor) -> None:
+        """Keep the confidence in `tokens` at `steps`, both [B, n]."""
+        if isinstance(self.guidance, SoftCFG) and self._perturbs:
+            confidence = self.guidance.token_confidence(cond_logits, tokens, self.sampling.temperature)
+            if self._codes is not None:
+                confidence = confidence * self._codes.gather(1, steps)
+            self._confidence.scatter_(1, steps, confidence)
+
+    def _weights(self, steps: Tensor) -> dict[str, Tensor]:
+        """Weights for the unconditional rows: each position of the window counts the tokens before it."""
+        assert isinstance(self.guidance, SoftCFG)
+        weights = step_weights(self._confidence, self.guidance, steps)
+        return query_weights(self.guidance, weights, self._parts[1], from_start=self._passes == 0)
+
+
+def keep_or_redraw(
+    drafts: Tensor, drawn_from: Tensor, probabilities: Tensor, keeping: Tensor, redrawing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Turn draws from q into draws from p that are the same as often as can be (arXiv 2302.01318).
+
+    Args:
+        drafts: int64 [...], drawn from `drawn_from`.
+        drawn_from, probabilities: q and p, [..., V].
+        keeping, redrawing: uniform numbers [...] in [0, 1).
+
+    Returns:
+        Bool [...], which drafts are kept, and int64 [...], what takes the place of the others.
+    """
+    q, p = (of.gather(-1, drafts[..., None]).squeeze(-1) for of in (drawn_from, probabilities))
+    rest = (probabilities - drawn_from).clamp_min(0)
+    # Where rounding leaves no rest, p and q are the same.
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, probabilities)
+    return keeping * q < p, draw(rest, redrawing)

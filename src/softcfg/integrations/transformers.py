@@ -1,0 +1,507 @@
+"""CFG and SoftCFG for image-token models of Hugging Face transformers, without changing their code.
+
+Importing this module registers the attention implementation "softcfg": the model's usual `sdpa`, and weighted
+attention wherever a forward call passes `value_weights` or `key_weights`. Two ways to draw with it:
+
+    model.set_attn_implementation("softcfg")
+    tokens = decode(model, input_ids, SoftCFG(), num_tokens=..., unconditional_ids=...)
+    sequences = model.generate(input_ids, custom_generate=generate, guidance=SoftCFG(), unconditional_ids=..., ...)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.decoding import Sampling, draw, image_uniforms
+from softcfg.decoding.sequential import Decoder
+from softcfg.errors import UserError
+from softcfg.guidance import CFG
+from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn.attention import pass_slots, weighted_attention
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+    from transformers.generation import (
+        EosTokenCriteria,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+except ImportError as error:
+    raise UserError("this needs transformers 5 or later: pip install 'softcfg[transformers]'") from error
+
+ATTENTION = "softcfg"  # its name for `attn_implementation`
+
+# How many attention layers have applied weights so far: a model that loses them on the way would draw plain CFG.
+_weighted_layers: ContextVar[int] = ContextVar("weighted_layers", default=0)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    value_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls an attention function: `sdpa`, with weights where the forward call gives some.
+
+    Args:
+        query: [rows, heads, n, head_dim]. key, value: [rows, key_heads, S, head_dim].
+        attention_mask: bool [rows or 1, 1, n, S], as `sdpa` takes it; None: causal.
+        value_weights, key_weights: factors on the cached values or keys of the slots filled so far, [rows, filled] or
+            [rows, n, filled]. S is smaller where a layer keeps a window, and larger in a static cache.
+
+    Returns:
+        [rows, n, heads, head_dim], and None for the attention probabilities.
+
+    Raises:
+        UserError: the layer has sinks; or weights are given and it has anything else but queries, keys, values and a
+            boolean mask.
+    """
+    weighted = value_weights is not None or key_weights is not None
+    for name in ("s_aux", "softcap", "position_bias", "dropout") if weighted else ("s_aux",):  # sdpa drops sinks
+        if isinstance(kwargs.get(name), Tensor) or kwargs.get(name):
+            raise UserError(f"{type(module).__name__} has {name}, which the attention {ATTENTION!r} cannot do")
+    if not weighted:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    new, mask = query.shape[2], None
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1:
+            raise UserError("attention with weights needs a boolean mask that all heads share")
+        mask = attention_mask[:, 0]
+    elif new > 1:  # sdpa's causal rule: the first pass, the rest of a static cache is empty
+        key, value = key[:, :, :new], value[:, :, :new]
+    if scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    out = weighted_attention(
+        query,
+        key,
+        value,
+        value_weights=_fitted(value_weights, key),
+        key_weights=_fitted(key_weights, key),
+        mask=mask,
+    )
+    _weighted_layers.set(_weighted_layers.get() + 1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _fitted(weights: Tensor | None, key: Tensor) -> Tensor | None:
+    """The weights of the slots [..., filled] for the S slots of `key`: the last S, or ones for those still empty."""
+    if weights is None:
+        return None
+    slots, filled = key.shape[2], weights.shape[-1]
+    weights = weights[..., -slots:] if filled > slots else F.pad(weights, (0, slots - filled), value=1.0)
+    return weights.to(key.device)
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class ImageHead:
+    """The way of image tokens through a model that keeps them apart from its text vocabulary.
+
+    Attributes:
+        embed: image tokens int64 [rows, n] -> [rows, n, width].
+        backbone: takes `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and what
+            it hands on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
+        logits: [rows, n, width] -> [rows, n, V], the logits of the image codes.
+        vocab_size: V.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    backbone: nn.Module
+    logits: Callable[[Tensor], Tensor]
+    vocab_size: int
+
+    @classmethod
+    def janus(cls, model: Any) -> ImageHead:
+        """The image head of a `JanusForConditionalGeneration`."""
+        return cls(
+            embed=model.prepare_embeddings_for_image_generation,
+            backbone=model.model.language_model,
+            logits=model.model.generation_head,
+            vocab_size=model.config.vq_config.num_embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a batch is conditioned on.
+
+    Attributes:
+        input_ids: int64 [B, L], the conditional prompts, left-padded where `attention_mask` [B, L] is 0.
+        unconditional_ids: int64 [1 or B, U], one for all or one a prompt, of any length, left-padded where
+            `unconditional_mask` is 0. Needed where guidance is active.
+    """
+
+    input_ids: Tensor
+    unconditional_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    unconditional_mask: Tensor | None = None
+
+
+class PromptCondition(Condition):
+    """Prompts of all rows in one left-padded batch, and behind them the tokens that were fed.
+
+    Attributes:
+        sequence: int64 [rows, slots + T]; a pass writes the tokens that it feeds.
+        prompt_slots: L, what the conditional prompts took before they were padded to the length of the others.
+    """
+
+    padding: Tensor
+
+    def __init__(self, ids: Tensor, padding: Tensor, prompt_slots: int, num_tokens: int) -> None:
+        super().__init__(len(ids), ids.shape[1], num_tokens, padding)
+        self.padded = bool(padding.any())
+        self.prompt_slots = prompt_slots
+        self.sequence = F.pad(ids, (0, num_tokens))
+
+    def __getitem__(self, rows: slice) -> PromptCondition:
+        """See `Condition.__getitem__`; no token was fed yet."""
+        ids = self.sequence[rows, : self.slots]
+        return PromptCondition(ids, self.padding[rows], self.prompt_slots, self.num_tokens)
+
+    def conditional(self, batch: int, fed: int = 0) -> Tensor:
+        """The conditional prompts as they were given and the first `fed` tokens behind them, [batch, L + fed]."""
+        return self.sequence[:batch, self.slots - self.prompt_slots : self.slots + fed]
+
+
+class TransformersGenerator(Generator):
+    """A causal language model of transformers as a generator, for `softcfg.trace` and for `decode` below.
+
+    Args:
+        model: of transformers; for SoftCFG with `model.set_attn_implementation("softcfg")`.
+        num_tokens: T, tokens to draw after a prompt.
+        head: for models whose image tokens have an embedding and a head of their own. None: token ids go in,
+            `logits` come out.
+        code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
+            end of image) are never weighted.
+        logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
+            before temperature, top-k and top-p; returns what takes their place.
+        cache: "dynamic" or "static".
+        pad_token_id: fills the shorter prompts on the left; no query sees it.
+
+    Raises:
+        UserError: `cache` or `code_steps` are none of these.
+    """
+
+    slots_by_row = False
+
+    def __init__(
+        self,
+        model: Any,
+        num_tokens: int,
+        *,
+        head: ImageHead | None = None,
+        code_steps: Tensor | None = None,
+        logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+        cache: str = "dynamic",
+        pad_token_id: int = 0,
+    ) -> None:
+        super().__init__()
+        if cache not in ("dynamic", "static"):
+            raise UserError(f"cache must be 'dynamic' or 'static', got {cache!r}")
+        if code_steps is not None and (code_steps.dtype != torch.bool or code_steps.shape != (num_tokens,)):
+            raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
+        self.model = model
+        self.num_tokens = num_tokens
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size if head is None else head.vocab_size
+        self.head = head
+        self.code_steps = code_steps
+        self.logits_processor = logits_processor
+        self.cache = cache
+        self.pad_token_id = pad_token_id
+        module = model if head is None else head.backbone
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._arguments = {parameter.name for parameter in parameters}
+        self._takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    def condition(self, inputs: Prompts, *, guided: bool) -> PromptCondition:
+        """See `Generator.condition`.
+
+        Raises:
+            UserError: ids or masks do not fit, or the unconditional prompts are missing.
+        """
+        branches = [self._prompts("input_ids", inputs.input_ids, inputs.attention_mask)]
+        batch, prompt_slots = branches[0][0].shape
+        if guided:
+            if inputs.unconditional_ids is None:
+                raise UserError("guidance needs unconditional_ids")
+            branches.append(self._prompts("unconditional_ids", inputs.unconditional_ids, inputs.unconditional_mask))
+            if len(branches[1][0]) not in (1, batch):
+                raise UserError(
+                    f"unconditional_ids must have 1 row or {batch}, one a prompt, got {len(branches[1][0])}"
+                )
+        slots = max(ids.shape[1] for ids, _ in branches)
+        rows, padding = [], []
+        for ids, leading in branches:
+            short = slots - ids.shape[1]
+            rows.append(F.pad(ids, (short, 0), value=self.pad_token_id).expand(batch, -1))
+            padding.append((leading + short).expand(batch))
+        return PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens)
+
+    def forward(
+        self,
+        condition: Condition,
+        tokens: Tensor,
+        *,
+        cache: Any = None,
+        slot: int | Tensor = 0,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `Generator.forward`. A pass goes on where the cache ends.
+
+        Raises:
+            UserError: no attention layer sees the weights, or rows have slots of their own.
+        """
+        assert isinstance(condition, PromptCondition)
+        if isinstance(slot, Tensor):
+            raise UserError(
+                "caches of transformers have one length for all rows: steps cannot be static or speculative"
+            )
+        first = max(slot, condition.slots)  # slot of the first token
+        filled = first + tokens.shape[1]
+        condition.sequence[:, first:filled] = tokens
+        weights = {}
+        if tokens.shape[1]:  # prompts are never weighted
+            given = {"value_weights": value_weights, "key_weights": key_weights}
+            weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
+
+        inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        if condition.padded:
+            slots = torch.arange(filled, device=tokens.device)
+            inputs["attention_mask"] = (slots >= condition.padding[:, None]).long()
+        if "position_ids" in self._arguments:
+            inputs["position_ids"] = pass_slots(slot, filled - slot, condition.padding)
+        before = _weighted_layers.get()
+        logits = self._logits(condition.sequence[:, slot:first], tokens, condition.first_predicting(slot), inputs)
+        if weights and _weighted_layers.get() == before:
+            raise UserError(
+                f"no attention layer of {type(self.model).__name__} saw the weights of SoftCFG: call "
+                f"model.set_attn_implementation({ATTENTION!r}) first; if that was done, its layers do not hand "
+                "keyword arguments to transformers' AttentionInterface"
+            )
+        return logits.to(tokens.device)
+
+    def new_cache(self, condition: Condition) -> Any:
+        """An empty cache of transformers for the rows of `condition`."""
+        if self.cache == "static":
+            return StaticCache(config=self.model.config, max_cache_len=condition.cache_slots)
+        return DynamicCache(config=self.model.config)
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], behind the tokens that were fed."""
+        assert isinstance(condition, PromptCondition)
+        if not self.logits_processor:
+            return logits
+        processed = []
+        for step, scores in zip(steps.tolist(), logits.unbind(1), strict=True):
+            for processor in self.logits_processor:
+                scores = processor(condition.conditional(len(logits), step), scores)
+            processed.append(scores)
+        return torch.stack(processed, dim=1)
+
+    def is_code(self, steps: Tensor, condition: Condition) -> Tensor | None:
+        """See `Generator.is_code`."""
+        return None if self.code_steps is None else self.code_steps.to(steps.device)[steps]
+
+    def _prompts(self, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        """Checked ids [B, L] on the device of the model, and the number of leading slots [B] that are padding."""
+        ids = as_ids(ids, name, self.model.get_input_embeddings().num_embeddings).to(self.device)
+        visible = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).to(self.device).long()
+        if ids.dim() != 2 or not ids.numel() or visible.shape != ids.shape:
+            raise UserError(f"{name} and their mask must be [B, L], got {list(ids.shape)} and {list(visible.shape)}")
+        if not visible[:, -1].all() or (visible.diff(dim=1) < 0).any():
+            raise UserError(f"{name} must be padded on the left")
+        return ids, (visible == 0).sum(dim=1)
+
+    def _logits(self, prompt: Tensor, tokens: Tensor, first: int, inputs: dict[str, Any]) -> Tensor:
+        """Logits behind the inputs from index `first` on; `prompt` [rows, 0] where it was fed before."""
+        if self.head is None:
+            ids = torch.cat((prompt, tokens), dim=1)
+            if "logits_to_keep" in self._arguments:
+                inputs["logits_to_keep"] = ids.shape[1] - first
+                return self.model(input_ids=ids, **inputs).logits
+            return self.model(input_ids=ids, **inputs).logits[:, first:]
+        parts = [self.model.get_input_embeddings()(prompt)] if prompt.shape[1] else []
+        parts += [self.head.embed(tokens)] if tokens.shape[1] else []
+        hidden = self.head.backbone(inputs_embeds=torch.cat(parts, dim=1), **inputs).last_hidden_state
+        return self.head.logits(hidden[:, first:])
+
+
+@torch.no_grad()  # not inference_mode: the tokens may go on into the caller's autograd
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    guidance: CFG,
+    *,
+    num_tokens: int,
+    unconditional_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    unconditional_mask: Tensor | None = None,
+    image_codes: Tensor | Sequence[int] | None = None,
+    head: ImageHead | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    stopping_criteria: Sequence[Callable[[Tensor, None], Tensor]] = (),
+    pad_token_id: int = 0,
+    cache: str | Any = "dynamic",
+) -> Tensor:
+    """Draw image tokens after prompts.
+
+    Args:
+        model, head, logits_processor: see `TransformersGenerator`.
+        input_ids, unconditional_ids, attention_mask, unconditional_mask: see `Prompts`.
+        guidance: `CFG` or `SoftCFG`; inactive guidance (scale 0 or 1) needs no unconditional prompt.
+        num_tokens: T, tokens to draw; the guidance schedule runs over them.
+        image_codes: which tokens get a confidence: their ids, or bool [T], the steps that draw one. None: all.
+            The slots of other tokens (line ends, end of image) are never weighted.
+        sampling: temperature, top-k and top-p; by default temperature 1 alone.
+        seed, indices: row b is image `indices[b]` (by default b) of `seed`; see `image_uniforms`.
+        stopping_criteria: called with the prompts and tokens so far and None after every step; rows for which one
+            returns True (bool [B]) get `pad_token_id` from then on, and decoding ends when all rows are done.
+        pad_token_id: also fills the shorter prompts on the left; no query sees it.
+        cache: "dynamic", "static", or an empty cache of transformers with room for the rows of both branches.
+
+    Returns:
+        int64 [B, T], or fewer columns where stopping criteria ended all rows.
+
+    Raises:
+        UserError: prompts, masks, image codes or the cache do not fit, or the weights do not reach the attention.
+    """
+    codes = None if image_codes is None else torch.as_tensor(image_codes)
+    by_step = codes is not None and codes.dtype == torch.bool
+    generator = TransformersGenerator(
+        model,
+        num_tokens,
+        head=head,
+        code_steps=codes if by_step else None,
+        logits_processor=logits_processor,
+        cache=cache if isinstance(cache, str) else "dynamic",
+        pad_token_id=pad_token_id,
+    )
+    if codes is not None and not by_step:
+        codes = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
+    prompts = Prompts(input_ids, unconditional_ids, attention_mask, unconditional_mask)
+    condition = generator.condition(prompts, guided=guidance.is_active)
+    decoder = Decoder(generator, condition, guidance, sampling or Sampling())
+    if not isinstance(cache, str):
+        if cache.get_seq_length():
+            raise UserError("the cache must be empty")
+        decoder.cache = cache
+
+    batch = decoder.batch
+    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens).to(generator.device)
+    done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
+    tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
+    for step in range(num_tokens):
+        drawn = draw(decoder.predict(step, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
+        decoder.record(step, drawn)
+        if codes is not None and not by_step:
+            decoder.confidence[:, step] *= torch.isin(drawn, codes)
+        tokens[:, step] = drawn
+        for criterion in stopping_criteria:
+            so_far = torch.cat((condition.conditional(batch), tokens[:, : step + 1]), dim=1)
+            done = done | criterion(so_far, None).to(done.device)
+        if len(stopping_criteria) and done.all():
+            return tokens[:, : step + 1]
+    return tokens
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    guidance: CFG,
+    unconditional_ids: Tensor | None = None,
+    unconditional_mask: Tensor | None = None,
+    image_codes: Tensor | Sequence[int] | None = None,
+    head: ImageHead | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """The decoding loop for `model.generate(..., custom_generate=generate, guidance=..., unconditional_ids=...)`.
+
+    Length, temperature, top-k, top-p, greedy decoding (`do_sample=False`), token rules, stopping and the cache
+    (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is as in `decode`.
+
+    Returns:
+        int64 [B, L + T], the prompts and the drawn tokens after them.
+
+    Raises:
+        UserError: as `decode`; or the call asks for something else than one sequence of ids a row.
+    """
+    config = generation_config
+    for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("return_dict_in_generate", False)):
+        if getattr(config, name) not in (None, usual):
+            raise UserError(f"{name}={getattr(config, name)} does not go with softcfg's decoding")
+    attention_mask = model_kwargs.pop("attention_mask", None)
+    cache = model_kwargs.pop("past_key_values", None)
+    if cache is None:
+        raise UserError("softcfg's decoding needs the cache: leave use_cache on")
+    if not getattr(cache, "_is_user_defined", False):  # made by `generate` for the conditional rows alone
+        cache = "static" if isinstance(cache, StaticCache) else "dynamic"
+    derived = ("position_ids", "logits_to_keep", "use_cache")
+    given = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) or value]
+    unknown = [name for name in given if name not in derived]
+    if unknown:
+        raise UserError(f"softcfg's decoding takes token ids alone, not {', '.join(unknown)}")
+
+    copies = config.num_return_sequences or 1
+    if unconditional_ids is not None and len(unconditional_ids) > 1:
+        unconditional_ids = unconditional_ids.repeat_interleave(copies, dim=0)
+        if unconditional_mask is not None:
+            unconditional_mask = unconditional_mask.repeat_interleave(copies, dim=0)
+    if config.do_sample:
+        sampling = Sampling(config.temperature or 1.0, config.top_k or 0, config.top_p or 1.0)
+    else:
+        sampling = Sampling(top_k=1)
+    # `Sampling` does what these do.
+    warpers = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    pad = config.pad_token_id if config.pad_token_id is not None else end
+    tokens = decode(
+        model,
+        input_ids,
+        guidance,
+        num_tokens=config.max_length - input_ids.shape[1],
+        unconditional_ids=unconditional_ids,
+        attention_mask=attention_mask,
+        unconditional_mask=unconditional_mask,
+        image_codes=image_codes,
+        head=head,
+        sampling=sampling,
+        seed=seed,
+        indices=indices,
+        logits_processor=[processor for processor in logits_processor if not isinstance(processor, warpers)],
+        # An image head's tokens are no text, and none of them is the end of it.
+        stopping_criteria=[c for c in stopping_criteria if head is None or not isinstance(c, EosTokenCriteria)],
+        pad_token_id=pad or 0,
+        cache=cache,
+    )
+    return torch.cat((input_ids, tokens.to(input_ids.device)), dim=1)

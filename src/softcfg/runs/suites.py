@@ -1,0 +1,143 @@
+"""Benchmarks of text-to-image models: their prompts, and pictures laid out as their own scorers expect.
+
+DPG-Bench (https://github.com/TencentQQGYLab/ELLA): a text file a prompt; a picture of 2 x 2 images, without gaps, under
+the name of the prompt's file. GenEval (https://github.com/djghosh13/geneval): the lines of `evaluation_metadata.jsonl`;
+a numbered folder a line with the line itself and four images.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softcfg.errors import UserError
+from softcfg.files import make_folder, write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IMAGES_PER_PROMPT = 4
+
+
+class Suite(ABC):
+    """The prompts of a benchmark.
+
+    Args:
+        source: the folder of the prompts.
+
+    Attributes:
+        prompts: one text a prompt.
+        scorer: the command that scores the pictures in {folder}, of {size} pixels.
+
+    Raises:
+        UserError: no prompts there, or a file that cannot be read.
+    """
+
+    scorer: str
+
+    def __init__(self, source: str | Path) -> None:
+        self.prompts = self.read(Path(source))
+
+    @abstractmethod
+    def read(self, source: Path) -> list[str]:
+        """Read the prompts."""
+
+    @abstractmethod
+    def files(self, folder: Path, number: int) -> list[Path]:
+        """Where the pictures of a prompt go."""
+
+    @abstractmethod
+    def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
+        """Write the four images, uint8 [H, W, 3], of a prompt; every file whole or not at all."""
+
+    def is_written(self, folder: Path, number: int) -> bool:
+        """Whether all files of a prompt are there."""
+        return all(path.is_file() for path in self.files(folder, number))
+
+
+class DPGBench(Suite):
+    """DPG-Bench."""
+
+    scorer = "bash dpg_bench/dist_eval.sh {folder} {size}"
+
+    def read(self, source: Path) -> list[str]:
+        """See `Suite.read`."""
+        paths = sorted(source.glob("*.txt"))
+        if not paths:
+            raise UserError(f"{source} holds no prompts: DPG-Bench has one .txt file for each")
+        self.names = [path.stem for path in paths]
+        prompts = [" ".join(_text(path).split()) for path in paths]
+        if "" in prompts:
+            raise UserError(f"{paths[prompts.index('')]} is empty")
+        return prompts
+
+    def files(self, folder: Path, number: int) -> list[Path]:
+        """See `Suite.files`."""
+        return [folder / f"{self.names[number]}.png"]
+
+    def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
+        """See `Suite.write`."""
+        import numpy as np
+
+        rows = [np.concatenate(images[i : i + 2], axis=1) for i in (0, 2)]
+        write_atomically(self.files(folder, number)[0], _png(np.concatenate(rows)))
+
+
+class GenEval(Suite):
+    """GenEval."""
+
+    scorer = "python evaluation/evaluate_images.py {folder} --outfile results.jsonl --model-path DETECTOR"
+
+    def read(self, source: Path) -> list[str]:
+        """See `Suite.read`."""
+        path = source / "evaluation_metadata.jsonl"
+        self.lines = [line for line in _text(path).splitlines() if line.strip()]
+        if not self.lines:
+            raise UserError(f"{path} is empty")
+        prompts = [_prompt_of(line) for line in self.lines]
+        if None in prompts:
+            raise UserError(f"{path}: line {prompts.index(None) + 1} is no JSON object with a prompt")
+        return [prompt for prompt in prompts if prompt is not None]
+
+    def files(self, folder: Path, number: int) -> list[Path]:
+        """See `Suite.files`."""
+        place = folder / f"{number:05d}"
+        samples = [place / "samples" / f"{i:04d}.png" for i in range(IMAGES_PER_PROMPT)]
+        return [*samples, place / "metadata.jsonl"]
+
+    def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
+        """See `Suite.write`."""
+        *samples, metadata = self.files(folder, number)
+        make_folder(samples[0].parent)
+        for path, image in zip(samples, images, strict=True):
+            write_atomically(path, _png(image))
+        write_atomically(metadata, f"{self.lines[number]}\n".encode())
+
+
+SUITES: dict[str, type[Suite]] = {"dpg": DPGBench, "geneval": GenEval}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _prompt_of(line: str) -> str | None:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return prompt if isinstance(prompt, str) else None
+
+
+def _png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    from softcfg.images import png_bytes
+
+    return png_bytes(Image.fromarray(image))

@@ -1,0 +1,523 @@
+"""A sweep: trials of settings, each a run folder that is drawn and measured, shared by any number of processes.
+
+What there is to know lies in an Optuna study, so a process may end at any moment. A trial that nobody works on
+any more is taken up where it stopped, under its own number: its parameters are stored or proposed again, its images
+are continued like any run, and the metrics that were measured are not measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from softcfg.decoding.randomness import check_word
+from softcfg.errors import UserError
+from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
+from softcfg.evaluation.protocol import FRECHET
+from softcfg.files import make_folder
+from softcfg.pipeline import Pipeline
+from softcfg.runs.folder import SHARDS, RunFolder
+from softcfg.runs.lock import Lock, holder
+from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
+from softcfg.runs.settings import run_settings
+from softcfg.runs.worker import Artist, Progress, draw_shards
+from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
+from softcfg.zoo.registry import find
+
+TRIALS = "trials"  # the folder of the run folders
+DATABASE = "study.db"
+RUNGS = (8, 4, 2)  # the shares of the samples, one in so many, at which a trial may be stopped
+RIVALS = 4  # trials that must have come as far before one is stopped
+DEFAULT_TRIALS = 50
+LONGEST_LABELS = 10_000  # characters
+BLANK = 4  # images to see which metrics there are; precision needs as many
+BEAT = 20.0  # seconds between two signs of life
+GRACE = 120.0  # seconds without one after which a trial of another machine is taken up
+LOOK = 1.0  # seconds between two looks at the other processes' trials
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished trial.
+
+    Attributes:
+        trial: its number.
+        stopped: whether it was stopped early.
+        samples: images that the metrics are of; those of a stopped trial compare only with others of as many.
+        settings: the settings that were searched.
+        metrics: by name; of a stopped trial the objective alone.
+        command: what draws its images again.
+    """
+
+    trial: int
+    stopped: bool
+    samples: int
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+    command: str
+
+
+class Sweep:
+    """A search for the settings with the best metric.
+
+    Attributes:
+        folder: where the runs, the study and the results are.
+        objective: the metric to improve, and `minimize`, whether less of it is better.
+        metrics: all that are measured, the objective first.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: str | Path,
+        search: Mapping[str, Values],
+        *,
+        fixed: Mapping[str, Any] | None = None,
+        objective: str = "fid",
+        metrics: Sequence[str] | None = None,
+        reference: str | Path | None = None,
+        extractor: str | Extractor = "inception",
+        num_samples: int = 1000,
+        batch_size: int | None = None,
+        labels: Sequence[int] | str | None = None,
+        seed: int = 0,
+        sampler: str = "tpe",
+        sampler_seed: int = 0,
+        early_stop: float | None = None,
+        rungs: Sequence[int] | None = None,
+        discard_images: bool = False,
+        storage: str | None = None,
+        study: str | None = None,
+        pipeline: Pipeline | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        generator_checkpoint: str | Path | None = None,
+        tokenizer_checkpoint: str | Path | None = None,
+        cache: str | Path | None = None,
+        feature_batch_size: int = 64,
+    ) -> None:
+        """Begin a sweep, or join or continue the one of that name.
+
+        Args:
+            folder: for the results and the images.
+            model: as in `Pipeline.from_pretrained`, and so are the next settings of that name.
+            search: the settings to search, fields of `SoftCFG` and `Sampling`, or "preset": a `Range` or a list each.
+            fixed: settings that all trials share, on top of what suits the model.
+            objective: the metric to improve.
+            metrics: what else to measure; by default all that can be measured.
+            reference, extractor: as in `evaluate`; so are `cache` and `feature_batch_size`, there `batch_size`.
+            num_samples: images of a trial.
+            batch_size: images drawn at once; at most 100 by default.
+            labels: class ids that the images take in turn, all by default, or "random".
+            seed: all trials draw image n from the same random stream (seed, n).
+            sampler: "tpe", "random" or "grid"; `sampler_seed` decides the proposals.
+            early_stop: stop a trial at a rung unless it is among the best of this share of the trials that came as
+                far, in (0, 1); None stops none.
+            rungs: numbers of samples at which to look, rounded up to whole batches; an eighth, a quarter and half.
+            discard_images: keep the settings of finished trials, but not their images.
+            storage: an Optuna storage URL; by default an SQLite file in `folder`.
+            study: name of the study in the storage; by default that of the folder.
+            pipeline: the model, if it is loaded already.
+
+        Raises:
+            UserError: a setting is out of its range, the metric cannot be measured, or the study is another sweep's.
+        """
+        self.folder = Path(folder)
+        self.space = Space(search)
+        self.fixed = {setting_named(name): value for name, value in (fixed or {}).items()}
+        self.objective = find({name: name for name in METRICS}, objective, "there is no metric named")
+        self.minimize = self.objective in FRECHET
+        self.sampler = sampler
+        self.sampler_seed = sampler_seed
+        self.num_samples = num_samples
+        self.early_stop = early_stop
+        self.discard_images = discard_images
+        if both := self.fixed.keys() & self.space.search.keys():
+            raise UserError(f"{min(both)} is both fixed and searched")
+        if sampler not in SAMPLERS:
+            raise UserError(f"there is no sampler named {sampler!r}; known: {', '.join(SAMPLERS)}")
+        check_word(seed, "seed")
+        check_word(sampler_seed, "the seed of the sampler")
+        self.points = math.prod(map(len, self.space.grid())) if sampler == "grid" else None
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        batch_size = min(num_samples, 100) if batch_size is None else batch_size
+        self.rungs = _rungs(num_samples, batch_size, early_stop, rungs)
+
+        self.pipeline = pipeline or Pipeline.from_pretrained(
+            model,
+            device=device,
+            dtype=dtype,
+            generator_checkpoint=generator_checkpoint,
+            tokenizer_checkpoint=tokenizer_checkpoint,
+        )
+        if not self.pipeline.generator.num_classes:
+            raise UserError(f"{model} draws from prompts; a sweep needs a model that draws classes")
+        for corner in self.space.corners():
+            methods(self.pipeline, {**self.fixed, **corner})
+        words = ["softcfg", "sample", str(model)]
+        for flag, given in (
+            ("--generator-checkpoint", generator_checkpoint),
+            ("--tokenizer-checkpoint", tokenizer_checkpoint),
+        ):
+            words += [flag, str(given)] if given else []
+        kind = str(dtype).removeprefix("torch.")
+        chosen = list(range(self.pipeline.generator.num_classes)) if labels is None else labels
+        words += ["--dtype", kind] if kind != "float32" else []
+        words += ["--labels", _labels_text(labels), "--num-samples", str(num_samples)]
+        self._words = [*words, "--batch-size", str(batch_size), "--seed", str(seed), "--no-png", "--no-compare"]
+        self._run = run_settings(
+            model,
+            self.pipeline,
+            *methods(self.pipeline, self.fixed),
+            labels=chosen,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=kind,
+            generator_checkpoint=generator_checkpoint,
+            tokenizer_checkpoint=tokenizer_checkpoint,
+        )
+        device = self.pipeline.generator.device
+        self._extractor = load_extractor(extractor, None, device) if isinstance(extractor, str) else extractor
+        self._reference = reference
+        self._cache = cache
+        self._feature_batch_size = feature_batch_size
+        # What cannot be measured is refused before anything is drawn.
+        wanted = None if metrics is None else [self.objective, *metrics]
+        side = self.pipeline.tokenizer.image_size
+        blank = np.zeros((BLANK, side, side, 3), dtype=np.uint8)
+        report = self._measure(blank, wanted, labels=[0] * BLANK)
+        if self.objective not in report.metrics:
+            self._measure(blank, [self.objective], labels=[0] * BLANK)  # says why
+        self.metrics = list(dict.fromkeys([self.objective, *report.metrics]))
+        make_folder(self.folder)
+        self.settings = self._describe(report.settings)
+        self.study = _open_study(
+            storage or f"sqlite:///{(self.folder / DATABASE).resolve()}",
+            study or self.folder.resolve().name,
+            self.minimize,
+            self.settings,
+        )
+
+    def _describe(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides the results; `measured` are the settings of a report."""
+        reference = measured["reference"]
+        settings = {
+            "run": {name: value for name, value in self._run.items() if name not in NOT_IN_IMAGES},
+            "search": self.space.describe(),
+            "objective": self.objective,
+            "metrics": self.metrics,
+            "sampler": self.sampler,
+            "sampler_seed": self.sampler_seed,
+            "early_stop": self.early_stop,
+            "samples": [*self.rungs, self.num_samples],
+            "reference_sha256": reference and reference["sha256"],
+            "extractor": {name: measured["extractor"][name] for name in ("name", "identity", "dtype")},
+        }
+        return json.loads(json.dumps(settings))
+
+    def _measure(self, samples: Any, metrics: Sequence[str] | None, labels: Sequence[int] | None = None) -> Report:
+        return evaluate(
+            samples,
+            self._reference,
+            self._extractor,
+            metrics,
+            labels=labels,
+            device=self._extractor.device,
+            batch_size=self._feature_batch_size,
+            cache=self._cache,
+        )
+
+    def run(
+        self, trials: int | None = None, *, on_trial: Callable[[Row], None] | None = None, progress: bool = False
+    ) -> None:
+        """Work on the trials 0 .. `trials` - 1 until all are finished, by this process or another.
+
+        Args:
+            trials: in all, of all processes and starts; by default the whole grid, or 50.
+            on_trial: called with every trial that is finished, those of other processes included.
+            progress: show bars.
+
+        Raises:
+            UserError: a trial cannot be drawn or measured; it is taken up by the next start.
+        """
+        limit = DEFAULT_TRIALS if trials is None else trials
+        if self.points is not None:
+            limit = self.points if trials is None else min(trials, self.points)
+        if limit < 1:
+            raise UserError(f"the number of trials must be at least 1, got {limit}")
+        told: set[int] = set()
+
+        def tell() -> None:
+            for row in self.rows():
+                if row.trial < limit and row.trial not in told:
+                    told.add(row.trial)
+                    if on_trial is not None:
+                        on_trial(row)
+
+        tell()
+        while not self._all_finished(limit):
+            if (claim := self._take(limit)) is None:
+                time.sleep(LOOK)
+            else:
+                trial, lock = claim
+                with lock, contextlib.suppress(UpdateFinishedTrialError):  # another machine was faster
+                    self._work(trial, progress=progress)
+            tell()
+
+    def rows(self) -> list[Row]:
+        """The finished trials by number."""
+        rows = []
+        for trial in self.study.get_trials(deepcopy=False):
+            samples = trial.last_step
+            stopped = trial.state == TrialState.PRUNED
+            if samples is not None and (stopped or trial.state == TrialState.COMPLETE):
+                value = trial.intermediate_values[samples]
+                rows.append(
+                    Row(
+                        trial.number,
+                        stopped,
+                        samples,
+                        self.space.settings(trial.params),
+                        {self.objective: value} if stopped else trial.user_attrs["metrics"],
+                        trial.user_attrs["command"],
+                    )
+                )
+        return rows
+
+    def best(self) -> Row | None:
+        """The trial with the best objective of those that were not stopped; the first of equal ones."""
+        return next(iter(self.ranked()), None)
+
+    def ranked(self) -> list[Row]:
+        """The trials that were not stopped, the best first."""
+        sign = 1 if self.minimize else -1
+        return sorted(
+            (row for row in self.rows() if not row.stopped), key=lambda row: sign * row.metrics[self.objective]
+        )
+
+    def trial_folder(self, number: int) -> Path:
+        """The run folder of a trial."""
+        return self.folder / TRIALS / f"{number:04d}"
+
+    # ---- which trial
+
+    def _all_finished(self, limit: int) -> bool:
+        trials = self.study.get_trials(deepcopy=False)[:limit]
+        return len(trials) == limit and all(trial.state.is_finished() for trial in trials)
+
+    def _take(self, limit: int) -> tuple[Trial, Lock] | None:
+        """A trial to work on: one that nobody works on any more, or a new one; None if there is none now."""
+        trials = self.study.get_trials(deepcopy=False)
+        for trial in trials[:limit]:
+            if not trial.state.is_finished() and self._is_abandoned(trial) and (claim := self._claim(trial)):
+                return claim
+        if len(trials) >= limit:
+            return None
+        owner = self._owner()
+        self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"owner": owner}))
+        trial = next(
+            trial for trial in reversed(self.study.get_trials(deepcopy=False)) if trial.user_attrs.get("owner") == owner
+        )
+        # Several processes may begin the last trial at once. The surplus waits for a start with more trials.
+        return self._claim(trial) if trial.number < limit else None
+
+    def _is_abandoned(self, trial: FrozenTrial) -> bool:
+        owner = trial.user_attrs.get("owner")
+        if owner is None:
+            return True
+        if owner["host"] == socket.gethostname() and Path(owner["folder"]).is_dir():
+            return holder(Path(owner["folder"]) / TRIALS / f"{trial.number:04d}") is None
+        return time.time() - owner["beat"] > GRACE
+
+    def _claim(self, trial: FrozenTrial) -> tuple[Trial, Lock] | None:
+        """Lock the trial's folder; None if another process was faster."""
+        folder = make_folder(self.trial_folder(trial.number))
+        try:
+            lock = Lock(folder)
+        except UserError:
+            if holder(folder) is None:
+                raise
+            return None
+        claimed = Trial(self.study, trial._trial_id)
+        if self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+            lock.release()
+            return None
+        return claimed, lock
+
+    def _owner(self) -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "folder": str(self.folder.resolve()),
+            "beat": time.time(),
+        }
+
+    @contextlib.contextmanager
+    def _alive(self, trial: Trial) -> Iterator[None]:
+        """Give signs of life, for processes of other machines; those of this one look at the lock."""
+        over = threading.Event()
+        trial.set_user_attr("owner", self._owner())
+
+        def beat() -> None:
+            while not over.wait(BEAT):
+                with contextlib.suppress(Exception):  # the storage may be out of reach for a while
+                    trial.set_user_attr("owner", self._owner())
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    # ---- its work
+
+    def _work(self, trial: Trial, *, progress: bool) -> None:
+        with self._alive(trial):
+            found = self.study.get_trials(deepcopy=False)[trial.number]
+            guidance, sampling = methods(self.pipeline, {**self.fixed, **self._settings_of(trial, found)})
+            words = [*self._words, *sample_flags(guidance, sampling)]
+            trial.set_user_attr("command", shlex.join(words))
+            folder = self.trial_folder(trial.number)
+            run = {
+                **self._run,
+                "guidance": {"method": type(guidance).__name__, **asdict(guidance)},
+                "sampling": asdict(sampling),
+                "command": shlex.join([*words, "--output-dir", str(folder)]),
+            }
+            for samples in (*self.rungs, self.num_samples):
+                last = samples == self.num_samples
+                value = found.intermediate_values.get(samples)
+                if value is None:
+                    artist = Artist(self.pipeline, guidance, sampling, run["seed"], run["batch_size"])
+                    self._draw({**run, "num_samples": samples}, artist, trial.number, progress=progress)
+                    report = self._measure(folder, self.metrics if last else [self.objective])
+                    value = report[self.objective]
+                    if last:
+                        trial.set_user_attr("metrics", report.metrics)
+                    trial.report(value, samples)
+                if not last and self._is_hopeless(trial.number, samples, value):
+                    break
+            if self.discard_images:
+                shutil.rmtree(folder / SHARDS, ignore_errors=True)
+        if last:
+            self.study.tell(trial, value, skip_if_finished=True)
+        else:
+            self.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def _settings_of(self, trial: Trial, found: FrozenTrial) -> dict[str, Any]:
+        """The searched settings of a trial, proposed unless all are stored."""
+        params = found.params
+        if params.keys() != self.space.distributions.keys():
+            others = [other for other in self.study.get_trials(deepcopy=False) if other.number != trial.number]
+            params = self.space.propose(self.sampler, self.sampler_seed, trial.number, others, minimize=self.minimize)
+            self.space.store(trial, params)
+        return self.space.settings(params)
+
+    def _draw(self, run: dict[str, Any], artist: Artist, number: int, *, progress: bool) -> None:
+        """Draw what the run lacks."""
+        folder = RunFolder.claim(self.trial_folder(number), run)
+        todo = folder.missing()
+        bar = Progress(folder, todo) if progress and todo else None
+        if bar is not None:
+            bar.bar.set_description(f"trial {number}")
+            bar.bar.leave = False
+        draw_shards(folder, todo, artist, progress=bar)
+
+    def _is_hopeless(self, number: int, samples: int, value: float) -> bool:
+        """Whether too many of the trials that came as far were better there: compared at one number of samples."""
+        if self.early_stop is None:
+            return False
+        rivals = [
+            trial.intermediate_values[samples]
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.number != number and samples in trial.intermediate_values
+        ]
+        better = sum(rival < value if self.minimize else rival > value for rival in rivals)
+        return len(rivals) >= RIVALS and better >= self.early_stop * (len(rivals) + 1)
+
+
+def _rungs(num_samples: int, batch_size: int, early_stop: float | None, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Whole batches, so that no image is drawn twice."""
+    if early_stop is None:
+        if given:
+            raise UserError("rungs mean nothing without early_stop, the share of the trials that go on")
+        return ()
+    if not 0 < early_stop < 1:
+        raise UserError(f"early_stop must be a share between 0 and 1, got {early_stop:g}")
+    looks = [num_samples / part for part in RUNGS] if given is None else list(given)
+    rungs = sorted({math.ceil(look / batch_size) * batch_size for look in looks})
+    if given is None:
+        rungs = [rung for rung in rungs if rung < num_samples]
+    if not rungs or rungs[0] < 1 or rungs[-1] >= num_samples:
+        raise UserError(
+            f"early_stop needs rungs between 0 and {num_samples} samples, in whole batches of {batch_size}; give a "
+            "smaller batch size, or other rungs"
+        )
+    return tuple(rungs)
+
+
+def _labels_text(labels: Sequence[int] | str | None) -> str:
+    """The labels as `softcfg sample` takes them."""
+    if labels is None:
+        return "all"
+    text = RANDOM if isinstance(labels, str) else ",".join(map(str, labels))
+    if len(text) > LONGEST_LABELS:
+        raise UserError(f"{len(labels)} labels do not fit into the command of a row; take all in turn, or random ones")
+    return text
+
+
+def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, Any]) -> optuna.Study:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    try:
+        url = make_url(storage)
+    except ArgumentError:
+        raise UserError(f"{storage!r} is no storage URL such as sqlite:///study.db") from None
+    # SQLite's own patience of 5 s is short for many processes.
+    engine = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
+    for patience in (1, 2, 4, 0):
+        try:
+            with quiet():
+                study = optuna.create_study(
+                    storage=optuna.storages.RDBStorage(storage, engine_kwargs=engine),
+                    study_name=name,
+                    direction="minimize" if minimize else "maximize",
+                    load_if_exists=True,
+                )
+            found = study.user_attrs.get("sweep")
+            if found is None:
+                study.set_user_attr("sweep", settings)
+            break
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, RuntimeError) as error:
+            # Of processes that make the tables of a new storage at the same moment, all but one fail.
+            if not patience:
+                problem = " ".join(str(error).split())[:200]
+                shown = url.render_as_string(hide_password=True)
+                raise UserError(f"the storage {shown} cannot be used: {problem}") from None
+            time.sleep(patience)
+    if found is not None and (differing := differences(found, settings)):
+        raise UserError(f"{name} is a sweep with another {', '.join(differing)}; give another folder or study name")
+    return study

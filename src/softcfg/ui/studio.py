@@ -1,0 +1,682 @@
+"""What the page does, without the page: settings and their links, drawings that are watched and stopped, sessions,
+and what became of each token."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+import time
+import traceback
+import urllib.parse
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from softcfg.errors import UserError
+from softcfg.guidance import CFG, SoftCFG
+from softcfg.inspection import trace
+from softcfg.inspection.measures import grid_of
+from softcfg.inspection.trace import step_weights
+from softcfg.models.base import Condition, Generator
+from softcfg.pipeline import Pipeline
+from softcfg.prompts import as_prompts
+from softcfg.version import __version__
+
+METHODS = {
+    "none": "No guidance",
+    "cfg": "CFG",
+    "softcfg": "SoftCFG",
+    "released": "SoftCFG (released code)",
+}
+CANDIDATES = 8  # codes kept a token
+FRAME_SECONDS = 0.12  # least time between two looks at a drawing
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one visitor, and all together, may take of the host.
+
+    Attributes:
+        seconds: of computation, a drawing.
+        wait: seconds a drawing waits for its model.
+        prompt: characters.
+        pictures: kept a session; the oldest go first.
+        sessions: kept in memory; the least recently used go first.
+        queue: requests that wait at a time; further ones are refused.
+    """
+
+    seconds: float = 120.0
+    wait: float = 60.0
+    prompt: int = 400
+    pictures: int = 24
+    sessions: int = 64
+    queue: int = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the images of one drawing; every method draws the same subject from the same seed.
+
+    Attributes:
+        subject: a class id, or the prompt of a model that takes prompts.
+        methods: keys of `METHODS`.
+        strength, step_norm: of the SoftCFG methods.
+    """
+
+    model: str
+    subject: int | str
+    methods: tuple[str, ...] = ("cfg", "softcfg")
+    scale: float = 4.0
+    power: float = 1.0
+    strength: float = 1.0
+    step_norm: bool = True
+    temperature: float = 1.0
+    seed: int = 0
+
+    def query(self) -> str:
+        """The settings as the query of a link; numbers come back to the last bit."""
+        values = asdict(self)
+        values["methods"] = ",".join(self.methods)
+        values["step_norm"] = int(self.step_norm)
+        return urllib.parse.urlencode(values)
+
+    def guidance(self, method: str, pipeline: Pipeline) -> CFG:
+        """The guidance of one of the methods."""
+        numbers: dict[str, Any] = {"guidance_scale": self.scale, "guidance_scale_pow": self.power}
+        if method == "none":
+            return pipeline.default_guidance(CFG, guidance_scale=1.0)
+        if method == "cfg":
+            return pipeline.default_guidance(CFG, **numbers)
+        preset = SoftCFG.released if method == "released" else SoftCFG.paper
+        return pipeline.default_guidance(preset, strength=self.strength, step_norm=self.step_norm, **numbers)
+
+
+RANGES = {  # of the settings that are numbers
+    "scale": (0.0, 20.0),
+    "power": (0.0, 5.0),
+    "strength": (0.0, 5.0),
+    "temperature": (0.1, 2.0),
+    "seed": (0, 2**32 - 1),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where an image's tokens stand.
+
+    Attributes:
+        front: tokens in front of the rows, which have no place in the image.
+        rows, columns: of the places.
+        stride: tokens a row; those behind the last column (the ends of lines) have no place.
+        total: T, all tokens.
+    """
+
+    front: int
+    rows: int
+    columns: int
+    stride: int
+    total: int
+
+    @classmethod
+    def of(cls, generator: Generator, condition: Condition) -> Grid:
+        """Where the tokens stand that `generator` draws under `condition`."""
+        total = condition.num_tokens
+        codes = generator.is_code(torch.arange(total, device=generator.device), condition)
+        if condition.grid is None or codes is None:
+            # The largest square of the last tokens.
+            front, side = grid_of(total)
+            return cls(front, side, side, side, total)
+        rows, columns = condition.grid
+        places = codes.nonzero()[:, 0].tolist()
+        return cls(places[0], rows, columns, places[columns] - places[0] if rows > 1 else columns, total)
+
+    def place(self, token: int) -> tuple[int, int] | None:
+        """Row and column of a token; None for one without a place."""
+        row, column = divmod(token - self.front, self.stride)
+        return (row, column) if 0 <= row < self.rows and column < self.columns else None
+
+    def arranged(self, per_token: np.ndarray) -> np.ndarray:
+        """Values per token [T] as [rows, columns]."""
+        placed = per_token[self.front : self.front + self.rows * self.stride]
+        return placed.reshape(self.rows, self.stride)[:, : self.columns]
+
+
+@dataclass
+class Inspection:
+    """What a trace says about the tokens of one picture, without its logits [T, V].
+
+    Attributes:
+        confidence, scale: float32 [T].
+        codes: int64 [T, k], the likeliest codes under any of the three distributions, the likeliest first.
+        probabilities: float32 [T, 3, k], conditional, unconditional and guided.
+    """
+
+    guidance: CFG
+    confidence: Tensor
+    scale: Tensor
+    codes: Tensor
+    probabilities: Tensor
+
+    def weights_on_earlier(self, step: int) -> np.ndarray:
+        """The weights that a step puts on the tokens before it: float32 [T], NaN from `step` on."""
+        weights = step_weights(self.confidence[None], self.guidance, torch.tensor([step]))[0, 0].numpy()
+        return np.where(np.arange(len(weights)) < step, weights, np.float32("nan"))
+
+    def weights_of(self, token: int) -> np.ndarray:
+        """The weights that a token got at the steps after its own: float32 [T - 1 - token]."""
+        later = torch.arange(token + 1, len(self.confidence))
+        return step_weights(self.confidence[None], self.guidance, later)[0, :, token].numpy()
+
+
+@dataclass
+class Picture:
+    """A finished image.
+
+    Attributes:
+        number: its number in the session.
+        shot: the number of its drawing; the pictures of one drawing differ in the method alone.
+        settings: of the whole drawing.
+        tokens: int64 [T].
+        pixels: uint8 [H, W, 3].
+    """
+
+    number: int
+    shot: int
+    settings: Settings
+    method: str
+    subject: str
+    grid: Grid
+    tokens: Tensor
+    pixels: np.ndarray
+    inspection: Inspection | None = None
+
+    @property
+    def caption(self) -> str:
+        """What it shows and how it came about, in a line."""
+        parts = [self.subject, METHODS[self.method]]
+        if self.method != "none":
+            parts.append(f"scale {self.settings.scale:g}")
+        return ", ".join([*parts, f"seed {self.settings.seed}"])
+
+    @property
+    def file_name(self) -> str:
+        """Without extension; letters, digits and hyphens alone."""
+        words = f"{self.settings.model}-{self.subject[:40]}-{self.method}-{self.settings.seed}-{self.number}"
+        return "-".join(filter(None, "".join(c if c.isascii() and c.isalnum() else " " for c in words).split()))
+
+    def description(self) -> dict[str, Any]:
+        """The settings for a file beside the image; `link` brings the whole drawing back."""
+        values = {**asdict(self.settings), "method": self.method}
+        del values["methods"]
+        return {"softcfg": __version__, **values, "link": f"?{self.settings.query()}"}
+
+    def json(self) -> str:
+        """The description as text."""
+        return json.dumps(self.description(), indent=2) + "\n"
+
+    def png(self) -> bytes:
+        """The image as a PNG file that holds its description under "softcfg"."""
+        info = PngInfo()
+        info.add_text("softcfg", json.dumps(self.description()))
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels).save(buffer, format="PNG", pnginfo=info)
+        return buffer.getvalue()
+
+
+@dataclass
+class Panel:
+    """One method's image while it is drawn: `done` of `total` tokens, and their pixels uint8 [H, W, 4], clear where
+    no token was drawn yet."""
+
+    method: str
+    total: int
+    done: int = 0
+    pixels: np.ndarray | None = None
+    picture: Picture | None = None
+
+
+@dataclass
+class Session:
+    """What the server keeps of one visitor.
+
+    Attributes:
+        pictures: by their number, the oldest first.
+        panels: the drawing that is on the page, of the settings `shown`.
+        chosen: picture number and token that are looked into.
+        note: how the last drawing ended.
+    """
+
+    pictures: OrderedDict[int, Picture] = field(default_factory=OrderedDict)
+    drawing: Drawing | None = None
+    panels: list[Panel] = field(default_factory=list)
+    shown: Settings | None = None
+    chosen: tuple[int, int] | None = None
+    note: str = ""
+    drawn: int = 0
+    shots: int = 0
+
+    def picture(self, number: int) -> Picture:
+        """Raises `UserError` where it is gone."""
+        if number not in self.pictures:
+            raise UserError("That picture is no longer kept; draw it again with its settings link.")
+        return self.pictures[number]
+
+    def show_again(self, number: int) -> Settings:
+        """Put the drawing of a kept picture back on the page and return its settings.
+
+        Raises:
+            UserError: the picture is gone, or a drawing is under way.
+        """
+        picture = self.picture(number)
+        if self.drawing is not None and self.drawing.active:
+            raise UserError("A drawing is under way; stop it first or wait for it.")
+        shot = [other for other in self.pictures.values() if other.shot == picture.shot]
+        self.panels = [Panel(other.method, other.grid.total, other.grid.total, picture=other) for other in shot]
+        self.shown, self.chosen, self.note = picture.settings, None, ""
+        return picture.settings
+
+    def choose(self, picture: Picture, token: int) -> None:
+        """Look into a token; raises `UserError` where the picture has no such token."""
+        if not 0 <= token < len(picture.tokens):
+            raise UserError(f"The picture has tokens 0 to {len(picture.tokens) - 1}, not {token}.")
+        self.chosen = (picture.number, token)
+
+    def archive(self) -> bytes:
+        """All pictures with their settings as a ZIP file."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as file:
+            for picture in self.pictures.values():
+                file.writestr(f"{picture.file_name}.png", picture.png())
+                file.writestr(f"{picture.file_name}.json", picture.json())
+        return buffer.getvalue()
+
+
+class Model:
+    """A pipeline that computes for one visitor at a time."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.lock = threading.Lock()
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the subject is a prompt rather than a class."""
+        return self.pipeline.prompt_reader is not None
+
+    @property
+    def subjects(self) -> list[str]:
+        """The names of the classes."""
+        names = self.pipeline.classes
+        return list(names) if names else [f"Class {label}" for label in range(self.pipeline.generator.num_classes)]
+
+    def name_of(self, subject: int | str) -> str:
+        """The class's name, or the prompt itself."""
+        return subject if isinstance(subject, str) else self.subjects[subject]
+
+    def inputs(self, subject: int | str) -> list[Any]:
+        """The subject as the generator takes it."""
+        pipeline = self.pipeline
+        if pipeline.prompt_reader is None:
+            return [subject]
+        return pipeline.prompt_reader.read(as_prompts(subject), pipeline.generator, pipeline.tokenizer)
+
+    def defaults(self, name: str) -> Settings:
+        """The settings that suit the model."""
+        suited = self.pipeline.sampling_defaults
+        return Settings(
+            name,
+            "" if self.takes_prompts else 0,
+            scale=float(suited.get("guidance_scale", 4.0)),
+            power=float(suited.get("guidance_scale_pow", 1.0)),
+            temperature=float(suited.get("temperature", 1.0)),
+        )
+
+
+class Canvas:
+    """Where the images of one subject are drawn."""
+
+    def __init__(self, model: Model, subject: int | str) -> None:
+        self.pipeline = model.pipeline
+        self.condition = self.pipeline.generator.condition(model.inputs(subject), guided=False)
+        self.grid = Grid.of(self.pipeline.generator, self.condition)
+
+    def sketch(self, tokens: Tensor) -> np.ndarray:
+        """The image of the first n tokens [n], n >= 1, as uint8 [H, W, 4], clear where tokens are missing."""
+        grid, tokenizer = self.grid, self.pipeline.tokenizer
+        # What is missing takes the newest code: the decoder looks beyond the edge of what is drawn.
+        newest = max((token for token in range(len(tokens)) if grid.place(token)), default=0)
+        filled = torch.cat((tokens, tokens[newest : newest + 1].expand(grid.total - len(tokens))))
+        codes = self.pipeline.generator.image_codes(filled[None], self.condition)
+        pixels = tokenizer.to_uint8(tokenizer.decode(codes, self.condition.grid))[0].cpu().numpy()
+        height, width = pixels.shape[:2]
+        drawn = grid.arranged(np.arange(grid.total) < len(tokens))
+        mask = drawn.repeat(height // grid.rows, axis=0).repeat(width // grid.columns, axis=1)
+        return np.dstack((pixels, np.uint8(255) * mask.astype(np.uint8)))
+
+
+class Stopped(Exception):  # noqa: N818 - no error
+    """The visitor stopped the drawing, or left."""
+
+
+class Drawing:
+    """One drawing, computed in a thread of its own and looked at from others; `stop` ends it at the next token."""
+
+    def __init__(self, model: Model, settings: Settings, limits: Limits) -> None:
+        self.settings = settings
+        self.stopped = False
+        self.seconds = 0.0
+        self.waiting = True
+        self.outputs: dict[str, tuple[Tensor, np.ndarray]] = {}
+        self._model = model
+        self._limits = limits
+        self._so_far: dict[str, Tensor] = {}
+        self._error: UserError | None = None
+        self._stop = threading.Event()
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="softcfg-drawing")
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still waiting or computing."""
+        return not self._finished.is_set()
+
+    def start(self) -> None:
+        """Begin to wait for the model, then to compute."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the computation at the next token; what was finished stays."""
+        self._stop.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the end, at most `timeout` seconds; returns whether it has come."""
+        return self._finished.wait(timeout)
+
+    def check(self) -> None:
+        """Raise the `UserError` that the drawing ended with, if it did."""
+        if self._error is not None:
+            raise self._error
+
+    def tokens(self, method: str) -> Tensor | None:
+        """The tokens of a method so far, int64 [n] with n >= 1."""
+        return self._so_far.get(method)
+
+    def _run(self) -> None:
+        try:
+            self._take_turn()
+            try:
+                self.waiting = False
+                start = time.monotonic()
+                for method in self.settings.methods:
+                    self._draw(method, start)
+            finally:
+                self._model.lock.release()
+        except Stopped:
+            self.stopped = True
+        except UserError as error:
+            self._error = error
+        except Exception:
+            traceback.print_exc()
+            self._error = UserError("The drawing failed on the server; its log says why.")
+        finally:
+            self._finished.set()
+
+    def _take_turn(self) -> None:
+        deadline = time.monotonic() + self._limits.wait
+        while not self._model.lock.acquire(timeout=0.1):
+            if self._stop.is_set():
+                raise Stopped
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"The model was busy with other visitors for {self._limits.wait:g} seconds; try again later."
+                )
+
+    def _draw(self, method: str, start: float) -> None:
+        settings, pipeline = self.settings, self._model.pipeline
+
+        def look(tokens: Tensor) -> None:
+            self.seconds = time.monotonic() - start
+            self._so_far[method] = tokens[0]
+            if self._stop.is_set():
+                raise Stopped
+            if self.seconds > self._limits.seconds:
+                raise UserError(
+                    f"A drawing may take {self._limits.seconds:g} seconds on this host, and this one was not done by "
+                    f"then; ask for fewer methods at once."
+                )
+
+        output = pipeline(
+            [settings.subject],
+            guidance=settings.guidance(method, pipeline),
+            seed=settings.seed,
+            temperature=settings.temperature,
+            on_tokens=look,
+        )
+        self.seconds = time.monotonic() - start
+        self.outputs[method] = (output.tokens[0], output.pixels[0])
+
+
+class Studio:
+    """The models and the visitors' sessions of one server."""
+
+    def __init__(self, pipelines: Mapping[str, Pipeline], limits: Limits | None = None) -> None:
+        self.models = {name: Model(pipeline) for name, pipeline in pipelines.items()}
+        self.limits = limits or Limits()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def session(self, key: str) -> Session:
+        """The session of that key, begun where there is none."""
+        with self._lock:
+            session = self._sessions.setdefault(key, Session())
+            self._sessions.move_to_end(key)
+            while len(self._sessions) > self.limits.sessions:
+                _, oldest = self._sessions.popitem(last=False)
+                _end(oldest)
+            return session
+
+    def forget(self, key: str) -> None:
+        """End a session: its drawing stops and its pictures go."""
+        with self._lock:
+            session = self._sessions.pop(key, None)
+        if session is not None:
+            _end(session)
+
+    @property
+    def active(self) -> int:
+        """Drawings under way."""
+        with self._lock:
+            drawings = [session.drawing for session in self._sessions.values()]
+        return sum(drawing is not None and drawing.active for drawing in drawings)
+
+    def model(self, name: Any) -> Model:
+        """Raises `UserError` where there is none of that name."""
+        if not isinstance(name, str) or name not in self.models:
+            raise UserError(f"There is no model {name!r} here; there are {', '.join(self.models)}.")
+        return self.models[name]
+
+    def settings(self, **values: Any) -> Settings:
+        """Settings from what a form or a link says, checked; what is missing is as the model has it.
+
+        Raises:
+            UserError: a value is of the wrong kind or out of its range.
+        """
+        unknown = set(values) - set(Settings.__dataclass_fields__)
+        if unknown:
+            raise UserError(f"There is no setting {sorted(unknown)[0]!r}.")
+        name = values.get("model", next(iter(self.models)))
+        model = self.model(name)
+        checked: dict[str, Any] = {"model": name}
+        if "subject" in values or model.takes_prompts:
+            checked["subject"] = self._subject(model, values.get("subject", ""))
+        if "methods" in values:
+            checked["methods"] = _methods(values["methods"])
+        if "step_norm" in values:
+            if not isinstance(values["step_norm"], bool):
+                raise UserError(f"Step Normalisation is either on or off, not {values['step_norm']!r}.")
+            checked["step_norm"] = values["step_norm"]
+        checked.update((key, _number(key, values[key])) for key in RANGES if key in values)
+        return replace(model.defaults(name), **checked)
+
+    def settings_from_query(self, query: Mapping[str, str]) -> Settings:
+        """The settings of a link made by `Settings.query`; keys that are no settings are left alone.
+
+        Raises:
+            UserError: a value is of the wrong kind or out of its range.
+        """
+        values: dict[str, Any] = {key: query[key] for key in Settings.__dataclass_fields__ if key in query}
+        if "methods" in values:
+            values["methods"] = values["methods"].split(",")
+        if "step_norm" in values:
+            values["step_norm"] = {"0": False, "1": True}.get(values["step_norm"], values["step_norm"])
+        return self.settings(**values)
+
+    def draw(self, key: str, settings: Settings) -> Iterator[tuple[Drawing, list[Panel]]]:
+        """Draw, and yield the session's panels every now and then, at last with the finished pictures.
+
+        When the iteration is given up the computation ends at the next token.
+
+        Raises:
+            UserError: the session draws already, the model is busy, or the drawing took too long.
+        """
+        model, session = self.model(settings.model), self.session(key)
+        canvas = Canvas(model, settings.subject)
+        drawing = Drawing(model, settings, self.limits)
+        with self._lock:
+            if session.drawing is not None and session.drawing.active:
+                raise UserError("This page is drawing already; stop that first or wait for it.")
+            session.drawing, session.shown, session.chosen = drawing, settings, None
+            session.panels = panels = [Panel(method, canvas.grid.total) for method in settings.methods]
+            session.shots += 1
+            shot = session.shots
+        try:
+            drawing.start()
+            yield drawing, panels
+            pause = FRAME_SECONDS
+            while not drawing.wait(pause):
+                start = time.monotonic()
+                self._look(canvas, drawing, panels)
+                # Looking must not cost more than drawing.
+                pause = max(FRAME_SECONDS, 2 * (time.monotonic() - start))
+                yield drawing, panels
+            self._look(canvas, drawing, panels)
+            for panel in panels:
+                if panel.method in drawing.outputs:
+                    tokens, pixels = drawing.outputs[panel.method]
+                    session.drawn += 1
+                    panel.picture = Picture(
+                        session.drawn, shot, settings, panel.method, model.name_of(settings.subject), canvas.grid,
+                        tokens, pixels,
+                    )  # fmt: skip
+                    session.pictures[session.drawn] = panel.picture
+            while len(session.pictures) > self.limits.pictures:
+                session.pictures.popitem(last=False)
+            yield drawing, panels
+            drawing.check()
+        finally:
+            drawing.stop()
+
+    def stop(self, key: str) -> None:
+        """Stop the session's drawing, if there is one."""
+        drawing = self.session(key).drawing
+        if drawing is not None:
+            drawing.stop()
+
+    def inspect(self, picture: Picture) -> Inspection:
+        """What guidance did to each token of a picture; computed at the first call.
+
+        Raises:
+            UserError: the model is busy.
+        """
+        if picture.inspection is not None:
+            return picture.inspection
+        model, settings = self.model(picture.settings.model), picture.settings
+        if not model.lock.acquire(timeout=self.limits.wait):
+            raise UserError("The model is busy with other visitors; try again later.")
+        try:
+            traced = trace(
+                model.pipeline.generator,
+                labels=model.inputs(settings.subject),
+                guidance=settings.guidance(picture.method, model.pipeline),
+                tokens=picture.tokens[None],
+                temperature=settings.temperature,
+                value_weights=False,
+            )
+        finally:
+            model.lock.release()
+        branches = (traced.cond_logits[0], traced.uncond_logits[0], traced.guided_logits[0])
+        # [T, 3, V]
+        probabilities = torch.stack([(logits / settings.temperature).softmax(-1) for logits in branches], dim=1)
+        count = min(CANDIDATES, probabilities.shape[-1])
+        codes = probabilities.amax(dim=1).topk(count).indices
+        picture.inspection = Inspection(
+            guidance=traced.guidance,
+            confidence=traced.confidence[0].cpu(),
+            scale=traced.guidance_scale.cpu(),
+            codes=codes.cpu(),
+            probabilities=probabilities.gather(2, codes[:, None].expand(-1, 3, -1)).cpu(),
+        )
+        return picture.inspection
+
+    def _subject(self, model: Model, subject: Any) -> int | str:
+        if model.takes_prompts:
+            if not isinstance(subject, str) or not subject.strip():
+                raise UserError("Write a prompt first.")
+            if len(subject) > self.limits.prompt:
+                raise UserError(
+                    f"The prompt has {len(subject)} characters; at most {self.limits.prompt} are taken here."
+                )
+            try:
+                subject.encode()
+            except UnicodeEncodeError:
+                raise UserError("The prompt holds half a character; write it again.") from None
+            return subject.strip()
+        count = len(model.subjects)
+        if isinstance(subject, str) and subject.isdecimal() and len(subject) < 10:
+            subject = int(subject)
+        if isinstance(subject, bool) or not isinstance(subject, int) or not 0 <= subject < count:
+            raise UserError(f"The class must be a number from 0 to {count - 1}, not {subject!r}.")
+        return subject
+
+    @staticmethod
+    def _look(canvas: Canvas, drawing: Drawing, panels: list[Panel]) -> None:
+        for panel in panels:
+            tokens = drawing.tokens(panel.method)
+            if tokens is not None and len(tokens) != panel.done:
+                panel.done, panel.pixels = len(tokens), canvas.sketch(tokens)
+
+
+def _end(session: Session) -> None:
+    if session.drawing is not None:
+        session.drawing.stop()
+
+
+def _methods(values: Any) -> tuple[str, ...]:
+    known = isinstance(values, Sequence) and all(isinstance(value, str) and value in METHODS for value in values)
+    if not known or not values:
+        raise UserError(f"Choose at least one method of {', '.join(METHODS)}.")
+    return tuple(method for method in METHODS if method in values)
+
+
+def _number(key: str, value: Any) -> float | int:
+    """A setting as a number of its kind; links hold text, forms may hold 3 for 3.0."""
+    low, high = RANGES[key]
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    whole = isinstance(low, int)
+    if not low <= number <= high or (whole and number != int(number)):
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"The {key} must be {kind} from {low:g} to {high:.0f}, not {value!r}.")
+    return int(number) if whole else number

@@ -1,0 +1,106 @@
+"""Fitting a large generator: weights of 8 or 4 bits through torchao, layers on several devices through Accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from softcfg.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from softcfg.models.base import Generator
+
+QUANTIZATIONS = ("int8", "int4")
+GROUP_SIZES = (128, 64, 32)  # weights that share a scale in int4, the preferred number first
+
+
+def quantize(generator: Generator, kind: str, device: torch.device) -> Generator:
+    """Round the weights of the linear layers to integers, one layer after the other, and move all to `device`.
+
+    "int8" has one scale a row. "int4" has one for every 128 weights of a row (fewer in narrow layers) and saves memory
+    on GPUs alone, where the weights must be bfloat16; on a CPU it is the same rounding, kept in a byte each.
+
+    Raises:
+        UserError: torchao is missing, or there is no such kind.
+    """
+    import torch
+    from torch import nn
+
+    if kind not in QUANTIZATIONS:
+        raise UserError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
+    try:
+        from torchao.quantization import quantize_
+    except ImportError:
+        raise UserError(f"{kind} weights need torchao: pip install 'softcfg[quantize]'") from None
+    if kind == "int4" and device.type == "cuda" and generator.dtype != torch.bfloat16:
+        raise UserError(f"int4 weights on a GPU need bfloat16, not {str(generator.dtype).removeprefix('torch.')}")
+    for group in GROUP_SIZES if kind == "int4" else (1,):
+
+        def fits(layer: nn.Module, name: str, group: int = group) -> bool:
+            if not isinstance(layer, nn.Linear) or type(layer.weight.data) is not torch.Tensor:
+                return False
+            return layer.in_features % group == 0
+
+        quantize_(generator, _recipe(kind, group, device), fits, device=device)
+    return generator.to(device)
+
+
+def _recipe(kind: str, group: int, device: torch.device) -> Any:
+    import torch
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    if kind == "int8":
+        return Int8WeightOnlyConfig(set_inductor_config=False)
+    if device.type == "cuda":
+        return Int4WeightOnlyConfig(group, set_inductor_config=False, int4_packing_format="tile_packed_to_4d")
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))  # type: ignore[attr-defined]
+
+
+def spread(
+    generator: Generator,
+    device_map: str | Mapping[str, Any],
+    *,
+    max_memory: Mapping[Any, int | str] | None = None,
+    offload_folder: str | None = None,
+) -> Generator:
+    """Place the layers of a generator that lies on the CPU on several devices.
+
+    Args:
+        device_map: "auto", which fills the GPUs and then the CPU; or the device of every module ("model.layers.0": 1).
+        max_memory: with "auto", the most a device may hold of the weights ({0: "20GiB", "cpu": "60GiB"}). The
+            key/value cache comes on top: it lies where its layers are.
+        offload_folder: where modules on "disk" are kept.
+
+    Raises:
+        UserError: Accelerate is missing, the generator cannot be spread, or the map does not fit it.
+    """
+    import torch
+
+    from softcfg.models.lumina import Lumina, LuminaBlock
+
+    if not isinstance(generator, Lumina):
+        raise UserError(f"{type(generator).__name__} generators fit on one device: leave out device_map")
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError:
+        raise UserError("device_map needs Accelerate: pip install 'softcfg[runs]'") from None
+    if not isinstance(device_map, str):
+        placed = dict(device_map)
+    elif device_map == "auto":
+        placed = infer_auto_device_map(generator, max_memory, no_split_module_classes=[LuminaBlock.__name__])
+    else:
+        raise UserError(f"device_map must be 'auto' or a mapping of modules to devices, got {device_map!r}")
+    if set(placed.values()) == {"cpu"}:
+        return generator
+    try:
+        dispatch_model(generator, placed, offload_dir=offload_folder, force_hooks=True)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"device_map does not fit: {' '.join(str(error).split())}") from None
+    hooks: list[Any] = [block._hf_hook for block in generator.model.layers]
+    generator.layer_devices = [torch.device(hook.execution_device) for hook in hooks]
+    for name, buffer in generator.named_buffers(recurse=False):
+        generator.register_buffer(name, buffer.to(generator.device), persistent=False)
+    return generator

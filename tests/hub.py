@@ -1,0 +1,98 @@
+"""A stand-in for the Hugging Face Hub on this machine, to be asked by the real client."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves files as the Hub does; `cut` files break off once, after so many bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files: dict[str, bytes] = {}
+        self.hashes: dict[str, str] = {}
+        self.cut: dict[str, int] = {}
+        self.requests: list[tuple[str, str, str | None]] = []
+
+    def add(self, repository: str, name: str, content: bytes, sha256: str | None = None) -> None:
+        path = f"/{repository}/resolve/main/{name}"
+        self.files[path] = content
+        self.hashes[path] = sha256 or hashlib.sha256(content).hexdigest()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # the client may hang up
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        span = self.headers.get("Range")
+        self.server.requests.append((self.command, self.path, span))
+        content = self.server.files.get(self.path)
+        if content is None:
+            known = any(path.startswith(self.path.rsplit("/", 1)[0]) for path in self.server.files)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.send_header("X-Repo-Commit", "c" * 40)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start = int(re.fullmatch(r"bytes=(\d+)-", span)[1]) if span else 0  # type: ignore[index]
+        self.send_response(206 if span else 200)
+        self.send_header("ETag", f'"{self.server.hashes[self.path]}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content) - start))
+        if span:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            end = self.server.cut.pop(self.path, len(content))
+            self.wfile.write(content[start:end])
+            self.close_connection = end < len(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[None]:
+    thread = Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
+
+
+def client_environment(hub: Hub, home: Path, **settings: str) -> dict[str, str]:
+    """For a fresh process, since the client reads its settings when it is imported."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        **settings,
+    }

@@ -1,0 +1,133 @@
+"""Models published in several files: an index and the weights it lists, a configuration, a text tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hub import Hub, client_environment, serving
+from softcfg import CheckpointError, Pipeline
+from softcfg.cli.main import main
+from softcfg.zoo import MODELS, ModelEntry, checkpoints, fetch, load_generator, load_tokenizer
+from tiny_models import lumina_on_hub, write_lumina_files
+
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoints folder; it does not exist yet."""
+    path = tmp_path / "checkpoints"
+    monkeypatch.setenv("SOFTCFG_CHECKPOINTS", str(path))
+    return path
+
+
+@pytest.fixture
+def downloads(tmp_path: Path) -> Path:
+    path = tmp_path / "downloads"
+    path.mkdir()
+    write_lumina_files(path)
+    return path
+
+
+@pytest.fixture
+def entry(monkeypatch: pytest.MonkeyPatch) -> ModelEntry:
+    entry = lumina_on_hub()
+    monkeypatch.setitem(MODELS, entry.name, entry)
+    return entry
+
+
+def test_files_are_taken_and_read(entry: ModelEntry, folder: Path, downloads: Path) -> None:
+    home = folder / "tiny-lumina"
+    placed = fetch(entry, downloads)
+    assert placed == [home / INDEX, *(home / shard for shard in SHARDS), home / "config.json", folder / "movq.ckpt",
+                      home / "tokenizer.json"]  # fmt: skip
+    assert fetch(entry) == placed
+    assert checkpoints.missing_files(entry.files) == []
+
+    generator = load_generator("tiny-lumina")
+    assert generator.dtype == torch.bfloat16
+    assert generator.cache_shape[0] == 2  # what config.json says
+    assert (generator.config.image_end_id, generator.config.size_id) == (7, 11)  # what tokenizer.json says
+    for name, file in json.loads((downloads / INDEX).read_text())["weight_map"].items():
+        expected = checkpoints.read_state_dict(downloads / file)[name]
+        assert torch.equal(generator.state_dict()[name], expected)
+    assert load_generator("tiny-lumina", dtype=torch.float32).dtype == torch.float32
+    assert load_tokenizer("tiny-lumina").codebook_size == 20  # the file's other tensors are no harm
+    out = Pipeline.from_pretrained("tiny-lumina")(prompts=["a red apple"], width=4, height=4)
+    assert out.pixels.shape == (1, 4, 4, 3)
+
+
+def test_the_commands(entry: ModelEntry, folder: Path, downloads: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "tiny-lumina"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{INDEX} is missing: https://huggingface.co/someone/lumina/blob/main/{INDEX}" in text
+    assert main(["fetch", "tiny-lumina", "--from", str(downloads)]) == 0
+    assert len(capsys.readouterr().out.split()) == 7
+    main(["models"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("all")
+    (folder / "tiny-lumina" / SHARDS[1]).unlink()
+    main(["models"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"missing {SHARDS[1]}")
+    with pytest.raises(CheckpointError, match=f"{SHARDS[1]} of tiny-lumina is missing: run `softcfg fetch"):
+        load_generator(entry)
+
+
+def test_the_hub(entry: ModelEntry, downloads: Path, tmp_path: Path) -> None:
+    hub = Hub()
+    for path in downloads.iterdir():
+        hub.add("someone/movq" if path.name == "movq.ckpt" else "someone/lumina", path.name, path.read_bytes())
+    script = """
+from softcfg.zoo import fetch, load_generator
+from tiny_models import lumina_on_hub
+entry = lumina_on_hub()
+print(*fetch(entry), sep="\\n")
+print(load_generator(entry).cache_shape[0])
+"""
+    with serving(hub):
+        environment = client_environment(hub, tmp_path / "hf")
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    *paths, layers = done.stdout.splitlines()
+    assert layers == "2"
+    assert [Path(path).name for path in paths] == [INDEX, *SHARDS, "config.json", "movq.ckpt", "tokenizer.json"]
+    assert all(tmp_path / "hf" in Path(path).parents for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / SHARDS[0]).unlink(), rf"{SHARDS[0]} does not exist"),
+        (lambda d: (d / SHARDS[2]).write_bytes(b"x"), rf"{SHARDS[2]} is truncated"),
+        (lambda d: (d / INDEX).write_text("{"), "damaged or no JSON file"),
+        (lambda d: (d / INDEX).write_text("{}"), "no weight_map"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "no file beside it"),
+        (lambda d: (d / SHARDS[0]).write_bytes((d / SHARDS[1]).read_bytes()), "tensors that its files lack"),
+        (lambda d: (d / "config.json").write_text('{"num_hidden_layers": 3}'), "does not fit the configured Lumina"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json is damaged"),
+    ],
+)
+def test_damaged_files_are_not_taken(
+    entry: ModelEntry, folder: Path, downloads: Path, damage: object, message: str
+) -> None:
+    damage(downloads)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=message):
+        fetch(entry, downloads)
+    assert not folder.exists()
+
+
+def test_the_hash_is_that_of_all_files(downloads: Path) -> None:
+    before = checkpoints.hash_weights(downloads / INDEX)
+    content = bytearray((downloads / SHARDS[2]).read_bytes())
+    content[-1] ^= 1
+    (downloads / SHARDS[2]).write_bytes(content)
+    assert checkpoints.hash_weights(downloads / INDEX) != before
+    assert checkpoints.hash_weights(downloads / SHARDS[0]) == checkpoints.hash_file(downloads / SHARDS[0])
