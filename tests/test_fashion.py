@@ -68,8 +68,8 @@ def test_speculative_jacobi_decoding_takes_few_passes(pipe: Pipeline) -> None:
 
 
 def test_guidance_puts_samples_of_the_small_model_into_their_class(small: Pipeline) -> None:
-    guided = class_accuracy(small, 400, CFG(guidance_scale=3.0))
-    assert guided >= 0.8
+    guided = class_accuracy(small, 400, CFG(guidance_scale=5.0))
+    assert guided >= 0.84
     assert guided > class_accuracy(small, 400, CFG(guidance_scale=0))
 
 

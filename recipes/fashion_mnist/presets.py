@@ -65,6 +65,6 @@ PRESETS = {
         generator_batch=64,
         minutes=35,
         shares={"tokenizer": 0.28, "generator": 0.72},
-        sampling={"temperature": 1.0, "guidance_scale": 2.0, "guidance_scale_pow": 1.0},
+        sampling={"temperature": 1.0, "guidance_scale": 3.0, "guidance_scale_pow": 1.0},
     ),
 }

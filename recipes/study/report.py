@@ -149,7 +149,6 @@ def about(study: Study) -> str:
     missing = wanted - study.rows.keys()
     every = [row for name, row in study.rows.items() if name in wanted]
     images = [row for row in every if row["measure"] == "images"]
-    hours = sum(row["seconds"] for row in every) / 3600
     devices = sorted({row["device"] for row in every})
     versions = sorted({f"softcfg {row['versions']['softcfg']}, PyTorch {row['versions']['torch']}" for row in every})
     full = [len(study.of_seeds(guidance, "fid")) for guidance in _reported(study)]
@@ -157,11 +156,11 @@ def about(study: Study) -> str:
     lines = [
         f"- Model `{every[0]['model']}`; {study.design.samples:,} images a point, the classes in turn.",
         f"- {seeds} of {study.design.seeds} seeds a point; the column *seeds* says how many a line has.",
-        f"- {sum(row['samples'] for row in images):,} images in {len(images)} points, {hours:.1f} hours of one "
-        f"process with one thread ({', '.join(devices)}; {'; '.join(versions)}).",
+        f"- {sum(row['samples'] for row in images):,} images in {len(images)} points "
+        f"({', '.join(devices)}; {'; '.join(versions)}).",
     ]
     if missing:
-        lines.append(f"- {len(missing)} of {len(wanted)} points are not there yet; `make study` draws them.")
+        lines.append(f"- {len(missing)} of {len(wanted)} points are not there yet.")
     return "\n".join(lines)
 
 

@@ -197,7 +197,7 @@ class TestCommand:
         spread = f"{(fid + other) / 2:.3f} ± {abs(fid - other) / 2**0.5:.3f}"
         assert f"| no guidance | – | 2 | {spread} |" in text
         pictures = {path.name: path.read_bytes() for path in (tmp_path / "images" / "study").iterdir()}
-        assert set(pictures) == {f"{name}.svg" for name in report.PICTURES}
+        assert set(pictures) == {"samples.png", *(f"{name}.svg" for name in report.PICTURES)}
 
         study.main()  # nothing is left to draw, and the document stays as it is
         assert lines(tmp_path / "results.jsonl") == rows
