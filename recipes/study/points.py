@@ -82,6 +82,7 @@ class Design:
         traces = [Point(method, 0, min(TRACED, self.samples), "trace") for method in traced(best).values()]
         first = {"none": NONE, **best}.values()
         others = [
+            *at_scale_of(best["CFG"]).values(),
             *scale_range(best).values(),
             *targets(best).values(),
             *definitions(best).values(),

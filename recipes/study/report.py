@@ -217,7 +217,7 @@ def weighted(study: Study) -> str:
     """Part 3."""
     settings = targets(study.best)
     named = {"values (SoftCFG)": settings["value"], "keys": settings["key"], "both": settings["both"]}
-    return study.table({"nothing (CFG)": _plain(study), **named}, "weights on", settings["value"], "values")
+    return study.table(named, "weights on", settings["value"], "values")
 
 
 def confidences(study: Study) -> str:
@@ -418,11 +418,6 @@ def _usable_range(study: Study, name: str) -> str:
 def _reported(study: Study) -> Iterable[CFG]:
     points = [point for point in study.design.points(study.rows) if point.samples == study.design.samples]
     return dict.fromkeys(point.guidance for point in points if point.measure == "images")
-
-
-def _plain(study: Study) -> CFG:
-    """CFG at the scale and power of the best SoftCFG."""
-    return at_scale_of(study.best["SoftCFG"])["CFG"]
 
 
 def _errors(study: Study, settings: Sequence[CFG], metric: str) -> tuple[np.ndarray, np.ndarray]:
