@@ -178,6 +178,7 @@ def test_a_trace_is_the_mean_over_images(model: Path, data: Path) -> None:
     assert all(error >= 0 for error in values["branch_distance_error"])
 
 
+@pytest.mark.slow
 class TestCommand:
     def test_all_points_are_drawn_once_and_the_document_is_made(self, command, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(sys, "argv", command)
