@@ -216,7 +216,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, context: Atten
         query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
     if context.cache is not None:
         key, value = context.cache.update(layer, key, value, context.slot)
-    if isinstance(context.slot, Tensor) and query.is_cuda and query.shape[2] == 1 and (fused := decode_kernel()):
+    single = isinstance(context.slot, Tensor) and query.shape[2] == 1
+    if single and query.is_cuda and query.dtype != torch.float64 and (fused := decode_kernel()):
         out = fused(
             query,
             key,
