@@ -2,7 +2,7 @@
 
     python -m benchmarks.jacobi --model fashion --window 4 8 16 32 --batch-size 1 8
 
-All sides draw the same labels in turn, `--repeats` times, other images each time; passes are means, the rest medians.
+All sides draw the same labels (or prompts) in turn, `--repeats` times, other images each time; passes are means, the rest medians.
 On a CPU, seconds are those of the processor, so that other work on the machine does not count. How many drafts are
 kept depends on the distributions, so the model needs its real weights.
 """
@@ -12,29 +12,38 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from benchmarks.timing import machine, table
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.decoding import ImageStreams, decode, image_uniforms, jacobi_decode
+from softcfg.prompts import as_prompts
+
+PROMPTS = ("red apple", "octopus", "grinning face", "blue cat")
 
 
 def run(pipeline: Pipeline, guidance: CFG, batch: int, window: int, turn: int) -> tuple[int, float]:
     """Passes and seconds of drawing the tokens of a batch; a window of 0 is token by token."""
     generator = pipeline.generator
-    labels = [(turn * batch + row) % generator.num_classes for row in range(batch)]
     images = range(turn * batch, (turn + 1) * batch)
+    if pipeline.prompt_reader is None:
+        inputs: Sequence[Any] = [image % generator.num_classes for image in images]
+    else:
+        prompts = as_prompts([PROMPTS[image % len(PROMPTS)] for image in images])
+        inputs = pipeline.prompt_reader.read(prompts, generator, pipeline.tokenizer)
     clock = time.perf_counter if generator.device.type == "cuda" else time.process_time
     started = clock()
     if window:
         tokens, passes = jacobi_decode(
-            generator, labels, guidance, streams=ImageStreams(0, images), window=window, sampling=pipeline.sampling()
+            generator, inputs, guidance, streams=ImageStreams(0, images), window=window, sampling=pipeline.sampling()
         )
     else:
         passes = generator.num_tokens
         uniforms = image_uniforms(0, images, passes)
-        tokens = decode(generator, labels, guidance, uniforms=uniforms, sampling=pipeline.sampling())
+        tokens = decode(generator, inputs, guidance, uniforms=uniforms, sampling=pipeline.sampling())
     tokens.tolist()  # waits for the device
     return passes, clock() - started
 
