@@ -2,9 +2,9 @@
 
     python -m benchmarks.jacobi --model fashion --window 4 8 16 32 --batch-size 1 8
 
-All sides draw the same labels (or prompts) in turn, `--repeats` times, other images each time; passes are means, the rest medians.
-On a CPU, seconds are those of the processor, so that other work on the machine does not count. How many drafts are
-kept depends on the distributions, so the model needs its real weights.
+All sides draw the same labels (or prompts) in turn, `--repeats` times, other images each time; passes are means, the
+rest medians. On a CPU, seconds are those of the processor, so that other work on the machine does not count. How many
+drafts are kept depends on the distributions, so the model needs its real weights.
 """
 
 from __future__ import annotations
