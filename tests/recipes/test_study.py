@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from recipes.study import __main__ as study
+from recipes.study import command as study
 from recipes.study import report
 from recipes.study.measure import Laboratory
 from recipes.study.points import METHODS, NONE, TUNING_SEED, Design, Point, at_scale_of, key
@@ -207,7 +207,7 @@ class TestCommand:
 
     def test_killed_it_goes_on_and_comes_to_the_same(self, command, tmp_path) -> None:
         path = tmp_path / "results.jsonl"
-        killed = [sys.executable, "-m", "recipes.study", *command[1:], "--draw-only"]
+        killed = [sys.executable, "-m", "recipes.study", *command[1:], "--workers", "2", "--draw-only"]
         process = subprocess.Popen(killed, cwd=Path(__file__).parents[2])
         while not path.exists() or path.read_bytes().count(b"\n") < 5:
             assert process.poll() is None

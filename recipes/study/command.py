@@ -1,0 +1,113 @@
+"""Make the study of guidance: draw and measure every point that is not there yet, then write the document.
+
+Stop it whenever you like: the same command goes on at the point where it was. Several of these commands, on one
+machine or on several with one file system, share the points among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from recipes.fashion_mnist.data import DEFAULT_FOLDER
+from recipes.study import report
+from recipes.study.measure import Laboratory
+from recipes.study.points import Design, key, traced
+from recipes.study.results import Results
+from softcfg.errors import UserError
+from softcfg.zoo import resolve
+from softcfg.zoo.checkpoints import hash_file
+
+DOCUMENT = Path("docs/study.md")
+RESULTS = Path("docs/study/results.jsonl")
+
+
+def main() -> None:
+    """Read the options and work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.study", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    size = Design()
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--model", default="fashion-small", help="a bundled model, or a model folder")
+    parser.add_argument("--samples", type=int, default=size.samples, help="images a point")
+    parser.add_argument("--seeds", type=int, default=size.seeds, help="seeds a point")
+    parser.add_argument("--tuning-samples", type=int, default=size.tuning_samples, help="images a point of the tuning")
+    parser.add_argument("--batch-size", type=int, default=1000 if gpu else 250, help="images at once")
+    parser.add_argument(
+        "--workers", type=int, default=1 if gpu else min(2, os.cpu_count() or 1), help="processes, of one thread each"
+    )
+    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the IDX files of Fashion-MNIST")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are collected")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="the document whose tables and plots are made")
+    parser.add_argument("--draw-only", action="store_true", help="write no document")
+    parser.add_argument("--document-only", action="store_true", help="draw nothing, use what results there are")
+    given = parser.parse_args()
+    try:
+        if not given.document_only:
+            work_together(given)
+        if not given.draw_only:
+            rows, design = results_of(given).rows(), design_of(given)
+            report.write(given.document, rows, design)
+            if not given.document_only:
+                laboratory = Laboratory(given.model, given.data, given.batch_size)
+                report.write_picture(given.document, laboratory.picture(traced(design.best(rows)).values()))
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def design_of(given: argparse.Namespace) -> Design:
+    """The size that the options give the study."""
+    return Design(given.samples, given.seeds, given.tuning_samples)
+
+
+def results_of(given: argparse.Namespace) -> Results:
+    """The results of the model that the options name."""
+    entry = resolve(given.model)
+    if entry.folder is None:
+        raise UserError(f"the study needs a model of Fashion-MNIST in a folder, and {given.model} is none")
+    return Results(given.results, hash_file(entry.folder / entry.generator.file.local_name)[:16])
+
+
+def work_together(given: argparse.Namespace) -> None:
+    """Run the workers until all points are there."""
+    if given.workers == 1:
+        work(given)
+        return
+    results_of(given)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(given, os.getpid())) for _ in range(given.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise UserError("a worker failed; the points that are done are kept")
+
+
+def work(given: argparse.Namespace, parent: int | None = None) -> None:
+    """Draw points that nobody else draws until all are there, or until the parent process is gone."""
+    torch.set_num_threads(1)
+    laboratory = Laboratory(given.model, given.data, given.batch_size)
+    results, design = results_of(given), design_of(given)
+    while parent in (None, os.getppid()):
+        rows = results.rows()
+        points = [point for point in design.points(rows) if key(point.settings()) not in rows]
+        if not points:
+            return
+        for point in points:
+            with results.claim(point.settings()) as free:
+                if free:
+                    row = laboratory.run(point)
+                    results.append(row)
+                    print(f"{len(points) - 1} to go: {point} {row['seconds']} s", flush=True)
+                    break
+        else:
+            time.sleep(2)  # others draw what is left; further points may follow from it
