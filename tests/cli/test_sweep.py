@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from launching import Job
 from softcfg.cli.main import main
@@ -136,6 +137,11 @@ def finished(folder: Path) -> int:
     return len(rows_of(folder)) if (folder / "results.csv").exists() else 0
 
 
+def owners_of_ended_trials(storage: str) -> set[int]:
+    study = optuna.load_study(study_name="sweep", storage=storage)
+    return {trial.user_attrs["owner"]["pid"] for trial in study.trials if trial.state == TrialState.COMPLETE}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_killed_sweep_ends_with_the_same_table(
@@ -167,7 +173,7 @@ def test_a_killed_sweep_ends_with_the_same_table(
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_processes_share_a_sweep(model_folder: Path, reference: Path, tmp_path: Path, shared: bool) -> None:
     """In one folder, or each in its own with one storage; one is killed, and the other does its work as well."""
-    more = [*LONG, "--sampler", "random"]
+    more = [*LONG, "--sampler", "random", "--trials", "16"]
     alone = tmp_path / "alone" / "sweep"
     assert Job(1, words(model_folder, reference, alone, *more)).join() == [0]
     folders = [tmp_path / "a" / "sweep", tmp_path / ("a" if shared else "b") / "sweep"]
@@ -175,15 +181,18 @@ def test_two_processes_share_a_sweep(model_folder: Path, reference: Path, tmp_pa
         folder.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{tmp_path}/shared.db"
     jobs = [Job(1, words(model_folder, reference, folder, *more, "--storage", storage)) for folder in folders]
+    owners = {job.processes[0].pid for job in jobs}
     until = time.monotonic() + 120
-    while jobs[1].alive() and finished(folders[0]) < 3 and time.monotonic() < until:
+    # Whichever process is slow to start, it has ended a trial of its own before one is killed.
+    while not finished(folders[0]) and time.monotonic() < until:
         time.sleep(0.02)
-    jobs[1].kill([0])
+    while jobs[1].alive() and owners_of_ended_trials(storage) != owners and time.monotonic() < until:
+        time.sleep(0.02)
+    assert jobs[1].kill([0]) == 1, "it ended before it could be killed"
     assert jobs[0].join() == [0]
     # Its own folder has the whole table, though it drew but a part where the other had a folder of its own.
     assert (folders[0] / "results.csv").read_bytes() == (alone / "results.csv").read_bytes()
-    study = optuna.load_study(study_name="sweep", storage=storage)
-    assert len({trial.user_attrs["owner"]["pid"] for trial in study.trials}) == 2
+    assert owners_of_ended_trials(storage) == owners
 
 
 @pytest.mark.slow
