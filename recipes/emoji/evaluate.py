@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.commands import run_command
 from recipes.emoji import data
 from recipes.emoji.data import Picture
 from recipes.emoji.train_tokenizer import pixels_of
 from recipes.training import randomness, save_weights
 from softcfg import CFG, Pipeline, SoftCFG
-from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.images import grid
 
@@ -43,12 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--golden", type=Path, help="folder for names and small pictures that tests compare with")
     parser.add_argument("--grids", type=Path, help="folder for a picture of 100 images of each row")
-    given = parser.parse_args()
-    try:
-        measure(given)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(parser, measure)
 
 
 def measure(given: argparse.Namespace) -> None:

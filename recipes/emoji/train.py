@@ -6,15 +6,14 @@ Killed and started again with the same options, it continues where it was.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from recipes.commands import run_command
 from recipes.emoji import data, train_generator, train_tokenizer
 from recipes.training import Budget, parameters
-from softcfg.errors import UserError
 from softcfg.files import write_atomically
 
 SHARES = {"tokenizer": 0.19, "generator": 0.81}
@@ -61,12 +60,7 @@ def main() -> None:
         "--compile", action="store_true", help="compile the generator; on a CPU this needs a C++ compiler"
     )
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    try:
-        train(given)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(parser, train)
 
 
 def train(given: argparse.Namespace) -> None:

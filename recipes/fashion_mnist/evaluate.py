@@ -7,7 +7,6 @@ is the Fréchet distance to the test images between the classifier's features: i
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recipes.commands import run_command
 from recipes.fashion_mnist.data import DEFAULT_FOLDER, load
 from softcfg import CFG, Pipeline, SoftCFG, evaluation
 from softcfg.errors import UserError
@@ -40,12 +40,7 @@ def main() -> None:
     parser.add_argument("--powers", type=float, nargs="+", default=[1.0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grids", type=Path, help="folder for a picture of 100 images of each row")
-    given = parser.parse_args()
-    try:
-        measure(given)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(parser, measure)
 
 
 def measure(given: argparse.Namespace) -> None:

@@ -6,17 +6,16 @@ Killed and started again with the same options, it continues where it was.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from recipes.commands import run_command
 from recipes.fashion_mnist import train_classifier, train_generator, train_tokenizer
 from recipes.fashion_mnist.data import CLASSES, DEFAULT_FOLDER, load
 from recipes.fashion_mnist.presets import PRESETS
 from recipes.training import Budget, parameters
-from softcfg.errors import UserError
 from softcfg.files import write_atomically
 
 
@@ -65,12 +64,7 @@ def main() -> None:
         "--compile", action="store_true", help="compile the generator; on a CPU this needs a C++ compiler"
     )
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    try:
-        train(given)
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(parser, train)
 
 
 def train(given: argparse.Namespace) -> None:

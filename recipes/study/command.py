@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from recipes.commands import run_command
 from recipes.fashion_mnist.data import DEFAULT_FOLDER
 from recipes.study import report
 from recipes.study.measure import Laboratory
@@ -48,19 +48,19 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="the document whose tables and plots are made")
     parser.add_argument("--draw-only", action="store_true", help="write no document")
     parser.add_argument("--document-only", action="store_true", help="draw nothing, use what results there are")
-    given = parser.parse_args()
-    try:
+    run_command(parser, make)
+
+
+def make(given: argparse.Namespace) -> None:
+    """Draw and measure what is missing, then write the document."""
+    if not given.document_only:
+        work_together(given)
+    if not given.draw_only:
+        rows, design = results_of(given).rows(), design_of(given)
+        report.write(given.document, rows, design)
         if not given.document_only:
-            work_together(given)
-        if not given.draw_only:
-            rows, design = results_of(given).rows(), design_of(given)
-            report.write(given.document, rows, design)
-            if not given.document_only:
-                laboratory = Laboratory(given.model, given.data, given.batch_size)
-                report.write_picture(given.document, laboratory.picture(traced(design.best(rows)).values()))
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+            laboratory = Laboratory(given.model, given.data, given.batch_size)
+            report.write_picture(given.document, laboratory.picture(traced(design.best(rows)).values()))
 
 
 def design_of(given: argparse.Namespace) -> Design:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 import warnings
@@ -34,6 +35,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} must hold a mapping of names to values")
     return content
+
+
+def read_interval(text: str) -> tuple[int, int]:
+    """The two steps of START-STOP; raises `ValueError` if `text` is anything else."""
+    steps = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not steps:
+        raise ValueError(f"{text!r} is not START-STOP, two steps such as 32-192")
+    return int(steps[1]), int(steps[2])
 
 
 def load_config(

@@ -16,7 +16,7 @@ from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
-from softcfg.models.lumina import Lumina
+from softcfg.models.lumina import Lumina, tokens_of_grid
 from softcfg.prompts import Prompt, PromptReader, as_prompts
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
@@ -172,10 +172,9 @@ class Pipeline:
             return self.generator.num_tokens
         config = self.generator.config
         try:
-            h, w = config.grid(width or config.image_size, height or config.image_size)
+            return tokens_of_grid(*config.grid(width or config.image_size, height or config.image_size))
         except ValueError as error:
             raise UserError(str(error)) from None
-        return h * (w + 1) + 1
 
     def __call__(
         self,

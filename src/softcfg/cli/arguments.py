@@ -119,10 +119,12 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_interval(text: str) -> tuple[int, int]:
     """Two steps from START-STOP."""
-    steps = re.fullmatch(r"(\d+)-(\d+)", text)
-    if not steps:
-        raise argparse.ArgumentTypeError(f"{text!r} is not START-STOP, two steps such as 32-192")
-    return int(steps[1]), int(steps[2])
+    from softcfg.configuration import read_interval
+
+    try:
+        return read_interval(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_device(name: str | None) -> torch.device | None:
@@ -252,8 +254,8 @@ def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any
     if prompts is not None:
         assert pipeline.prompt_reader is not None
         width, height = image_size(args, pipeline)
-        generator: Any = pipeline.generator
-        read = pipeline.prompt_reader.read(as_prompts(prompts, width, height), generator, pipeline.tokenizer)
+        asked = as_prompts(prompts, width, height)
+        read = pipeline.prompt_reader.read(asked, pipeline.generator, pipeline.tokenizer)
         return list(read), [short(prompt) for prompt in prompts]
     if args.labels is None:
         raise UserError(f"{pipeline.name} draws classes: give them with --labels")
@@ -273,8 +275,7 @@ def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
         UserError: the model does not draw images of this size.
     """
     pipeline.num_tokens(args.width, args.height)
-    config: Any = pipeline.generator.config
-    side = config.image_size
+    side = pipeline.generator.config.image_size
     return args.width or side, args.height or side
 
 

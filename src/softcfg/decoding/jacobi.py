@@ -107,8 +107,7 @@ class JacobiDecoder:
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
 
-        self._perturbs = isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs
-        self._parts = [condition[: self.batch], condition[self.batch :]] if self._perturbs else [condition]
+        self._parts = [condition[: self.batch], condition[self.batch :]] if guidance.perturbs else [condition]
         self._caches = [generator.new_cache(part) for part in self._parts]
         self.rows_at_once = self._parts[0].rows
         self._confidence = torch.zeros(self.batch, total, device=device)
@@ -178,7 +177,7 @@ class JacobiDecoder:
         cond = self._forward(0, inputs, slot)
         if not self.guidance.is_active:
             return cond, cond
-        if not self._perturbs:
+        if not self.guidance.perturbs:
             cond, uncond = cond.chunk(2)
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
@@ -196,7 +195,7 @@ class JacobiDecoder:
 
     def _record(self, steps: Tensor, cond_logits: Tensor, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` at `steps`, both [B, n]."""
-        if isinstance(self.guidance, SoftCFG) and self._perturbs:
+        if isinstance(self.guidance, SoftCFG) and self.guidance.perturbs:
             confidence = self.guidance.token_confidence(cond_logits, tokens, self.sampling.temperature)
             if self._codes is not None:
                 confidence = confidence * self._codes.gather(1, steps)

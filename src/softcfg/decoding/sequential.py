@@ -154,7 +154,7 @@ class Decoder:
 
     def _row_weights(self) -> dict[str, Tensor]:
         """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""
-        if not (isinstance(self.guidance, SoftCFG) and self.guidance.is_active and self.guidance.perturbs):
+        if not (isinstance(self.guidance, SoftCFG) and self.guidance.perturbs):
             return {}
         self._weights[self.batch :, self.condition.slots :] = self.guidance.weights(self.confidence)
         return targeted(self.guidance, self._weights)

@@ -60,7 +60,7 @@ class CFG:
 
     @property
     def perturbs(self) -> bool:
-        """Whether the unconditional branch is perturbed."""
+        """Whether there is an unconditional branch and it is perturbed."""
         return False
 
     def scales(self, steps: int, codes: int | None = None) -> Tensor:
@@ -130,8 +130,8 @@ class SoftCFG(CFG):
 
     @property
     def perturbs(self) -> bool:
-        """Whether the unconditional branch is perturbed."""
-        return self.strength > 0
+        """Whether there is an unconditional branch and it is perturbed."""
+        return self.is_active and self.strength > 0
 
     def token_confidence(self, cond_logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """Confidence [...] in the drawn `tokens` [...] from the conditional logits [..., V]."""

@@ -77,6 +77,7 @@ class Generator(nn.Module, ABC):
     """A decoder-only transformer that predicts image tokens under a condition.
 
     Attributes:
+        config: the family's configuration, a dataclass.
         num_tokens: T, image tokens per image; where the condition can choose, the most.
         vocab_size: V, the number of tokens that may be drawn.
         num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
@@ -85,6 +86,7 @@ class Generator(nn.Module, ABC):
         layer_devices: where each layer computes, if they are spread over several devices.
     """
 
+    config: Any
     num_tokens: int
     vocab_size: int
     num_classes: int = 0

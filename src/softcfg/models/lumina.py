@@ -117,6 +117,11 @@ class LuminaConfig:
         return tuple(side // self.cell_pixels * self.codes_per_cell for side in (height, width))  # type: ignore[return-value]
 
 
+def tokens_of_grid(lines: int, columns: int) -> int:
+    """The tokens of an image: its codes, the end of every line, and the end of the image."""
+    return lines * (columns + 1) + 1
+
+
 @dataclass(frozen=True)
 class TokenPrompt:
     """A prompt as the generator reads it.
@@ -147,7 +152,7 @@ class PromptCondition(Condition):
 
     def __init__(self, ids: Tensor, padding: Tensor | None, grid: tuple[int, int], given: Tensor) -> None:
         rows, slots = ids.shape
-        super().__init__(rows, slots, (grid[0] - given.shape[1]) * (grid[1] + 1) + 1, padding)
+        super().__init__(rows, slots, tokens_of_grid(grid[0] - given.shape[1], grid[1]), padding)
         self.ids = ids
         self.grid = grid
         self.given = given
@@ -267,8 +272,7 @@ class Lumina(Generator):
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
         self.config = config
-        h, w = config.grid(config.image_size, config.image_size)
-        self.num_tokens = h * (w + 1) + 1
+        self.num_tokens = tokens_of_grid(*config.grid(config.image_size, config.image_size))
         self.vocab_size = config.vocab_size
         head_dim = config.hidden_size // config.num_attention_heads
         self.cache_shape = (config.num_hidden_layers, config.num_attention_heads, head_dim)

@@ -56,10 +56,9 @@ class Prompts:
     def check(self, pipeline: Pipeline) -> None:
         """Raise `UserError` for prompts that the model of `pipeline` cannot draw."""
         assert pipeline.prompt_reader is not None
-        generator: Any = pipeline.generator
         for label in range(len(self.texts)):
-            read = pipeline.prompt_reader.read([self[label]], generator, pipeline.tokenizer)
-            generator.condition(read, guided=False)
+            read = pipeline.prompt_reader.read([self[label]], pipeline.generator, pipeline.tokenizer)
+            pipeline.generator.condition(read, guided=False)
 
     def __getitem__(self, label: int) -> Prompt:
         """The prompt that a label stands for."""

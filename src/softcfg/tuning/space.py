@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from softcfg.configuration import read_interval
 from softcfg.decoding import Sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
@@ -106,10 +106,10 @@ def parse_value(name: str, text: str) -> Any:
     """A value of the setting `name` from its text, as flags of `softcfg sample` have it; raises `UserError`."""
     kind = SETTINGS[name]
     if name == "interval":
-        steps = re.fullmatch(r"(\d+)-(\d+)", text)
-        if not steps and text != EVERYWHERE:
-            raise UserError(f"interval must be START-STOP, steps such as 0-128, or {EVERYWHERE}, got {text!r}")
-        return (int(steps[1]), int(steps[2])) if steps else None
+        try:
+            return None if text == EVERYWHERE else read_interval(text)
+        except ValueError as error:
+            raise UserError(f"interval: {error}; or write {EVERYWHERE}") from None
     if kind is bool:
         if text.lower() not in TRUTH:
             raise UserError(f"{name} must be on or off, got {text!r}")

@@ -132,7 +132,7 @@ def _confidence_name(inspection: Inspection) -> str:
 def _weights(inspection: Inspection, token: int) -> str:
     guidance = inspection.guidance
     title = "<h4>Its weight at later steps</h4>"
-    if not (isinstance(guidance, SoftCFG) and guidance.is_active and guidance.perturbs):
+    if not guidance.perturbs:
         return f'<div>{title}<p class="hint small">This method leaves every token at its full weight of 1.</p></div>'
     weights = inspection.weights_of(token)
     if not len(weights):
