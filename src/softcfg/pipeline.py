@@ -17,6 +17,7 @@ from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
 from softcfg.models.lumina import Lumina, tokens_of_grid
+from softcfg.nn.kv_cache import CACHES
 from softcfg.prompts import Prompt, PromptReader, as_prompts
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
@@ -91,6 +92,7 @@ class Pipeline:
         generator_checkpoint: str | Path | None = None,
         tokenizer_checkpoint: str | Path | None = None,
         quantize: str | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | None = None,
@@ -102,6 +104,8 @@ class Pipeline:
             dtype: of the generator; by default what suits the model, float32 for most. The tokenizer stays in float32.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
             quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
+            kv_cache_dtype: torch.int8 keeps keys and values in a quarter of the memory of float32, rounded; by default
+                they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
                 `zoo.placement.spread`).
 
@@ -120,6 +124,7 @@ class Pipeline:
             generator = placement.quantize(generator, quantize, device)
         if device_map is not None:
             generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
+        generator.cache_dtype = _cache_dtype(kv_cache_dtype)
         return cls(
             generator,
             load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
@@ -131,14 +136,21 @@ class Pipeline:
 
     @classmethod
     def with_random_weights(
-        cls, model: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        model: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
         dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
+        generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
+        generator.cache_dtype = _cache_dtype(kv_cache_dtype)
         return cls(
-            random_weights(entry.generator, device=device, dtype=dtype),
+            generator,
             random_weights(entry.tokenizer, device=device),
             name=entry.name,
             classes=entry.classes,
@@ -302,6 +314,12 @@ class Pipeline:
         size = self.generator.config.image_size
         shown = as_prompts(prompts, width or size, height or size)
         return self.prompt_reader.read(shown, self.generator, self.tokenizer), shown
+
+
+def _cache_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in CACHES:
+        raise UserError(f"kv_cache_dtype must be None or one of {', '.join(map(str, CACHES))}, got {dtype}")
+    return dtype
 
 
 def _require_fit(generator: Generator, tokenizer: Tokenizer) -> None:

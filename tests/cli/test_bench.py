@@ -24,8 +24,19 @@ def test_bench_without_files(model_folder: Path, tmp_path: Path, capsys: pytest.
     assert main(arguments) == 2
     assert "generator.safetensors" in capsys.readouterr().err
     assert main([*arguments, "--random-weights"]) == 0
+    assert main([*arguments, "--random-weights", "--quantize", "int8"]) == 2
+    assert "--quantize" in capsys.readouterr().err
     assert main([*arguments, "--batch-sizes", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_bench_prints_the_memory_of_the_cache(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mebibytes = []
+    for more in ([], ["--kv-cache-dtype", "int8"]):
+        command = ["bench", str(model_folder), "--batch-sizes", "512", "--repeats", "1", "--no-pixels"]
+        assert main([*command, *more]) == 0
+        mebibytes.append(int(capsys.readouterr().out.splitlines()[-3].split()[-1]))
+    assert 0 < mebibytes[1] < mebibytes[0] / 2
 
 
 @pytest.mark.parametrize("guidance", [CFG(guidance_scale=0), CFG(), SoftCFG(), SoftCFG(target="both")], ids=str)

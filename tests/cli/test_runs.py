@@ -103,6 +103,18 @@ def test_other_weights_are_another_run(
     assert sample(moved, out) == 0  # the same model elsewhere
 
 
+def test_a_rounded_cache_is_another_run(
+    model_folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounded = ["--kv-cache-dtype", "int8"]
+    assert sample(model_folder, out, *rounded) == 2
+    assert "another kv_cache_dtype (None there, 'int8' here)" in capsys.readouterr().err
+    assert sample(model_folder, tmp_path / "rounded", *rounded) == 0
+    assert RunFolder.open(tmp_path / "rounded").settings["kv_cache_dtype"] == "int8"
+    assert sample(model_folder, tmp_path / "rounded", *rounded, "--num-samples", "12") == 0  # it grows
+    assert sample(model_folder, tmp_path / "rounded") == 2
+
+
 def test_a_second_job_is_refused(model_folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Lock(out):
         assert sample(model_folder, out) == 2

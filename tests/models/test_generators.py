@@ -83,6 +83,25 @@ def test_any_split_into_passes_gives_the_same_logits(generator: Generator) -> No
 
 
 @torch.no_grad()
+def test_an_int8_cache_moves_the_logits_a_little(generator: Generator) -> None:
+    condition = generator.condition([0, 4], guided=True)
+    tokens = tokens_for(generator, 4)[:, :-1]
+    exact = generator(condition, tokens)
+    plain_bytes = generator.cache_bytes(condition)
+    generator.cache_dtype = torch.int8
+    cache = generator.new_cache(condition)
+    assert cache.keys[0].dtype == torch.int8
+    assert generator.cache_bytes(condition) == cache.nbytes < plain_bytes / 3
+    logits = [generator(condition, tokens[:, :0], cache=cache)]
+    for step in range(tokens.shape[1]):
+        by_row = torch.full((4,), generator.condition_slots + step)
+        slot = by_row if step % 2 else generator.condition_slots + step
+        logits.append(generator(condition, tokens[:, step : step + 1], cache=cache, slot=slot))
+    error = torch.cat(logits, 1) - exact
+    assert 0 < error.abs().max() < 0.05 * exact.std()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("new", [1, 3])
 def test_rows_at_slots_of_their_own(generator: Generator, new: int, weighted: bool) -> None:

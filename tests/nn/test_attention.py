@@ -100,25 +100,6 @@ def test_weights_may_be_differentiated() -> None:
     assert weights.grad.abs().sum() > 0
 
 
-def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
-    cache = KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM)
-    key, value = torch.randn(2, ROWS, HEADS, 6, DIM)
-    pointers = [part.data_ptr() for part in (*cache.keys, *cache.values)]
-    for layer in range(2):
-        cache.update(layer, key[:, :, :2], value[:, :, :2], 0)
-    for slot in range(2, 6):
-        for layer in range(2):
-            keys, values = cache.update(
-                layer, (layer + 1) * key[:, :, slot : slot + 1], value[:, :, slot : slot + 1], slot
-            )
-            assert keys.shape == values.shape == (ROWS, HEADS, slot + 1, DIM)
-    assert torch.equal(cache.values[0], value)
-    assert torch.equal(keys[:, :, 2:], 2 * key[:, :, 2:])
-    assert torch.equal(cache.keys[0], key)
-    assert [part.data_ptr() for part in (*cache.keys, *cache.values)] == pointers
-    assert cache.slots == 6
-
-
 def test_layers_may_lie_on_several_devices() -> None:
     cache = KVCache(layers=2, rows=1, heads=1, slots=2, head_dim=4, device=[torch.device("cpu"), torch.device("meta")])
     assert [part.device.type for part in cache.values] == ["cpu", "meta"]
@@ -130,12 +111,6 @@ def test_layers_may_lie_on_several_devices() -> None:
     assert moved.mask is not None
     assert moved.padding is not None
     assert (moved.slot, moved.mask.device.type, moved.padding.device.type) == (1, "meta", "meta")
-
-
-def test_cache_refuses_to_overflow() -> None:
-    cache = KVCache(layers=1, rows=1, heads=1, slots=2, head_dim=4)
-    with pytest.raises(ValueError, match="2 slots"):
-        cache.update(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 1)
 
 
 @pytest.mark.parametrize("new", [1, 4])

@@ -48,18 +48,27 @@ def check() -> None:
         last = torch.randint(8, slots, (rows,))
         last[0] = slots - 1
         padding = torch.arange(rows) * 3
-        for weigh_values, weigh_keys, padded in product((False, True), repeat=3):
+        plain = [(*used, False) for used in product((False, True), repeat=3)]
+        for weigh_values, weigh_keys, padded, rounded in [*plain, (False,) * 3 + (True,), (True,) * 4]:
             weights = [torch.rand(rows, slots) if used else None for used in (weigh_values, weigh_keys)]
             first = padding if padded else torch.zeros_like(last)
-            wanted = reference(query, keys, values, last, first, *weights)
+            scales: list[torch.Tensor | None] = [None, None]
+            if rounded:
+                stored = torch.randint(-127, 128, (2, *keys.shape), dtype=torch.int8)
+                scales = list(torch.rand(2, rows, shared, slots, 1) / 64)
+                wanted = reference(query, stored[0] * scales[0], stored[1] * scales[1], last, first, *weights)
+            else:
+                stored = torch.stack((keys, values))
+                wanted = reference(query, *stored, last, first, *weights)
             for row, end in enumerate(last.tolist()):  # what lies behind a row's position must not matter
-                keys[row, :, end + 1 :] = values[row, :, end + 1 :] = float("nan")
+                for behind in scales if rounded else stored:
+                    behind[row, :, end + 1 :] = float("nan")
             by_query = None if weights[0] is None else weights[0][:, None]
             out = decode_attention(
-                query, keys, values, last,
-                first=padding if padded else None, value_weights=by_query, key_weights=weights[1],
+                query, *stored, last,
+                first=padding if padded else None, key_scales=scales[0], value_scales=scales[1],
+                value_weights=by_query, key_weights=weights[1],
             )  # fmt: skip
-            keys.nan_to_num_(0.0), values.nan_to_num_(0.0)
             torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
             assert out.dtype == dtype
 

@@ -51,6 +51,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     )
     group.add_argument("--quantize", choices=("int8", "int4"), help="round the generator's weights; needs torchao")
     group.add_argument(
+        "--kv-cache-dtype",
+        choices=("int8",),
+        help="round the cached keys and values (default: of the generator's dtype)",
+    )
+    group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
     )
 
@@ -154,8 +159,11 @@ def load_pipeline(
 
     device = parse_device(str(device)) if device else parse_device(args.device)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    cache_dtype = None if args.kv_cache_dtype is None else getattr(torch, args.kv_cache_dtype)
     if random_weights:
-        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype)
+        if args.quantize or args.device_map:
+            raise UserError("--quantize and --device-map are not for random weights")
+        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype)
     return Pipeline.from_pretrained(
         args.model,
         device=device,
@@ -163,6 +171,7 @@ def load_pipeline(
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
         quantize=args.quantize,
+        kv_cache_dtype=cache_dtype,
         device_map=args.device_map,
     )
 

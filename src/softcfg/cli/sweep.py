@@ -161,8 +161,9 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         rungs = None if args.rungs is None else [int(rung) for rung in args.rungs.split(",")]
     except ValueError:
         raise UserError(f"--rungs must be numbers of samples such as 500,2000, got {args.rungs!r}") from None
-    if args.quantize:
-        raise UserError("--quantize is not for sweeps: the runs that they stand for have the model's own weights")
+    for flag, rounds in (("--quantize", args.quantize), ("--kv-cache-dtype", args.kv_cache_dtype)):
+        if rounds:
+            raise UserError(f"{flag} is not for sweeps: the runs that they stand for round nothing")
     pipeline = arguments.load_pipeline(args, processes.device)
     labels: list[int] | str | None = None
     if args.labels.strip().lower() == RANDOM:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
-from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.kv_cache import CACHES, KVCache
 
 LabelsLike = Any  # a tensor, array or sequence of class ids
 
@@ -82,6 +82,7 @@ class Generator(nn.Module, ABC):
         vocab_size: V, the number of tokens that may be drawn.
         num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
         cache_shape: (layers, heads, head_dim) of the key/value cache.
+        cache_dtype: what the key/value cache stores, of `nn.kv_cache.CACHES`; None for the dtype of the weights.
         slots_by_row: whether a pass may start at a slot of each row's own.
         layer_devices: where each layer computes, if they are spread over several devices.
     """
@@ -91,6 +92,7 @@ class Generator(nn.Module, ABC):
     vocab_size: int
     num_classes: int = 0
     cache_shape: tuple[int, int, int]
+    cache_dtype: torch.dtype | None = None
     slots_by_row: bool = True
     layer_devices: list[torch.device] | None = None
 
@@ -145,15 +147,22 @@ class Generator(nn.Module, ABC):
         return next(self.parameters()).dtype
 
     def new_cache(self, condition: Condition) -> KVCache:
-        """A key/value cache for the rows of `condition`, in the dtype and on the device of the weights."""
-        layers, heads, head_dim = self.cache_shape
-        device = self.layer_devices or self.device
-        return KVCache(layers, condition.rows, heads, condition.cache_slots, head_dim, dtype=self.dtype, device=device)
+        """A key/value cache for the rows of `condition`, on the device of the weights and for their dtype."""
+        return self._cache_type()(
+            *self._cache_size(condition), dtype=self.dtype, device=self.layer_devices or self.device
+        )
 
     def cache_bytes(self, condition: Condition) -> int:
         """The memory that `new_cache` takes."""
+        cache = self._cache_type()(*self._cache_size(condition), dtype=self.dtype, device="meta")
+        return cache.nbytes
+
+    def _cache_type(self) -> type[KVCache]:
+        return KVCache if self.cache_dtype is None else CACHES[self.cache_dtype]
+
+    def _cache_size(self, condition: Condition) -> tuple[int, int, int, int, int]:
         layers, heads, head_dim = self.cache_shape
-        return 2 * layers * condition.rows * heads * condition.cache_slots * head_dim * self.dtype.itemsize
+        return layers, condition.rows, heads, condition.cache_slots, head_dim
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Rule out the tokens that may not stand at a position, by logits of -inf; by default none.

@@ -214,20 +214,26 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, context: Atten
     """
     if context.rotary is not None:
         query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
-    if context.cache is not None:
-        key, value = context.cache.update(layer, key, value, context.slot)
-    single = isinstance(context.slot, Tensor) and query.shape[2] == 1
+    cache = context.cache
+    single = cache is not None and isinstance(context.slot, Tensor) and query.shape[2] == 1
     if single and query.is_cuda and query.dtype != torch.float64 and (fused := decode_kernel()):
+        assert cache is not None
+        cache.write(layer, key, value, context.slot)
+        key_scales, value_scales = cache.scales(layer)
         out = fused(
             query,
-            key,
-            value,
+            cache.keys[layer],
+            cache.values[layer],
             context.slot,
+            key_scales=key_scales,
+            value_scales=value_scales,
             first=context.padding,
             value_weights=context.value_weights,
             key_weights=context.key_weights,
         )
         return out.transpose(1, 2).flatten(2)
+    if cache is not None:
+        key, value = cache.update(layer, key, value, context.slot)
     out = weighted_attention(
         query,
         key,

@@ -40,6 +40,12 @@ class KVCache:
         """The number of sequence positions that the cache holds."""
         return self.keys[0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes, in bytes."""
+        scales = [scale for layer in range(len(self.keys)) for scale in self.scales(layer) if scale is not None]
+        return sum(contents.nbytes for contents in (*self.keys, *self.values, *scales))
+
     def up_to(self, slots: int) -> KVCache:
         """The first `slots` slots as a cache that shares the memory of this one."""
         part = copy(self)
@@ -54,16 +60,92 @@ class KVCache:
             slot: of all rows, or int64 [rows], one a row.
 
         Returns:
-            Views [rows, heads, slot + n, head_dim] of the layer's keys and values; for slots by row, of all slots.
+            The layer's keys and values [rows, heads, slot + n, head_dim]; for slots by row, of all slots.
         """
-        if isinstance(slot, Tensor):
-            where = (slot[:, None] + torch.arange(keys.shape[2], device=slot.device))[:, None, :, None]
-            self.keys[layer].scatter_(2, where.expand_as(keys), keys)
-            self.values[layer].scatter_(2, where.expand_as(values), values)
-            return self.keys[layer], self.values[layer]
-        end = slot + keys.shape[2]
-        if end > self.slots:
-            raise ValueError(f"the cache has {self.slots} slots, writing up to slot {end} does not fit")
-        self.keys[layer][:, :, slot:end] = keys
-        self.values[layer][:, :, slot:end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        self.write(layer, keys, values, slot)
+        return self.read(layer, self.slots if isinstance(slot, Tensor) else slot + keys.shape[2])
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> None:
+        """Write `keys` and `values` [rows, heads, n, head_dim] at `slot`, of all rows or [rows]."""
+        _put(self.keys[layer], keys, slot)
+        _put(self.values[layer], values, slot)
+
+    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, heads, slots, head_dim] of the layer's first slots: here views of the cache."""
+        return self.keys[layer][:, :, :slots], self.values[layer][:, :, :slots]
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """What the layer's stored keys and values are to be multiplied with, [rows, heads, slots, 1]; None for 1."""
+        return None, None
+
+
+class Int8KVCache(KVCache):
+    """Keys and values as 8-bit integers, each vector of head_dim with a scale of its own: its largest entry is 127.
+
+    Args:
+        dtype: of what is written and read.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        slots: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | Sequence[torch.device] = "cpu",
+    ) -> None:
+        super().__init__(layers, rows, heads, slots, head_dim, dtype=torch.int8, device=device)
+        self.dtype = dtype
+        shape = (rows, heads, slots, 1)
+        self.key_scales = [torch.zeros(shape, device=keys.device) for keys in self.keys]
+        self.value_scales = [torch.zeros(shape, device=keys.device) for keys in self.keys]
+
+    def up_to(self, slots: int) -> Int8KVCache:
+        """See `KVCache.up_to`."""
+        part = super().up_to(slots)
+        assert isinstance(part, Int8KVCache)
+        part.key_scales = [scales[:, :, :slots] for scales in self.key_scales]
+        part.value_scales = [scales[:, :, :slots] for scales in self.value_scales]
+        return part
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> None:
+        """See `KVCache.write`; the vectors are rounded."""
+        rounded_keys, key_scales = _round(keys)
+        rounded_values, value_scales = _round(values)
+        super().write(layer, rounded_keys, rounded_values, slot)
+        _put(self.key_scales[layer], key_scales, slot)
+        _put(self.value_scales[layer], value_scales, slot)
+
+    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        """See `KVCache.read`; here new tensors."""
+        keys, values = super().read(layer, slots)
+        key_scales, value_scales = self.key_scales[layer][:, :, :slots], self.value_scales[layer][:, :, :slots]
+        return keys.to(self.dtype).mul_(key_scales), values.to(self.dtype).mul_(value_scales)
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `KVCache.scales`; float32."""
+        return self.key_scales[layer], self.value_scales[layer]
+
+
+CACHES: dict[torch.dtype, type[KVCache]] = {torch.int8: Int8KVCache}  # of reduced precision, by what they store
+
+
+def _put(contents: Tensor, new: Tensor, slot: int | Tensor) -> None:
+    """Write `new` [rows, heads, n, ...] into `contents` [rows, heads, slots, ...] at `slot`, of all rows or [rows]."""
+    count = new.shape[2]
+    if isinstance(slot, Tensor):
+        where = (slot[:, None] + torch.arange(count, device=slot.device))[:, None, :, None]
+        contents.scatter_(2, where.expand_as(new), new)
+        return
+    if slot + count > contents.shape[2]:
+        raise ValueError(f"the cache has {contents.shape[2]} slots, writing up to slot {slot + count} does not fit")
+    contents[:, :, slot : slot + count] = new
+
+
+def _round(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., head_dim] as int8, and the float32 scales [..., 1] that they are to be multiplied with."""
+    scales = vectors.abs().amax(dim=-1, keepdim=True).float() / 127
+    return (vectors / torch.where(scales > 0, scales, 1)).round_().to(torch.int8), scales

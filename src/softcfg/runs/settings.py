@@ -51,6 +51,7 @@ def run_settings(
         path = given or require_file(part.file, entry)
         return {"family": part.family.name, "config": dict(part.config), "sha256": hash_weights(path)}
 
+    cache_dtype = pipeline.generator.cache_dtype
     text: dict[str, Any] = {}
     if entry.text is not None:
         text["text"] = {"template": entry.text.template, "sha256": hash_weights(require_file(entry.text.file, entry))}
@@ -63,6 +64,7 @@ def run_settings(
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
         "dtype": dtype,
+        **({} if cache_dtype is None else {"kv_cache_dtype": str(cache_dtype).removeprefix("torch.")}),
         "labels": labels if isinstance(labels, str) else list(labels),
         "num_classes": pipeline.generator.num_classes if prompts is None else len(prompts.texts),
         "num_samples": num_samples,

@@ -21,11 +21,11 @@ BLOCK = 64  # slots in registers at once
 
 @triton.jit
 def _attend_chunk(
-    query, keys, values, value_weights, key_weights, first, last, maxima, sums, outputs,
-    query_row, query_head, cache_row, cache_head, cache_slot, weights_row,
+    query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
+    query_row, query_head, cache_row, cache_head, cache_slot, scales_row, scales_head, weights_row,
     heads, groups, chunks, scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
+    SCALED: tl.constexpr, WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row, head, chunk = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     end = tl.load(last + row) + 1
@@ -36,6 +36,7 @@ def _attend_chunk(
     inside = dims < DIM
     q = tl.load(query + row * query_row + head * query_head + dims, mask=inside, other=0.0).to(tl.float32) * scale
     base = row.to(tl.int64) * cache_row + (head // groups) * cache_head
+    scales = row.to(tl.int64) * scales_row + (head // groups) * scales_head
 
     maximum = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
@@ -46,6 +47,8 @@ def _attend_chunk(
         place = base + slots[:, None].to(tl.int64) * cache_slot + dims[None, :]
         k = tl.load(keys + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
         scores = tl.sum(k * q[None, :], axis=1)
+        if SCALED:
+            scores *= tl.load(key_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_KEYS:
             scores *= tl.load(key_weights + row * weights_row + slots, mask=seen, other=1.0)
         scores = tl.where(seen, scores, float("-inf"))
@@ -55,6 +58,8 @@ def _attend_chunk(
         kept = tl.exp(maximum - shift)
         p = tl.exp(scores - shift)
         total = total * kept + tl.sum(p, axis=0)
+        if SCALED:
+            p *= tl.load(value_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_VALUES:
             p *= tl.load(value_weights + row * weights_row + slots, mask=seen, other=1.0)
         v = tl.load(values + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -98,6 +103,8 @@ def decode_attention(
     last: Tensor,
     *,
     first: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     value_weights: Tensor | None = None,
     key_weights: Tensor | None = None,
 ) -> Tensor:
@@ -109,11 +116,13 @@ def decode_attention(
             every `heads / key_value_heads` consecutive heads share one. What lies behind `last` may be anything.
         last: int64 [rows], the slot of the query itself, on the device.
         first: int64 [rows], slots before it are padding; None for none.
+        key_scales, value_scales: float32 [rows, key_value_heads, slots, 1], of the same strides: what the stored keys
+            and values are to be multiplied with (`nn.kv_cache.Int8KVCache`); None for 1.
         value_weights, key_weights: [rows, slots] or [rows, 1, slots], factors on the values or keys of each slot. The
             attention row is not renormalised (SoftCFG, arXiv 2510.00996).
 
     Returns:
-        [rows, heads, 1, head_dim] in the dtype of `values`; sums are in float32. A row that sees nothing gives zeros.
+        [rows, heads, 1, head_dim] in the dtype of `query`; sums are in float32. A row that sees nothing gives zeros.
     """
     rows, heads, new, dim = query.shape
     slots = keys.shape[2]
@@ -121,6 +130,9 @@ def decode_attention(
         raise ValueError(f"decode_attention takes one query a row, got {new}")
     if keys.stride() != values.stride() or keys.stride(-1) != 1:
         raise ValueError("keys and values must have the same strides and contiguous head dimensions")
+    if (key_scales is None) != (value_scales is None):
+        raise ValueError("keys and values must both have scales, or neither")
+    scales_row, scales_head = (0, 0) if key_scales is None else key_scales.stride()[:2]
     query = query.contiguous()
     weights = [
         None if given is None else given.to(torch.float32).reshape(-1, slots).expand(rows, slots)
@@ -130,14 +142,15 @@ def decode_attention(
     chunks = triton.cdiv(slots, CHUNK)
     maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
     outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
-    joined = torch.empty(rows, heads, 1, dim, dtype=values.dtype, device=query.device)
+    joined = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
     width = triton.next_power_of_2(dim)
     _attend_chunk[(rows * heads, chunks)](
-        query, keys, values, weights[0], weights[1], first, last, maxima, sums, outputs,
-        query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), slots,
-        heads, heads // keys.shape[1], chunks, dim**-0.5,
+        query, keys, values, key_scales, value_scales, weights[0], weights[1], first, last, maxima, sums, outputs,
+        query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
+        scales_row, scales_head, slots, heads, heads // keys.shape[1], chunks, dim**-0.5,
         DIM=dim, WIDTH=width, CHUNK=CHUNK, BLOCK=BLOCK,
-        WEIGHT_VALUES=weights[0] is not None, WEIGHT_KEYS=weights[1] is not None, PADDED=first is not None,
+        SCALED=key_scales is not None, WEIGHT_VALUES=weights[0] is not None, WEIGHT_KEYS=weights[1] is not None,
+        PADDED=first is not None,
     )  # fmt: skip
     _join_chunks[(rows * heads,)](
         maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from softcfg.nn.kv_cache import Int8KVCache, KVCache
+
+ROWS, HEADS, DIM = 3, 2, 8
+
+
+def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
+    cache = KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM)
+    key, value = torch.randn(2, ROWS, HEADS, 6, DIM)
+    pointers = [part.data_ptr() for part in (*cache.keys, *cache.values)]
+    for layer in range(2):
+        cache.update(layer, key[:, :, :2], value[:, :, :2], 0)
+    for slot in range(2, 6):
+        for layer in range(2):
+            keys, values = cache.update(
+                layer, (layer + 1) * key[:, :, slot : slot + 1], value[:, :, slot : slot + 1], slot
+            )
+            assert keys.shape == values.shape == (ROWS, HEADS, slot + 1, DIM)
+    assert torch.equal(cache.values[0], value)
+    assert torch.equal(keys[:, :, 2:], 2 * key[:, :, 2:])
+    assert torch.equal(cache.keys[0], key)
+    assert [part.data_ptr() for part in (*cache.keys, *cache.values)] == pointers
+    assert cache.slots == 6
+
+
+@pytest.mark.parametrize("kind", [KVCache, Int8KVCache])
+def test_cache_refuses_to_overflow(kind: type[KVCache]) -> None:
+    cache = kind(layers=1, rows=1, heads=1, slots=2, head_dim=4)
+    with pytest.raises(ValueError, match="2 slots"):
+        cache.update(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_int8_is_off_by_half_a_step_at_most(dtype: torch.dtype, by_row: bool) -> None:
+    torch.manual_seed(0)
+    cache = Int8KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM, dtype=dtype)
+    written = torch.randn(2, 2, ROWS, HEADS, 6, DIM, dtype=dtype)  # layers, keys and values
+    written *= 10.0 ** torch.arange(-3, 3)[:, None]  # vectors of very different length
+    written[..., 4, :] = 0
+    for layer, (keys, values) in enumerate(written):
+        for slots in (slice(0, 3), slice(3, 4), slice(4, 6)):
+            slot = torch.full((ROWS,), slots.start) if by_row else slots.start
+            read = cache.update(layer, keys[:, :, slots], values[:, :, slots], slot)
+        assert [part.shape[2] for part in cache.update(layer, keys[:, :, :2], values[:, :, :2], 0)] == [2, 2]
+        for found, wanted in zip(read, (keys, values), strict=True):
+            assert found.dtype == dtype
+            step = wanted.double().abs().amax(-1, keepdim=True) / 127
+            # In bfloat16 the product with the scale is rounded once more.
+            room = 0.5 + (127 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-4)
+            error = (found.double() - wanted.double()).abs()
+            assert (error <= room * step).all()
+            assert error.max() > 0
+    assert cache.keys[0].dtype == torch.int8
+
+
+def test_int8_rows_write_where_they_stand() -> None:
+    torch.manual_seed(0)
+    cache = Int8KVCache(layers=1, rows=2, heads=1, slots=5, head_dim=DIM)
+    vectors = torch.randn(2, 1, 2, DIM)
+    keys, values = cache.update(0, vectors, -vectors, torch.tensor([0, 3]))
+    for row, slot in ((0, 0), (1, 3)):
+        torch.testing.assert_close(keys[row, :, slot : slot + 2], vectors[row], atol=0.02, rtol=0)
+        torch.testing.assert_close(values[row, :, slot : slot + 2], -vectors[row], atol=0.02, rtol=0)
+    assert not keys[0, :, 2:].any()
+    assert not keys[1, :, :3].any()
+
+
+@pytest.mark.parametrize("kind", [KVCache, Int8KVCache])
+def test_a_part_shares_the_memory(kind: type[KVCache]) -> None:
+    cache = kind(layers=1, rows=1, heads=1, slots=6, head_dim=DIM)
+    part = cache.up_to(4)
+    vectors = torch.randn(1, 1, 2, DIM)
+    part.update(0, vectors, vectors, torch.tensor([1]))
+    assert part.slots == 4
+    assert torch.equal(cache.read(0, 4)[0], part.read(0, 4)[0])
+    assert cache.read(0, 6)[1].count_nonzero(-1).flatten().tolist() == [0, DIM, DIM, 0, 0, 0]
+
+
+def test_bytes() -> None:
+    sizes = {"layers": 3, "rows": 2, "heads": 4, "slots": 5, "head_dim": 16}
+    vectors = 2 * 3 * 2 * 4 * 5
+    assert KVCache(**sizes, dtype=torch.bfloat16).nbytes == vectors * 32
+    assert Int8KVCache(**sizes, dtype=torch.bfloat16).nbytes == vectors * (16 + 4)
