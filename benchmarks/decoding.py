@@ -5,7 +5,7 @@
 The limit of a step is taken to be its linear layers, with weights laid out for them, and one reading of the filled
 part of the cache; it is measured beside the rest. A step's cost grows with the filled part of the cache, so steps are
 timed at several positions spread evenly over the sequence; their mean stands for the sequence. The weights are random:
-they do not change the arithmetic.
+they do not change the arithmetic. Pixels are decoded by the same network on both sides.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,8 +25,11 @@ from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear, prepared_linear_layers
+from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo.checkpoints import random_weights
 from softcfg.zoo.registry import resolve
+
+PIXELS = 4  # images whose pixels are decoded at once
 
 
 def released_step(generator: ClassGenerator, batch: int, guidance: CFG, position: int) -> Callable[[], object]:
@@ -84,6 +88,7 @@ def main() -> None:
 
     generator = random_weights(resolve(args.model).generator)
     baseline = random_weights(resolve(args.model).generator)  # the same weights, never prepared
+    tokenizer: Tokenizer = random_weights(resolve(args.model).tokenizer)
     cfg, soft = CFG(guidance_scale=4.0), SoftCFG.released(guidance_scale=4.0)
     print(f"{args.model}, float32, {machine()}")
     print(f"largest difference of the baseline's logits from ours: {check(baseline, soft):.1e}\n")
@@ -107,6 +112,9 @@ def main() -> None:
                 for name, seconds in medians(sides, args.repeats).items():
                     collected.setdefault(name, []).append(seconds)
         mean = {name: statistics.fmean(values) for name, values in collected.items()}
+        tokens = torch.randint(generator.vocab_size, (PIXELS, generator.num_tokens))
+        pixels = medians({"pixels": partial(tokenizer.decode, tokens)}, 2)["pixels"] * batch / PIXELS
+        whole = {name: seconds * generator.num_tokens + pixels for name, seconds in mean.items()}
         rows.append(
             [
                 batch,
@@ -117,13 +125,17 @@ def main() -> None:
                 f"{100 * (mean['released SoftCFG'] / mean['released CFG'] - 1):+.1f} %",
                 mean["SoftCFG"] / mean["linear layers"],
                 mean["SoftCFG"] / mean["limit"],
-                batch / (mean["SoftCFG"] * generator.num_tokens),
+                pixels / batch,
+                whole["released CFG"] / whole["CFG"],
+                whole["released SoftCFG"] / whole["SoftCFG"],
+                batch / whole["SoftCFG"],
             ]
         )
     header = [
         "batch", "released CFG, ms", "released SoftCFG, ms", "CFG, ms", "SoftCFG, ms", "linear layers, ms", "limit, ms",
         "released / ours, CFG", "released / ours, SoftCFG", "SoftCFG over CFG", "released SoftCFG over CFG",
-        "SoftCFG / linear layers", "SoftCFG / limit", "images/s",
+        "SoftCFG / linear layers", "SoftCFG / limit", "pixels, s an image", "with pixels, CFG", "with pixels, SoftCFG",
+        "images/s",
     ]  # fmt: skip
     weights = sum(layer.weight.numel() for layer in generator.modules() if isinstance(layer, Linear))
     layers, heads, head_dim = generator.cache_shape

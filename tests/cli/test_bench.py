@@ -4,7 +4,7 @@ import pytest
 
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.cli.main import main
-from softcfg.decoding.throughput import seconds_per_step
+from softcfg.decoding.throughput import time_steps
 
 
 def test_bench_recommends_a_batch_size(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -12,8 +12,9 @@ def test_bench_recommends_a_batch_size(model_folder: Path, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if line[:5].strip().isdigit()]
     assert [row[0] for row in rows] == ["1", "4"]
-    for batch, step, tokens, _, images, _ in (map(float, row) for row in rows):
+    for batch, set_up, step, tokens, _, images, _ in (map(float, row) for row in rows):
         assert tokens == pytest.approx(batch / (step / 1e3), rel=0.05, abs=1)
+        assert 0 <= set_up < 5
         assert 0 < images < batch / (step / 1e3 * 16)
     assert lines[-1] in ("recommended: --batch-size 1", "recommended: --batch-size 4")
 
@@ -42,4 +43,6 @@ def test_bench_prints_the_memory_of_the_cache(model_folder: Path, capsys: pytest
 @pytest.mark.parametrize("guidance", [CFG(guidance_scale=0), CFG(), SoftCFG(), SoftCFG(target="both")], ids=str)
 def test_a_step_is_timed_for_every_method(model_folder: Path, guidance: CFG) -> None:
     generator = Pipeline.with_random_weights(model_folder).generator
-    assert 0 < seconds_per_step(generator, 2, guidance, repeats=1) < 5
+    times = time_steps(generator, 2, guidance, repeats=1)
+    assert 0 < times.step < 5
+    assert 0 < times.set_up < 5

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Measure how fast this machine draws images of a model at several batch sizes, and name the smallest batch size
-that comes within 5 % of the best. Steps are timed at several positions of the sequence; their mean stands for all."""
+that comes within 5 % of the best. Steps are timed at several positions of the sequence; their mean stands for all.
+The set-up is what every batch does once: laying out weights, and on a GPU the capture of the CUDA graph."""
 
 EXAMPLES = """\
 examples:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     import torch
 
-    from softcfg.decoding.throughput import seconds_per_step
+    from softcfg.decoding.throughput import time_steps
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
         raise UserError("--batch-sizes and --repeats must be at least 1")
@@ -63,16 +64,19 @@ def run(args: argparse.Namespace) -> int:
     guidance = arguments.guidance_from(args, pipeline)
     where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else "CPU"
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
-    print(f"{'batch':>5} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} {'cache, MiB':>11}")
+    print(
+        f"{'batch':>5} {'set-up, s':>9} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} "
+        f"{'cache, MiB':>11}"
+    )
     speed: dict[int, float] = {}
     for batch in sorted(set(args.batch_sizes)):
-        step = seconds_per_step(generator, batch, guidance, repeats=args.repeats)
+        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats)
         pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, generator, batch) / batch
-        seconds = step * generator.num_tokens / batch + pixels
+        seconds = (set_up + step * generator.num_tokens) / batch + pixels
         speed[batch] = 1 / seconds
         condition = generator.condition([0] * batch, guided=guidance.is_active)
         print(
-            f"{batch:5} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
+            f"{batch:5} {set_up:9.2f} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
             f"{generator.cache_bytes(condition) / 2**20:11.0f}",
             flush=True,
         )

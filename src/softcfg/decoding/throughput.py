@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,26 +67,40 @@ def decoding_step(
     return replayed
 
 
-def seconds_per_step(
+class StepTimes(NamedTuple):
+    """Seconds of a decoding step, and of what a batch does once before its steps.
+
+    Attributes:
+        step: the mean over positions of the median of a step.
+        set_up: laying out weights; on a GPU the first steps, in which kernels compile, and the capture of the graph.
+    """
+
+    step: float
+    set_up: float
+
+
+def time_steps(
     generator: Generator,
     batch: int,
     guidance: CFG,
     *,
     positions: Sequence[float] = POSITIONS,
     repeats: int = 3,
-) -> float:
-    """Mean over `positions` (parts of the sequence) of the median seconds of a decoding step."""
+) -> StepTimes:
+    """Time the steps of a batch at `positions` (parts of the sequence)."""
     rows = batch * (2 if guidance.is_active else 1)
-    means = []
+    means, set_up = [], 0.0
+    started = time.perf_counter()
     with prepared_linear_layers(generator, rows):
         for part in positions:
             labels = [row % generator.num_classes for row in range(batch)]
             step = decoding_step(generator, labels, guidance, max(1, round(part * generator.num_tokens)))
             times = []
+            set_up = set_up or time.perf_counter() - started
             for turn in range(repeats + 1):
                 started = time.perf_counter()
                 step().tolist()  # waits for the device
                 if turn:  # the first one warms up
                     times.append(time.perf_counter() - started)
             means.append(statistics.median(times))
-    return statistics.fmean(means)
+    return StepTimes(statistics.fmean(means), set_up)
