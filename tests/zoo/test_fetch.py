@@ -19,13 +19,7 @@ from softcfg import CheckpointError
 from softcfg.zoo import MODELS, ModelFile, checkpoints, fetch, load_generator, load_tokenizer
 from tiny_models import ON_DRIVE, RAR, VQ, on_hub, weights
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkpoints folder; it does not exist yet."""
-    path = tmp_path / "some" / "checkpoints"
-    monkeypatch.setenv("SOFTCFG_CHECKPOINTS", str(path))
-    return path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture

@@ -20,12 +20,7 @@ INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkpoints folder; it does not exist yet."""
-    path = tmp_path / "checkpoints"
-    monkeypatch.setenv("SOFTCFG_CHECKPOINTS", str(path))
-    return path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
