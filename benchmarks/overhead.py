@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from benchmarks.timing import machine, medians, table
 from softcfg.configuration import load_config
-from softcfg.decoding.throughput import POSITIONS, decoding_step
+from softcfg.decoding.throughput import POSITIONS, decoding_step, example_inputs
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator
 from softcfg.nn.linear import prepared_linear_layers
@@ -48,15 +47,6 @@ def build(args: argparse.Namespace) -> Generator:
         return model(config).requires_grad_(False).eval()  # type: ignore[return-value]
 
 
-def inputs_of(generator: Generator, batch: int) -> Sequence[Any]:
-    """Labels, or prompts of 64 tokens."""
-    if generator.num_classes:
-        return range(batch)
-    from softcfg.models.lumina import TokenPrompt
-
-    return [TokenPrompt([0] * 64)] * batch
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +62,7 @@ def main() -> None:
     methods = {"CFG": CFG(4.0), "SoftCFG": SoftCFG(4.0)}
     rows = []
     for batch in args.batch_size:
-        inputs = inputs_of(generator, batch)
+        inputs = example_inputs(generator, batch)
         condition = generator.condition(inputs, guided=True)
         cache = generator.new_cache(condition)
         for contents in (*cache.keys, *cache.values):

@@ -124,9 +124,10 @@ def test_trace_and_plot(prompt_model_folder: Path, tmp_path: Path) -> None:
     assert main(["plot", str(prompt_model_folder), *oblong]) == 2
 
 
-def test_bench_is_for_models_of_classes(prompt_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(prompt_model_folder)]) == 2
-    assert "bench draws classes, and words draws texts" in capsys.readouterr().err
+@pytest.mark.parametrize("more", [[], ["--random-weights"]])
+def test_bench(prompt_model_folder: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    assert main(["bench", str(prompt_model_folder), "--batch-sizes", "1", "2", "--repeats", "1", *more]) == 0
+    assert "\nrecommended: --batch-size " in capsys.readouterr().out
 
 
 def bench(model: Path, suite: str, prompts: Path, out: Path, *flags: str) -> int:

@@ -10,13 +10,14 @@ from softcfg.cli import arguments
 from softcfg.errors import UserError
 
 if TYPE_CHECKING:
-    from softcfg.models.base import Generator
+    from softcfg.models.base import Condition
     from softcfg.tokenizers.base import Tokenizer
 
 DESCRIPTION = """\
 Measure how fast this machine draws images of a model at several batch sizes, and name the smallest batch size
 that comes within 5 % of the best. Steps are timed at several positions of the sequence; their mean stands for all.
-The set-up is what every batch does once: laying out weights, and on a GPU the capture of the CUDA graph."""
+The set-up is what every batch does once: laying out weights, and on a GPU the capture of the CUDA graph. Texts are
+taken to have 64 tokens."""
 
 EXAMPLES = """\
 examples:
@@ -51,16 +52,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     import torch
 
-    from softcfg.decoding.throughput import time_steps
+    from softcfg.decoding.throughput import example_inputs, time_steps
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
         raise UserError("--batch-sizes and --repeats must be at least 1")
     pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
     generator = pipeline.generator
-    if not generator.num_classes:
-        raise UserError(
-            f"bench draws classes, and {pipeline.name} draws texts: it cannot be measured with this command"
-        )
     guidance = arguments.guidance_from(args, pipeline)
     where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else "CPU"
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
@@ -71,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
     speed: dict[int, float] = {}
     for batch in sorted(set(args.batch_sizes)):
         step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats)
-        pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, generator, batch) / batch
-        seconds = (set_up + step * generator.num_tokens) / batch + pixels
+        condition = generator.condition(example_inputs(generator, batch), guided=guidance.is_active)
+        pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, condition, batch) / batch
+        seconds = (set_up + step * condition.num_tokens) / batch + pixels
         speed[batch] = 1 / seconds
-        condition = generator.condition([0] * batch, guided=guidance.is_active)
         print(
             f"{batch:5} {set_up:9.2f} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
             f"{generator.cache_bytes(condition) / 2**20:11.0f}",
@@ -86,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pixel_seconds(tokenizer: Tokenizer, generator: Generator, batch: int) -> float:
+def _pixel_seconds(tokenizer: Tokenizer, condition: Condition, batch: int) -> float:
     import torch
 
-    tokens = torch.randint(generator.vocab_size, (batch, generator.num_tokens), device=generator.device)
-    tokenizer.decode(tokens[:1])
+    tokens = torch.randint(tokenizer.codebook_size, (batch, condition.num_codes))
+    tokenizer.decode(tokens[:1], condition.grid)
     started = time.perf_counter()
-    tokenizer.decode(tokens).cpu()
+    tokenizer.decode(tokens, condition.grid).cpu()
     return time.perf_counter() - started

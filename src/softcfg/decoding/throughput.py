@@ -20,6 +20,16 @@ from softcfg.nn.linear import prepared_linear_layers
 
 # A step's cost grows with the filled part of the cache; the mean over these parts of the sequence stands for all of it.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+PROMPT_TOKENS = 64
+
+
+def example_inputs(generator: Generator, batch: int) -> list[Any]:
+    """What a batch could be conditioned on: the classes in turn, or prompts of 64 tokens."""
+    if generator.num_classes:
+        return [row % generator.num_classes for row in range(batch)]
+    from softcfg.models.lumina import TokenPrompt
+
+    return [TokenPrompt([0] * PROMPT_TOKENS)] * batch
 
 
 def decoding_step(
@@ -88,13 +98,13 @@ def time_steps(
     repeats: int = 3,
 ) -> StepTimes:
     """Time the steps of a batch at `positions` (parts of the sequence)."""
-    rows = batch * (2 if guidance.is_active else 1)
+    inputs = example_inputs(generator, batch)
+    condition = generator.condition(inputs, guided=guidance.is_active)
     means, set_up = [], 0.0
     started = time.perf_counter()
-    with prepared_linear_layers(generator, rows):
+    with prepared_linear_layers(generator, condition.rows):
         for part in positions:
-            labels = [row % generator.num_classes for row in range(batch)]
-            step = decoding_step(generator, labels, guidance, max(1, round(part * generator.num_tokens)))
+            step = decoding_step(generator, inputs, guidance, max(1, round(part * condition.num_tokens)))
             times = []
             set_up = set_up or time.perf_counter() - started
             for turn in range(repeats + 1):
