@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 import softcfg
 from recipes.fashion_mnist.data import load
+from recipes.study.patches import BLACK, PatchSoftCFG, brightness, find_black_codes
 from recipes.study.points import Point, Row
 from softcfg import CFG, Pipeline, evaluation
 from softcfg.evaluation import Extractor, Features
@@ -25,7 +25,6 @@ from softcfg.version import __version__
 CLASSES = 10
 TRACED_AT_ONCE = 100
 TENTHS = 10
-BLACK = 0.02  # mean gray value up to which a patch is background
 
 
 class Laboratory:
@@ -38,6 +37,7 @@ class Laboratory:
         self.device = self.pipeline.generator.device
         self.extractor: Extractor = evaluation.load_extractor("fashion", device=self.device)
         self.data = data
+        PatchSoftCFG.black_codes = find_black_codes(self.pipeline.tokenizer, load(data, "train"))
         self.reference = self.features(_colours(load(data, "test").images))
         self.reference_statistics = evaluation.statistics(self.reference.pooled)
 
@@ -131,7 +131,7 @@ class Laboratory:
             found["budget_without"].append(measures.perturbation_budget(trace, step_norm=False))
             found["confidence"].append(trace.confidence)
             gray = torch.from_numpy(drawn.pixels[..., 0]).float() / 255
-            found["brightness"].append(F.adaptive_avg_pool2d(gray, self.pipeline.tokenizer.latent_size).flatten(1))
+            found["brightness"].append(brightness(gray, self.pipeline.tokenizer.latent_size))
         values: Row = {}
         for name, parts in found.items():
             every = torch.cat(parts).double().cpu()

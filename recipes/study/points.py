@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from recipes.study.patches import PatchSoftCFG
 from softcfg import CFG, SoftCFG
 
 Row = dict[str, Any]  # of the results
@@ -86,6 +87,7 @@ class Design:
             *scale_range(best).values(),
             *targets(best).values(),
             *definitions(best).values(),
+            *of_patches(best).values(),
         ]
         points = [*tuning, *self._images(first, 0), *traces, *self._images(others, 0), *self.bounds()]
         for seed in range(1, self.seeds):
@@ -141,6 +143,12 @@ def definitions(best: Mapping[str, CFG]) -> dict[str, CFG]:
         **{kind: replace(softcfg, confidence=kind) for kind in CONFIDENCES},  # type: ignore[call-arg]
         "released": SoftCFG.released(**shared),
     }
+
+
+def of_patches(best: Mapping[str, CFG]) -> dict[str, CFG]:
+    """SoftCFG that weakens tokens of black patches alone, or all others, at the scale and power best for CFG."""
+    shared = {"guidance_scale": best["CFG"].guidance_scale, "guidance_scale_pow": best["CFG"].guidance_scale_pow}
+    return {patches: PatchSoftCFG(**shared, patches=patches) for patches in ("black", "other")}  # type: ignore[arg-type]
 
 
 def of_seeds(guidance: CFG, rows: Mapping[str, Row], design: Design) -> Iterator[Row]:

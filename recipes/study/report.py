@@ -30,6 +30,7 @@ from recipes.study.points import (
     at_scale_of,
     definitions,
     key,
+    of_patches,
     of_seeds,
     scale_range,
     targets,
@@ -268,6 +269,18 @@ def over_steps(study: Study) -> str:
     return "\n\n".join([_table(head, lines), _table(shares, of_patches)])
 
 
+def patches(study: Study) -> str:
+    """Part 6."""
+    settings, same = of_patches(study.best), at_scale_of(study.best["CFG"])
+    named = {
+        "none (CFG)": same["CFG"],
+        "all (SoftCFG)": same["SoftCFG"],
+        "black patches alone": settings["black"],
+        "all but black patches": settings["other"],
+    }
+    return study.table(named, "weakened", same["CFG"], "CFG")
+
+
 def tuning(study: Study) -> str:
     """The grid: least FID of every method in bold."""
     seed = study.design.tuning()[0].seed
@@ -289,7 +302,7 @@ def tuning(study: Study) -> str:
 
 BLOCKS: Mapping[str, Callable[[Study], str]] = {
     block.__name__: block
-    for block in (about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, tuning)
+    for block in (about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, patches, tuning)
 }
 
 

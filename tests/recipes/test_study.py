@@ -17,9 +17,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from recipes.fashion_mnist.data import Split
 from recipes.study import command as study
 from recipes.study import report
 from recipes.study.measure import Laboratory
+from recipes.study.patches import PatchSoftCFG, find_black_codes
 from recipes.study.points import METHODS, NONE, TUNING_SEED, Design, Point, at_scale_of, key
 from recipes.study.results import Results
 from softcfg import CFG, Pipeline, SoftCFG, UserError, evaluation
@@ -128,6 +130,7 @@ class TestPoints:
             first
         )
         assert SoftCFG.released(guidance_scale=3.0, guidance_scale_pow=1.0) in first
+        assert {PatchSoftCFG(3.0, 1.0, patches="black"), PatchSoftCFG(3.0, 1.0, patches="other")} < set(first)
         assert {p.guidance for p in points if p.measure == "trace"} == {NONE, *at_scale_of(CFG(3.0, 1.0)).values()}
 
 
@@ -176,6 +179,22 @@ def test_a_trace_is_the_mean_over_images(model: Path, data: Path) -> None:
     sums = np.cumsum([0, *values["confidence"][:-1]])
     assert values["budget_without"] == pytest.approx(sums, rel=1e-2)
     assert all(error >= 0 for error in values["branch_distance_error"])
+
+
+def test_codes_of_black_patches(model: Path) -> None:
+    tokenizer = Pipeline.from_pretrained(model).tokenizer
+    images = torch.zeros(4, 32, 32, dtype=torch.uint8)
+    black = find_black_codes(tokenizer, Split(images, torch.zeros(4)))
+    assert black.nonzero().flatten().tolist() == tokenizer.encode(torch.zeros(1, 3, 32, 32)).unique().tolist()
+    assert not find_black_codes(tokenizer, Split(images + 40, torch.zeros(4))).any()
+
+
+def test_one_kind_of_patches_is_weakened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatchSoftCFG, "black_codes", torch.tensor([True, False, True]))
+    logits, tokens = torch.randn(2, 5, 3), torch.randint(3, (2, 5))
+    black, other = (PatchSoftCFG(patches=kind).token_confidence(logits, tokens, 0.7) for kind in ("black", "other"))
+    assert ((black > 0) == (tokens != 1)).all()
+    torch.testing.assert_close(black + other, SoftCFG().token_confidence(logits, tokens, 0.7))
 
 
 @pytest.mark.slow
