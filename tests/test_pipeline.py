@@ -120,3 +120,20 @@ def test_speculative_jacobi_decoding(pipe: Pipeline) -> None:
         pipe([0], speculative_jacobi=6, forced_tokens=drawn.tokens[:1])
     with pytest.raises(UserError, match="window"):
         pipe([0], speculative_jacobi=-1)
+
+
+def test_an_int8_cache(pipe: Pipeline, model_folder: Path) -> None:
+    rounded = Pipeline.from_pretrained(model_folder, kv_cache_dtype=torch.int8)
+    labels = [n % 4 for n in range(20)]
+    same = [
+        (
+            rounded(labels, seed=0, speculative_jacobi=jacobi).tokens
+            == pipe(labels, seed=0, speculative_jacobi=jacobi).tokens
+        )
+        for jacobi in (False, True)
+    ]
+    for tokens in same:  # the draws are the same until the logits differ by enough
+        assert tokens.any(0).all()
+        assert 0.3 < tokens.float().mean() < 1
+    with pytest.raises(UserError, match=r"kv_cache_dtype must be None or one of torch\.int8, got torch\.int4"):
+        Pipeline.from_pretrained(model_folder, kv_cache_dtype=torch.int4)

@@ -114,6 +114,7 @@ class Pipeline:
         """
         entry = resolve(model)
         device = _device(device)
+        _check_cache_dtype(kv_cache_dtype)
         if quantize is not None and device_map is not None:
             raise UserError("quantize and device_map do not go together: give one of them")
         moves = quantize is not None or device_map is not None
@@ -124,7 +125,7 @@ class Pipeline:
             generator = placement.quantize(generator, quantize, device)
         if device_map is not None:
             generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
-        generator.cache_dtype = _cache_dtype(kv_cache_dtype)
+        generator.cache_dtype = kv_cache_dtype
         return cls(
             generator,
             load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
@@ -146,9 +147,10 @@ class Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
+        _check_cache_dtype(kv_cache_dtype)
         dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
-        generator.cache_dtype = _cache_dtype(kv_cache_dtype)
+        generator.cache_dtype = kv_cache_dtype
         return cls(
             generator,
             random_weights(entry.tokenizer, device=device),
@@ -316,10 +318,9 @@ class Pipeline:
         return self.prompt_reader.read(shown, self.generator, self.tokenizer), shown
 
 
-def _cache_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+def _check_cache_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in CACHES:
         raise UserError(f"kv_cache_dtype must be None or one of {', '.join(map(str, CACHES))}, got {dtype}")
-    return dtype
 
 
 def _require_fit(generator: Generator, tokenizer: Tokenizer) -> None:
