@@ -163,7 +163,7 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         raise UserError(f"--rungs must be numbers of samples such as 500,2000, got {args.rungs!r}") from None
     for flag, rounds in (("--quantize", args.quantize), ("--kv-cache-dtype", args.kv_cache_dtype)):
         if rounds:
-            raise UserError(f"{flag} is not for sweeps: the runs that they stand for round nothing")
+            raise UserError(f"{flag} is not for sweeps: their trials are drawn in full precision")
     pipeline = arguments.load_pipeline(args, processes.device)
     labels: list[int] | str | None = None
     if args.labels.strip().lower() == RANDOM:

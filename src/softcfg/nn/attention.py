@@ -214,17 +214,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, context: Atten
     """
     if context.rotary is not None:
         query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
-    cache = context.cache
-    single = cache is not None and isinstance(context.slot, Tensor) and query.shape[2] == 1
-    if single and query.is_cuda and query.dtype != torch.float64 and (fused := decode_kernel()):
-        assert cache is not None
-        cache.write(layer, key, value, context.slot)
+    cache, slot = context.cache, context.slot
+    fits = query.shape[2] == 1 and query.is_cuda and query.dtype != torch.float64
+    if cache is not None and isinstance(slot, Tensor) and fits and (fused := decode_kernel()):
+        cache.write(layer, key, value, slot)
         key_scales, value_scales = cache.scales(layer)
         out = fused(
             query,
             cache.keys[layer],
             cache.values[layer],
-            context.slot,
+            slot,
             key_scales=key_scales,
             value_scales=value_scales,
             first=context.padding,
@@ -233,7 +232,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, context: Atten
         )
         return out.transpose(1, 2).flatten(2)
     if cache is not None:
-        key, value = cache.update(layer, key, value, context.slot)
+        key, value = cache.update(layer, key, value, slot)
     out = weighted_attention(
         query,
         key,
