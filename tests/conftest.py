@@ -6,6 +6,7 @@ One draws classes: 16 tokens of 20 codes, 4 named classes, 8 x 8 pixels. One rea
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ TOKENIZER = {
     "codebook_size": 20,
 }  # fmt: skip
 CLASSES = ["Circle", "Square", "T-shirt/top", "Star"]
+
+
+def pytest_configure() -> None:
+    """Listen to SIGINT, which tests send: a shell starts its background jobs with their ears closed."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
