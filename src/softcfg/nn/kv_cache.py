@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,14 @@ class KVCache:
     Rows are the sequences of a batch (with guidance the conditional ones first, then the unconditional).
 
     Args:
+        dtype: of what is written and read.
         device: of all layers, or one a layer.
+
+    Attributes:
+        stored: the dtype of the contents, where it is not that of what is written.
     """
+
+    stored: torch.dtype | None = None
 
     def __init__(
         self,
@@ -30,10 +37,11 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | Sequence[torch.device] = "cpu",
     ) -> None:
-        shape = (rows, heads, slots, head_dim)
+        self.dtype = dtype
+        shape, stored = (rows, heads, slots, head_dim), self.stored or dtype
         devices = [device] * layers if isinstance(device, (torch.device, str)) else device
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        self.keys = [torch.zeros(shape, dtype=stored, device=device) for device in devices]
+        self.values = [torch.zeros(shape, dtype=stored, device=device) for device in devices]
 
     @property
     def slots(self) -> int:
@@ -43,8 +51,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """The memory that it takes, in bytes."""
-        scales = [scale for layer in range(len(self.keys)) for scale in self.scales(layer) if scale is not None]
-        return sum(contents.nbytes for contents in (*self.keys, *self.values, *scales))
+        return sum(contents.nbytes for contents in (*self.keys, *self.values))
 
     def up_to(self, slots: int) -> KVCache:
         """The first `slots` slots as a cache that shares the memory of this one."""
@@ -80,35 +87,27 @@ class KVCache:
 
 
 class Int8KVCache(KVCache):
-    """Keys and values as 8-bit integers, each vector of head_dim with a scale of its own: its largest entry is 127.
+    """Keys and values as 8-bit integers, each vector of head_dim with a scale of its own: its largest entry is 127."""
 
-    Args:
-        dtype: of what is written and read.
-    """
+    stored = torch.int8
 
-    def __init__(
-        self,
-        layers: int,
-        rows: int,
-        heads: int,
-        slots: int,
-        head_dim: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | Sequence[torch.device] = "cpu",
-    ) -> None:
-        super().__init__(layers, rows, heads, slots, head_dim, dtype=torch.int8, device=device)
-        self.dtype = dtype
-        shape = (rows, heads, slots, 1)
-        self.key_scales = [torch.zeros(shape, device=keys.device) for keys in self.keys]
-        self.value_scales = [torch.zeros(shape, device=keys.device) for keys in self.keys]
+    def __init__(self, *size: int, **settings: Any) -> None:
+        """See `KVCache`."""
+        super().__init__(*size, **settings)
+        rows, heads, slots, _ = self.keys[0].shape
+        # The scales are a cache of vectors of one.
+        self._scales = KVCache(len(self.keys), rows, heads, slots, 1, device=[keys.device for keys in self.keys])
+
+    @property
+    def nbytes(self) -> int:
+        """See `KVCache.nbytes`."""
+        return super().nbytes + self._scales.nbytes
 
     def up_to(self, slots: int) -> Int8KVCache:
         """See `KVCache.up_to`."""
         part = super().up_to(slots)
         assert isinstance(part, Int8KVCache)
-        part.key_scales = [scales[:, :, :slots] for scales in self.key_scales]
-        part.value_scales = [scales[:, :, :slots] for scales in self.value_scales]
+        part._scales = self._scales.up_to(slots)
         return part
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> None:
@@ -116,18 +115,17 @@ class Int8KVCache(KVCache):
         rounded_keys, key_scales = _round(keys)
         rounded_values, value_scales = _round(values)
         super().write(layer, rounded_keys, rounded_values, slot)
-        _put(self.key_scales[layer], key_scales, slot)
-        _put(self.value_scales[layer], value_scales, slot)
+        self._scales.write(layer, key_scales, value_scales, slot)
 
     def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
         """See `KVCache.read`; here new tensors."""
         keys, values = super().read(layer, slots)
-        key_scales, value_scales = self.key_scales[layer][:, :, :slots], self.value_scales[layer][:, :, :slots]
+        key_scales, value_scales = self._scales.read(layer, slots)
         return keys.to(self.dtype).mul_(key_scales), values.to(self.dtype).mul_(value_scales)
 
     def scales(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `KVCache.scales`; float32."""
-        return self.key_scales[layer], self.value_scales[layer]
+        return self._scales.keys[layer], self._scales.values[layer]
 
 
 CACHES: dict[torch.dtype, type[KVCache]] = {torch.int8: Int8KVCache}  # of reduced precision, by what they store
