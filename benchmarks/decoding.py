@@ -11,7 +11,6 @@ they do not change the arithmetic. Pixels are decoded by the same network on bot
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -19,8 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks.released import Released, check
-from benchmarks.timing import machine, medians, table
-from softcfg.decoding.throughput import POSITIONS, decoding_step
+from benchmarks.timing import machine, means_over_sequence, medians, table
+from softcfg.decoding.throughput import decoding_step, filled_cache
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
 from softcfg.nn.kv_cache import KVCache
@@ -94,13 +93,10 @@ def main() -> None:
     print(f"largest difference of the baseline's logits from ours: {check(baseline, soft):.1e}\n")
     rows = []
     for batch in args.batch_size:
-        collected: dict[str, list[float]] = {}
-        cache = generator.new_cache(generator.condition(range(batch), guided=True))
-        for contents in (*cache.keys, *cache.values):
-            contents.normal_()
-        for fraction in POSITIONS:
-            position = round(fraction * generator.num_tokens)
-            sides: dict[str, Callable[[], object]] = {
+        cache = filled_cache(generator, generator.condition(range(batch), guided=True))
+
+        def sides_at(position: int, batch: int = batch, cache: KVCache = cache) -> dict[str, Callable[[], object]]:
+            return {
                 "released CFG": released_step(baseline, batch, cfg, position),
                 "released SoftCFG": released_step(baseline, batch, soft, position),
                 "CFG": decoding_step(generator, range(batch), cfg, position, cache),
@@ -108,17 +104,16 @@ def main() -> None:
                 "linear layers": linear_layers(baseline, 2 * batch),
                 "limit": limit(generator, 2 * batch, position, cache),
             }
-            with prepared_linear_layers(generator, 2 * batch):
-                for name, seconds in medians(sides, args.repeats).items():
-                    collected.setdefault(name, []).append(seconds)
-        mean = {name: statistics.fmean(values) for name, values in collected.items()}
+
+        with prepared_linear_layers(generator, 2 * batch):
+            mean = means_over_sequence(sides_at, generator.num_tokens, args.repeats)
         tokens = torch.randint(generator.vocab_size, (PIXELS, generator.num_tokens))
         pixels = medians({"pixels": partial(tokenizer.decode, tokens)}, 2)["pixels"] * batch / PIXELS
         whole = {name: seconds * generator.num_tokens + pixels for name, seconds in mean.items()}
         rows.append(
             [
                 batch,
-                *(1e3 * mean[name] for name in collected),
+                *(1e3 * seconds for seconds in mean.values()),
                 mean["released CFG"] / mean["CFG"],
                 mean["released SoftCFG"] / mean["SoftCFG"],
                 f"{100 * (mean['SoftCFG'] / mean['CFG'] - 1):+.1f} %",

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.timing import machine, medians, table
+from benchmarks.timing import machine, means_over_sequence, table
 from recipes.fashion_mnist.data import DEFAULT_FOLDER
 from recipes.study.measure import CLASSES, Laboratory
 from softcfg import SoftCFG
-from softcfg.decoding.throughput import POSITIONS, decoding_step
+from softcfg.decoding.throughput import decoding_step
 from softcfg.models.base import Generator
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.zoo.checkpoints import random_weights
@@ -37,16 +37,14 @@ def time_steps(generator: Generator, batch: int, repeats: int) -> list[list[obje
         generators[name].cache_dtype = dtype
     guidance = SoftCFG(guidance_scale=4.0)
     condition = generator.condition(range(batch), guided=True)
-    seconds: dict[str, list[float]] = {name: [] for name in generators}
+
+    def sides_at(position: int) -> dict[str, Callable[[], object]]:
+        return {name: decoding_step(each, range(batch), guidance, position) for name, each in generators.items()}
+
     with prepared_linear_layers(generator, condition.rows):
-        for part in POSITIONS:
-            position = round(part * condition.num_tokens)
-            sides = {name: decoding_step(each, range(batch), guidance, position) for name, each in generators.items()}
-            for name, median in medians(sides, repeats, warmup=2).items():
-                seconds[name].append(median)
+        seconds = means_over_sequence(sides_at, condition.num_tokens, repeats, warmup=2)
     return [
-        [name, f"{each.cache_bytes(condition) / 2**20:.0f}", 1e3 * statistics.fmean(seconds[name])]
-        for name, each in generators.items()
+        [name, f"{each.cache_bytes(condition) / 2**20:.0f}", 1e3 * seconds[name]] for name, each in generators.items()
     ]
 
 

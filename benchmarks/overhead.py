@@ -11,17 +11,17 @@ multiplies with them in every layer, so a model that was cut to a few layers sho
 from __future__ import annotations
 
 import argparse
-import statistics
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.timing import machine, medians, table
+from benchmarks.timing import machine, means_over_sequence, table
 from softcfg.configuration import load_config
-from softcfg.decoding.throughput import POSITIONS, decoding_step, example_inputs
+from softcfg.decoding.throughput import decoding_step, example_inputs, filled_cache
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator
+from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.zoo.registry import GENERATORS, MODELS
 
@@ -64,20 +64,16 @@ def main() -> None:
     for batch in args.batch_size:
         inputs = example_inputs(generator, batch)
         condition = generator.condition(inputs, guided=True)
-        cache = generator.new_cache(condition)
-        for contents in (*cache.keys, *cache.values):
-            contents.copy_(torch.randn(contents.shape[1:], device=device).expand_as(contents))
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        cache = filled_cache(generator, condition)
+
+        def sides_at(position: int, inputs: list[Any] = inputs, cache: KVCache = cache) -> dict[str, Any]:
+            return {
+                name: decoding_step(generator, inputs, guidance, position, cache) for name, guidance in methods.items()
+            }
+
         with prepared_linear_layers(generator, condition.rows):
-            for part in POSITIONS:
-                position = round(part * condition.num_tokens)
-                sides = {
-                    name: decoding_step(generator, inputs, guidance, position, cache)
-                    for name, guidance in methods.items()
-                }
-                for name, median in medians(sides, args.repeats, warmup=2).items():
-                    seconds[name].append(median)
-        cfg, soft = (1e3 * statistics.fmean(seconds[name]) for name in methods)
+            seconds = means_over_sequence(sides_at, condition.num_tokens, args.repeats, warmup=2)
+        cfg, soft = (1e3 * seconds[name] for name in methods)
         rows.append([batch, condition.num_tokens, cfg, soft, f"{100 * (soft / cfg - 1):+.1f} %"])
     cut = f" cut to {args.layers} layers" if args.layers else ""
     print(f"{args.model}{cut}, {generator.dtype}, {machine()}\n")

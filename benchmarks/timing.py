@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from softcfg.decoding.throughput import POSITIONS
+
 
 def medians(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
     """Median seconds of each side; the sides take turns, so that a change of the machine's pace meets all of them."""
@@ -21,6 +23,17 @@ def medians(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int
             if turn >= warmup:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def means_over_sequence(
+    sides_at: Callable[[int], Mapping[str, Callable[[], object]]], num_tokens: int, repeats: int, warmup: int = 1
+) -> dict[str, float]:
+    """Mean over positions of the sequence of the median seconds of each side; `sides_at` makes them for a position."""
+    collected: dict[str, list[float]] = {}
+    for part in POSITIONS:
+        for name, seconds in medians(sides_at(round(part * num_tokens)), repeats, warmup).items():
+            collected.setdefault(name, []).append(seconds)
+    return {name: statistics.fmean(seconds) for name, seconds in collected.items()}
 
 
 def _synchronize() -> None:

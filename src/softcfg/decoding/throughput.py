@@ -14,7 +14,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.graphs import WARM_UP, captured
 from softcfg.decoding.sequential import Decoder
 from softcfg.guidance import CFG
-from softcfg.models.base import Generator
+from softcfg.models.base import Condition, Generator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
@@ -32,6 +32,14 @@ def example_inputs(generator: Generator, batch: int) -> list[Any]:
     return [TokenPrompt([0] * PROMPT_TOKENS)] * batch
 
 
+def filled_cache(generator: Generator, condition: Condition) -> KVCache:
+    """A key/value cache of random contents."""
+    cache = generator.new_cache(condition)
+    for contents in (*cache.keys, *cache.values):  # the same for all rows, quick to make
+        contents.copy_(torch.randn(contents.shape[1:], device=contents.device).expand_as(contents))
+    return cache
+
+
 def decoding_step(
     generator: Generator, inputs: Sequence[Any], guidance: CFG, position: int, cache: KVCache | None = None
 ) -> Callable[[], Tensor]:
@@ -44,11 +52,8 @@ def decoding_step(
         cache: to use, with its contents, in place of a new one.
     """
     condition = generator.condition(inputs, guided=guidance.is_active)
-    decoder = Decoder(generator, condition, guidance, Sampling(), cache)
+    decoder = Decoder(generator, condition, guidance, Sampling(), cache or filled_cache(generator, condition))
     batch = decoder.batch
-    if cache is None:
-        for contents in (*decoder.cache.keys, *decoder.cache.values):  # the same for all rows, quick to make
-            contents.copy_(torch.randn(contents.shape[1:], device=contents.device).expand_as(contents))
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
     uniforms = torch.rand(batch, device=generator.device)
