@@ -6,6 +6,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import softcfg
-from recipes.fashion_mnist.data import load
+from recipes.fashion_mnist.data import Split, load
 from recipes.study.patches import BLACK, PatchSoftCFG, brightness, find_black_codes
 from recipes.study.points import Point, Row
 from softcfg import CFG, Pipeline, evaluation
@@ -37,9 +38,18 @@ class Laboratory:
         self.device = self.pipeline.generator.device
         self.extractor: Extractor = evaluation.load_extractor("fashion", device=self.device)
         self.data = data
-        PatchSoftCFG.black_codes = find_black_codes(self.pipeline.tokenizer, load(data, "train"))
         self.reference = self.features(_colours(load(data, "test").images))
         self.reference_statistics = evaluation.statistics(self.reference.pooled)
+
+    @cached_property
+    def train(self) -> Split:
+        """The training images."""
+        return load(self.data, "train")
+
+    @cached_property
+    def black_codes(self) -> Tensor:
+        """The codes of black patches, bool [V]."""
+        return find_black_codes(self.pipeline.tokenizer, self.train)
 
     def features(self, images: Tensor) -> Features:
         """What the classifier says of uint8 images [N, H, W, 3]."""
@@ -63,19 +73,20 @@ class Laboratory:
     def images(self, point: Point) -> Row:
         """The metrics of images drawn with the point's settings, classes in turn."""
         labels = torch.arange(point.samples) % CLASSES
+        if isinstance(point.guidance, PatchSoftCFG):
+            PatchSoftCFG.black_codes = self.black_codes
         out = self.pipeline(labels, point.guidance, seed=point.seed, batch_size=self.batch_size)
         return self.metrics(torch.from_numpy(out.pixels), labels)
 
     def bound(self, point: Point) -> Row:
         """The metrics of training images, as they are or as the tokenizer gives them back."""
-        train = load(self.data, "train")
         chosen = slice(point.samples)
-        images = _colours(train.images[chosen])
+        images = _colours(self.train.images[chosen])
         if point.measure == "reconstructed":
             tokenizer = self.pipeline.tokenizer
-            parts = train.pixels(chosen).split(self.batch_size)
+            parts = self.train.pixels(chosen).split(self.batch_size)
             images = torch.cat([tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(part))).cpu() for part in parts])
-        return self.metrics(images, train.labels[chosen])
+        return self.metrics(images, self.train.labels[chosen])
 
     def picture(self, settings: Iterable[CFG]) -> Image.Image:
         """Two rows of images for each setting, the classes in turn, with the same random numbers."""
