@@ -55,7 +55,7 @@ def test_the_command_lines_words() -> None:
         ("confidence=max,max", "confidence lists a value twice: max,max"),
         ("top_k=0.5:3", "top_k must be a whole number, got '0.5'"),
         ("step_norm=maybe", "step_norm must be on or off, got 'maybe'"),
-        ("interval=3", "not START-STOP"),
+        ("interval=3", "interval: '3' is not START-STOP, two steps such as 32-192; or write"),
     ],
 )
 def test_words_that_mean_nothing(word: str, text: str) -> None:
