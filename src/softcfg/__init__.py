@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from softcfg.guidance import CFG, SoftCFG
     from softcfg.inspection import Trace, trace
     from softcfg.pipeline import Pipeline, PipelineOutput
-    from softcfg.zoo.checkpoints import load_generator, load_tokenizer
+    from softcfg.zoo.loading import load_generator, load_tokenizer
 
 _HOMES = {
     "CFG": "softcfg.guidance",
@@ -27,8 +27,8 @@ _HOMES = {
     "SoftCFG": "softcfg.guidance",
     "Trace": "softcfg.inspection",
     "UserError": "softcfg.errors",
-    "load_generator": "softcfg.zoo.checkpoints",
-    "load_tokenizer": "softcfg.zoo.checkpoints",
+    "load_generator": "softcfg.zoo.loading",
+    "load_tokenizer": "softcfg.zoo.loading",
     "trace": "softcfg.inspection",
 }
 

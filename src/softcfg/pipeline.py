@@ -21,7 +21,7 @@ from softcfg.nn.kv_cache import CACHES
 from softcfg.prompts import Prompt, PromptReader, as_prompts
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
-from softcfg.zoo.checkpoints import load_generator, load_prompt_reader, load_tokenizer, random_weights
+from softcfg.zoo.loading import load_generator, load_prompt_reader, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
 
 

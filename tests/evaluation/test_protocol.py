@@ -27,7 +27,7 @@ from softcfg.evaluation import (
     statistics,
 )
 from softcfg.evaluation.features import EXTRACTORS
-from softcfg.zoo.checkpoints import hash_file
+from softcfg.files import hash_file
 from stand_in import Counting, extractor, factory
 
 

@@ -71,7 +71,9 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     from softcfg.runs.lock import Lock
     from softcfg.runs.shards import write_shard
     from softcfg.runs.worker import Progress
-    from softcfg.zoo.checkpoints import hash_weights, load_tokenizer, require_file
+    from softcfg.zoo.files import require_file
+    from softcfg.zoo.loading import load_tokenizer
+    from softcfg.zoo.reading import hash_weights
     from softcfg.zoo.registry import resolve
 
     source = RunFolder.open(args.folder)

@@ -117,7 +117,7 @@ def _fill_as_released(args: argparse.Namespace) -> None:
 
 def _find_weights(args: argparse.Namespace) -> None:
     """A file named as published that is not there is looked for where the zoo keeps it, and the other way round."""
-    from softcfg.zoo.checkpoints import find_file
+    from softcfg.zoo.files import find_file
 
     for argument, part in (
         ("generator_checkpoint", args.model.generator),

@@ -22,8 +22,8 @@ from softcfg.evaluation.metrics import Statistics
 from softcfg.evaluation.report import TITLES, Report
 from softcfg.evaluation.sources import ImageSource, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
+from softcfg.files import hash_file
 from softcfg.version import __version__
-from softcfg.zoo.checkpoints import hash_file
 from softcfg.zoo.registry import find
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softcfg.errors import UserError
-from softcfg.zoo.checkpoints import hash_file
+from softcfg.files import hash_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHARDS = "shard-*.safetensors"

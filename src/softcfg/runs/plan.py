@@ -44,7 +44,7 @@ class Prompts:
 
     def facts(self) -> dict[str, Any]:
         """The prompts as fields of the settings of a run."""
-        from softcfg.zoo.checkpoints import hash_file
+        from softcfg.files import hash_file
 
         facts: dict[str, Any] = {"prompts": list(self.texts), "width": self.width, "height": self.height}
         if self.task is not None:

@@ -15,7 +15,8 @@ from softcfg.guidance import CFG
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.version import __version__
-from softcfg.zoo.checkpoints import hash_weights, require_file
+from softcfg.zoo.files import require_file
+from softcfg.zoo.reading import hash_weights
 from softcfg.zoo.registry import Part, resolve
 
 
