@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
-
-
-LONGEST_TITLE = 48  # characters
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -223,6 +219,9 @@ def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
         "--prompt", action="append", metavar="TEXT", help="text to draw, for text-to-image models; may be repeated"
     )
     group.add_argument("--prompts", metavar="FILE", help="texts to draw, one a line")
+    group.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what the unconditional branch reads, for models that read one there"
+    )
     group.add_argument("--width", type=int, metavar="W", help="of the images, in pixels (default: the model's own)")
     group.add_argument("--height", type=int, metavar="H", help="of the images, in pixels (default: the model's own)")
 
@@ -233,9 +232,9 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
     Raises:
         UserError: no prompts for a text-to-image model, labels for one, or prompts or a size for another.
     """
-    flags = ("prompt", "prompts", "width", "height", "images_per_prompt")
+    flags = ("prompt", "prompts", "negative_prompt", "width", "height", "images_per_prompt")
     given = [f"--{name.replace('_', '-')}" for name in flags if getattr(args, name, None) is not None]
-    if pipeline.prompt_reader is None:
+    if not pipeline.conditioning.takes_prompts:
         if given:
             raise UserError(f"{given[0]}: {pipeline.name} draws classes, not texts; choose them with --labels")
         return None
@@ -256,25 +255,19 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
 
 
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
-    """What the generator is conditioned on, one an image: class ids or prompts; and a short name for each."""
-    from softcfg.prompts import as_prompts
+    """What the generator is conditioned on, one input per image: class ids or prompts; and a short name for each."""
+    from softcfg.prompts import Prompt
 
-    prompts = parse_prompts(args, pipeline)
-    if prompts is not None:
-        assert pipeline.prompt_reader is not None
-        width, height = image_size(args, pipeline)
-        asked = as_prompts(prompts, width, height)
-        read = pipeline.prompt_reader.read(asked, pipeline.generator, pipeline.tokenizer)
-        return list(read), [short(prompt) for prompt in prompts]
-    if args.labels is None:
+    conditioning = pipeline.conditioning
+    texts = parse_prompts(args, pipeline)
+    if texts is not None:
+        prompts = [Prompt(text, negative_text=args.negative_prompt) for text in texts]
+        requests = conditioning.requests(prompts=prompts, width=args.width, height=args.height)
+    elif args.labels is None:
         raise UserError(f"{pipeline.name} draws classes: give them with --labels")
-    labels = parse_labels(args.labels, pipeline)
-    return labels, [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
-
-
-def short(prompt: str) -> str:
-    """A prompt as the title of its images."""
-    return textwrap.shorten(prompt, LONGEST_TITLE, placeholder="…")
+    else:
+        requests = conditioning.requests(parse_labels(args.labels, pipeline))
+    return conditioning.inputs(requests), [conditioning.title(request) for request in requests]
 
 
 def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
@@ -283,9 +276,7 @@ def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
     Raises:
         UserError: the model does not draw images of this size.
     """
-    pipeline.num_tokens(args.width, args.height)
-    side = pipeline.generator.config.image_size
-    return args.width or side, args.height or side
+    return pipeline.conditioning.image_size(args.width, args.height)
 
 
 def parse_labels(text: str, pipeline: Pipeline) -> list[int]:

@@ -131,12 +131,13 @@ def _decoded(shard: Shard, tokenizer: Tokenizer, target: RunFolder) -> Shard:
 
     import numpy as np
 
+    from softcfg.models.geometry import Geometry
     from softcfg.runs.plan import Prompts
 
     count = len(shard.tokens)
     grid = None
-    if (prompts := Prompts.of(target.settings)) is not None:
-        grid = (prompts.height // tokenizer.patch_size, prompts.width // tokenizer.patch_size)
+    if tokenizer.any_size and (prompts := Prompts.of(target.settings)) is not None:
+        grid = Geometry.of_image(prompts.width, prompts.height, tokenizer.patch_size).grid
     padded = np.concatenate([shard.tokens, shard.tokens[-1:].repeat(target.plan.batch_size - count, axis=0)])
     pixels = [
         tokenizer.to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once], grid)).cpu().numpy()

@@ -84,8 +84,8 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")
     group.add_argument(
         "--task",
-        help="a picture in two halves: an image above its depth, canny, hed or openpose map; or with --image depth, "
-        "canny or subject, which say what that is",
+        help="for models with tasks (Lumina-mGPT 2.0), a picture in two halves: an image above its depth, canny, hed "
+        "or openpose map; or with --image depth, canny or subject, which say what that is",
     )
     group.add_argument("--image", metavar="FILE", help="the upper half, from which the lower one is drawn")
     group.add_argument("--num-samples", type=int, metavar="N", help=f"images in all (default: {PER_LABEL} a label)")
@@ -239,7 +239,8 @@ def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     if texts is not None:
         if args.images_per_prompt and args.num_samples:
             raise UserError("give --images-per-prompt or --num-samples, not both")
-        prompts = Prompts(tuple(texts), *arguments.image_size(args, pipeline), args.task, args.image)
+        size = arguments.image_size(args, pipeline)
+        prompts = Prompts(tuple(texts), *size, args.task, args.image, args.negative_prompt)
         prompts.check(pipeline)
         each = args.images_per_prompt or (PER_PROMPT if args.prompts is None else 1)
         return {
@@ -266,7 +267,6 @@ def _settings(
     from softcfg.runs.settings import run_settings
 
     return run_settings(
-        args.model,
         pipeline,
         guidance,
         sampling,
@@ -349,7 +349,7 @@ def _names(artist: Artist) -> Sequence[str]:
     """What labels stand for, short enough for the title of a row."""
     if artist.prompts is None:
         return artist.pipeline.classes or [str(label) for label in range(artist.pipeline.generator.num_classes)]
-    return [arguments.short(text) for text in artist.prompts.texts]
+    return [artist.prompts[label].title for label in range(len(artist.prompts.texts))]
 
 
 def _grid(shown: Sequence[tuple[int, Any]], names: Sequence[str] = (), title: str = "") -> Image:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
         from softcfg.runs.plan import Prompts
 
-        if pipeline.prompt_reader is None:
+        if not pipeline.conditioning.takes_prompts:
             raise UserError(f"{pipeline.name} draws classes, not texts; t2i-bench is for text-to-image models")
         width, height = arguments.image_size(args, pipeline)
         if args.suite == "dpg" and width != height:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
+from softcfg.models.conditioning import Conditioning, LabelConditioning
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids as as_ids
 from softcfg.nn.kv_cache import CACHES, KVCache
 
 LabelsLike = Any  # a tensor, array or sequence of class ids
@@ -27,16 +28,24 @@ class Condition(ABC):
         slots: slots in front of the first image token, the same for all rows.
         num_tokens: T, image tokens to decode.
         padding: int64 [rows], leading slots of each row that no query sees (left-padded prompts); None for none.
-        grid: lines and columns (h, w) of the images' codes, where the condition can choose; None for the model's.
+        geometry: how the T tokens make up an image; by default the largest square of the last of them.
+        grid: rows and columns (h, w) of the images' codes, where `geometry` is given; None for the image tokenizer's.
     """
 
-    grid: tuple[int, int] | None = None
-
-    def __init__(self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        num_tokens: int,
+        padding: Tensor | None = None,
+        geometry: Geometry | None = None,
+    ) -> None:
         self.rows = rows
         self.slots = slots
         self.num_tokens = num_tokens
         self.padding = padding
+        self.geometry = Geometry.square(num_tokens) if geometry is None else geometry
+        self.grid = None if geometry is None else geometry.grid
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> Condition:
@@ -45,7 +54,7 @@ class Condition(ABC):
     @property
     def num_codes(self) -> int:
         """How many of the T image tokens are image codes, not structure like the ends of lines."""
-        return self.num_tokens
+        return self.geometry.num_codes
 
     @property
     def cache_slots(self) -> int:
@@ -85,9 +94,15 @@ class Generator(nn.Module, ABC):
         cache_dtype: what the key/value cache stores, of `nn.kv_cache.CACHES`; None for the dtype of the weights.
         slots_by_row: whether a pass may start at a slot of each row's own.
         layer_devices: where each layer computes, if they are spread over several devices.
+        conditioning_type: how what users ask for becomes what `condition` takes; None for a generator that is used
+            without a `Pipeline`.
+        no_split_modules: names of the classes of the layers, for a generator whose layers can be spread over several
+            devices; each layer stays whole.
     """
 
     config: Any
+    conditioning_type: type[Conditioning] | None = None
+    no_split_modules: tuple[str, ...] = ()
     num_tokens: int
     vocab_size: int
     num_classes: int = 0
@@ -106,6 +121,14 @@ class Generator(nn.Module, ABC):
         Raises:
             UserError: the inputs do not fit the model.
         """
+
+    def example_inputs(self, count: int) -> list[Any]:
+        """Inputs that `condition` takes, one per image, of a usual length: for measuring speed and memory.
+
+        Raises:
+            UserError: the family has none.
+        """
+        raise UserError(f"{type(self).__name__} does not say what it could be conditioned on, so it cannot be timed")
 
     @abstractmethod
     def forward(
@@ -179,7 +202,7 @@ class Generator(nn.Module, ABC):
 
         Only codes get a confidence in SoftCFG.
         """
-        return None
+        return condition.geometry.is_code(steps) if condition.geometry.has_structure else None
 
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """What the image tokenizer decodes, int64 [B, h w] in [0, codebook_size), of the drawn `tokens` [B, T]."""
@@ -193,6 +216,7 @@ class ClassGenerator(Generator):
         condition_slots: slots that the class takes in front of the first image token.
     """
 
+    conditioning_type = LabelConditioning
     condition_slots: int
 
     def condition(self, labels: LabelsLike, *, guided: bool) -> ClassCondition:
@@ -208,25 +232,10 @@ class ClassGenerator(Generator):
             classes = torch.cat((classes, torch.full_like(classes, self.num_classes)))
         return self.class_condition(classes)
 
+    def example_inputs(self, count: int) -> list[int]:
+        """See `Generator.example_inputs`: the classes in turn."""
+        return [row % self.num_classes for row in range(count)]
+
     def class_condition(self, classes: Tensor) -> ClassCondition:
         """The condition of rows given as int64 class ids, where `num_classes` stands for the null class."""
         return ClassCondition(classes, self.condition_slots, self.num_tokens)
-
-
-def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:
-    """Turn a tensor, array or list of ids into an int64 tensor and check that all lie in 0 .. count - 1.
-
-    Raises:
-        UserError: naming `name` and the first value that is no id.
-    """
-    try:
-        ids = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got {values!r}") from None
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got values of type {ids.dtype}")
-    ids = ids.long()
-    outside = ids[(ids < 0) | (ids >= count)]
-    if outside.numel():
-        raise UserError(f"{name} holds {int(outside[0])}, which is outside of 0..{count - 1}")
-    return ids

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from softcfg.decoding import Sampling
 from softcfg.guidance import CFG
+from softcfg.models.conditioning import Conditioning
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.version import __version__
 from softcfg.zoo.files import require_file
 from softcfg.zoo.reading import hash_weights
-from softcfg.zoo.registry import Part, resolve
+from softcfg.zoo.registry import Component, ModelEntry
 
 
 def run_settings(
-    model: str | Path,
     pipeline: Pipeline,
     guidance: CFG,
     sampling: Sampling,
@@ -38,29 +40,31 @@ def run_settings(
 ) -> dict[str, Any]:
     """Describe a run for `RunFolder.claim`.
 
+    A model of the zoo is identified by its families, configurations and the hashes of its files. A pipeline that was
+    built from its halves, such as one around a model of transformers, is identified by its name, its classes and the
+    hashes of the weights in memory.
+
     Args:
-        model: name or folder, of which `pipeline` was loaded.
         labels: class ids, or numbers of prompts, that the images take in turn; or "random".
         prompts: what labels stand for, for text-to-image models.
         batch_size: images in a shard; None for that of a run that goes on.
         command: the words that draw the run.
         generator_checkpoint, tokenizer_checkpoint: files that were read in place of the model's own.
     """
-    entry = resolve(model)
-
-    def half(part: Part, given: str | Path | None) -> dict[str, Any]:
-        path = given or require_file(part.file, entry)
-        return {"family": part.family.name, "config": dict(part.config), "sha256": hash_weights(path)}
-
+    entry = pipeline.entry
+    if entry is None:
+        model = pipeline.name or type(pipeline.generator).__name__
+        generator, tokenizer = _in_memory(pipeline.generator), _in_memory(pipeline.tokenizer)
+    else:
+        model = entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve())
+        generator = _of_zoo(entry, entry.generator, generator_checkpoint)
+        tokenizer = _of_zoo(entry, entry.tokenizer, tokenizer_checkpoint)
     cache_dtype = pipeline.generator.cache_dtype
-    text: dict[str, Any] = {}
-    if entry.text is not None:
-        text["text"] = {"template": entry.text.template, "sha256": hash_weights(require_file(entry.text.file, entry))}
     return {
-        "model": entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve()),
-        "generator": half(entry.generator, generator_checkpoint),
-        "tokenizer": half(entry.tokenizer, tokenizer_checkpoint),
-        **text,
+        "model": model,
+        "generator": generator,
+        "tokenizer": tokenizer,
+        **_of_texts(pipeline.conditioning),
         "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
@@ -74,6 +78,36 @@ def run_settings(
         "command": command,
         "environment": [_environment(pipeline)],
     }
+
+
+def _of_zoo(entry: ModelEntry, component: Component, given: str | Path | None) -> dict[str, Any]:
+    path = given or require_file(component.file, entry)
+    return {"family": component.family.name, "config": dict(component.config), "sha256": hash_weights(path)}
+
+
+def _in_memory(module: nn.Module) -> dict[str, Any]:
+    """The class, configuration and weights of a module; the hash is over names, dtypes, shapes and values."""
+    config = getattr(module, "config", None)
+    is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(values.numpy().data)
+    return {
+        "family": type(module).__name__,
+        "config": dataclasses.asdict(config) if is_dataclass else {},
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _of_texts(conditioning: Conditioning) -> dict[str, Any]:
+    """How texts are read: the settings and, of the files, the hash (of several, that of their hashes in order)."""
+    if not conditioning.files:
+        return {}
+    hashes = [hash_weights(path) for path in conditioning.files.values()]
+    together = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return {"text": {**conditioning.settings, "sha256": together}}
 
 
 def _environment(pipeline: Pipeline) -> dict[str, Any]:

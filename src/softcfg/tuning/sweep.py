@@ -185,7 +185,6 @@ class Sweep:
         words += ["--labels", _labels_text(labels), "--num-samples", str(num_samples)]
         self._words = [*words, "--batch-size", str(batch_size), "--seed", str(seed), "--no-png", "--no-compare"]
         self._run = run_settings(
-            model,
             self.pipeline,
             *methods(self.pipeline, self.fixed),
             labels=chosen,
