@@ -122,7 +122,7 @@ def _load(
 
 
 def published_config(entry: ModelEntry, component: Component) -> dict[str, Any]:
-    """The configuration of a component, completed by the files that were published beside its weights, if they are here.
+    """The configuration of a component, completed by the files published beside its weights, where they are here.
 
     That is `config.json`, and what the family finds in the files that it reads texts with.
     """
