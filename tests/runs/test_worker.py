@@ -87,7 +87,7 @@ def processes(rank: int, world: int) -> Processes:
 def test_ranks_share_the_missing_shards(empty: RunFolder, pipe: Pipeline, tmp_path: Path) -> None:
     artist = Artist(pipe, CFG(), Sampling(), 0, 4)
     for rank in range(2):
-        written = partial(write_pngs, empty, folder=empty.path) if rank == 0 else None
+        written = partial(write_pngs, folder=empty.path) if rank == 0 else None
         draw_shards(empty, [0, 1, 2], artist, processes(rank, 2), written=written, progress=None)
         assert empty.missing() == ([1] if rank == 0 else [])
     whole = pipe([n % 4 for n in range(10)], CFG(), batch_size=4, temperature=1.0)

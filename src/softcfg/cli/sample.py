@@ -228,7 +228,7 @@ def draw(
 def _png_writer(args: argparse.Namespace, run: RunFolder) -> Callable[[Shard], None] | None:
     from softcfg.runs.export import write_pngs
 
-    return functools.partial(write_pngs, run, folder=run.path) if args.png else None
+    return functools.partial(write_pngs, folder=run.path) if args.png else None
 
 
 def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:

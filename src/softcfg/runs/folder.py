@@ -56,8 +56,8 @@ class RunFolder:
             raise UserError(f"{path} holds no run: there is no {SETTINGS}")
         try:
             return cls(path, settings)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path / SETTINGS} is not the settings of a run") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path / SETTINGS} is not the settings of a run") from error
 
     @classmethod
     def claim(cls, path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> RunFolder:
@@ -80,8 +80,8 @@ class RunFolder:
             found = _read_settings(path)
             if found is not None:
                 Plan.of(found)
-        except (UserError, KeyError, TypeError, ValueError):
-            raise UserError(f"{path / SETTINGS} is not readable; {advice}") from None
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path / SETTINGS} is not readable; {advice}") from error
         settings = dict(settings)
         if settings["batch_size"] is None:
             settings["batch_size"] = found["batch_size"] if found else min(settings["num_samples"], 100)
@@ -122,7 +122,7 @@ class RunFolder:
         try:
             names = os.listdir(self.path / SHARDS)
         except OSError as error:
-            raise UserError(f"cannot read {self.path / SHARDS}: {error.strerror}") from None
+            raise UserError(f"cannot read {self.path / SHARDS}: {error.strerror}") from error
         found = (re.fullmatch(r"shard-(\d+)\.safetensors", name) for name in names)
         return {int(match[1]) for match in found if match}
 
@@ -167,7 +167,7 @@ class RunFolder:
         try:
             return self.read(number)
         except DamagedShardError as problem:
-            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' tells more") from None
+            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' tells more") from problem
 
     def discard(self, number: int) -> None:
         """Remove a shard and its images, so that the run draws them again."""
@@ -182,8 +182,8 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not readable") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not the settings of a run")
     return content

@@ -41,8 +41,8 @@ class Processes:
             raise UserError(f"--device {device} names one device for several processes; leave it out, or give cpu")
         try:
             from accelerate import PartialState
-        except ImportError:
-            raise UserError("several processes need Accelerate: pip install 'softcfg[runs]'") from None
+        except ImportError as error:
+            raise UserError("several processes need Accelerate: pip install 'softcfg[runs]'") from error
         wants_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         # Accelerate takes a launch without GPUs for a single process unless it is told.
         self._state = PartialState(cpu=wants_cpu or not torch.cuda.is_available())

@@ -88,7 +88,7 @@ def read_shard(path: str | Path) -> Shard:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = dict(header["__metadata__"])
@@ -100,7 +100,7 @@ def read_shard(path: str | Path) -> Shard:
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         if isinstance(error, DamagedShardError):
             raise
-        raise DamagedShardError(f"{path} is torn or altered: {' '.join(str(error).split())[:80]}") from None
+        raise DamagedShardError(f"{path} is torn or altered: {' '.join(str(error).split())[:80]}") from error
 
 
 def glance(path: Path) -> tuple[str, int]:
@@ -117,11 +117,11 @@ def glance(path: Path) -> tuple[str, int]:
             raise DamagedShardError(f"{path} is torn: it has {path.stat().st_size} bytes of {header.size + length}")
         return header["__metadata__"]["run"], header["indices"]["shape"][0]
     except OSError as error:
-        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         if isinstance(error, DamagedShardError):
             raise
-        raise DamagedShardError(f"{path} is torn: its header cannot be read") from None
+        raise DamagedShardError(f"{path} is torn: its header cannot be read") from error
 
 
 class _Header(dict[str, Any]):
