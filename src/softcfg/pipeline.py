@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
+from softcfg.decoding.filtering import one_sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
@@ -200,9 +201,10 @@ class Pipeline:
         height: int | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         batch_size: int | None = None,
         speculative_jacobi: int = 0,
         forced_tokens: Any = None,
@@ -219,7 +221,8 @@ class Pipeline:
             width, height: of the images of prompts that do not say, in pixels; the model's by default.
             seed, indices: image n of a seed draws from the random stream (seed, n), whatever the batch; the
                 indices are 0 .. B - 1 by default.
-            temperature, top_k, top_p: see `Sampling`; temperature and top-k are the model's by default.
+            sampling: temperature, top-k and top-p; by default those of the model.
+            temperature, top_k, top_p: the same one by one, in place of `sampling`; what is not given is the model's.
             batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
                 one batch size an image is the same to the last bit in whatever batch it is drawn.
             speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
@@ -234,7 +237,7 @@ class Pipeline:
                 that do not fit together.
         """
         guidance = guidance or self.default_guidance()
-        sampling = self.sampling(temperature, top_k, top_p)
+        sampling = one_sampling(sampling, temperature, top_k, top_p, self.sampling)
         inputs, shown = self._inputs(labels, prompts, width, height)
         count = len(inputs)
         indices = list(range(count)) if indices is None else [int(index) for index in indices]

@@ -84,9 +84,7 @@ class Artist:
                     seed=self.seed,
                     indices=indices,
                     batch_size=self.at_once,
-                    temperature=self.sampling.temperature,
-                    top_k=self.sampling.top_k,
-                    top_p=self.sampling.top_p,
+                    sampling=self.sampling,
                     speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
                 )
