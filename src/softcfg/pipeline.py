@@ -24,6 +24,7 @@ from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
 from softcfg.zoo.checkpoints import load_generator, load_prompt_reader, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
+from softcfg.zoo.source import ModelSource
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Pipeline:
         classes: names of the classes, where the model has them.
         sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
         prompt_reader: turns prompts into tokens; None for models that draw classes.
+        source: where the model was loaded from, which runs write down; None if it was made in memory.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Pipeline:
         classes: Sequence[str] = (),
         sampling_defaults: Mapping[str, Any] | None = None,
         prompt_reader: PromptReader | None = None,
+        source: ModelSource | None = None,
     ) -> None:
         _require_fit(generator, tokenizer)
         self.generator = generator
@@ -82,6 +85,7 @@ class Pipeline:
         self.classes = tuple(classes)
         self.sampling_defaults = dict(sampling_defaults or {})
         self.prompt_reader = prompt_reader
+        self.source = source
 
     @classmethod
     def from_pretrained(
@@ -134,6 +138,7 @@ class Pipeline:
             classes=entry.classes,
             sampling_defaults=entry.sampling,
             prompt_reader=None if entry.text is None else load_prompt_reader(entry),
+            source=ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize),
         )
 
     @classmethod

@@ -34,7 +34,7 @@ def test_a_folder_of_an_earlier_version_is_continued(
     def sample(images: int) -> str:
         words[words.index("--num-samples") + 1] = str(images)
         assert main(words) == 0
-        assert RunFolder.open(folder).run == FINGERPRINTS[name]
+        assert RunFolder.open(folder).fingerprint == FINGERPRINTS[name]
         assert shard.read_bytes() == before
         return capsys.readouterr().out
 
