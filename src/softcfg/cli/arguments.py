@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
-
-
-LONGEST_TITLE = 48  # characters
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -257,6 +253,7 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
 
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
     """What the generator is conditioned on, one an image: class ids or prompts; and a short name for each."""
+    from softcfg.images import short_title
     from softcfg.prompts import as_prompts
 
     prompts = parse_prompts(args, pipeline)
@@ -265,16 +262,11 @@ def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any
         width, height = image_size(args, pipeline)
         asked = as_prompts(prompts, width, height)
         read = pipeline.prompt_reader.read(asked, pipeline.generator, pipeline.tokenizer)
-        return list(read), [short(prompt) for prompt in prompts]
+        return list(read), [short_title(prompt) for prompt in prompts]
     if args.labels is None:
         raise UserError(f"{pipeline.name} draws classes: give them with --labels")
     labels = parse_labels(args.labels, pipeline)
     return labels, [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
-
-
-def short(prompt: str) -> str:
-    """A prompt as the title of its images."""
-    return textwrap.shorten(prompt, LONGEST_TITLE, placeholder="…")
 
 
 def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:

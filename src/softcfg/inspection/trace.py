@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
@@ -85,9 +86,10 @@ def trace(
     labels: Any,
     guidance: CFG,
     tokens: Any = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     value_weights: bool | None = None,
     steps_per_pass: int = 1024,
@@ -100,15 +102,16 @@ def trace(
     Args:
         labels: B class ids, or what else the generator is conditioned on.
         guidance: the method that is traced. Where it is inactive the unconditional logits are still computed.
-        tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, with `top_k` and `top_p`.
-        temperature: of the confidences and of the drawing.
+        tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, as `sampling` says.
+        sampling: its temperature is also that of the confidences; by default temperature 1 alone.
+        temperature, top_k, top_p: the same one by one, in place of `sampling`.
         value_weights: whether to keep the [B, T, T] weights; by default up to 1,024 tokens.
         steps_per_pass: tokens replayed at once; bounds the memory of attention, without effect on the result.
 
     Raises:
         UserError: labels or tokens do not fit the generator.
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
     batch, total = condition.rows // 2, condition.num_tokens
     cond, uncond = condition[:batch], condition[batch:]
@@ -132,9 +135,9 @@ def trace(
         piece = _Piece(generator, tokens, start, stop)
         cond_logits = piece.run(cond, caches["cond"])
         if isinstance(guidance, SoftCFG):
-            token_confidences = guidance.token_confidence(cond_logits, tokens[:, start:stop], temperature)
+            token_confidences = guidance.token_confidence(cond_logits, tokens[:, start:stop], sampling.temperature)
         else:
-            token_confidences = token_confidence(cond_logits, tokens[:, start:stop], temperature=temperature)
+            token_confidences = token_confidence(cond_logits, tokens[:, start:stop], temperature=sampling.temperature)
         confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None
         if isinstance(guidance, SoftCFG) and guidance.perturbs:
@@ -154,7 +157,7 @@ def trace(
     guided_logits = generator.constrain(guided_logits, steps, cond)
     return Trace(
         guidance=guidance,
-        temperature=temperature,
+        temperature=sampling.temperature,
         labels=cond.classes if isinstance(cond, ClassCondition) else None,
         tokens=tokens,
         cond_logits=cond_logits,

@@ -19,7 +19,7 @@ from softcfg.runs.shards import DamagedShardError, Shard, glance, read_shard
 
 SETTINGS = "run.json"
 SHARDS = "shards"
-MADE = ("grid.png", "comparison.png")  # besides one PNG an image
+PICTURES = ("grid.png", "comparison.png")  # besides one PNG per image
 
 
 def image_name(index: int) -> str:
@@ -34,14 +34,14 @@ class RunFolder:
         path: the folder.
         settings: the content of run.json.
         plan: the partition of its images.
-        run: the fingerprint of its settings.
+        fingerprint: of its settings; every shard carries it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = dict(settings)
         self.plan = Plan.of(settings)
-        self.run = fingerprint(settings)
+        self.fingerprint = fingerprint(settings)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -109,7 +109,7 @@ class RunFolder:
     def is_whole(self, number: int) -> bool:
         """Whether a shard is there as planned, by its header."""
         try:
-            return glance(self.shard_path(number)) == (self.run, len(self.plan.indices(number)))
+            return glance(self.shard_path(number)) == (self.fingerprint, len(self.plan.indices(number)))
         except DamagedShardError:
             return False
 
@@ -135,11 +135,11 @@ class RunFolder:
         path = self.shard_path(number)
         shard = read_shard(path)
         indices = self.plan.indices(number)
-        if shard.run != self.run or shard.number != number:
+        if shard.fingerprint != self.fingerprint or shard.number != number:
             raise DamagedShardError(f"{path} belongs to another run or place")
         if not np.array_equal(shard.indices, indices):
             raise DamagedShardError(f"{path} holds {len(shard.indices)} images of the {len(indices)} planned")
-        if shard.labels.tolist() != self.plan.labels_of(indices) or {len(shard.tokens), len(shard.pixels)} != {
+        if shard.labels.tolist() != self.plan.labels_of(indices) or {len(shard.codes), len(shard.pixels)} != {
             len(indices)
         }:
             raise DamagedShardError(f"{path} holds other labels than planned")
@@ -190,7 +190,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """One line a field: a list of a thousand labels is no tower."""
+    """Write one line per field, so that a list of a thousand labels takes one line."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in settings.items())
     write_atomically(folder / SETTINGS, f"{{\n{lines}\n}}\n".encode())
 
@@ -201,5 +201,5 @@ def _discard_run(folder: Path) -> None:
     for path in folder.glob("*.png"):
         if path.stem.isdigit():
             path.unlink()
-    for name in (SETTINGS, *MADE):
+    for name in (SETTINGS, *PICTURES):
         (folder / name).unlink(missing_ok=True)
