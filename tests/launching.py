@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 
 PRELOADED = [
     "torch", "torch.distributed", "accelerate.utils", "tqdm", "PIL.Image", "softcfg.cli.main", "softcfg.pipeline",
-    "softcfg.models.alitok", "softcfg.tokenizers.maskgit_vq", "softcfg.runs.worker", "softcfg.runs.processes",
+    "softcfg.models.alitok", "softcfg.tokenizers.maskgit_vq", "softcfg.runs.job", "softcfg.runs.processes",
     "softcfg.tuning", "matplotlib.figure", "launching",
 ]  # fmt: skip
 

@@ -53,7 +53,7 @@ def open_atomically(path: str | Path, *, durable: bool = True) -> Iterator[Binar
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def remove_temporary(folder: Path) -> None:
@@ -79,7 +79,7 @@ def make_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"cannot write into folder {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write into folder {path}: {error.strerror or error}") from error
     return path
 
 

@@ -31,7 +31,7 @@ def grid(
 
     Args:
         rows: the images; rows may have different lengths.
-        row_labels: one text a row, or none.
+        row_labels: one text per row, or none.
         min_size: smaller images are enlarged by a whole factor to at least this side, without smoothing.
     """
     width, height = rows[0][0].size

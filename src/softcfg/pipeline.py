@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
+from softcfg.decoding.filtering import one_sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike
@@ -24,6 +25,7 @@ from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import ModelEntry, resolve
+from softcfg.zoo.source import ModelSource
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Pipeline:
         sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
         conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
             generator's family, without the files that reading texts may need.
-        entry: the entry of the zoo that the model was loaded from; None if it was built from its halves.
+        source: where the model was loaded from, which runs write down; None if it was made in memory.
 
     Raises:
         UserError: the tokenizer does not decode what the generator draws, or the generator does not say what it is
@@ -80,7 +82,7 @@ class Pipeline:
         classes: Sequence[str] = (),
         sampling_defaults: Mapping[str, Any] | None = None,
         conditioning: Conditioning | None = None,
-        entry: ModelEntry | None = None,
+        source: ModelSource | None = None,
         prompt_reader: Any = None,
     ) -> None:
         if conditioning is None:
@@ -106,7 +108,7 @@ class Pipeline:
         self.classes = tuple(classes)
         self.sampling_defaults = dict(sampling_defaults or {})
         self.conditioning = conditioning
-        self.entry = entry
+        self.source = source
 
     @classmethod
     def from_pretrained(
@@ -153,11 +155,12 @@ class Pipeline:
             generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
         generator.cache_dtype = kv_cache_dtype
         tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
-        return cls._of_entry(entry, generator, tokenizer)
+        source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
+        return cls._of_entry(entry, generator, tokenizer, source)
 
     @classmethod
     def _of_entry(
-        cls, entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, *, with_files: bool = True
+        cls, entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, source: ModelSource | None = None
     ) -> Pipeline:
         return cls(
             generator,
@@ -165,8 +168,8 @@ class Pipeline:
             name=entry.name,
             classes=entry.classes,
             sampling_defaults=entry.sampling,
-            conditioning=load_conditioning(entry, generator, tokenizer, with_files=with_files),
-            entry=entry,
+            conditioning=load_conditioning(entry, generator, tokenizer, with_files=source is not None),
+            source=source,
         )
 
     @classmethod
@@ -185,7 +188,12 @@ class Pipeline:
         dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
         generator.cache_dtype = kv_cache_dtype
-        return cls._of_entry(entry, generator, random_weights(entry.tokenizer, device=device), with_files=False)
+        return cls._of_entry(entry, generator, random_weights(entry.tokenizer, device=device))
+
+    @property
+    def entry(self) -> ModelEntry | None:
+        """The entry of the zoo that the model was loaded from; None if it was made in memory."""
+        return None if self.source is None else self.source.entry
 
     @property
     def prompt_reader(self) -> Conditioning | None:
@@ -228,9 +236,10 @@ class Pipeline:
         height: int | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         batch_size: int | None = None,
         speculative_jacobi: int = 0,
         forced_tokens: Any = None,
@@ -247,7 +256,8 @@ class Pipeline:
             width, height: of the images of prompts that do not say, in pixels; the model's by default.
             seed, indices: image n of a seed draws from the random stream (seed, n), whatever the batch; the
                 indices are 0 .. B - 1 by default.
-            temperature, top_k, top_p: see `Sampling`; temperature and top-k are the model's by default.
+            sampling: temperature, top-k and top-p; by default those of the model.
+            temperature, top_k, top_p: the same one by one, in place of `sampling`; what is not given is the model's.
             batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
                 one batch size an image is the same to the last bit in whatever batch it is drawn.
             speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
@@ -262,7 +272,7 @@ class Pipeline:
                 that do not fit together.
         """
         guidance = guidance or self.default_guidance()
-        sampling = self.sampling(temperature, top_k, top_p)
+        sampling = one_sampling(sampling, temperature, top_k, top_p, self.sampling)
         requests = self.conditioning.requests(labels, prompts, width, height)
         inputs = self.conditioning.inputs(requests)
         from_prompts = self.conditioning.takes_prompts

@@ -102,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
             labels=inputs,
             guidance=method,
             tokens=tokens,
+            sampling=sampling,
             seed=args.seed,
             value_weights=False,
-            **dataclasses.asdict(sampling),
         )
 
     def of_codes(made: Trace) -> Trace:

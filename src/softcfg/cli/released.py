@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from softcfg.configuration import read_yaml
+from softcfg.configuration import dotted, read_yaml
 from softcfg.errors import UserError
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
 
@@ -75,7 +75,7 @@ def apply(args: argparse.Namespace) -> None:
         UserError: an unknown override (the nearest name is suggested), or no model that the configuration fits.
     """
     config = read_yaml(args.config) if args.config else {}
-    values = dict(_flat(config))
+    values = dotted(config)
     known = {*values, *SAMPLING, *_sizes()}
     for override in args.set:
         name, equals, text = override.partition("=")
@@ -169,14 +169,6 @@ def _sizes() -> set[str]:
 
 def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _parsed(name: str, text: str) -> Any:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from softcfg.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,31 @@ class Sampling:
             probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
             probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
         return probabilities
+
+
+def one_sampling(
+    sampling: Sampling | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    default: Callable[..., Sampling] = Sampling,
+) -> Sampling:
+    """The settings of a call that takes them as one object or one by one.
+
+    Args:
+        temperature, top_k, top_p: what was given one by one; None where nothing was.
+        default: fills in what was not given.
+
+    Raises:
+        UserError: both forms are given.
+    """
+    loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {name: value for name, value in loose.items() if value is not None}
+    if sampling is None:
+        return default(**given)
+    if given:
+        raise UserError(f"give sampling or {', '.join(given)}, not both")
+    return sampling
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def download(file: PublishedFile, target: Path) -> Path:
         partial.replace(target)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise CheckpointError(f"{file.url} cannot be downloaded ({reason}); {by_hand}") from None
+        raise CheckpointError(f"{file.url} cannot be downloaded ({reason}); {by_hand}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -14,7 +14,7 @@ from softcfg.runs.folder import RunFolder, image_name
 from softcfg.runs.shards import Shard
 
 
-def write_pngs(run: RunFolder, shard: Shard, folder: Path) -> None:
+def write_pngs(shard: Shard, folder: Path) -> None:
     """Write the images of a shard as 000123.png."""
     from PIL import Image
 
@@ -35,7 +35,7 @@ def export_pngs(run: RunFolder, folder: Path, *, absent_only: bool = False) -> N
     there = {path.name for path in folder.glob("*.png")} if absent_only else set()
     for number in range(run.plan.num_shards):
         if not all(image_name(index) in there for index in run.plan.indices(number)):
-            write_pngs(run, run.require(number), folder)
+            write_pngs(run.require(number), folder)
 
 
 def npz_beside(folder: Path) -> Path:

@@ -442,13 +442,6 @@ class Studio:
                 _end(oldest)
             return session
 
-    def forget(self, key: str) -> None:
-        """End a session: its drawing stops and its pictures go."""
-        with self._lock:
-            session = self._sessions.pop(key, None)
-        if session is not None:
-            _end(session)
-
     @property
     def active(self) -> int:
         """Drawings under way."""

@@ -133,7 +133,7 @@ def _place(source: Path, name: str, link: bool) -> Path:
         partial.replace(target)
     except OSError as error:
         reason = error.strerror or error
-        raise CheckpointError(f"{source} cannot be put into {target.parent}: {reason}") from None
+        raise CheckpointError(f"{source} cannot be put into {target.parent}: {reason}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

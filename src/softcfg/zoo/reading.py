@@ -53,7 +53,7 @@ def read_state_dict(
             raise CheckpointError(
                 f"{path} was refused: it contains Python objects other than tensors ({forbidden[1]}), which "
                 "could run code when opened; save its tensors alone, best as .safetensors"
-            ) from None
+            ) from error
         raise CheckpointError(f"{path} is truncated, damaged or no weights file; get it again") from error
     return unwrap(content, str(path), entries)
 
@@ -97,10 +97,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping; raises `CheckpointError` if it is anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no JSON file; get it again ({error})") from None
+        raise CheckpointError(f"{path} is damaged or no JSON file; get it again ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a mapping of names to values")
     return content
@@ -113,10 +113,10 @@ def _read_head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             head = file.read(512)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not head:
         raise CheckpointError(f"{path} is empty; get it again")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
