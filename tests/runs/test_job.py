@@ -64,10 +64,12 @@ def test_a_run_holds_what_the_pipeline_draws(model_folder: Path, pipe: Pipeline,
 def test_the_command_line_continues_a_run_of_python(
     model_folder: Path, request_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw_run(request_of(), tmp_path)
+    draw_run(request_of(), tmp_path).shard_path(2).unlink()
+    assert main(["runs", "status", str(tmp_path)]) == 0
+    assert "continue with: the same call of softcfg.draw_run" in capsys.readouterr().out
     words = ["sample", str(model_folder), "--output-dir", str(tmp_path), "--num-samples", str(IMAGES), "--no-compare"]
     assert main(words) == 0
-    assert f"{IMAGES} of {IMAGES} images are there already" in capsys.readouterr().out
+    assert f"8 of {IMAGES} images are there already" in capsys.readouterr().out
 
 
 def test_defaults_are_the_models(pipe: Pipeline, tmp_path: Path) -> None:
