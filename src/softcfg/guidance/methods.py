@@ -63,9 +63,7 @@ class CFG:
         released="guidance_scale_pow",
         shown=(0.0, 5.0),
     )
-    schedule: str = setting(
-        "cosine_power", choices=SCHEDULES, help="how the scale moves over the steps", of_model=True
-    )
+    schedule: str = setting("cosine_power", choices=SCHEDULES, help="how the scale moves over the steps", of_model=True)
     interval: tuple[int, int] | None = setting(
         None, help="guide in the steps START <= step < STOP alone, such as 32-192", metavar="START-STOP"
     )
@@ -77,9 +75,7 @@ class CFG:
         if self.interval is not None:
             object.__setattr__(self, "interval", tuple(self.interval))
         object.__setattr__(self, "rule", _part("rule", self.rule, Rule, RULES))
-        object.__setattr__(
-            self, "perturbation", _part("perturbation", self.perturbation, Perturbation, PERTURBATIONS)
-        )
+        object.__setattr__(self, "perturbation", _part("perturbation", self.perturbation, Perturbation, PERTURBATIONS))
 
     def __repr__(self) -> str:
         shown = [f for f in dataclasses.fields(self) if not (f.kw_only and getattr(self, f.name) == f.default)]
@@ -113,7 +109,9 @@ class CFG:
         """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
         return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
 
-    def guide(self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float, step: Tensor | int = 0) -> Tensor:
+    def guide(
+        self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float, step: Tensor | int = 0
+    ) -> Tensor:
         """Guided logits from both branches' logits [..., V] at the scale s_t of the step.
 
         For rules with a state, which this leaves at its start, see `Rule.guide` and `guide_steps`.

@@ -142,7 +142,9 @@ def trace(
         stop = min(start + steps_per_pass, total)
         piece = _Piece(generator, tokens, start, stop)
         cond_logits = piece.run(cond, caches["cond"])
-        token_confidences = guidance.weak_branch.token_confidence(cond_logits, tokens[:, start:stop], sampling.temperature)
+        token_confidences = guidance.weak_branch.token_confidence(
+            cond_logits, tokens[:, start:stop], sampling.temperature
+        )
         confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None
         if guidance.perturbs:
