@@ -35,7 +35,7 @@ def draw(
     *,
     on_shard: Callable[[Shard], None] | None,
     on_finish: Callable[[DrawnRun], None],
-    on_start: Callable[[RunFolder], None] | None = None,
+    on_start: Callable[[RunFolder], object] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> None:
     """Draw the run in `folder` with the model, guidance and sampling of the arguments.

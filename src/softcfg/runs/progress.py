@@ -68,6 +68,12 @@ class ProgressWatch:
             self._reported = done
             self._report()
 
+    def written(self, number: int) -> None:
+        """Count a shard that this process has just written."""
+        if number in self._open:
+            self._open.remove(number)
+            self._done += len(self.run.plan.indices(number))
+
     def look(self) -> int:
         """Look for shards that were written since; returns the images done."""
         self._looked = time.monotonic()

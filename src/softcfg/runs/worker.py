@@ -168,15 +168,23 @@ def make_shards(
         UserError: a file cannot be written, or memory ran out for good. Every shard that was finished is kept.
     """
 
-    def write(shard: Shard) -> None:
+    writing: Future[int] | None = None
+
+    def write(shard: Shard) -> int:
         write_shard(run.shard_path(shard.number), shard)
         if on_shard is not None:
             on_shard(shard)
+        return shard.number
+
+    def wait_for_writer() -> None:
+        if writing is not None:
+            written = writing.result()
+            if watch is not None:
+                watch.written(written)
 
     try:
         # Files are written while the next batch is drawn. However this block ends, a batch that was drawn is kept.
         with ThreadPoolExecutor(max_workers=1) as writer:
-            writing: Future[None] | None = None
             for number in todo[processes.rank :: processes.world]:
 
                 def on_step(share: float, images: int = len(run.plan.indices(number))) -> None:
@@ -184,11 +192,9 @@ def make_shards(
                         watch.update(share * images)
 
                 shard = make(number, on_step)
-                if writing is not None:
-                    writing.result()
+                wait_for_writer()
                 writing = writer.submit(write, shard)
-            if writing is not None:
-                writing.result()
+            wait_for_writer()
         if watch is not None:
             watch.look()
             watch.wait(processes)
