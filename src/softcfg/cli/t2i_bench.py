@@ -49,8 +49,7 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument("--suite", choices=SUITES, required=True, help="the benchmark")
     group.add_argument("--prompts", metavar="PROMPTS", required=True, help="folder of its prompts")
-    group.add_argument("--width", type=int, metavar="W", help="of the images, in pixels (default: the model's own)")
-    group.add_argument("--height", type=int, metavar="H", help="of the images, in pixels (default: the model's own)")
+    arguments.add_size_arguments(group)
     group.add_argument(
         "--batch-size",
         type=int,

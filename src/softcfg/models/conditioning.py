@@ -203,6 +203,14 @@ class PromptConditioning(Conditioning):
         self.geometry(*size)
         return size
 
+    def size_of_ratio(self, ratio: str) -> tuple[int, int]:
+        """Width and height, in pixels, of images whose sides are as WIDTH:HEIGHT, for families that choose the area.
+
+        Raises:
+            UserError: the family does not, or draws no such images.
+        """
+        raise UserError(f"{self.name} takes a width and a height, not the ratio {ratio}")
+
     @property
     def default_size(self) -> tuple[int, int]:
         """Width and height, in pixels, of images whose prompt does not say."""

@@ -65,7 +65,7 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     """
     import torch
 
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
