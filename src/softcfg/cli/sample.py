@@ -300,8 +300,12 @@ def _announce(run: RunFolder, guidance: CFG, todo: Sequence[int]) -> None:
     environments = run.settings["environment"]
     if todo and left < count and len(environments) > 1:
         print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
-    shown = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(guidance).items() if value is not None)
-    print(f"{type(guidance).__name__}: {shown}" if guidance.is_active else "no guidance", flush=True)
+    from softcfg.guidance import describe
+
+    settings = describe(guidance)
+    method = settings.pop("method")
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    print(f"{method}: {shown}" if guidance.is_active else "no guidance", flush=True)
 
 
 def _how_to_continue(args: argparse.Namespace, progress: Progress | None) -> str:
@@ -329,8 +333,8 @@ def _finish(args: argparse.Namespace, drawn: Drawn) -> None:
     drawn_fast = count <= COMPARE_UP_TO and len(run.require(0).tokens[0]) <= COMPARE_UP_TO_TOKENS
     wanted = drawn_fast if args.compare is None else args.compare
     if wanted and (images or not comparison.exists()):
-        _write_comparison(comparison, artist, drawn.guidance, shown, names)
-        print(f"the same seeds without guidance, with CFG and with SoftCFG: {comparison}")
+        title = _write_comparison(comparison, artist, drawn.guidance, shown, names)
+        print(f"the same seeds without guidance, with CFG and with {title}: {comparison}")
     if args.npz:
         path = npz_beside(run.path)
         shape = export_npz(run, path)
@@ -369,19 +373,24 @@ def _grid(shown: Sequence[tuple[int, Any]], names: Sequence[str] = (), title: st
 
 def _write_comparison(
     path: Path, artist: Artist, guidance: CFG, shown: Sequence[tuple[int, Any]], names: Sequence[str]
-) -> None:
-    """Three panels with the same seeds; the panel of the run's own method reuses its images."""
-    from softcfg.guidance import CFG, SoftCFG
+) -> str:
+    """Three panels with the same seeds; the panel of the run's own method reuses its images.
+
+    The third is of the run's method, or of SoftCFG where that is plain CFG. Returns its title.
+    """
+    from softcfg.guidance import CFG, SoftCFG, settings_of
     from softcfg.images import side_by_side
 
     shown = shown[: COMPARED_PER_LABEL * len({label for label, _ in shown})]
     labels = [label for label, _ in shown]
-    plain = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(CFG)}
-    soft = guidance if isinstance(guidance, SoftCFG) and guidance.perturbs else SoftCFG.paper(**plain)
+    plain = guidance.plain()
+    third = guidance
+    if guidance.is_plain:
+        third = SoftCFG.paper(**{name: getattr(plain, name) for name in settings_of(CFG)})
     methods = {
         "no guidance": CFG(guidance_scale=0),
-        f"CFG, scale {guidance.guidance_scale:g}": CFG(**plain),
-        f"SoftCFG, scale {guidance.guidance_scale:g}": soft,
+        f"CFG, scale {guidance.guidance_scale:g}": plain,
+        f"{third.title}, scale {guidance.guidance_scale:g}": third,
     }
     panels: list[Image] = []
     for title, method in methods.items():
@@ -392,3 +401,4 @@ def _write_comparison(
             images = list(zip(labels, other.draw(range(len(shown)), labels).pixels, strict=True))
         panels.append(_grid(images, () if panels else names, title))
     _write_png(path, side_by_side(panels))
+    return third.title

@@ -63,23 +63,19 @@ class CFG:
         released="guidance_scale_pow",
         shown=(0.0, 5.0),
     )
-    schedule: str = setting(
-        "cosine_power", choices=SCHEDULES, help="how the scale moves over the steps", of_model=True
-    )
+    schedule: str = setting("cosine_power", choices=SCHEDULES, help="how the scale moves over the steps", of_model=True)
     interval: tuple[int, int] | None = setting(
         None, help="guide in the steps START <= step < STOP alone, such as 32-192", metavar="START-STOP"
     )
-    rule: Rule = field(default=Rule(), kw_only=True)  # noqa: RUF009 - it is frozen
-    perturbation: Perturbation = field(default=NoPerturbation(), kw_only=True)  # noqa: RUF009
+    rule: Rule = field(default=Rule(), kw_only=True)
+    perturbation: Perturbation = field(default=NoPerturbation(), kw_only=True)
 
     def __post_init__(self) -> None:
         check(self)
         if self.interval is not None:
             object.__setattr__(self, "interval", tuple(self.interval))
         object.__setattr__(self, "rule", _part("rule", self.rule, Rule, RULES))
-        object.__setattr__(
-            self, "perturbation", _part("perturbation", self.perturbation, Perturbation, PERTURBATIONS)
-        )
+        object.__setattr__(self, "perturbation", _part("perturbation", self.perturbation, Perturbation, PERTURBATIONS))
 
     def __repr__(self) -> str:
         shown = [f for f in dataclasses.fields(self) if not (f.kw_only and getattr(self, f.name) == f.default)]
@@ -105,6 +101,11 @@ class CFG:
         """A short name for figures: CFG, SoftCFG, or the names of the rule and the perturbation."""
         return titled(type(self.weak_branch), type(self.rule))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain CFG, whatever its class."""
+        return not self.perturbs and type(self.rule) is Rule
+
     def plain(self) -> CFG:
         """Plain CFG with the same scales."""
         return CFG(self.guidance_scale, self.guidance_scale_pow, self.schedule, self.interval)
@@ -113,7 +114,9 @@ class CFG:
         """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
         return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
 
-    def guide(self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float, step: Tensor | int = 0) -> Tensor:
+    def guide(
+        self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float, step: Tensor | int = 0
+    ) -> Tensor:
         """Guided logits from both branches' logits [..., V] at the scale s_t of the step.
 
         For rules with a state, which this leaves at its start, see `Rule.guide` and `guide_steps`.

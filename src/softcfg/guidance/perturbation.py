@@ -84,9 +84,7 @@ class NoPerturbation(Perturbation):
 class ConfidenceWeights(Perturbation):
     """The weights of SoftCFG (arXiv 2510.00996); the attributes are those of `SoftCFG`."""
 
-    confidence: str = setting(
-        "max", choices=CONFIDENCES, help="how sure the conditional branch is of a token"
-    )  # type: ignore[assignment]
+    confidence: str = setting("max", choices=CONFIDENCES, help="how sure the conditional branch is of a token")  # type: ignore[assignment]
     step_norm: bool = setting(True, help="Step Normalisation: spend a fixed budget at every step", released="step_norm")
     strength: float = setting(
         1.0,

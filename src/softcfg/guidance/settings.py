@@ -91,8 +91,8 @@ class Setting:
         if self.kind is str:
             return "a text" if self.choices is None else f"one of {', '.join(self.choices)}"
         if self.high < math.inf:
-            kind = "an integer" if self.kind is int else "a number"
-            return f"{kind} in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
+            kind = "an integer " if self.kind is int else "a number " if self.off is None else ""
+            return f"{kind}in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
         kind = "an integer" if self.kind is int else "a finite number"
         return kind if self.low == -math.inf else f"{kind} {'>' if self.above else '>='} {self.low:g}"
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from softcfg.decoding import Sampling
-from softcfg.guidance import CFG
+from softcfg.errors import UserError
+from softcfg.guidance import CFG, describe
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.version import __version__
@@ -60,7 +61,7 @@ def run_settings(
         "generator": half(entry.generator, generator_checkpoint),
         "tokenizer": half(entry.tokenizer, tokenizer_checkpoint),
         **text,
-        "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
+        "guidance": guidance_settings(guidance),
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
         "dtype": dtype,
@@ -73,6 +74,14 @@ def run_settings(
         "command": command,
         "environment": [_environment(pipeline)],
     }
+
+
+def guidance_settings(guidance: CFG) -> dict[str, Any]:
+    """The settings of guidance as run.json holds them; raises `UserError` if a part of it is not registered."""
+    try:
+        return describe(guidance)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _environment(pipeline: Pipeline) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from softcfg import plugins
 from softcfg.decoding.randomness import check_word
 from softcfg.errors import UserError
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
@@ -36,7 +37,7 @@ from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SHARDS, RunFolder
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
-from softcfg.runs.settings import run_settings
+from softcfg.runs.settings import guidance_settings, run_settings
 from softcfg.runs.worker import Artist, Progress, draw_shards
 from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
 from softcfg.zoo.registry import find
@@ -171,9 +172,10 @@ class Sweep:
         )
         if not self.pipeline.generator.num_classes:
             raise UserError(f"{model} draws from prompts; a sweep needs a model that draws classes")
+        self.space.check_parts(self.fixed)
         for corner in self.space.corners():
             methods(self.pipeline, {**self.fixed, **corner})
-        words = ["softcfg", "sample", str(model)]
+        words = ["softcfg", "sample", str(model), *plugins.options()]
         for flag, given in (
             ("--generator-checkpoint", generator_checkpoint),
             ("--tokenizer-checkpoint", tokenizer_checkpoint),
@@ -402,7 +404,7 @@ class Sweep:
             folder = self.trial_folder(trial.number)
             run = {
                 **self._run,
-                "guidance": {"method": type(guidance).__name__, **asdict(guidance)},
+                "guidance": guidance_settings(guidance),
                 "sampling": asdict(sampling),
                 "command": shlex.join([*words, "--output-dir", str(folder)]),
             }
