@@ -94,11 +94,7 @@ def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
     else:
         options["type"] = parse_interval if setting.kind is tuple else setting.kind
         options["metavar"] = setting.metavar
-    try:
-        group.add_argument(setting.flag, **options)
-    except argparse.ArgumentError:
-        kind, entry, _ = setting.part or ("setting", setting.name, "")
-        raise UserError(f"there is an option {setting.flag} already; give the {kind} {entry} another name") from None
+    group.add_argument(setting.flag, **options)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             tokens=tokens,
             seed=args.seed,
             value_weights=False,
-            **dataclasses.asdict(sampling),
+            sampling=sampling,
         )
 
     def of_codes(made: Trace) -> Trace:

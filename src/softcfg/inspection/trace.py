@@ -96,6 +96,7 @@ def trace(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    sampling: Sampling | None = None,
     seed: int = 0,
     value_weights: bool | None = None,
     steps_per_pass: int = 1024,
@@ -110,13 +111,15 @@ def trace(
         guidance: the method that is traced. Where it is inactive the unconditional logits are still computed.
         tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, with `top_k` and `top_p`.
         temperature: of the confidences and of the drawing.
+        sampling: in place of `temperature`, `top_k` and `top_p`.
         value_weights: whether to keep the [B, T, T] weights; by default up to 1,024 tokens.
         steps_per_pass: tokens replayed at once; bounds the memory of attention, without effect on the result.
 
     Raises:
         UserError: labels or tokens do not fit the generator.
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = sampling or Sampling(temperature, top_k, top_p)
+    temperature = sampling.temperature
     condition = generator.condition(labels, guided=True)
     batch, total = condition.rows // 2, condition.num_tokens
     cond, uncond = condition[:batch], condition[batch:]
