@@ -11,7 +11,7 @@ import torch
 
 from softcfg.decoding import Sampling
 from softcfg.errors import UserError
-from softcfg.guidance import CFG
+from softcfg.guidance import CFG, describe
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.version import __version__
@@ -50,7 +50,7 @@ def run_settings(
     return {
         "model": source.model,
         **source.facts,
-        "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
+        "guidance": guidance_settings(guidance),
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
         "dtype": "/".join([str(generator.dtype).removeprefix("torch."), *rounded]),
@@ -64,6 +64,14 @@ def run_settings(
         "environment": [_environment(pipeline)],
         **({"speculative_jacobi": speculative_jacobi} if speculative_jacobi else {}),
     }
+
+
+def guidance_settings(guidance: CFG) -> dict[str, Any]:
+    """The settings of guidance as run.json holds them; raises `UserError` if a part of it is not registered."""
+    try:
+        return describe(guidance)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _environment(pipeline: Pipeline) -> dict[str, Any]:
