@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -119,7 +118,11 @@ def _announce(run: RunFolder, request: RunRequest, todo: Sequence[int]) -> None:
     environments = run.settings["environment"]
     if todo and left < count and len(environments) > 1:
         print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
+    from softcfg.guidance import describe
+
     guidance = request.guidance
     assert guidance is not None
-    shown = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(guidance).items() if value is not None)
-    print(f"{type(guidance).__name__}: {shown}" if guidance.is_active else "no guidance", flush=True)
+    settings = describe(guidance)
+    method = settings.pop("method")
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    print(f"{method}: {shown}" if guidance.is_active else "no guidance", flush=True)

@@ -37,15 +37,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softcfg {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in COMMANDS:
-        command.add_parser(commands)
-    for command in commands.choices.values():
-        command.add_argument(
-            plugins.OPTION,
-            action="append",
-            metavar="MODULE",
-            help="import this module or .py file first, for what it registers; may be repeated",
-        )
+    try:
+        for command in COMMANDS:
+            command.add_parser(commands)
+        for command in commands.choices.values():
+            command.add_argument(
+                plugins.OPTION,
+                action="append",
+                metavar="MODULE",
+                help="import this module or .py file first, for what it registers; may be repeated",
+            )
+    except argparse.ArgumentError as error:  # of a setting that a plugin registered
+        raise UserError(f"{error.message}; give the rule or perturbation with that setting another name") from None
     return parser
 
 

@@ -200,8 +200,8 @@ def _finish(args: argparse.Namespace, drawn: DrawnRun, tracker: Tracker | None) 
     drawn_fast = count <= COMPARE_UP_TO and run.require(0).codes.shape[1] <= COMPARE_UP_TO_TOKENS
     wanted = drawn_fast if args.compare is None else args.compare
     if wanted and (images or not (run.path / "comparison.png").exists()):
-        path = write_comparison(run, drawn.drawer)
-        print(f"the same seeds without guidance, with CFG and with SoftCFG: {path}")
+        path, title = write_comparison(run, drawn.drawer)
+        print(f"the same seeds without guidance, with CFG and with {title}: {path}")
     if args.npz:
         path = npz_beside(run.path)
         print(f"{path}: arr_0 uint8 {list(export_npz(run, path))}")

@@ -166,10 +166,9 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         labels = RANDOM
     elif args.labels.strip().lower() != "all":
         labels = arguments.parse_labels(args.labels, pipeline)
-    fixed = arguments.guidance_settings(args)
-    given = {"preset": args.preset, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    usual = {"top_k": 0, "top_p": 1.0}
-    fixed |= {name: value for name, value in given.items() if value is not None and value != usual.get(name)}
+    fixed = {**arguments.guidance_settings(args), **arguments.sampling_settings(args)}
+    if args.preset is not None:
+        fixed["preset"] = args.preset
     config = SweepConfig(
         pipeline,
         search,

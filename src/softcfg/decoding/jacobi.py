@@ -209,7 +209,7 @@ class JacobiDecoder:
 
     def _weights(self, steps: Tensor) -> dict[str, Tensor]:
         """Weights for the unconditional rows: each position of the window counts the tokens before it."""
-        weights = step_weights(self._confidence, self.guidance, steps)
+        weights = step_weights(self._confidence, self.guidance.weak_branch, steps)
         return query_weights(self.guidance.weak_branch, weights, self._parts[1], from_start=self._passes == 0)
 
 

@@ -176,17 +176,16 @@ class Decoder:
             self.rule_state = state.clone()
 
 
-def step_weights(confidence: Tensor, guidance: CFG, steps: Tensor) -> Tensor:
+def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:
     """Weights [B, n, T] that the given steps (0-based) put on every token, from those before it.
 
     Args:
         confidence: [B, T], of all tokens.
-        guidance: whose perturbation it is; without one all weights are ones.
         steps: int64 [n] or [B, n].
     """
     token = torch.arange(confidence.shape[1], device=confidence.device)
     so_far = confidence[:, None] * (token < steps.to(confidence.device)[..., None])
-    return guidance.weak_branch.weights(so_far)
+    return perturbation.weights(so_far)
 
 
 def query_weights(

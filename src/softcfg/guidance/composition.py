@@ -46,7 +46,9 @@ def all_settings() -> dict[str, Setting]:
     """All settings of guidance by name: of `CFG`, of `SoftCFG`, and of what is registered at the moment."""
     found = dict(settings_of(CFG))
     for kind, registry in PARTS.items():
-        found[kind] = Setting(kind, str, _DEFAULTS[kind], _HELP[kind], choices=registry, flag=f"--{kind}")
+        found[kind] = Setting(
+            kind, str, _DEFAULTS[kind], _HELP[kind], choices=registry, flag=f"--{kind}", metavar="NAME"
+        )
         for entry, part in registry.items():
             for field, known in settings_of(part).items():
                 flat = field if part is ConfidenceWeights else f"{entry}_{field}".replace("-", "_")

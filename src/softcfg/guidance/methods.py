@@ -101,6 +101,11 @@ class CFG:
         """A short name for figures: CFG, SoftCFG, or the names of the rule and the perturbation."""
         return titled(type(self.weak_branch), type(self.rule))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain CFG, whatever its class."""
+        return not self.perturbs and type(self.rule) is Rule
+
     def plain(self) -> CFG:
         """Plain CFG with the same scales."""
         return CFG(self.guidance_scale, self.guidance_scale_pow, self.schedule, self.interval)

@@ -78,10 +78,11 @@ class Setting:
             return isinstance(value, bool)
         if self.kind is str:
             return isinstance(value, str) and (self.choices is None or value in self.choices)
-        number = numbers.Integral if self.kind is int else numbers.Real
-        if not isinstance(value, number) or isinstance(value, bool) or not math.isfinite(value):
+        kind = numbers.Integral if self.kind is int else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
             return False
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
+        number = float(value)
+        return (self.low < number if self.above else self.low <= number) and number <= self.high
 
     def _wanted(self) -> str:
         if self.kind is tuple:
@@ -91,8 +92,8 @@ class Setting:
         if self.kind is str:
             return "a text" if self.choices is None else f"one of {', '.join(self.choices)}"
         if self.high < math.inf:
-            kind = "an integer" if self.kind is int else "a number"
-            return f"{kind} in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
+            kind = "an integer " if self.kind is int else "a number " if self.off is None else ""
+            return f"{kind}in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
         kind = "an integer" if self.kind is int else "a finite number"
         return kind if self.low == -math.inf else f"{kind} {'>' if self.above else '>='} {self.low:g}"
 
@@ -118,7 +119,8 @@ def settings_of(owner: type) -> dict[str, Setting]:
 
 def check(owner: Any) -> None:
     """Raise `ValueError` for the first setting of a dataclass that is out of its range."""
-    for name, known in settings_of(type(owner)).items():
+    kind: type = type(owner)
+    for name, known in settings_of(kind).items():
         known.check(getattr(owner, name))
 
 

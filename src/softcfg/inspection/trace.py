@@ -148,7 +148,7 @@ def trace(
         confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None
         if guidance.perturbs:
-            weights = step_weights(confidence, guidance, steps[start:stop])
+            weights = step_weights(confidence, guidance.weak_branch, steps[start:stop])
             if kept is not None:
                 kept[:, start:stop] = weights.cpu()
         logits["cond"].append(cond_logits)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from softcfg.files import write_atomically
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.guidance import CFG, SoftCFG, settings_of
 from softcfg.images import grid, png_bytes, side_by_side
 from softcfg.runs.export import first_images
 from softcfg.runs.folder import RunFolder
@@ -38,10 +38,14 @@ def write_grid(run: RunFolder, names: Sequence[str] = ()) -> Image.Image:
     return picture
 
 
-def write_comparison(run: RunFolder, drawer: BatchDrawer) -> Path:
+def write_comparison(run: RunFolder, drawer: BatchDrawer) -> tuple[Path, str]:
     """Write comparison.png into the folder of a run: three panels with the same seeds.
 
-    The panel of the run's own method shows its images; those of the other two are drawn, and not kept.
+    The third panel is of the run's own method, or of SoftCFG where that is plain CFG. The panel of the run's own method
+    shows its images; those of the other two are drawn, and not kept.
+
+    Returns:
+        The path of the picture and the name of the third panel's method.
 
     Raises:
         UserError: a shard is missing or damaged, the file cannot be written, or memory ran out.
@@ -50,12 +54,14 @@ def write_comparison(run: RunFolder, drawer: BatchDrawer) -> Path:
     shown = shown[: COMPARED_PER_LABEL * len({label for label, _ in shown})]
     labels = [label for label, _ in shown]
     guidance = drawer.guidance
-    plain = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(CFG)}
-    soft = guidance if isinstance(guidance, SoftCFG) and guidance.perturbs else SoftCFG.paper(**plain)
+    plain = guidance.plain()
+    third = guidance
+    if guidance.is_plain:
+        third = SoftCFG.paper(**{name: getattr(plain, name) for name in settings_of(CFG)})
     methods = {
         "no guidance": CFG(guidance_scale=0),
-        f"CFG, scale {guidance.guidance_scale:g}": CFG(**plain),
-        f"SoftCFG, scale {guidance.guidance_scale:g}": soft,
+        f"CFG, scale {guidance.guidance_scale:g}": plain,
+        f"{third.title}, scale {guidance.guidance_scale:g}": third,
     }
     panels: list[Image.Image] = []
     for title, method in methods.items():
@@ -66,7 +72,7 @@ def write_comparison(run: RunFolder, drawer: BatchDrawer) -> Path:
         panels.append(_grid(images, () if panels else label_names(drawer), title))
     path = run.path / "comparison.png"
     _write(path, side_by_side(panels))
-    return path
+    return path, third.title
 
 
 def label_names(drawer: BatchDrawer) -> Sequence[str]:

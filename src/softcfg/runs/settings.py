@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from softcfg.decoding import Sampling
-from softcfg.guidance import CFG
+from softcfg.errors import UserError
+from softcfg.guidance import CFG, describe
+from softcfg.models.conditioning import Conditioning
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.version import __version__
@@ -45,12 +47,10 @@ def run_settings(
     Raises:
         UserError: a file of the model is missing.
     """
-    source, generator, conditioning = pipeline.source, pipeline.generator, pipeline.conditioning
+    source, generator = pipeline.source, pipeline.generator
     if source is None:
         model, quantize = pipeline.name or type(generator).__name__, None
-        facts = {
-            name: describe_module(half) for name, half in (("generator", generator), ("tokenizer", pipeline.tokenizer))
-        }
+        facts = {"generator": describe_module(generator), "tokenizer": describe_module(pipeline.tokenizer)}
     else:
         model, quantize, facts = source.model, source.quantize, source.facts
     rounded = [] if quantize is None else [quantize]
@@ -58,12 +58,8 @@ def run_settings(
     return {
         "model": model,
         **facts,
-        **(
-            {"text": {**conditioning.settings, "sha256": hash_files(conditioning.files.values())}}
-            if conditioning.files
-            else {}
-        ),
-        "guidance": {"method": type(guidance).__name__, **dataclasses.asdict(guidance)},
+        **_read_with(pipeline.conditioning),
+        "guidance": guidance_settings(guidance),
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
         "dtype": "/".join([str(generator.dtype).removeprefix("torch."), *rounded]),
@@ -77,6 +73,21 @@ def run_settings(
         "environment": [_environment(pipeline)],
         **({"speculative_jacobi": speculative_jacobi} if speculative_jacobi else {}),
     }
+
+
+def guidance_settings(guidance: CFG) -> dict[str, Any]:
+    """The settings of guidance as run.json holds them; raises `UserError` if a part of it is not registered."""
+    try:
+        return describe(guidance)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _read_with(conditioning: Conditioning) -> dict[str, Any]:
+    """What texts are read with, where they are."""
+    if not conditioning.files:
+        return {}
+    return {"text": {**conditioning.settings, "sha256": hash_files(conditioning.files.values())}}
 
 
 def _environment(pipeline: Pipeline) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from softcfg import plugins
 from softcfg.decoding.randomness import check_word
 from softcfg.errors import UserError
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
@@ -198,6 +199,7 @@ class Sweep:
             raise UserError("a sweep needs a pipeline that was loaded from files, with Pipeline.from_pretrained")
         if not generator.num_classes:
             raise UserError(f"{self.pipeline.name} draws from prompts; a sweep needs a model that draws classes")
+        self.space.check_parts(self.fixed)
         for corner in self.space.corners():
             methods(self.pipeline, {**self.fixed, **corner})
         guidance, sampling = methods(self.pipeline, self.fixed)
@@ -483,7 +485,7 @@ def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
     """The command that draws a run, up to its guidance, sampling and folder."""
     source = pipeline.source
     assert source is not None  # `Sweep` has refused it
-    words = ["softcfg", "sample", source.model]
+    words = ["softcfg", "sample", source.model, *plugins.options()]
     for flag, given in (
         ("--generator-checkpoint", source.generator_checkpoint),
         ("--tokenizer-checkpoint", source.tokenizer_checkpoint),
