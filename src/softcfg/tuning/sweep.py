@@ -119,7 +119,7 @@ class Sweep:
         Args:
             folder: for the results and the images.
             model: as in `Pipeline.from_pretrained`, and so are the next settings of that name.
-            search: the settings to search, fields of `SoftCFG` and `Sampling`, or "preset": a `Range` or a list each.
+            search: the settings to search, names from `softcfg.tuning.SETTINGS`: a `Range` or a list each.
             fixed: settings that all trials share, on top of what suits the model.
             objective: the metric to improve.
             metrics: what else to measure; by default all that can be measured.
