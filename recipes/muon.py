@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.training import fast_bfloat16
+from recipes import training
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     """Bring the singular values of a matrix near 1, by a Newton-Schulz iteration of degree five."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if fast_bfloat16() else matrix.dtype)
+    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if training.fast_bfloat16() else matrix.dtype)
     for _ in range(rounds):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)

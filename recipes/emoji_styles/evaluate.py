@@ -24,10 +24,9 @@ from softcfg.images import grid
 SHOWN = (
     "rocket, flat style", "rocket, ink style", "octopus, cartoon style", "octopus, glossy style",
     "red apple, flat style", "blue apple, flat style", "blue apple, cartoon style", "flag of japan, flat style",
-    "cat face, shaded style",
-    "cat face, ink style", "purple octopus, glossy style", "green car, vivid style", "hamburger, classic style",
-    "guitar, blob style", "pink bicycle, matte style", "fire, glossy style", "penguin, cartoon style",
-    "yellow rose, flat style",
+    "cat face, shaded style", "cat face, ink style", "purple octopus, glossy style", "green car, vivid style",
+    "hamburger, classic style", "guitar, blob style", "pink bicycle, matte style", "fire, glossy style",
+    "penguin, cartoon style", "yellow rose, flat style",
 )  # fmt: skip
 KINDS = {"seen": "", "style": "style", "colour": "colour"}
 
