@@ -15,10 +15,10 @@ from torch import Tensor
 from recipes.commands import run_command
 from recipes.emoji_styles import data
 from recipes.emoji_styles.data import Collection
-from recipes.emoji_styles.train_judge import judge_from, wanted
+from recipes.emoji_styles.train_judge import wanted
 from recipes.emoji_styles.train_tokenizer import pixels_of
 from softcfg import CFG, Pipeline, SoftCFG
-from softcfg.evaluation.emoji_judge import EmojiJudge, agreement
+from softcfg.evaluation.emoji_judge import EmojiJudge, agreement, load_judge
 from softcfg.images import grid
 
 SHOWN = (
@@ -58,7 +58,7 @@ def chosen(collection: Collection, kind: str, count: int) -> list[int]:
 def measure(given: argparse.Namespace) -> None:
     """Print the table."""
     collection = data.load(given.pictures, names=given.names)
-    judge = judge_from(Path(given.model), collection)
+    judge, _, _ = load_judge(Path(given.model) / "judge.safetensors")
     pipeline = Pipeline.from_pretrained(given.model)
     for kind in given.kinds:
         pictures = chosen(collection, kind, given.images)

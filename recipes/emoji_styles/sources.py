@@ -120,14 +120,15 @@ STYLES = (
         ),
     ),
     Style(
-        "matte", "FxEmojis", "Mozilla", "Apache-2.0", "https://github.com/mozilla/fxemoji",
+        "matte", "FxEmojis", "Mozilla Foundation", "CC-BY-4.0", "https://github.com/mozilla/fxemoji",
         Package(
             "@iconify-json/fxemoji", "1.2.2",
             "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
         ),
     ),
     Style(
-        "classic", "EmojiOne 2, EmojiTwo", "Emoji One", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo",
+        "classic", "EmojiOne 2.2 (Emojitwo)", "Ranks.com and the Emojitwo community", "CC-BY-4.0",
+        "https://github.com/EmojiTwo/emojitwo",
         Package(
             "@iconify-json/emojione", "1.2.3",
             "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",

@@ -16,12 +16,13 @@ from recipes.emoji_styles import data, train_generator, train_judge, train_token
 from recipes.training import Budget, parameters
 from softcfg.files import write_atomically
 
+NOTICE = Path(__file__).with_name("NOTICE.txt")
 SHARES = {"tokenizer": 0.15, "generator": 0.7, "judge": 0.15}
 SAMPLING = {"temperature": 0.7, "guidance_scale": 2.0, "schedule": "constant"}
 
 
 def write_model_card(folder: Path) -> None:
-    """Write model.yaml, which makes the folder of the weights a model folder."""
+    """Write model.yaml, which makes the folder of the weights a model folder, and the notice of the pictures."""
     codec = train_tokenizer.CONFIG
     card = {
         "name": "emoji-styles",
@@ -42,6 +43,7 @@ def write_model_card(folder: Path) -> None:
         "sampling": SAMPLING,
     }
     write_atomically(folder / "model.yaml", yaml.safe_dump(card, sort_keys=False).encode())
+    write_atomically(folder / NOTICE.name, NOTICE.read_bytes())
 
 
 def main() -> None:

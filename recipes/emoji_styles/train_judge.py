@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from recipes.emoji_styles.colours import COLOURS
@@ -82,13 +81,6 @@ def train(
     plan = Plan(warmup_steps=100, decay_share=0.5)
     training.fit(budget, plan, loss, after_step=average.update, evaluate=evaluate, stop_at=stop_at)
     return out / "judge.safetensors"
-
-
-def judge_from(folder: Path, collection: Collection) -> EmojiJudge:
-    """Return the trained judge."""
-    model = judge_of(collection).eval()
-    model.load_state_dict(load_file(folder / "judge.safetensors"))
-    return model
 
 
 def moved(pixels: Tensor, numbers: torch.Generator) -> Tensor:

@@ -19,7 +19,8 @@ from recipes.emoji_styles.data import Collection, Picture
 from recipes.emoji_styles.sources import STYLES, Drawings, Emoji, Package
 from recipes.training import Budget
 from softcfg.errors import UserError
-from softcfg.evaluation.emoji_judge import UNKNOWN, Vocabulary, agreement
+from softcfg.evaluation import load_extractor
+from softcfg.evaluation.emoji_judge import UNKNOWN, Vocabulary, agreement, load_judge
 
 LEAF = 40  # where its picture ends
 SQUARE = '<path fill="#dd2e44" d="M2 2h12v12H2z"/>'
@@ -317,14 +318,19 @@ def test_generator_learns_and_continues(tmp_path: Path, examples: train_generato
 
 def test_judge_learns_and_reads_prompts(tmp_path: Path, collection: Collection) -> None:
     train_judge.train(tmp_path, Budget(steps=80), collection, batch_size=8)
-    judge = train_judge.judge_from(tmp_path, collection)
-    words = Vocabulary.load(tmp_path / "judge.json")
+    judge, words, _ = load_judge(tmp_path / "judge.safetensors")
     chosen = collection.where()
     asked = words.read([collection.pictures[i].caption for i in chosen])
     labels = torch.tensor([train_judge.wanted(collection.pictures[i]) for i in chosen])
     assert torch.equal(asked[:, :2], labels[:, :2])
     found = agreement(judge, train_tokenizer.pixels_of(collection, chosen), asked)
     assert found["name"] > 0.9
+
+    extractor = load_extractor("emoji", tmp_path / "judge.safetensors")
+    described = extractor.describe(torch.from_numpy(collection.pixels[:2]).permute(0, 3, 1, 2))
+    assert (described.pooled.shape, described.logits.shape) == ((2, 256), (2, 3))
+    with pytest.raises(UserError, match="takes images of 96 x 96 pixels, these have 32 x 32"):
+        extractor.describe(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.errors import CheckpointError, UserError
+from softcfg.evaluation.weights import load_network
 
 UNKNOWN = -1
 
@@ -129,6 +130,20 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )
+
+
+def load_judge(
+    weights: str | Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[EmojiJudge, Vocabulary, str]:
+    """Return the judge for inference, its words, which lie beside the weights as .json, and the SHA-256 of the weights.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit.
+    """
+    words = Vocabulary.load(Path(weights).with_suffix(".json"))
+    counts = len(words.names), len(words.styles), len(words.colours)
+    judge, digest = load_network(lambda: EmojiJudge(*counts), weights, device or torch.device("cpu"), dtype)
+    return judge, words, digest
 
 
 @torch.inference_mode()
