@@ -6,11 +6,13 @@ What a user writes is text, whatever it looks like: the name of a special token 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from softcfg.errors import CheckpointError
+
+TOKENIZER = "tokenizer"  # the role of tokenizer.json among the files of a model
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class TextTokenizer:
             raise CheckpointError(f"{path} does not exist") from None
         except Exception as error:  # the library raises plain exceptions
             raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({error})") from error
+
+    @classmethod
+    def of(cls, files: Mapping[str, Path]) -> TextTokenizer | None:
+        """The one in a model's files, by their role; None if it is not among them."""
+        return cls(files[TOKENIZER]) if TOKENIZER in files else None
 
     def special_id(self, name: str) -> int:
         """Return the id of a special token.
