@@ -142,7 +142,7 @@ class Decoder:
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
-            guided, state = self.guidance.rule.guide(
+            guided, state = self.guidance.guide_step(
                 guided, logits[self.batch :], self._scales[at], step=at, state=self.rule_state
             )
             self._keep(state)
