@@ -31,9 +31,10 @@ from safetensors.torch import save_file
 import stand_in
 from code_blocks import Block, blocks, inline_code
 from image_files import write_pngs
+from softcfg import plugins
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
 from softcfg.evaluation.extractors import EXTRACTORS
-from softcfg.guidance import CONFIDENCES
+from softcfg.guidance import CONFIDENCES, PERTURBATIONS, RULES, SCHEDULES
 from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, ModelFile
 from tiny_models import module
 
@@ -145,7 +146,10 @@ def workplace(
     for name in ("alitok_b", "alitok_l", "alitok_xl"):
         configuration = {"model": {"vq_model": {"codebook_size": 20}, "generator": {**TINY_GENERATOR, "seed": 2}}}
         Path("configs", f"{name}.yaml").write_text(yaml.safe_dump(configuration))
-    tables = (GENERATORS, TOKENIZERS, CONFIDENCES, EXTRACTORS, sys.modules)
+    tables: tuple[Any, ...] = (
+        GENERATORS, TOKENIZERS, RULES, PERTURBATIONS, SCHEDULES, CONFIDENCES, EXTRACTORS, plugins._loaded,
+        sys.modules,
+    )  # fmt: skip
     before = [dict(table) for table in tables]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

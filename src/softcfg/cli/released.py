@@ -20,10 +20,17 @@ import yaml
 from softcfg.configuration import dotted, read_yaml
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
+<<<<<<< HEAD
 from softcfg.guidance import SoftCFG, settings_of
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
+=======
+from softcfg.guidance import ConfidenceWeights, SoftCFG, settings_of
+from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, ModelEntry, Part, resolve
+>>>>>>> guidance
 
 NUM_SAMPLES = 50_000
+SOFTCFG = "softcfg"  # the perturbation
+OF_SOFTCFG = {setting.dest for setting in settings_of(ConfidenceWeights).values()}
 # Released name -> the argument that it sets.
 SAMPLING = {
     f"model.generator.{setting.released}": setting.dest
@@ -77,7 +84,13 @@ def apply(args: argparse.Namespace) -> None:
         UserError: an unknown override (the nearest name is suggested), or no model that the configuration fits.
     """
     config = read_yaml(args.config) if args.config else {}
+<<<<<<< HEAD
     values = dotted(config)
+=======
+    values = dict(_flat(config))
+    if args.perturbation not in (None, SOFTCFG):  # what the file says of SoftCFG is not meant
+        values = {name: value for name, value in values.items() if SAMPLING.get(name) not in OF_SOFTCFG}
+>>>>>>> guidance
     known = {*values, *SAMPLING, *_sizes()}
     for override in args.set:
         name, equals, text = override.partition("=")
@@ -112,6 +125,8 @@ def _fill_as_released(args: argparse.Namespace) -> None:
         "seed": args.model.sampling.get("seed", 42),
         "npz": True,
     }
+    if args.perturbation not in (None, SOFTCFG):
+        del defaults["preset"], defaults["softcfg_strength"]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
