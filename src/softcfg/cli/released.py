@@ -20,13 +20,8 @@ import yaml
 from softcfg.configuration import dotted, read_yaml
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
-<<<<<<< HEAD
-from softcfg.guidance import SoftCFG, settings_of
-from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
-=======
 from softcfg.guidance import ConfidenceWeights, SoftCFG, settings_of
-from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, ModelEntry, Part, resolve
->>>>>>> guidance
+from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
 
 NUM_SAMPLES = 50_000
 SOFTCFG = "softcfg"  # the perturbation
@@ -84,13 +79,9 @@ def apply(args: argparse.Namespace) -> None:
         UserError: an unknown override (the nearest name is suggested), or no model that the configuration fits.
     """
     config = read_yaml(args.config) if args.config else {}
-<<<<<<< HEAD
     values = dotted(config)
-=======
-    values = dict(_flat(config))
     if args.perturbation not in (None, SOFTCFG):  # what the file says of SoftCFG is not meant
         values = {name: value for name, value in values.items() if SAMPLING.get(name) not in OF_SOFTCFG}
->>>>>>> guidance
     known = {*values, *SAMPLING, *_sizes()}
     for override in args.set:
         name, equals, text = override.partition("=")

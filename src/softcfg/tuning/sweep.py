@@ -158,24 +158,6 @@ class Sweep:
 
         Args:
             folder: for the results and the images.
-<<<<<<< HEAD
-=======
-            model: as in `Pipeline.from_pretrained`, and so are the next settings of that name.
-            search: the settings to search, names from `softcfg.tuning.SETTINGS`: a `Range` or a list each.
-            fixed: settings that all trials share, on top of what suits the model.
-            objective: the metric to improve.
-            metrics: what else to measure; by default all that can be measured.
-            reference, extractor: as in `evaluate`; so are `cache` and `feature_batch_size`, there `batch_size`.
-            num_samples: images of a trial.
-            batch_size: images drawn at once; at most 100 by default.
-            labels: class ids that the images take in turn, all by default, or "random".
-            seed: all trials draw image n from the same random stream (seed, n).
-            sampler: "tpe", "random" or "grid"; `sampler_seed` decides the proposals.
-            early_stop: stop a trial at a rung unless it is among the best of this share of the trials that came as
-                far, in (0, 1); None stops none.
-            rungs: numbers of samples at which to look, rounded up to whole batches; an eighth, a quarter and half.
-            discard_images: keep the settings of finished trials, but not their images.
->>>>>>> guidance
             storage: an Optuna storage URL; by default an SQLite file in `folder`.
             study: name of the study in the storage; by default that of the folder.
 
