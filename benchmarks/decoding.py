@@ -25,7 +25,7 @@ from softcfg.models.base import ClassGenerator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear, prepared_linear_layers
 from softcfg.tokenizers.base import Tokenizer
-from softcfg.zoo.checkpoints import random_weights
+from softcfg.zoo.loading import random_weights
 from softcfg.zoo.registry import resolve
 
 PIXELS = 4  # images whose pixels are decoded at once

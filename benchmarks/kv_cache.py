@@ -23,7 +23,7 @@ from softcfg import SoftCFG
 from softcfg.decoding.throughput import decoding_step
 from softcfg.models.base import Generator
 from softcfg.nn.linear import prepared_linear_layers
-from softcfg.zoo.checkpoints import random_weights
+from softcfg.zoo.loading import random_weights
 from softcfg.zoo.registry import resolve
 
 CACHES: dict[str, torch.dtype | None] = {"the generator's dtype": None, "int8": torch.int8}

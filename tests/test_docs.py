@@ -32,7 +32,7 @@ import stand_in
 from code_blocks import Block, blocks, inline_code
 from image_files import write_pngs
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
-from softcfg.evaluation.features import EXTRACTORS
+from softcfg.evaluation.extractors import EXTRACTORS
 from softcfg.guidance import CONFIDENCES
 from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, ModelEntry, ModelFile, Part
 from tiny_models import module

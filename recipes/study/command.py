@@ -21,8 +21,8 @@ from recipes.study.measure import Laboratory
 from recipes.study.points import Design, key, traced
 from recipes.study.results import Results
 from softcfg.errors import UserError
+from softcfg.files import hash_file
 from softcfg.zoo import resolve
-from softcfg.zoo.checkpoints import hash_file
 
 DOCUMENT = Path("docs/study.md")
 RESULTS = Path("docs/study/results.jsonl")

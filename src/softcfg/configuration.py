@@ -26,12 +26,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"configuration file {path} does not exist") from None
+    except FileNotFoundError as error:
+        raise UserError(f"configuration file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration file {path} cannot be read: {error}") from None
+        raise UserError(f"configuration file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} must hold a mapping of names to values")
     return content
@@ -88,7 +88,15 @@ def load_config(
     try:
         return config_type(**checked)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error)) from error
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
 
 
 def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +12,7 @@ PAD = 2  # pixels between images
 MARGIN = 8
 BACKGROUND = "white"
 INK = "#222222"
+LONGEST_TITLE = 48  # characters
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -18,6 +20,11 @@ def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def short_title(text: str) -> str:
+    """A prompt, cut to the length of a title."""
+    return textwrap.shorten(text, LONGEST_TITLE, placeholder="…")
 
 
 def grid(
@@ -31,7 +38,7 @@ def grid(
 
     Args:
         rows: the images; rows may have different lengths.
-        row_labels: one text a row, or none.
+        row_labels: one text per row, or none.
         min_size: smaller images are enlarged by a whole factor to at least this side, without smoothing.
     """
     width, height = rows[0][0].size

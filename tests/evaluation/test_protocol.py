@@ -26,8 +26,8 @@ from softcfg.evaluation import (
     register_extractor,
     statistics,
 )
-from softcfg.evaluation.features import EXTRACTORS
-from softcfg.zoo.checkpoints import hash_file
+from softcfg.evaluation.extractors import EXTRACTORS
+from softcfg.files import hash_file
 from stand_in import Counting, extractor, factory
 
 
@@ -236,7 +236,7 @@ def test_an_extractor_without_spatial_features(files: dict[str, Path]) -> None:
 def test_an_extractor_of_ones_own(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = evaluate(files["samples"], files["images"], extractor()).metrics
     assert evaluate(files["samples"], files["images"], "stand_in:factory").metrics == expected
-    monkeypatch.setattr("softcfg.evaluation.features.EXTRACTORS", dict(EXTRACTORS))
+    monkeypatch.setattr("softcfg.evaluation.extractors.EXTRACTORS", dict(EXTRACTORS))
     register_extractor("mine", factory)
     assert evaluate(files["samples"], files["images"], "mine").metrics == expected
     for name, text in (

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from image_files import write_pngs, write_shards
 from softcfg import UserError
 from softcfg.evaluation import open_source
-from softcfg.zoo.checkpoints import hash_file
+from softcfg.files import hash_file
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from goldens import golden
 from softcfg import CheckpointError
-from softcfg.evaluation import evaluate, load_extractor, weights
+from softcfg.evaluation import evaluate, extractors, load_extractor
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.evaluation.inception import InceptionV3
 from softcfg.evaluation.weights import INCEPTION_WEIGHTS, PublishedFile, download, load_network, require_weights
@@ -121,7 +121,7 @@ def test_inception_weights_from_the_web_the_folder_and_a_path(
     torch.save(case.weights(), path)
     content = path.read_bytes()
     monkeypatch.setitem(globals(), "CONTENT", content)
-    monkeypatch.setattr(weights, "INCEPTION_WEIGHTS", web.file("/weights.pth"))
+    monkeypatch.setattr(extractors, "INCEPTION_WEIGHTS", web.file("/weights.pth"))
     images = case.arrays["images_64x64"]
     expected = case.arrays["pool_64x64"]
 
@@ -135,7 +135,7 @@ def test_inception_weights_from_the_web_the_folder_and_a_path(
     assert error < 1e-5
 
     # Weights that were not published are used, and the report says so.
-    monkeypatch.setattr(weights, "INCEPTION_WEIGHTS", PublishedFile("http://127.0.0.1:1/x.pth", "0" * 64))
+    monkeypatch.setattr(extractors, "INCEPTION_WEIGHTS", PublishedFile("http://127.0.0.1:1/x.pth", "0" * 64))
     report = evaluate(images.permute(0, 2, 3, 1), weights=path, metrics=["inception_score"])
     assert report.notes == [f"{path} is not the published file of Inception weights: figures compare with no paper's"]
 

@@ -254,11 +254,11 @@ class TestSession:
         studio.session("three")
         assert not studio.session("one").pictures
 
-    def test_forgetting_stops(self, slow: Pipeline) -> None:
-        studio = Studio({"tiny": slow})
+    def test_the_drawing_of_a_session_that_goes_stops(self, slow: Pipeline) -> None:
+        studio = Studio({"tiny": slow}, Limits(sessions=1))
         frames = studio.draw("visitor", studio.settings())
         drawing, _ = next(frames)
-        studio.forget("visitor")
+        studio.session("another")
         assert drawing.wait(2)
         assert drawing.stopped
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import softcfg
 from softcfg import CheckpointError, UserError
+from softcfg.files import hash_file
 from softcfg.zoo import GENERATORS, MODELS, TOKENIZERS, ModelFile, Part, fetch, read_state_dict
-from softcfg.zoo.checkpoints import hash_file
 from tiny_models import ALITOK, ON_DRIVE, VQ, on_hub, weights
 
 RAR_PART = on_hub("someone/tiny", "tiny_rar.bin").generator

@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hub import Hub, client_environment, serving
 from softcfg import CheckpointError
-from softcfg.zoo import MODELS, ModelFile, checkpoints, fetch, load_generator, load_tokenizer
+from softcfg.zoo import MODELS, ModelFile, fetch, files, load_generator, load_tokenizer
 from tiny_models import ON_DRIVE, RAR, VQ, on_hub, weights
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -88,7 +88,7 @@ def test_a_file_whose_name_another_model_has(folder: Path, tmp_path: Path) -> No
         for part in entry.parts:
             torch.save(weights(part), downloads / part.file.name)
     assert fetch(first, tmp_path / first.name) == [folder / "rar_b.bin", folder / "tiny_vq.bin"]
-    assert checkpoints.find_file(second.generator.file) is None
+    assert files.find_file(second.generator.file) is None
     with pytest.raises(CheckpointError, match=r"rar_b\.bin does not fit"):
         fetch(second, folder / "rar_b.bin")
     assert fetch(second, tmp_path / second.name) == [folder / "else_rar_b.bin", folder / "vq.bin"]
@@ -139,9 +139,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, downloads: Path, monkey
 def test_a_missing_file_says_how_to_get_it(folder: Path) -> None:
     entry = MODELS["rar-b"]
     with pytest.raises(CheckpointError, match=r"rar_b\.bin of rar-b is missing: run `softcfg fetch rar-b`"):
-        checkpoints.require_file(ModelFile("rar_b.bin", repository="someone/without-cache"), entry)
+        files.require_file(ModelFile("rar_b.bin", repository="someone/without-cache"), entry)
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.require_file(ON_DRIVE.generator.file, ON_DRIVE)
+        files.require_file(ON_DRIVE.generator.file, ON_DRIVE)
     assert str(caught.value) == (
         "tiny_alitok.bin of tiny-drive is missing: download tiny_alitok.bin "
         f"(https://drive.google.com/file/d/alitok-id/view) in a browser and put it into {folder} under this name, "

@@ -13,7 +13,8 @@ import torch
 from hub import Hub, client_environment, serving
 from softcfg import CheckpointError, Pipeline
 from softcfg.cli.main import main
-from softcfg.zoo import MODELS, ModelEntry, checkpoints, fetch, load_generator, load_tokenizer
+from softcfg.files import hash_file
+from softcfg.zoo import MODELS, ModelEntry, fetch, files, load_generator, load_tokenizer, reading
 from tiny_models import lumina_on_hub, write_lumina_files
 
 INDEX = "model.safetensors.index.json"
@@ -44,14 +45,14 @@ def test_files_are_taken_and_read(entry: ModelEntry, folder: Path, downloads: Pa
     assert placed == [home / INDEX, *(home / shard for shard in SHARDS), home / "config.json", folder / "movq.ckpt",
                       home / "tokenizer.json"]  # fmt: skip
     assert fetch(entry) == placed
-    assert checkpoints.missing_files(entry.files) == []
+    assert files.missing_files(entry.files) == []
 
     generator = load_generator("tiny-lumina")
     assert generator.dtype == torch.bfloat16
     assert generator.cache_shape[0] == 2  # what config.json says
     assert (generator.config.image_end_id, generator.config.size_id) == (7, 11)  # what tokenizer.json says
     for name, file in json.loads((downloads / INDEX).read_text())["weight_map"].items():
-        expected = checkpoints.read_state_dict(downloads / file)[name]
+        expected = reading.read_state_dict(downloads / file)[name]
         assert torch.equal(generator.state_dict()[name], expected)
     assert load_generator("tiny-lumina", dtype=torch.float32).dtype == torch.float32
     assert load_tokenizer("tiny-lumina").codebook_size == 20  # the file's other tensors are no harm
@@ -120,9 +121,9 @@ def test_damaged_files_are_not_taken(
 
 
 def test_the_hash_is_that_of_all_files(downloads: Path) -> None:
-    before = checkpoints.hash_weights(downloads / INDEX)
+    before = reading.hash_weights(downloads / INDEX)
     content = bytearray((downloads / SHARDS[2]).read_bytes())
     content[-1] ^= 1
     (downloads / SHARDS[2]).write_bytes(content)
-    assert checkpoints.hash_weights(downloads / INDEX) != before
-    assert checkpoints.hash_weights(downloads / SHARDS[0]) == checkpoints.hash_file(downloads / SHARDS[0])
+    assert reading.hash_weights(downloads / INDEX) != before
+    assert reading.hash_weights(downloads / SHARDS[0]) == hash_file(downloads / SHARDS[0])

@@ -39,7 +39,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; a file that is still missing afterwards is an error that says how to get it."""
-    from softcfg.zoo.checkpoints import fetch, require_file
+    from softcfg.zoo.fetching import fetch
+    from softcfg.zoo.files import require_file
     from softcfg.zoo.registry import resolve
 
     if args.link and args.source is None:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(entry: ModelEntry) -> dict[str, Any]:
     """What there is to know about a model, ready for JSON; a file that is missing has the `path` None."""
-    from softcfg.zoo.checkpoints import find_file, missing_files
+    from softcfg.zoo.files import find_file, missing_files
 
     def part(part: Part) -> dict[str, Any]:
         missing = missing_files(part.files)
@@ -110,7 +110,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def details(entry: ModelEntry) -> str:
     """Everything about one model, and how to get what is missing."""
-    from softcfg.zoo.checkpoints import how_to_get, missing_files
+    from softcfg.zoo.files import how_to_get, missing_files
 
     known = describe(entry)
     facts: list[tuple[str, str]] = []

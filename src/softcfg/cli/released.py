@@ -17,18 +17,20 @@ from typing import Any
 
 import yaml
 
-from softcfg.configuration import read_yaml
+from softcfg.configuration import dotted, read_yaml
+from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
+from softcfg.guidance import SoftCFG, settings_of
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, ModelEntry, Part, resolve
 
 NUM_SAMPLES = 50_000
 # Released name -> the argument that it sets.
 SAMPLING = {
-    "model.generator.guidance_scale": "guidance_scale",
-    "model.generator.guidance_scale_pow": "guidance_scale_pow",
-    "model.generator.softcfg_strength": "softcfg_strength",
-    "model.generator.step_norm": "step_norm",
-    "model.generator.randomize_temperature": "temperature",
+    f"model.generator.{setting.released}": setting.dest
+    for owner in (SoftCFG, Sampling)
+    for setting in settings_of(owner).values()
+    if setting.released
+} | {
     "model.generator.seed": "seed",
     "experiment.output_dir": "output_dir",
     "experiment.generator_checkpoint": "generator_checkpoint",
@@ -75,7 +77,7 @@ def apply(args: argparse.Namespace) -> None:
         UserError: an unknown override (the nearest name is suggested), or no model that the configuration fits.
     """
     config = read_yaml(args.config) if args.config else {}
-    values = dict(_flat(config))
+    values = dotted(config)
     known = {*values, *SAMPLING, *_sizes()}
     for override in args.set:
         name, equals, text = override.partition("=")
@@ -117,7 +119,7 @@ def _fill_as_released(args: argparse.Namespace) -> None:
 
 def _find_weights(args: argparse.Namespace) -> None:
     """A file named as published that is not there is looked for where the zoo keeps it, and the other way round."""
-    from softcfg.zoo.checkpoints import find_file
+    from softcfg.zoo.files import find_file
 
     for argument, part in (
         ("generator_checkpoint", args.model.generator),
@@ -169,14 +171,6 @@ def _sizes() -> set[str]:
 
 def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _parsed(name: str, text: str) -> Any:

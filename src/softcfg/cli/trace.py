@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from softcfg.inspection import trace
-    from softcfg.zoo.checkpoints import read_state_dict
+    from softcfg.zoo.reading import read_state_dict
 
     pipeline = arguments.load_pipeline(args)
     sampling = arguments.sampling_from(args, pipeline)
@@ -70,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
         labels=inputs,
         tokens=tokens,
         guidance=guidance,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        sampling=sampling,
         seed=args.seed,
         value_weights=args.value_weights,
     )

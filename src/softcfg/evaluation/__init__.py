@@ -1,6 +1,7 @@
 """Measuring images: feature networks, metrics and reports."""
 
-from softcfg.evaluation.features import Extractor, Features, extract, load_extractor, register_extractor
+from softcfg.evaluation.extractors import load_extractor, register_extractor
+from softcfg.evaluation.features import Extractor, Features, extract
 from softcfg.evaluation.metrics import (
     Statistics,
     class_accuracy,

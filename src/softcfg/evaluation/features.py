@@ -1,11 +1,10 @@
-"""Features of images: the networks that compute them, by name, and a cache of what they computed."""
+"""Features of images: computed by a network, kept in a cache."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,6 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.sources import ImageSource
-from softcfg.zoo.registry import find
 
 Item = TypeVar("Item")
 
@@ -70,76 +68,6 @@ class Extractor:
     dtype: torch.dtype = torch.float32
     note: str = ""
     classifies: bool = False
-
-
-ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
-
-EXTRACTORS: dict[str, ExtractorFactory] = {}
-
-
-def register_extractor(name: str, factory: ExtractorFactory) -> None:
-    """Make an extractor known by name; `factory(weights, device, dtype)` is called when it is needed."""
-    EXTRACTORS[name] = factory
-
-
-def load_extractor(
-    name: str,
-    weights: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Extractor:
-    """Load an extractor: a registered name, or "package.module:factory".
-
-    Raises:
-        UserError: there is none of that name, or its weights cannot be had.
-    """
-    if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"extractor {name} cannot be imported: {error}") from None
-    else:
-        factory = find(EXTRACTORS, name, "there is no feature extractor named")
-    return factory(None if weights is None else Path(weights), torch.device(device), dtype)
-
-
-def _inception(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    from softcfg.evaluation.inception import InceptionV3
-    from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
-
-    path = weights or require_weights(INCEPTION_WEIGHTS)
-    network, digest = load_network(InceptionV3, path, device, dtype)
-    note = ""
-    if digest != INCEPTION_WEIGHTS.sha256:
-        note = f"{path} is not the published file of Inception weights: figures compare with no paper's"
-    return Extractor("inception", network, digest, device, dtype, note)
-
-
-def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    from softcfg.evaluation.fashion_classifier import FashionClassifier
-    from softcfg.evaluation.weights import load_network
-    from softcfg.zoo.registry import BUNDLED
-
-    path = weights or BUNDLED / "fashion" / "classifier.safetensors"
-    network, digest = load_network(FashionClassifier, path, device, dtype)
-
-    def describe(pixels: Tensor) -> Features:
-        side = FashionClassifier.image_size
-        if pixels.shape[2:] != (side, side):
-            size = f"{pixels.shape[2]} x {pixels.shape[3]}"
-            raise UserError(f"the extractor fashion takes images of {side} x {side} pixels, these have {size}")
-        pooled = network.features(pixels.to(dtype) / 255)
-        return Features(pooled, logits=network.head(pooled))
-
-    return Extractor("fashion", describe, digest, device, dtype, classifies=True)
-
-
-register_extractor("inception", _inception)
-register_extractor("fashion", _fashion)
-
-
-# ---- extraction
 
 
 def extract(
@@ -234,7 +162,7 @@ def _write_cached(path: Path, features: Features) -> None:
         save_file(features.tensors(), temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"features cannot be kept in {path.parent} ({error}); give another folder, or none") from None
+        raise UserError(f"features cannot be kept in {path.parent} ({error}); give another folder, or none") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.evaluation import metrics as formulas
-from softcfg.evaluation.features import Extractor, Features, extract, load_extractor
+from softcfg.evaluation.extractors import load_extractor
+from softcfg.evaluation.features import Extractor, Features, extract
 from softcfg.evaluation.metrics import Statistics
 from softcfg.evaluation.report import TITLES, Report
 from softcfg.evaluation.sources import ImageSource, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
+from softcfg.files import hash_file
 from softcfg.version import __version__
-from softcfg.zoo.checkpoints import hash_file
 from softcfg.zoo.registry import find
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy")
@@ -104,7 +105,7 @@ def evaluate(
                 values[name] = getattr(comparison, name)()
             except _UnavailableError as error:
                 if metrics:
-                    raise UserError(f"{TITLES[name]} cannot be computed: {error}") from None
+                    raise UserError(f"{TITLES[name]} cannot be computed: {error}") from error
                 obstacles[name] = str(error)
     if save_stats:
         sides[0].save_statistics(save_stats)
@@ -180,7 +181,7 @@ class _Comparison:
         try:
             return formulas.frechet_distance(*moments)
         except UserError as error:
-            raise UserError(f"{self.samples.given.name} against {self.reference.given.name}: {error}") from None
+            raise UserError(f"{self.samples.given.name} against {self.reference.given.name}: {error}") from error
 
     @cached_property
     def _precision_recall(self) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softcfg.errors import UserError
-from softcfg.zoo.checkpoints import hash_file
+from softcfg.files import hash_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHARDS = "shard-*.safetensors"
@@ -170,7 +170,7 @@ def _reading(path: Path, name: str) -> Iterator[None]:
     except UserError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged: its array {name} cannot be read ({error})") from None
+        raise UserError(f"{path} is damaged: its array {name} cannot be read ({error})") from error
 
 
 class FolderSource(ImageSource):
@@ -267,7 +267,7 @@ def _shard_header(path: Path) -> tuple[NDArray[np.int64], tuple[int, ...]]:
                 raise UserError(f"pixels of {path} are {pixels.get_dtype()}; they must be uint8")
             return shard.get_tensor("indices").numpy(), tuple(pixels.get_shape())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no shard of a run, or damaged ({error})") from None
+        raise UserError(f"{path} is no shard of a run, or damaged ({error})") from error
 
 
 def _shard_labels(path: Path) -> Tensor | None:
@@ -290,7 +290,7 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
     except UserError:
         raise
     except Exception as error:  # decoders raise a dozen types on damaged files
-        raise UserError(f"{path} cannot be read as an image: {error}") from None
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _read_array(path: Path, name: str) -> NDArray[Any]:

@@ -66,7 +66,7 @@ def read_statistics(path: str | Path) -> StatisticsFile | None:
             origin = {name: str(file[name]) for name in ORIGIN if name in file}
             has_images = "arr_0" in file
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"the statistics in {path} cannot be read ({error})") from None
+        raise UserError(f"the statistics in {path} cannot be read ({error})") from error
 
     def pair(kind: str) -> Statistics | None:
         mean_name, covariance_name = ARRAYS[kind]

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from softcfg.errors import CheckpointError
-from softcfg.files import make_folder
-from softcfg.zoo.checkpoints import checkpoints_folder, hash_file, load_weights, read_state_dict
+from softcfg.files import hash_file, make_folder
+from softcfg.zoo.files import checkpoints_folder
+from softcfg.zoo.loading import load_weights
+from softcfg.zoo.reading import read_state_dict
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -103,7 +105,7 @@ def download(file: PublishedFile, target: Path) -> Path:
         partial.replace(target)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise CheckpointError(f"{file.url} cannot be downloaded ({reason}); {by_hand}") from None
+        raise CheckpointError(f"{file.url} cannot be downloaded ({reason}); {by_hand}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

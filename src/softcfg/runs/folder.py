@@ -19,7 +19,7 @@ from softcfg.runs.shards import DamagedShardError, Shard, glance, read_shard
 
 SETTINGS = "run.json"
 SHARDS = "shards"
-MADE = ("grid.png", "comparison.png")  # besides one PNG an image
+PICTURES = ("grid.png", "comparison.png")  # besides one PNG per image
 
 
 def image_name(index: int) -> str:
@@ -34,14 +34,14 @@ class RunFolder:
         path: the folder.
         settings: the content of run.json.
         plan: the partition of its images.
-        run: the fingerprint of its settings.
+        fingerprint: of its settings; every shard carries it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = dict(settings)
         self.plan = Plan.of(settings)
-        self.run = fingerprint(settings)
+        self.fingerprint = fingerprint(settings)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -56,8 +56,8 @@ class RunFolder:
             raise UserError(f"{path} holds no run: there is no {SETTINGS}")
         try:
             return cls(path, settings)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path / SETTINGS} is not the settings of a run") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path / SETTINGS} is not the settings of a run") from error
 
     @classmethod
     def claim(cls, path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> RunFolder:
@@ -80,8 +80,8 @@ class RunFolder:
             found = _read_settings(path)
             if found is not None:
                 Plan.of(found)
-        except (UserError, KeyError, TypeError, ValueError):
-            raise UserError(f"{path / SETTINGS} is not readable; {advice}") from None
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path / SETTINGS} is not readable; {advice}") from error
         settings = dict(settings)
         if settings["batch_size"] is None:
             settings["batch_size"] = found["batch_size"] if found else min(settings["num_samples"], 100)
@@ -109,7 +109,7 @@ class RunFolder:
     def is_whole(self, number: int) -> bool:
         """Whether a shard is there as planned, by its header."""
         try:
-            return glance(self.shard_path(number)) == (self.run, len(self.plan.indices(number)))
+            return glance(self.shard_path(number)) == (self.fingerprint, len(self.plan.indices(number)))
         except DamagedShardError:
             return False
 
@@ -122,7 +122,7 @@ class RunFolder:
         try:
             names = os.listdir(self.path / SHARDS)
         except OSError as error:
-            raise UserError(f"cannot read {self.path / SHARDS}: {error.strerror}") from None
+            raise UserError(f"cannot read {self.path / SHARDS}: {error.strerror}") from error
         found = (re.fullmatch(r"shard-(\d+)\.safetensors", name) for name in names)
         return {int(match[1]) for match in found if match}
 
@@ -135,11 +135,11 @@ class RunFolder:
         path = self.shard_path(number)
         shard = read_shard(path)
         indices = self.plan.indices(number)
-        if shard.run != self.run or shard.number != number:
+        if shard.fingerprint != self.fingerprint or shard.number != number:
             raise DamagedShardError(f"{path} belongs to another run or place")
         if not np.array_equal(shard.indices, indices):
             raise DamagedShardError(f"{path} holds {len(shard.indices)} images of the {len(indices)} planned")
-        if shard.labels.tolist() != self.plan.labels_of(indices) or {len(shard.tokens), len(shard.pixels)} != {
+        if shard.labels.tolist() != self.plan.labels_of(indices) or {len(shard.codes), len(shard.pixels)} != {
             len(indices)
         }:
             raise DamagedShardError(f"{path} holds other labels than planned")
@@ -167,7 +167,7 @@ class RunFolder:
         try:
             return self.read(number)
         except DamagedShardError as problem:
-            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' tells more") from None
+            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' tells more") from problem
 
     def discard(self, number: int) -> None:
         """Remove a shard and its images, so that the run draws them again."""
@@ -182,15 +182,15 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not readable") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not the settings of a run")
     return content
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """One line a field: a list of a thousand labels is no tower."""
+    """Write one line per field, so that a list of a thousand labels takes one line."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in settings.items())
     write_atomically(folder / SETTINGS, f"{{\n{lines}\n}}\n".encode())
 
@@ -201,5 +201,5 @@ def _discard_run(folder: Path) -> None:
     for path in folder.glob("*.png"):
         if path.stem.isdigit():
             path.unlink()
-    for name in (SETTINGS, *MADE):
+    for name in (SETTINGS, *PICTURES):
         (folder / name).unlink(missing_ok=True)

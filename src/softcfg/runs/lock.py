@@ -32,14 +32,14 @@ class Lock:
         try:
             self._file = path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError as error:
             self._file.close()
             raise UserError(
                 f"{folder} is in use by {holder(folder) or 'another job'}; wait for it or end it first"
-            ) from None
+            ) from error
         except OSError as error:
             print(f"softcfg: {path} cannot be locked ({error.strerror}): start no second job on it", file=sys.stderr)
             return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softcfg.configuration import dotted
 from softcfg.errors import UserError
 from softcfg.prompts import Prompt
 
@@ -44,7 +45,7 @@ class Prompts:
 
     def facts(self) -> dict[str, Any]:
         """The prompts as fields of the settings of a run."""
-        from softcfg.zoo.checkpoints import hash_file
+        from softcfg.files import hash_file
 
         facts: dict[str, Any] = {"prompts": list(self.texts), "width": self.width, "height": self.height}
         if self.task is not None:
@@ -112,7 +113,7 @@ class Plan:
 
 
 def _random_label(seed: int, index: int, classes: int) -> int:
-    """The upper bits of one word of the image's own stream, far behind the words that its tokens use."""
+    """The upper bits of one word of the image's own stream, far after the words that its tokens use."""
     from softcfg.decoding.randomness import philox  # imports torch
 
     word = int(philox(seed, index, block=2**128).random_raw())
@@ -120,8 +121,8 @@ def _random_label(seed: int, index: int, classes: int) -> int:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say in which settings two runs differ that change images, one text a field; empty if in none."""
-    one, other = (dict(_flat(_images_of(settings))) for settings in (found, wanted))
+    """Say in which settings two runs differ that change images, one text per field; empty if in none."""
+    one, other = (dotted(_images_of(settings)) for settings in (found, wanted))
     return [
         f"{name}{_values(one.get(name), other.get(name))}"
         for name in {**one, **other}
@@ -146,14 +147,6 @@ def check_growth(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 def _images_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in NOT_IN_IMAGES}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _values(found: Any, wanted: Any) -> str:

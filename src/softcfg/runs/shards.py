@@ -36,28 +36,28 @@ class Shard:
 
     Attributes:
         number: of the shard in its run.
-        run: fingerprint of the run's settings.
+        fingerprint: of the settings of its run.
         drawn_at_once: images in a batch as the model saw it; less than the run's batch size after memory ran out.
         indices, labels: int64 [n].
-        tokens: the codes of the images, integers [n, h w].
+        codes: what the tokenizer decodes, integers [n, h w]; the entry `tokens` of the file.
         pixels: uint8 [n, H, W, 3].
     """
 
     number: int
-    run: str
+    fingerprint: str
     drawn_at_once: int
     indices: np.ndarray
     labels: np.ndarray
-    tokens: np.ndarray
+    codes: np.ndarray
     pixels: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is stored, by name, in the types that it is stored in."""
-        small = not self.tokens.size or self.tokens.max() < 2**15
+        small = not self.codes.size or self.codes.max() < 2**15
         return {
             "indices": self.indices.astype(np.int64),
             "labels": self.labels.astype(np.int64),
-            "tokens": self.tokens.astype(np.int16 if small else np.int32),
+            "tokens": self.codes.astype(np.int16 if small else np.int32),
             "pixels": self.pixels,
         }
 
@@ -71,7 +71,7 @@ def write_shard(path: str | Path, shard: Shard) -> None:
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(array) for name, array in shard.arrays().items()}
-    metadata = {"shard": str(shard.number), "run": shard.run, "drawn_at_once": str(shard.drawn_at_once)}
+    metadata = {"shard": str(shard.number), "run": shard.fingerprint, "drawn_at_once": str(shard.drawn_at_once)}
     metadata["sha256"] = _digest(metadata, arrays)
     write_atomically(path, save(arrays, metadata))
 
@@ -88,7 +88,7 @@ def read_shard(path: str | Path) -> Shard:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = dict(header["__metadata__"])
@@ -96,11 +96,13 @@ def read_shard(path: str | Path) -> Shard:
         expected = metadata.pop("sha256")
         if set(arrays) != set(FIELDS) or _digest(metadata, arrays) != expected:
             raise DamagedShardError(f"{path} is altered: its checksum is wrong")
-        return Shard(int(metadata["shard"]), metadata["run"], int(metadata["drawn_at_once"]), **arrays)
+        return Shard(
+            int(metadata["shard"]), metadata["run"], int(metadata["drawn_at_once"]), *(arrays[name] for name in FIELDS)
+        )
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         if isinstance(error, DamagedShardError):
             raise
-        raise DamagedShardError(f"{path} is torn or altered: {' '.join(str(error).split())[:80]}") from None
+        raise DamagedShardError(f"{path} is torn or altered: {' '.join(str(error).split())[:80]}") from error
 
 
 def glance(path: Path) -> tuple[str, int]:
@@ -117,11 +119,11 @@ def glance(path: Path) -> tuple[str, int]:
             raise DamagedShardError(f"{path} is torn: it has {path.stat().st_size} bytes of {header.size + length}")
         return header["__metadata__"]["run"], header["indices"]["shape"][0]
     except OSError as error:
-        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedShardError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         if isinstance(error, DamagedShardError):
             raise
-        raise DamagedShardError(f"{path} is torn: its header cannot be read") from None
+        raise DamagedShardError(f"{path} is torn: its header cannot be read") from error
 
 
 class _Header(dict[str, Any]):

@@ -33,8 +33,8 @@ def quantize(generator: Generator, kind: str, device: torch.device) -> Generator
         raise UserError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
     try:
         from torchao.quantization import quantize_
-    except ImportError:
-        raise UserError(f"{kind} weights need torchao: pip install 'softcfg[quantize]'") from None
+    except ImportError as error:
+        raise UserError(f"{kind} weights need torchao: pip install 'softcfg[quantize]'") from error
     if kind == "int4" and device.type == "cuda" and generator.dtype != torch.bfloat16:
         raise UserError(f"int4 weights on a GPU need bfloat16, not {str(generator.dtype).removeprefix('torch.')}")
     for group in GROUP_SIZES if kind == "int4" else (1,):
@@ -85,8 +85,8 @@ def spread(
         raise UserError(f"{type(generator).__name__} generators fit on one device: leave out device_map")
     try:
         from accelerate import dispatch_model, infer_auto_device_map
-    except ImportError:
-        raise UserError("device_map needs Accelerate: pip install 'softcfg[runs]'") from None
+    except ImportError as error:
+        raise UserError("device_map needs Accelerate: pip install 'softcfg[runs]'") from error
     if not isinstance(device_map, str):
         placed = dict(device_map)
     elif device_map == "auto":
@@ -98,7 +98,7 @@ def spread(
     try:
         dispatch_model(generator, placed, offload_dir=offload_folder, force_hooks=True)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"device_map does not fit: {' '.join(str(error).split())}") from None
+        raise UserError(f"device_map does not fit: {' '.join(str(error).split())}") from error
     hooks: list[Any] = [block._hf_hook for block in generator.model.layers]
     generator.layer_devices = [torch.device(hook.execution_device) for hook in hooks]
     for name, buffer in generator.named_buffers(recurse=False):

@@ -1,0 +1,76 @@
+"""The networks that compute features, by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from softcfg.errors import UserError
+from softcfg.evaluation.fashion_classifier import FashionClassifier
+from softcfg.evaluation.features import Extractor, Features
+from softcfg.evaluation.inception import InceptionV3
+from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
+from softcfg.zoo.registry import BUNDLED, find
+
+ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
+
+EXTRACTORS: dict[str, ExtractorFactory] = {}
+
+
+def register_extractor(name: str, factory: ExtractorFactory) -> None:
+    """Make an extractor known by name; `factory(weights, device, dtype)` is called when it is needed."""
+    EXTRACTORS[name] = factory
+
+
+def load_extractor(
+    name: str,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Extractor:
+    """Load an extractor: a registered name, or "package.module:factory".
+
+    Raises:
+        UserError: there is none of that name, or its weights cannot be had.
+    """
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"extractor {name} cannot be imported: {error}") from error
+    else:
+        factory = find(EXTRACTORS, name, "there is no feature extractor named")
+    return factory(None if weights is None else Path(weights), torch.device(device), dtype)
+
+
+def _inception(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
+    path = weights or require_weights(INCEPTION_WEIGHTS)
+    network, digest = load_network(InceptionV3, path, device, dtype)
+    note = ""
+    if digest != INCEPTION_WEIGHTS.sha256:
+        note = f"{path} is not the published file of Inception weights: figures compare with no paper's"
+    return Extractor("inception", network, digest, device, dtype, note)
+
+
+def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
+    path = weights or BUNDLED / "fashion" / "classifier.safetensors"
+    network, digest = load_network(FashionClassifier, path, device, dtype)
+
+    def describe(pixels: Tensor) -> Features:
+        side = FashionClassifier.image_size
+        if pixels.shape[2:] != (side, side):
+            size = f"{pixels.shape[2]} x {pixels.shape[3]}"
+            raise UserError(f"the extractor fashion takes images of {side} x {side} pixels, these have {size}")
+        pooled = network.features(pixels.to(dtype) / 255)
+        return Features(pooled, logits=network.head(pooled))
+
+    return Extractor("fashion", describe, digest, device, dtype, classifies=True)
+
+
+register_extractor("inception", _inception)
+register_extractor("fashion", _fashion)

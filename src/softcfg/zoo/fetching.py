@@ -1,0 +1,140 @@
+"""Bring the files of models onto this machine and check that they fit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from softcfg.errors import CheckpointError
+from softcfg.files import hash_file
+from softcfg.prompts import PromptReader
+from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
+from softcfg.zoo.loading import blank_module, read_weights, require_fit
+from softcfg.zoo.reading import is_index, read_json, shards_of
+from softcfg.zoo.registry import ModelEntry, ModelFile, resolve
+
+
+def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, link: bool = False) -> list[Path]:
+    """Bring the weights of a model onto this machine, check that they fit it, and return where they lie.
+
+    Files on Hugging Face are downloaded by its own client, into its own cache. Those on Google Drive are
+    downloaded in a browser, and taken from `source` into the checkpoints folder.
+
+    Args:
+        source: a file, or a folder, of which those with the names of the model's files are taken.
+        link: make symbolic links to `source` rather than copies.
+
+    Raises:
+        CheckpointError: a file cannot be had, is damaged or does not fit; nothing is left half-written.
+    """
+    entry = resolve(model)
+    if entry.folder:
+        return [require_file(file, entry) for file in entry.files]
+    if source is not None:
+        return _take(entry, Path(source), link)
+    found: dict[ModelFile, Path] = {}
+    missing: list[ModelFile] = []
+    for file in entry.files:
+        local = checkpoints_folder() / file.local_name
+        if local.is_file():
+            found[file] = local
+        elif file.repository:
+            found[file] = _download(file)
+        else:
+            missing.append(file)
+            continue
+        if is_index(found[file]):
+            for shard in shards_of(found[file]):
+                found[file.beside(shard.name)] = shard if shard.is_file() else _download(file.beside(shard.name))
+    _check_files(entry, found)
+    if missing:
+        raise CheckpointError(f"{entry.name} cannot be downloaded by a program: {how_to_get(missing, entry)}")
+    return list(found.values())
+
+
+def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
+    """Raise a `CheckpointError` unless the weights files among `found` hold exactly the tensors of their parts.
+
+    No tensor is allocated.
+    """
+    for part in entry.parts:
+        if part.config_file is not None and part.config_file in found:
+            part = replace(part, config={**part.config, **read_json(found[part.config_file])})
+        if part.file in found:
+            path = found[part.file]
+            require_fit(blank_module(part), read_weights(part.family, path), str(path), extras=part.family.extras)
+    if entry.text is not None and entry.text.file in found:
+        PromptReader(found[entry.text.file])
+
+
+def _download(file: ModelFile) -> Path:
+    """Download a file into the Hugging Face cache and compare it with the hash that the Hub gives for it."""
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(file.repository, file.name))
+    except Exception as error:  # the client lets errors of several libraries through
+        reasons = (
+            (errors.GatedRepoError, "its authors give access on request only; see `hf auth login`"),
+            (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
+            (errors.LocalEntryNotFoundError, f"{constants.ENDPOINT} cannot be reached"),
+            (errors.EntryNotFoundError, "the repository has no such file"),
+        )
+        known = (text for kind, text in reasons if isinstance(error, kind))
+        reason = next(known, " ".join(str(error).split()))
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
+        raise CheckpointError(f"{file.name} was not downloaded from {file.repository}: {reason}") from error
+    # In the cache a large file is a link to a blob that is named after its SHA-256.
+    blob = Path(os.readlink(path)) if path.is_symlink() else path
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and hash_file(path) != blob.name:
+        raise CheckpointError(f"{path} is damaged, its SHA-256 is not the Hub's; delete it and fetch again")
+    return path
+
+
+def _take(entry: ModelEntry, source: Path, link: bool) -> list[Path]:
+    """Put the files of `entry` that are in `source` into the checkpoints folder, once all are checked."""
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist")
+    offered = {path.name: path for path in (source.iterdir() if source.is_dir() else [source])}
+    found: dict[ModelFile, Path] = {}
+    for file in entry.files:
+        name = file.local_name if file.local_name in offered else file.name
+        if name in offered:
+            found[file] = offered[name]
+            if is_index(offered[name]):
+                found |= {file.beside(shard.name): shard for shard in shards_of(offered[name])}
+    if not found:
+        names = " nor ".join(file.name for file in entry.files)
+        raise CheckpointError(f"{source} is or holds neither {names}")
+    _check_files(entry, found)
+    return [_place(path, file.local_name, link) for file, path in found.items()]
+
+
+def _place(source: Path, name: str, link: bool) -> Path:
+    """Copy or link a file into the checkpoints folder, under `name`, whole or not at all."""
+    target = checkpoints_folder() / name
+    if target.exists() and target.samefile(source):
+        return target
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            partial.symlink_to(source.resolve())
+        else:
+            shutil.copyfile(source, partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{source} cannot be put into {target.parent}: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return target

@@ -1,0 +1,71 @@
+"""Where the files of models lie, and how to get those that are missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from softcfg.errors import CheckpointError
+from softcfg.zoo.reading import is_index, shards_of
+from softcfg.zoo.registry import ModelEntry, ModelFile
+
+FOLDER_VARIABLE = "SOFTCFG_CHECKPOINTS"
+
+
+def checkpoints_folder() -> Path:
+    """The folder of weights files put in place by hand: $SOFTCFG_CHECKPOINTS, or one in the user's cache."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/checkpoints").expanduser()
+
+
+def find_file(file: ModelFile) -> Path | None:
+    """Return where a model's file lies: its own folder, the checkpoints folder, or the Hugging Face cache."""
+    path = (file.folder or checkpoints_folder()) / file.local_name
+    if path.is_file():
+        return path
+    if file.repository:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(file.repository, file.name)
+        return Path(cached) if isinstance(cached, str) else None
+    return None
+
+
+def require_file(file: ModelFile, entry: ModelEntry) -> Path:
+    """Return where a file of `entry` lies.
+
+    Raises:
+        CheckpointError: it is nowhere; the text says how to get it.
+    """
+    path = find_file(file)
+    for missing in missing_files([file]):
+        raise CheckpointError(f"{missing.name} of {entry.name} is missing: {how_to_get([missing], entry)}")
+    assert path is not None
+    return path
+
+
+def missing_files(files: Iterable[ModelFile]) -> list[ModelFile]:
+    """Return those of `files`, and of the files that indexes among them list, that are not here."""
+    missing = []
+    for file in files:
+        path = find_file(file)
+        if path is None:
+            missing.append(file)
+        elif is_index(path):
+            missing += [file.beside(shard.name) for shard in shards_of(path) if not shard.is_file()]
+    return missing
+
+
+def how_to_get(files: Sequence[ModelFile], entry: ModelEntry) -> str:
+    """Say, in the imperative, how the user gets missing files of `entry`."""
+    by_hand = [file for file in files if file.drive_id]
+    if by_hand:
+        links = " and ".join(f"{file.local_name} ({file.published})" for file in by_hand)
+        them, names = ("it", "this name") if len(by_hand) == 1 else ("them", "these names")
+        return (
+            f"download {links} in a browser and put {them} into {checkpoints_folder()} under {names}, "
+            f"which `softcfg fetch {entry.name} --from PATH` does too"
+        )
+    if entry.folder:
+        return f"put it into {entry.folder}"
+    return f"run `softcfg fetch {entry.name}`"

@@ -1,0 +1,263 @@
+"""Build models from a configuration and exactly the weights that fit it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softcfg.configuration import ConfigSource, load_config
+from softcfg.errors import CheckpointError, UserError
+from softcfg.prompts import PromptReader
+from softcfg.zoo.files import find_file, require_file
+from softcfg.zoo.reading import read_json, read_state_dict, unwrap
+from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Family, ModelEntry, Part, find, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from softcfg.models.base import Generator
+    from softcfg.tokenizers.base import Tokenizer
+
+SHOWN = 4  # names listed in an error message, of each kind
+
+
+def load_generator(
+    family: str | Path | ModelEntry,
+    config: ConfigSource | None = None,
+    checkpoint: str | Path | Mapping[str, Tensor] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Generator:
+    """Load a generator in eval mode, its parameters without gradients.
+
+    Args:
+        family: a family ("alitok", "rar", "robustok", "llamagen"); or a model of the zoo ("alitok-xl") or a model
+            folder, which then supplies what is not given.
+        config: the family's configuration dataclass, a mapping (flat or as released) or a YAML file.
+        checkpoint: a weights file, the index of several, or a state dict, under the released names. Tensors that need
+            no conversion are used as they are, not copied.
+        device: where the weights go; the CPU by default.
+        dtype: dtype of the weights; by default float32, or what suits a model of the zoo.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged, unsafe to open or do not fit the configuration.
+        UserError: an unknown family, or a configuration that is not valid.
+    """
+    return _load(GENERATORS, family, config, checkpoint, device, dtype)
+
+
+def load_tokenizer(
+    family: str | Path | ModelEntry,
+    config: ConfigSource | None = None,
+    checkpoint: str | Path | Mapping[str, Tensor] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tokenizer:
+    """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
+
+    See `load_generator`.
+    """
+    return _load(TOKENIZERS, family, config, checkpoint, device, dtype)
+
+
+def load_prompt_reader(model: str | Path | ModelEntry) -> PromptReader:
+    """Load what turns the prompts of a text-to-image model into tokens.
+
+    Raises:
+        CheckpointError: its file is missing or damaged.
+        UserError: the model does not read prompts.
+    """
+    entry = resolve(model)
+    if entry.text is None:
+        raise UserError(f"{entry.name} does not read prompts")
+    return PromptReader(require_file(entry.text.file, entry), entry.text.template)
+
+
+def _load(
+    families: Mapping[str, Family],
+    name: str | Path | ModelEntry,
+    config: ConfigSource | None,
+    checkpoint: str | Path | Mapping[str, Tensor] | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> Any:
+    import torch
+
+    kind = "generator" if families is GENERATORS else "tokenizer"
+    if isinstance(name, str) and name in families:
+        family = families[name]
+        if checkpoint is None:
+            raise UserError(f"loading a {name} {kind} needs checkpoint=, a weights file or a state dict")
+    else:
+        if isinstance(name, str) and not Path(name).exists():
+            find({**families, **MODELS}, name, f"there is no {kind} family or model named")
+        entry = resolve(name)
+        part = entry.generator if families is GENERATORS else entry.tokenizer
+        family = part.family
+        config = published_config(entry, part) if config is None else config
+        checkpoint = require_file(part.file, entry) if checkpoint is None else checkpoint
+        dtype = getattr(torch, part.dtype) if dtype is None else dtype
+    module_class, config_class = family.classes()
+    settings: Any = load_config(config_class, {} if config is None else config, family.sections)
+    if isinstance(checkpoint, Mapping):
+        source = "the given state dict"
+        state = family.needed(unwrap(checkpoint, source, family.entries))
+    else:
+        source = str(checkpoint)
+        state = read_weights(family, checkpoint)
+    return load_weights(module_class, settings, state, device=device, dtype=dtype, source=source, extras=family.extras)
+
+
+def published_config(entry: ModelEntry, part: Part) -> dict[str, Any]:
+    """The configuration of a part, with what the files that were published beside its weights say, where they are here.
+
+    That is `config.json`, and the ids of special tokens in the text tokenizer.
+    """
+    config = dict(part.config)
+    if part.config_file is not None and (path := find_file(part.config_file)) is not None:
+        config.update(read_json(path))
+    if entry.text is not None and part is entry.generator and find_file(entry.text.file) is not None:
+        config.update(load_prompt_reader(entry).special_ids())
+    return config
+
+
+def read_weights(family: Family, path: str | Path) -> dict[str, Tensor]:
+    """What a weights file of `family` holds for it."""
+    return family.needed(read_state_dict(path, family.entries, family.allowed_types))
+
+
+def load_weights(
+    module_class: type[nn.Module],
+    config: Any,
+    state_dict: Mapping[str, Tensor],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    source: str = "the state dict",
+    extras: bool = False,
+) -> nn.Module:
+    """Build `module_class(config)` with exactly the weights of `state_dict`, in eval mode, without gradients.
+
+    With `extras`, the state dict may hold other tensors too.
+
+    Names, shapes and kinds of numbers are compared before anything is allocated on `device`.
+
+    Raises:
+        CheckpointError: the weights do not fit; all kinds of differences are listed together.
+    """
+    import torch
+
+    module = _on_meta(module_class, config)
+    require_fit(module, state_dict, source, extras=extras)
+    device = torch.device("cpu" if device is None else device)
+    dtype = torch.float32 if dtype is None else dtype
+    module.load_state_dict(
+        {
+            name: state_dict[name].detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in module.state_dict().items()
+        },
+        assign=True,
+    )
+    module.to(device)  # the tables that are no weights
+    return module.requires_grad_(False).eval()
+
+
+def random_weights(
+    part: Part, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
+) -> Any:
+    """The module of `part` with random weights, for measuring speed without its file; in eval mode."""
+    import torch
+
+    module_class, config_class = part.family.classes()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = module_class(load_config(config_class, part.config, part.family.sections))
+    return module.to(device, dtype).requires_grad_(False).eval()
+
+
+def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutInit(TorchFunctionMode):
+        """Skips initial values: on meta they are void, yet make torch import its compiler, for a second."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if getattr(function, "__module__", "") == "torch.nn.init":
+                return args[0] if args else kwargs["tensor"]
+            return function(*args, **kwargs)
+
+    with torch.device("meta"), WithoutInit():
+        return module_class(config)
+
+
+def blank_module(part: Part) -> nn.Module:
+    """The module of `part` as it should be, without memory for its weights."""
+    module_class, config_class = part.family.classes()
+    return _on_meta(module_class, load_config(config_class, part.config, part.family.sections))
+
+
+def require_fit(module: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, extras: bool = False) -> None:
+    """Raise a `CheckpointError` that lists all differences unless the tensors of `module` are those of `state_dict`."""
+    expected = module.state_dict()
+    found = {name: state_dict[name] for name in expected if name in state_dict} if extras else state_dict
+    if differences := _differences(expected, found):
+        problem = f"{source} does not fit the configured {type(module).__name__}: {'; '.join(differences)}"
+        raise CheckpointError(problem + _recognise(state_dict, type(module)))
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Say how `found` differs from `expected` in names, shapes and kinds of numbers; empty if it does not."""
+    shared = [(name, expected[name], found[name]) for name in expected if name in found]
+    misshapen = [name for name, one, other in shared if one.shape != other.shape]
+    mistyped = [name for name, one, other in shared if one.is_floating_point() != other.is_floating_point()]
+
+    def listing(what: str, names: list[str], describe: Any = str) -> list[str]:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return [f"{len(names)} {what} ({', '.join(map(describe, names[:SHOWN]))}{more})"] if names else []
+
+    def shapes(name: str) -> str:
+        return f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+
+    def dtypes(name: str) -> str:
+        return f"{name} is {found[name].dtype}, expected {expected[name].dtype}"
+
+    return [
+        *listing("missing", [name for name in expected if name not in found]),
+        *listing("unexpected", [name for name in found if name not in expected]),
+        *listing("of another shape", misshapen, shapes),
+        *listing("of another type", mistyped, dtypes),
+    ]
+
+
+def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> str:
+    """Guess whose weights these are: those of a known model, or at least of another family."""
+    anatomy = _anatomy(found)
+    likeness = {"": 0.8}  # the least for a guess
+    seen: list[Part] = []
+    for name, part in ((entry.name, part) for entry in MODELS.values() for part in entry.parts):
+        if part in seen:  # models share tokenizers
+            continue
+        seen.append(part)
+        known = blank_module(part)
+        fits = not _differences(known.state_dict(), part.family.needed(found))
+        label = f"{part.family.name} {part.family.kind}"
+        if isinstance(known, module_class):
+            if fits:
+                return f"; it fits {name}"
+        elif fits:
+            return f"; this looks like a checkpoint of the {label} (it fits {name})"
+        else:
+            expected = _anatomy(known.state_dict())
+            likeness[label] = len(expected & anatomy) / len(expected | anatomy)
+    best = max(likeness, key=likeness.__getitem__)
+    return f"; this looks like a checkpoint of the {best}" if best else ""
+
+
+def _anatomy(names: Iterable[str]) -> set[str]:
+    """The names without their numbers: the same for every size of a family."""
+    return {re.sub(r"\d+", "#", name) for name in names}
