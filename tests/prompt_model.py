@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.models.base import Condition, Generator
+from softcfg.models.geometry import Geometry
 from softcfg.nn import AttentionContext, Position, Rotary, SelfAttention
 from softcfg.nn.rotary import angles_1d
 
@@ -17,12 +18,13 @@ LINE = 3  # tokens of a line, its end included
 class Prompts(Condition):
     """Left-padded prompts, ids [rows, slots]."""
 
-    def __init__(self, ids: Tensor, padding: Tensor | None, num_tokens: int) -> None:
-        super().__init__(len(ids), ids.shape[1], num_tokens, padding)
+    def __init__(self, ids: Tensor, padding: Tensor | None, num_tokens: int, geometry: Geometry | None = None) -> None:
+        super().__init__(len(ids), ids.shape[1], num_tokens, padding, geometry)
         self.ids = ids
 
     def __getitem__(self, rows: slice) -> Prompts:
-        return Prompts(self.ids[rows], None if self.padding is None else self.padding[rows], self.num_tokens)
+        padding = None if self.padding is None else self.padding[rows]
+        return Prompts(self.ids[rows], padding, self.num_tokens, self.geometry if self.grid else None)
 
 
 class Block(SelfAttention):
@@ -46,7 +48,8 @@ class PromptGenerator(Generator):
         )
         self.norm = nn.LayerNorm(WIDTH)
         self.output = nn.Linear(WIDTH, self.vocab_size)
-        self.register_buffer("angles", angles_1d(torch.arange(64), WIDTH // HEADS // 2, 100.0))
+        angles = angles_1d(torch.arange(64, device="cpu"), WIDTH // HEADS // 2, 100.0)
+        self.register_buffer("angles", angles, persistent=False)
 
     def condition(self, prompts: list[list[int]], *, guided: bool) -> Prompts:
         prompts = prompts + [[0]] * len(prompts) if guided else prompts

@@ -34,7 +34,7 @@ from image_files import write_pngs
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
 from softcfg.evaluation.extractors import EXTRACTORS
 from softcfg.guidance import CONFIDENCES
-from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, ModelEntry, ModelFile, Part
+from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, ModelFile
 from tiny_models import module
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,10 @@ TINY_TOKENIZER = {
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelEntry], Path]:
     """The published models with few tokens and random weights, and the folder of their files."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    sizes = Part(GENERATORS["alitok"], TINY_GENERATOR, None), Part(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None)  # type: ignore[arg-type]
+    sizes = (
+        Component(GENERATORS["alitok"], TINY_GENERATOR, None),
+        Component(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None),
+    )  # type: ignore[arg-type]
     for name, part in zip(("generator", "tokenizer"), sizes, strict=True):
         torch.save(module(part).state_dict(), folder / name)
     entries = {}
@@ -89,7 +92,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelEntry
         if entry.text is not None:  # what is not bundled of these is not run
             continue
         parts = []
-        for name, small, part in zip(("generator", "tokenizer"), sizes, entry.parts, strict=True):
+        for name, small, part in zip(("generator", "tokenizer"), sizes, entry.components, strict=True):
             file = ModelFile(f"{name}.pt", folder=folder) if entry.bundled else part.file
             parts.append(dataclasses.replace(small, file=file))
             link = folder / file.local_name

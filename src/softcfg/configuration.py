@@ -19,13 +19,14 @@ from softcfg.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 ConfigSource = Any  # a dataclass instance, a mapping, or a path to a YAML file
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; raises `UserError` if it is anything else."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER)
     except FileNotFoundError as error:
         raise UserError(f"configuration file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -11,7 +11,7 @@ from goldens import golden
 from softcfg import CFG, SoftCFG
 from softcfg.decoding import Sampling, decode, draw, image_uniforms
 from softcfg.models.base import Generator
-from softcfg.zoo import GENERATORS, ModelFile, Part
+from softcfg.zoo import GENERATORS, Component, ModelFile
 from tiny_models import weights
 
 GUIDANCE = {"guidance_scale": 6.0, "guidance_scale_pow": 1.15}
@@ -29,7 +29,7 @@ def short() -> Generator:
     """A generator of few tokens."""
     config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
               "codebook_size": 40, "condition_num_classes": 5, "image_seq_len": 24}  # fmt: skip
-    state = weights(Part(GENERATORS["robustok"], config, ModelFile("")))
+    state = weights(Component(GENERATORS["robustok"], config, ModelFile("")))
     return softcfg.load_generator("robustok", config, {name: 4 * tensor for name, tensor in state.items()})
 
 

@@ -21,7 +21,7 @@ from softcfg.configuration import dotted, read_yaml
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
 from softcfg.guidance import SoftCFG, settings_of
-from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, ModelEntry, Part, resolve
+from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
 
 NUM_SAMPLES = 50_000
 # Released name -> the argument that it sets.
@@ -151,7 +151,7 @@ def _entry(model: str | None, values: Mapping[str, Any], config: str | None) -> 
     )
 
 
-def _resized(part: Part, sizes: Mapping[str, Any]) -> Part:
+def _resized(part: Component, sizes: Mapping[str, Any]) -> Component:
     fields = {field.name for field in dataclasses.fields(part.family.classes()[1])}
     return dataclasses.replace(
         part, config={**part.config, **{name: value for name, value in sizes.items() if name in fields}}

@@ -20,16 +20,6 @@ from softcfg.nn.linear import prepared_linear_layers
 
 # A step's cost grows with the filled part of the cache; the mean over these parts of the sequence stands for all of it.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-PROMPT_TOKENS = 64
-
-
-def example_inputs(generator: Generator, batch: int) -> list[Any]:
-    """What a batch could be conditioned on: the classes in turn, or prompts of 64 tokens."""
-    if generator.num_classes:
-        return [row % generator.num_classes for row in range(batch)]
-    from softcfg.models.lumina import TokenPrompt
-
-    return [TokenPrompt([0] * PROMPT_TOKENS)] * batch
 
 
 def filled_cache(generator: Generator, condition: Condition) -> KVCache:
@@ -100,7 +90,7 @@ def time_steps(
     repeats: int = 3,
 ) -> StepTimes:
     """Time the steps of a batch at `positions` (parts of the sequence)."""
-    inputs = example_inputs(generator, batch)
+    inputs = generator.example_inputs(batch)
     condition = generator.condition(inputs, guided=guidance.is_active)
     means, set_up = [], 0.0
     started = time.perf_counter()

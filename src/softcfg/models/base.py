@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
+from softcfg.models.conditioning import Conditioning, LabelConditioning
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids as as_ids
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
 from softcfg.nn.position import Position
@@ -30,16 +31,24 @@ class Condition(ABC):
         slots: slots in front of the first image token, the same for all rows.
         num_tokens: T, image tokens to decode.
         padding: int64 [rows], leading slots of each row that no query sees (left-padded prompts); None for none.
-        grid: lines and columns (h, w) of the images' codes, where the condition can choose; None for the model's.
+        geometry: how the T tokens make up an image; by default the largest square of the last of them.
+        grid: rows and columns (h, w) of the images' codes, where `geometry` is given; None for the image tokenizer's.
     """
 
-    grid: tuple[int, int] | None = None
-
-    def __init__(self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        num_tokens: int,
+        padding: Tensor | None = None,
+        geometry: Geometry | None = None,
+    ) -> None:
         self.rows = rows
         self.slots = slots
         self.num_tokens = num_tokens
         self.padding = padding
+        self.geometry = Geometry.square(num_tokens) if geometry is None else geometry
+        self.grid = None if geometry is None else geometry.grid
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> Condition:
@@ -48,7 +57,7 @@ class Condition(ABC):
     @property
     def num_codes(self) -> int:
         """How many of the T image tokens are image codes, not structure like the ends of lines."""
-        return self.num_tokens
+        return self.geometry.num_codes
 
     @property
     def cache_slots(self) -> int:
@@ -89,9 +98,15 @@ class Generator(nn.Module, ABC):
         supports_row_positions: whether a pass may start at a slot of its own in each row (`Position.by_row`).
         layer_devices: where each layer computes, if they are spread over several devices.
         blocks: the transformer blocks in order; each is called as `block(x, layer, context)`.
+        conditioning_type: how what users ask for becomes what `condition` takes; None for a generator that is used
+            without a `Pipeline`.
+        no_split_modules: names of the classes of the layers, for a generator whose layers can be spread over several
+            devices; each layer stays whole.
     """
 
     config: Any
+    conditioning_type: type[Conditioning] | None = None
+    no_split_modules: tuple[str, ...] = ()
     num_tokens: int
     vocab_size: int
     num_classes: int = 0
@@ -111,6 +126,14 @@ class Generator(nn.Module, ABC):
         Raises:
             UserError: the inputs do not fit the model.
         """
+
+    def example_inputs(self, count: int) -> list[Any]:
+        """Inputs that `condition` takes, one per image, of a usual length: for measuring speed and memory.
+
+        Raises:
+            UserError: the family has none.
+        """
+        raise UserError(f"{type(self).__name__} does not say what it could be conditioned on, so it cannot be timed")
 
     def forward(
         self,
@@ -229,7 +252,7 @@ class Generator(nn.Module, ABC):
 
         Only codes get a confidence in SoftCFG.
         """
-        return None
+        return condition.geometry.is_code(steps) if condition.geometry.has_structure else None
 
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """What the image tokenizer decodes, int64 [B, h w] in [0, codebook_size), of the drawn `tokens` [B, T]."""
@@ -243,6 +266,7 @@ class ClassGenerator(Generator):
         condition_slots: slots that the class takes in front of the first image token.
     """
 
+    conditioning_type = LabelConditioning
     condition_slots: int
 
     def condition(self, labels: LabelsLike, *, guided: bool) -> ClassCondition:
@@ -258,25 +282,10 @@ class ClassGenerator(Generator):
             classes = torch.cat((classes, torch.full_like(classes, self.num_classes)))
         return self.class_condition(classes)
 
+    def example_inputs(self, count: int) -> list[int]:
+        """See `Generator.example_inputs`: the classes in turn."""
+        return [row % self.num_classes for row in range(count)]
+
     def class_condition(self, classes: Tensor) -> ClassCondition:
         """The condition of rows given as int64 class ids, where `num_classes` stands for the null class."""
         return ClassCondition(classes, self.condition_slots, self.num_tokens)
-
-
-def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:
-    """Turn a tensor, array or list of ids into an int64 tensor and check that all lie in 0 .. count - 1.
-
-    Raises:
-        UserError: naming `name` and the first value that is no id.
-    """
-    try:
-        ids = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got {values!r}") from None
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got values of type {ids.dtype}")
-    ids = ids.long()
-    outside = ids[(ids < 0) | (ids >= count)]
-    if outside.numel():
-        raise UserError(f"{name} holds {int(outside[0])}, which is outside of 0..{count - 1}")
-    return ids
