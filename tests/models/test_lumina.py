@@ -15,6 +15,7 @@ from softcfg.configuration import load_config
 from softcfg.decoding import ImageStreams, Sampling, decode, image_uniforms, jacobi_decode
 from softcfg.models.geometry import Geometry
 from softcfg.models.lumina import Lumina, LuminaConfig, PromptCondition, TokenPrompt
+from softcfg.nn import Position
 
 # The reduced ids of the golden files, under the names of the configuration.
 IDS = {
@@ -64,7 +65,7 @@ def test_released_logits(name: str) -> None:
         ids[:, :1], None, Geometry(1, 22, row_end=1, tail=1), torch.zeros(2, 0, 22, dtype=torch.int64)
     )
     close(generator(condition, ids[:, 1:]), case.arrays["logits"])
-    for slots in (list(range(1, 24)), [torch.full((2,), slot) for slot in range(1, 24)]):
+    for slots in (list(range(1, 24)), [Position.by_row(torch.full((2,), slot)) for slot in range(1, 24)]):
         cache = generator.new_cache(condition)
         logits = [generator(condition, ids[:, :0], cache=cache)]
         for i, slot in enumerate(slots, start=1):

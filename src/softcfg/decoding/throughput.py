@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.filtering import Sampling
 from softcfg.decoding.graphs import WARM_UP, captured
-from softcfg.decoding.sequential import Decoder
+from softcfg.decoding.sequential import Decoder, Step, steps_are_static
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.kv_cache import KVCache
@@ -46,20 +46,17 @@ def decoding_step(
     batch = decoder.batch
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
-    uniforms = torch.rand(batch, device=generator.device)
+    uniforms = torch.rand(batch, condition.num_tokens, device=generator.device)
 
-    # As `decode` does it: on a GPU the position is a tensor, and the step a CUDA graph.
-    on_gpu = generator.device.type == "cuda" and generator.layer_devices is None
-    at = torch.tensor([position], device=generator.device) if on_gpu else position
-    drawn = tokens.new_zeros(batch)
+    static = steps_are_static(generator)
+    at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)
 
     @torch.inference_mode()
     def step() -> Tensor:
-        drawn.copy_(draw(decoder.predict(at, tokens), uniforms))
-        decoder.record(at, drawn)
-        return drawn
+        decoder.advance(at, tokens, uniforms)
+        return tokens[:, position]
 
-    if not on_gpu:
+    if not static:
         return step
     for _ in range(WARM_UP):
         step()
@@ -67,7 +64,7 @@ def decoding_step(
 
     def replayed() -> Tensor:
         replay()
-        return drawn
+        return tokens[:, position]
 
     return replayed
 

@@ -17,6 +17,7 @@ from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, describe
 from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
+from softcfg.nn.position import Position
 from softcfg.version import __version__
 
 WEIGHTS_BY_DEFAULT_UP_TO = 1024  # tokens; beyond, [B, T, T] is hundreds of megabytes
@@ -193,5 +194,5 @@ class _Piece:
         weights = {}
         if perturbation is not None and step_weights is not None:
             weights = query_weights(perturbation, step_weights, condition, from_start=self.start == 0)
-        slot = condition.slots + self.start - 1 if self.start else 0
+        slot = Position.shared(condition.slots + self.start - 1) if self.start else Position.start()
         return self.generator(condition, self.inputs, cache=cache, slot=slot, **weights).float()

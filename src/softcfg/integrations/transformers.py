@@ -29,7 +29,8 @@ from softcfg.models.base import Condition, Generator
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
-from softcfg.nn.attention import pass_slots, weighted_attention
+from softcfg.nn.attention import weighted_attention
+from softcfg.nn.position import Position
 from softcfg.prompts import Prompt
 
 try:
@@ -228,7 +229,7 @@ class TransformersGenerator(Generator):
         UserError: `cache` or `code_steps` are none of these.
     """
 
-    slots_by_row = False
+    supports_row_positions = False
     geometry: Geometry | None = None
 
     def __init__(
@@ -290,7 +291,7 @@ class TransformersGenerator(Generator):
         tokens: Tensor,
         *,
         cache: Any = None,
-        slot: int | Tensor = 0,
+        slot: Position | int = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
@@ -300,11 +301,13 @@ class TransformersGenerator(Generator):
             UserError: no attention layer sees the weights, or rows have slots of their own.
         """
         assert isinstance(condition, PromptCondition)
-        if isinstance(slot, Tensor):
+        position = Position.of(slot)
+        start = position.slot
+        if start is None:
             raise UserError(
                 "caches of transformers have one length for all rows: steps cannot be static or speculative"
             )
-        first = max(slot, condition.slots)  # slot of the first token
+        first = max(start, condition.slots)  # slot of the first token
         filled = first + tokens.shape[1]
         condition.sequence[:, first:filled] = tokens
         weights = {}
@@ -318,9 +321,10 @@ class TransformersGenerator(Generator):
             slots = torch.arange(filled, device=tokens.device)
             inputs["attention_mask"] = (slots >= condition.padding[:, None]).long()
         if "position_ids" in self._arguments:
-            inputs["position_ids"] = pass_slots(slot, filled - slot, condition.padding)
+            inputs["position_ids"] = position.index(filled - start, condition.padding)
         before = _weighted_layers.get()
-        logits = self._logits(condition.sequence[:, slot:first], tokens, condition.first_predicting(slot), inputs)
+        predicting = position.first_predicting(condition.slots)
+        logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
         if weights and _weighted_layers.get() == before:
             raise UserError(
                 f"no attention layer of {type(self.model).__name__} saw the weights of SoftCFG: call "
@@ -574,8 +578,9 @@ def decode(
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):
-        drawn = draw(decoder.predict(step, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
-        decoder.record(step, drawn)
+        at = decoder.step(step)
+        drawn = draw(decoder.predict(at, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
+        decoder.record(at, drawn)
         if codes is not None and not by_step:
             decoder.confidence[:, step] *= torch.isin(drawn, codes)
         tokens[:, step] = drawn

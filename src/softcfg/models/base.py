@@ -12,7 +12,10 @@ from softcfg.errors import UserError
 from softcfg.models.conditioning import Conditioning, LabelConditioning
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids as as_ids
+from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary
 
 LabelsLike = Any  # a tensor, array or sequence of class ids
 
@@ -58,12 +61,8 @@ class Condition(ABC):
 
     @property
     def cache_slots(self) -> int:
-        """Slots that are ever fed: the last token is drawn alone."""
+        """Slots that the cache needs: all but that of the last token, which is drawn and never fed."""
         return self.slots + self.num_tokens - 1
-
-    def first_predicting(self, slot: int | Tensor) -> int:
-        """Index, within a pass that starts at `slot`, of the first input from which an image token is predicted."""
-        return max(0, self.slots - 1 - slot) if isinstance(slot, int) else 0
 
 
 class ClassCondition(Condition):
@@ -85,6 +84,10 @@ class ClassCondition(Condition):
 class Generator(nn.Module, ABC):
     """A decoder-only transformer that predicts image tokens under a condition.
 
+    A family implements `condition`, `embed_condition`, `embed_tokens`, `logits` and, as its positions need,
+    `add_positions` or `rotary`; `forward` puts them together. A model that computes its logits in another way, such as
+    one of another library, implements `forward` instead.
+
     Attributes:
         config: the family's configuration, a dataclass.
         num_tokens: T, image tokens per image; where the condition can choose, the most.
@@ -92,8 +95,9 @@ class Generator(nn.Module, ABC):
         num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
         cache_shape: (layers, heads, head_dim) of the key/value cache.
         cache_dtype: what the key/value cache stores, of `nn.kv_cache.CACHES`; None for the dtype of the weights.
-        slots_by_row: whether a pass may start at a slot of each row's own.
+        supports_row_positions: whether a pass may start at a slot of its own in each row (`Position.by_row`).
         layer_devices: where each layer computes, if they are spread over several devices.
+        blocks: the transformer blocks in order; each is called as `block(x, layer, context)`.
         conditioning_type: how what users ask for becomes what `condition` takes; None for a generator that is used
             without a `Pipeline`.
         no_split_modules: names of the classes of the layers, for a generator whose layers can be spread over several
@@ -108,8 +112,9 @@ class Generator(nn.Module, ABC):
     num_classes: int = 0
     cache_shape: tuple[int, int, int]
     cache_dtype: torch.dtype | None = None
-    slots_by_row: bool = True
+    supports_row_positions: bool = True
     layer_devices: list[torch.device] | None = None
+    blocks: Any
 
     @abstractmethod
     def condition(self, inputs: Any, *, guided: bool) -> Condition:
@@ -130,14 +135,13 @@ class Generator(nn.Module, ABC):
         """
         raise UserError(f"{type(self).__name__} does not say what it could be conditioned on, so it cannot be timed")
 
-    @abstractmethod
     def forward(
         self,
         condition: Condition,
         tokens: Tensor,
         *,
         cache: KVCache | None = None,
-        slot: int | Tensor = 0,
+        slot: Position | int = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
@@ -149,15 +153,61 @@ class Generator(nn.Module, ABC):
                 them (n may be 0); a later pass starts at the slot of its first token, `condition.slots + i`.
             cache: keys and values of the slots before `slot`; those of this pass are written into it. Without
                 it the pass must start at slot 0.
-            slot: where the pass starts; or int64 [rows], where each row's pass does (behind the condition, all
-                of it inside the cache). Shapes then do not depend on the slots: attention runs over the whole cache.
+            slot: where the pass starts; `Position.by_row` if each row starts at a slot of its own (after the condition,
+                and all of the pass inside the cache). Shapes then do not depend on the slots: attention covers the
+                whole cache.
             value_weights, key_weights: weights on the cached values or keys of every slot, [rows, slots] or
                 [rows, n, slots]; None for none.
 
         Returns:
             One row of logits for every input from which an image token is predicted: `tokens` [rows, T - 1] at
             slot 0 give [rows, T, V], the condition alone or one token give [rows, 1, V].
+
+        Raises:
+            ValueError: the pass needs a cache and there is none, or it does not fit into the cache.
         """
+        position = Position.of(slot)
+        x = self.embed_tokens(tokens)
+        if position.is_start:
+            x = torch.cat((self.embed_condition(condition), x), dim=1)
+        x = self.add_positions(x, condition, position)
+        context = AttentionContext.create(
+            position,
+            x.shape[1],
+            cache,
+            rotary=self.rotary(condition, position, x.shape[1]),
+            value_weights=value_weights,
+            key_weights=key_weights,
+            padding=condition.padding,
+        )
+        x = self.run_blocks(x, condition, context)
+        return self.logits(x[:, position.first_predicting(condition.slots) :]).to(tokens.device)
+
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """The inputs for the slots of the condition, [rows, condition.slots, width]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement embed_condition (or forward as a whole)")
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """The inputs for image tokens int64 [rows, n], [rows, n, width]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement embed_tokens (or forward as a whole)")
+
+    def add_positions(self, x: Tensor, condition: Condition, position: Position) -> Tensor:
+        """The inputs `x` [rows, n, width] of a pass with learned positions added; by default as they are."""
+        return x
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary | None:
+        """The rotary embedding of the `new` slots of a pass; by default none."""
+        return None
+
+    def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
+        """The inputs [rows, n, width] through all blocks; to be overridden where a block takes more than that."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, context)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits [rows, m, V] from what leaves the blocks, [rows, m, width]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement logits (or forward as a whole)")
 
     @property
     def device(self) -> torch.device:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
-from softcfg.nn.attention import AttentionContext, attend, pass_slots, split_heads
-from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.attention import AttentionContext, attend, split_heads
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
-from softcfg.nn.rotary import angles_2d, tables_behind_condition
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary, angles_2d, tables_after_condition
 
 
 @dataclass(frozen=True)
@@ -132,31 +132,29 @@ class LlamaGen(ClassGenerator):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size, bias=False)
         position = torch.arange(side * side, device="cpu")
-        cos, sin = tables_behind_condition(
-            angles_2d(position // side, position % side, head_dim // 2, config.rope_base)
-        )
+        cos, sin = tables_after_condition(angles_2d(position // side, position % side, head_dim // 2, config.rope_base))
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
 
-    def forward(
-        self,
-        condition: Condition,
-        tokens: Tensor,
-        *,
-        cache: KVCache | None = None,
-        slot: int | Tensor = 0,
-        value_weights: Tensor | None = None,
-        key_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See `Generator.forward`."""
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, under the name of the released checkpoints."""
+        return self.layers
+
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """See `Generator.embed_condition`."""
         assert isinstance(condition, ClassCondition)
-        x = self.tok_embeddings(tokens)
-        if isinstance(slot, int) and slot == 0:
-            x = torch.cat((self.cls_embedding["embedding_table"](condition.classes)[:, None], x), dim=1)
-        new = x.shape[1]
-        where = pass_slots(slot, new)
-        rotary = (self.rotary_cos[where], self.rotary_sin[where])
-        context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights)
-        for layer, block in enumerate(self.layers):
-            x = block(x, layer, context)
-        return self.output(self.norm(x[:, condition.first_predicting(slot) :]))
+        return self.cls_embedding["embedding_table"](condition.classes)[:, None]
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """See `Generator.embed_tokens`."""
+        return self.tok_embeddings(tokens)
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
+        """See `Generator.rotary`."""
+        where = position.index(new)
+        return Rotary(self.rotary_cos[where], self.rotary_sin[where])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Generator.logits`."""
+        return self.output(self.norm(x))

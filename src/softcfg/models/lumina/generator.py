@@ -19,15 +19,13 @@ from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
 from softcfg.models.lumina.prompts import LuminaPrompts, TokenPrompt
-from softcfg.nn.attention import AttentionContext, attend, pass_slots
-from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.attention import AttentionContext, attend
 from softcfg.nn.linear import Linear
-from softcfg.nn.rotary import angles_1d, rotate_halves
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary, angles_1d
 
 HEAD_NORM_EPS = 1e-5
 EXAMPLE_TOKENS = 64
-
-Rotary = tuple[Tensor, Tensor]  # cosines and sines of the positions of a pass
 
 
 @dataclass(frozen=True)
@@ -170,14 +168,13 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(groups, width // self.heads)
         self.k_norm = HeadNorm(groups, width // self.heads)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query = rotate_halves(self.q_norm(query).transpose(1, 2), *rotary)
-        key = rotate_halves(self.k_norm(key).transpose(1, 2), *rotary)
-        return self.o_proj(attend(query, key, value.transpose(1, 2), layer, context.on(x.device)))
+        query, key, value = (heads.transpose(1, 2) for heads in (self.q_norm(query), self.k_norm(key), value))
+        return self.o_proj(attend(query, key, value, layer, context))
 
 
 class MLP(nn.Module):
@@ -205,30 +202,23 @@ class LuminaBlock(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape."""
         if self.swin_norm:
-            x = x + self.input_layernorm(self.self_attn(x, layer, context, rotary))
+            x = x + self.input_layernorm(self.self_attn(x, layer, context))
             return x + self.post_attention_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), layer, context, rotary)
+        x = x + self.self_attn(self.input_layernorm(x), layer, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LuminaDecoder(nn.Module):
-    """Token embedding, blocks and the last norm."""
+    """Token embedding, blocks and the last norm, under the names of the released checkpoints."""
 
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LuminaBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, ids: Tensor, context: AttentionContext, rotary: Rotary) -> Tensor:
-        """Ids int64 [rows, n] -> [rows, n, hidden_size], before the last norm."""
-        x = self.embed_tokens(ids)
-        for layer, block in enumerate(self.layers):
-            x = block(x, layer, context, rotary)
-        return x
 
 
 class Lumina(Generator):
@@ -317,31 +307,29 @@ class Lumina(Generator):
             raise UserError("all prompts of a batch must give as many lines of codes")
         return as_ids(torch.stack([lines.cpu() for lines in given]), "given codes", self.config.num_codes)
 
-    def forward(
-        self,
-        condition: Condition,
-        tokens: Tensor,
-        *,
-        cache: KVCache | None = None,
-        slot: int | Tensor = 0,
-        value_weights: Tensor | None = None,
-        key_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See `Generator.forward`; the logits are float32 or better."""
-        assert isinstance(condition, PromptCondition)
-        ids = tokens
-        if isinstance(slot, int) and slot == 0:
-            ids = torch.cat((condition.ids, tokens), dim=1)
-        new = ids.shape[1]
-        context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights, padding=condition.padding)
-        x = self.model(ids, context, self._rotary(condition, slot, new))[:, condition.first_predicting(slot) :]
-        logits = self.lm_head(self.model.norm(x))
-        return logits.to(tokens.device, torch.promote_types(logits.dtype, torch.float32))
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, under the name of the released checkpoints."""
+        return self.model.layers
 
-    def _rotary(self, condition: Condition, slot: int | Tensor, new: int) -> Rotary:
-        """Cosines and sines of the positions of a pass, [n, pairs] or [rows, n, pairs]."""
-        where = pass_slots(slot, new, condition.padding)
-        return self.rotary_cos[where], self.rotary_sin[where]
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """See `Generator.embed_condition`."""
+        assert isinstance(condition, PromptCondition)
+        return self.model.embed_tokens(condition.ids)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """See `Generator.embed_tokens`."""
+        return self.model.embed_tokens(tokens)
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
+        """See `Generator.rotary`; positions count from the first token after the padding."""
+        where = position.index(new, condition.padding)
+        return Rotary(self.rotary_cos[where], self.rotary_sin[where], halves=True)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Generator.logits`; they are float32 or better."""
+        logits = self.lm_head(self.model.norm(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Codes inside of a line, a new line behind it, the end behind the last: see `Generator.constrain`."""
