@@ -26,7 +26,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.randomness import ImageStreams
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, guide_steps
+from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
@@ -188,7 +188,7 @@ class JacobiDecoder:
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
             uncond = self._forward(1, inputs, position, **self._weights(steps))
-        guided, self._rule_states = guide_steps(self.guidance.rule, cond, uncond, self._scales[steps], steps, state)
+        guided, self._rule_states = self.guidance.guide_steps(cond, uncond, self._scales[steps], steps, state)
         return cond, guided
 
     def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class Decoder:
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
-            guided, state = self.guidance.rule.guide(
+            guided, state = self.guidance.guide_step(
                 guided, logits[self.batch :], self._scales[at], step=at, state=self.rule_state
             )
             self._keep(state)
@@ -209,7 +209,7 @@ class Decoder:
             return {}
         perturbation = self.guidance.weak_branch
         self._weights[self.batch :, self.condition.slots :] = perturbation.weights(self.confidence)
-        return targeted(perturbation, self._weights)
+        return attention_weights(perturbation, self._weights)
 
     def _keep(self, state: Tensor | None) -> None:
         """Keep the rule's state in one place: a CUDA graph writes where it read."""
@@ -241,11 +241,11 @@ def query_weights(
         from_start: the pass starts with the condition, whose slots, as queries and as keys, are not weighted.
     """
     leading = condition.slots - 1 if from_start else 0
-    return targeted(perturbation, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
+    return attention_weights(perturbation, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
 
 
-def targeted(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
-    """Hand `weights` to the generator's values, keys or both, as the perturbation's target says."""
+def attention_weights(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments that hand `weights` to values, keys or both, as the target of the perturbation says."""
     names = {"value": ["value"], "key": ["key"], "both": ["value", "key"]}[perturbation.target]
     return {f"{name}_weights": weights for name in names}
 

@@ -97,11 +97,11 @@ class Generator(nn.Module, ABC):
         cache_dtype: what the key/value cache stores, of `nn.kv_cache.CACHES`; None for the dtype of the weights.
         supports_row_positions: whether a pass may start at a slot of its own in each row (`Position.by_row`).
         layer_devices: where each layer computes, if they are spread over several devices.
+        blocks: the transformer blocks in order; each is called as `block(x, layer, context)`.
         conditioning_type: how what users ask for becomes what `condition` takes; None for a generator that is used
             without a `Pipeline`.
         no_split_modules: names of the classes of the layers, for a generator whose layers can be spread over several
             devices; each layer stays whole.
-        blocks: the transformer blocks in order; each is called as `block(x, layer, context)`.
     """
 
     config: Any
