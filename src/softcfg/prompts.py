@@ -182,17 +182,15 @@ def encode_upper_half(image: str | Path | Image, width: int, height: int, tokeni
     from PIL import Image as Images
     from PIL import ImageOps
 
+    from softcfg.images import read_picture
+
     size = (width, height // 2)
     if height % 2 or any(side % tokenizer.patch_size for side in size):
         raise UserError(
             f"the half of a picture of {width} x {height} pixels must be a multiple of {tokenizer.patch_size} pixels"
         )
     if not isinstance(image, Images.Image):
-        try:
-            with Images.open(image) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise UserError(f"image {image} cannot be read: {error}") from None
+        image = read_picture(image)
     pixels = np.asarray(ImageOps.fit(image.convert("RGB"), size, Images.Resampling.LANCZOS), dtype=np.float32) / 255
     codes = tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     return codes.view(size[1] // tokenizer.patch_size, -1)

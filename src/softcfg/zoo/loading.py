@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import ConfigSource, load_config
-from softcfg.errors import CheckpointError, UserError
+from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.prompts import PromptReader
 from softcfg.zoo.files import find_file, require_file
 from softcfg.zoo.reading import read_json, read_state_dict, unwrap
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from softcfg.models.base import Generator
     from softcfg.tokenizers.base import Tokenizer
 
+MOST_TENSORS = 20_000  # of a model
 SHOWN = 4  # names listed in an error message, of each kind
 
 
@@ -172,9 +173,14 @@ def random_weights(
     import torch
 
     module_class, config_class = part.family.classes()
+    config: Any = load_config(config_class, part.config, part.family.sections)
+    _on_meta(module_class, config)  # what is too large is refused before it takes memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module = module_class(load_config(config_class, part.config, part.family.sections))
+        try:
+            module = module_class(config)
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(f"there is no memory for the {part.family.name} {part.family.kind} here") from error
     return module.to(device, dtype).requires_grad_(False).eval()
 
 
@@ -182,17 +188,26 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class WithoutInit(TorchFunctionMode):
-        """Skips initial values: on meta they are void, yet make torch import its compiler, for a second."""
+    class Sparing(TorchFunctionMode):
+        """Skips initial values, which are void on meta yet make torch import its compiler, and bounds what is built."""
+
+        tensors = 0
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if getattr(function, "__module__", "") == "torch.nn.init":
                 return args[0] if args else kwargs["tensor"]
+            self.tensors += function is torch.empty
+            if self.tensors > MOST_TENSORS:
+                raise CheckpointError(f"the configured {module_class.__name__} has more than {MOST_TENSORS:,} tensors")
             return function(*args, **kwargs)
 
-    with torch.device("meta"), WithoutInit():
-        return module_class(config)
+    try:
+        with torch.device("meta"), Sparing():
+            return module_class(config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        problem = clean(str(error).partition("\n")[0], 200)
+        raise CheckpointError(f"the configured {module_class.__name__} cannot be built: {problem}") from error
 
 
 def blank_module(part: Part) -> nn.Module:
@@ -216,15 +231,15 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     misshapen = [name for name, one, other in shared if one.shape != other.shape]
     mistyped = [name for name, one, other in shared if one.is_floating_point() != other.is_floating_point()]
 
-    def listing(what: str, names: list[str], describe: Any = str) -> list[str]:
+    def listing(what: str, names: list[str], describe: Any = _short) -> list[str]:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return [f"{len(names)} {what} ({', '.join(map(describe, names[:SHOWN]))}{more})"] if names else []
 
     def shapes(name: str) -> str:
-        return f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        return f"{_short(name)} is {quote(list(found[name].shape))}, expected {list(expected[name].shape)}"
 
     def dtypes(name: str) -> str:
-        return f"{name} is {found[name].dtype}, expected {expected[name].dtype}"
+        return f"{_short(name)} is {found[name].dtype}, expected {expected[name].dtype}"
 
     return [
         *listing("missing", [name for name in expected if name not in found]),
@@ -232,6 +247,10 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
         *listing("of another shape", misshapen, shapes),
         *listing("of another type", mistyped, dtypes),
     ]
+
+
+def _short(name: str) -> str:
+    return clean(name, 100)
 
 
 def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> str:
