@@ -55,7 +55,7 @@ def _make(path: Path, images: int, batch_size: int, size: int) -> RunFolder:
         count = len(indices)
         shard = Shard(
             number,
-            run.run,
+            run.fingerprint,
             batch_size,
             np.array(indices),
             np.array(run.plan.labels_of(indices)),

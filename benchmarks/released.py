@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.guidance import CFG, Perturbation
 from softcfg.models.alitok import AliTok, AliTokBlock
 from softcfg.models.base import ClassGenerator, Generator
 from softcfg.models.rar import RAR, RARBlock
@@ -114,7 +114,7 @@ class Released:
     def step(self, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draw (or take) the next token of every image; returns the conditional and unconditional logits."""
         done, total = self.tokens.shape[1], self.generator.num_tokens
-        soft = self.guidance if isinstance(self.guidance, SoftCFG) and self.guidance.perturbs else None
+        soft = self.guidance.weak_branch if self.guidance.perturbs else None
         if soft is not None and done > 0:
             self._scale_values(soft)
         rows = torch.cat((self.tokens, self.tokens))
@@ -128,7 +128,7 @@ class Released:
         self.tokens = torch.cat((self.tokens, drawn), dim=1)
         return cond, uncond
 
-    def _scale_values(self, soft: SoftCFG) -> None:
+    def _scale_values(self, soft: Perturbation) -> None:
         """Multiply the cached values of the unconditional half by new weight / previous weight, in place.
 
         The newest token's value is not cached yet when the released code does this, so it stays unscaled for a step.

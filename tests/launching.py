@@ -1,4 +1,4 @@
-"""Runs of the command line in processes that start in a moment: forked from a server that has imported torch."""
+"""Runs, of the command line or of Python, in processes that start in a moment: forked from one that imported torch."""
 
 import multiprocessing
 import os
@@ -6,12 +6,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.process import BaseProcess
 
 PRELOADED = [
     "torch", "torch.distributed", "accelerate.utils", "tqdm", "PIL.Image", "softcfg.cli.main", "softcfg.pipeline",
-    "softcfg.models.alitok", "softcfg.tokenizers.maskgit_vq", "softcfg.runs.worker", "softcfg.runs.processes",
+    "softcfg.models.alitok", "softcfg.tokenizers.maskgit_vq", "softcfg.runs.job", "softcfg.runs.processes",
     "softcfg.tuning", "matplotlib.figure", "launching",
 ]  # fmt: skip
 
@@ -22,9 +22,23 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def _process(rank: int, world: int, port: int, words: Sequence[str]) -> None:
+def command_line(words: Sequence[str]) -> int:
+    """Run `softcfg` with these words."""
     from softcfg.cli.main import main
 
+    return main(words)
+
+
+def python_call(words: Sequence[str]) -> int:
+    """Draw a run as a script of a user does; the words are the model, the folder, and the numbers of images."""
+    from softcfg.runs import RunRequest, draw_run
+
+    model, folder, num_samples, batch_size = words
+    draw_run(RunRequest(model, "random", num_samples=int(num_samples), batch_size=int(batch_size)), folder)
+    return 0
+
+
+def _process(program: Callable[[Sequence[str]], int], rank: int, world: int, port: int, words: Sequence[str]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -33,19 +47,21 @@ def _process(rank: int, world: int, port: int, words: Sequence[str]) -> None:
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-    sys.exit(main(words))
+    sys.exit(program(words))
 
 
 class Job:
     """The processes of one launch, with the environment that torchrun gives them."""
 
-    def __init__(self, world: int, words: Sequence[str]) -> None:
+    def __init__(
+        self, world: int, words: Sequence[str], program: Callable[[Sequence[str]], int] = command_line
+    ) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # before the server starts
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.processes: list[BaseProcess] = [
-            context.Process(target=_process, args=(rank, world, port, list(words))) for rank in range(world)
+            context.Process(target=_process, args=(program, rank, world, port, list(words))) for rank in range(world)
         ]
         for process in self.processes:
             process.start()

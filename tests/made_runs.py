@@ -32,7 +32,7 @@ def shard(run: RunFolder, number: int, size: int = 4) -> Shard:
     numbers = np.random.default_rng(number)
     return Shard(
         number,
-        run.run,
+        run.fingerprint,
         run.plan.batch_size,
         indices,
         np.array(run.plan.labels_of(indices.tolist())),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcfg import CFG, Pipeline, SoftCFG, UserError
+from softcfg import CFG, Pipeline, Sampling, SoftCFG, UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def test_defaults_come_from_the_model(pipe: Pipeline) -> None:
     explicit = pipe([0, 1], SoftCFG(guidance_scale=3.0, guidance_scale_pow=0.5), temperature=0.9)
     assert torch.equal(pipe([0, 1]).tokens, explicit.tokens)
     assert not torch.equal(pipe([0, 1], temperature=3.0).tokens, explicit.tokens)
+    assert torch.equal(pipe([0, 1], sampling=Sampling(0.7, 5)).tokens, pipe([0, 1], temperature=0.7, top_k=5).tokens)
     defaults = {"guidance_scale": 2.0, "schedule": "constant"}
     other = Pipeline(pipe.generator, pipe.tokenizer, sampling_defaults=defaults)
     assert other.default_guidance() == SoftCFG(guidance_scale=2.0, schedule="constant")
@@ -77,6 +78,7 @@ def test_forced_tokens_reach_their_images(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"labels": [1], "sampling": Sampling(), "top_k": 3}, "give sampling or top_k, not both"),
         ({"labels": [4]}, r"labels holds 4, which is outside of 0\.\.3"),
         ({"labels": []}, "at least one class id"),
         ({"labels": 3}, "flat list"),

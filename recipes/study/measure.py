@@ -133,7 +133,7 @@ class Laboratory:
                 labels=labels,
                 tokens=drawn.tokens,
                 guidance=point.guidance,
-                temperature=self.pipeline.sampling().temperature,
+                sampling=self.pipeline.sampling(),
                 value_weights=False,
             )
             found["entropy_gap"].append(measures.entropy_gap(trace))

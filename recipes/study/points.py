@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recipes.study.patches import PatchSoftCFG
 from softcfg import CFG, SoftCFG
+from softcfg.guidance import describe
 
 Row = dict[str, Any]  # of the results
 
@@ -48,8 +49,12 @@ class Point:
 
     def settings(self) -> Row:
         """What tells the point apart, as the results hold it."""
-        guidance = {"method": type(self.guidance).__name__, **asdict(self.guidance)}
-        return {"measure": self.measure, "guidance": guidance, "seed": self.seed, "samples": self.samples}
+        return {
+            "measure": self.measure,
+            "guidance": describe(self.guidance),
+            "seed": self.seed,
+            "samples": self.samples,
+        }
 
 
 def key(settings: Row) -> str:

@@ -5,9 +5,9 @@ The public names below are imported when they are first used, so that `import so
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from softcfg.lazy import lazy_names
 from softcfg.version import __version__
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from softcfg.guidance import CFG, SoftCFG
     from softcfg.inspection import Trace, trace
     from softcfg.pipeline import Pipeline, PipelineOutput
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.job import RunRequest, draw_run
     from softcfg.zoo.loading import load_generator, load_tokenizer
 
 _HOMES = {
@@ -23,10 +25,13 @@ _HOMES = {
     "CheckpointError": "softcfg.errors",
     "Pipeline": "softcfg.pipeline",
     "PipelineOutput": "softcfg.pipeline",
+    "RunFolder": "softcfg.runs.folder",
+    "RunRequest": "softcfg.runs.job",
     "Sampling": "softcfg.decoding",
     "SoftCFG": "softcfg.guidance",
     "Trace": "softcfg.inspection",
     "UserError": "softcfg.errors",
+    "draw_run": "softcfg.runs.job",
     "load_generator": "softcfg.zoo.loading",
     "load_tokenizer": "softcfg.zoo.loading",
     "trace": "softcfg.inspection",
@@ -37,23 +42,21 @@ __all__ = [
     "CheckpointError",
     "Pipeline",
     "PipelineOutput",
+    "RunFolder",
+    "RunRequest",
     "Sampling",
     "SoftCFG",
     "Trace",
     "UserError",
     "__version__",
+    "draw_run",
     "load_generator",
     "load_tokenizer",
     "trace",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'softcfg' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(globals(), _HOMES)
 
 
 def __dir__() -> list[str]:

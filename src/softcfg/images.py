@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ PAD = 2  # pixels between images
 MARGIN = 8
 BACKGROUND = "white"
 INK = "#222222"
+LONGEST_TITLE = 48  # characters
 
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -61,6 +63,11 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def short_title(text: str) -> str:
+    """A prompt, cut to the length of a title."""
+    return textwrap.shorten(text, LONGEST_TITLE, placeholder="…")
+
+
 def grid(
     rows: Sequence[Sequence[Image.Image]],
     *,
@@ -72,7 +79,7 @@ def grid(
 
     Args:
         rows: the images; rows may have different lengths.
-        row_labels: one text a row, or none.
+        row_labels: one text per row, or none.
         min_size: smaller images are enlarged by a whole factor to at least this side, without smoothing.
     """
     width, height = rows[0][0].size

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
+from softcfg.decoding.filtering import one_sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike, as_ids
@@ -23,6 +24,7 @@ from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
 from softcfg.zoo.loading import load_generator, load_prompt_reader, load_tokenizer, random_weights
 from softcfg.zoo.registry import resolve
+from softcfg.zoo.source import ModelSource
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Pipeline:
         classes: names of the classes, where the model has them.
         sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
         prompt_reader: turns prompts into tokens; None for models that draw classes.
+        source: where the model was loaded from, which runs write down; None if it was made in memory.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Pipeline:
         classes: Sequence[str] = (),
         sampling_defaults: Mapping[str, Any] | None = None,
         prompt_reader: PromptReader | None = None,
+        source: ModelSource | None = None,
     ) -> None:
         _require_fit(generator, tokenizer)
         self.generator = generator
@@ -81,6 +85,7 @@ class Pipeline:
         self.classes = tuple(classes)
         self.sampling_defaults = dict(sampling_defaults or {})
         self.prompt_reader = prompt_reader
+        self.source = source
 
     @classmethod
     def from_pretrained(
@@ -133,6 +138,7 @@ class Pipeline:
             classes=entry.classes,
             sampling_defaults=entry.sampling,
             prompt_reader=None if entry.text is None else load_prompt_reader(entry),
+            source=ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize),
         )
 
     @classmethod
@@ -200,9 +206,10 @@ class Pipeline:
         height: int | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         batch_size: int | None = None,
         speculative_jacobi: int = 0,
         forced_tokens: Any = None,
@@ -219,7 +226,8 @@ class Pipeline:
             width, height: of the images of prompts that do not say, in pixels; the model's by default.
             seed, indices: image n of a seed draws from the random stream (seed, n), whatever the batch; the
                 indices are 0 .. B - 1 by default.
-            temperature, top_k, top_p: see `Sampling`; temperature and top-k are the model's by default.
+            sampling: temperature, top-k and top-p; by default those of the model.
+            temperature, top_k, top_p: the same one by one, in place of `sampling`; what is not given is the model's.
             batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
                 one batch size an image is the same to the last bit in whatever batch it is drawn.
             speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
@@ -234,7 +242,7 @@ class Pipeline:
                 that do not fit together.
         """
         guidance = guidance or self.default_guidance()
-        sampling = self.sampling(temperature, top_k, top_p)
+        sampling = one_sampling(sampling, temperature, top_k, top_p, self.sampling)
         inputs, shown = self._inputs(labels, prompts, width, height)
         count = len(inputs)
         indices = list(range(count)) if indices is None else [int(index) for index in indices]

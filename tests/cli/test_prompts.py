@@ -39,7 +39,7 @@ def test_prompts_take_the_place_of_labels(prompt_model_folder: Path, tmp_path: P
     assert run["sampling"]["top_k"] == 15  # the model's own
     # Shards hold what the image tokenizer decodes, and the command makes pixels of it again.
     shard = RunFolder.open(out).read(0)
-    assert np.array_equal(shard.tokens, expected.codes.numpy())
+    assert np.array_equal(shard.codes, expected.codes.numpy())
     assert main(["decode", str(out), "--output-dir", str(tmp_path / "again")]) == 0
     assert np.array_equal(RunFolder.open(tmp_path / "again").read(0).pixels, expected.pixels)
 

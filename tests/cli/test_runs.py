@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import softcfg.runs.progress
 import softcfg.runs.worker
 from made_runs import complete
 from softcfg import Pipeline
@@ -40,13 +41,13 @@ def out(finished: Path, tmp_path: Path) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The indices of all images drawn since."""
     indices: list[int] = []
-    original = softcfg.runs.worker.Artist.draw
+    original = softcfg.runs.worker.BatchDrawer.draw
 
     def draw(self: Any, wanted: Any, *args: Any) -> Any:
         indices.extend(wanted)
         return original(self, wanted, *args)
 
-    monkeypatch.setattr(softcfg.runs.worker.Artist, "draw", draw)
+    monkeypatch.setattr(softcfg.runs.worker.BatchDrawer, "draw", draw)
     return indices
 
 
@@ -58,7 +59,7 @@ def test_shards_hold_what_the_pipeline_draws(model_folder: Path, out: Path) -> N
     expected = Pipeline.from_pretrained(model_folder)([n % 4 for n in range(11)], batch_size=3)
     shards = list(RunFolder.open(out).shards())
     assert np.array_equal(np.concatenate([shard.pixels for shard in shards]), expected.pixels)
-    assert np.array_equal(np.concatenate([shard.tokens for shard in shards]), expected.tokens)
+    assert np.array_equal(np.concatenate([shard.codes for shard in shards]), expected.tokens)
     assert [n for shard in shards for n in shard.indices] == list(range(11))
 
 
@@ -127,7 +128,7 @@ def test_a_second_job_is_refused(model_folder: Path, out: Path, capsys: pytest.C
 
 def end_after(monkeypatch: pytest.MonkeyPatch, shards: int, signum: int) -> None:
     """Send this process a signal in the middle of a shard."""
-    original = softcfg.runs.worker.Progress.update
+    original = softcfg.runs.progress.ProgressWatch.update
     calls = [0]
 
     def update(self: Any, own: float = 0.0) -> None:
@@ -137,7 +138,7 @@ def end_after(monkeypatch: pytest.MonkeyPatch, shards: int, signum: int) -> None
             time.sleep(5)  # the signal arrives here
         original(self, own)
 
-    monkeypatch.setattr(softcfg.runs.worker.Progress, "update", update)
+    monkeypatch.setattr(softcfg.runs.progress.ProgressWatch, "update", update)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -297,7 +298,7 @@ def test_decode_with_another_tokenizer(
     run.shard_path(2).unlink()
     assert main(["decode", str(out), *flags]) == 0  # it continues
     assert run.missing() == []
-    tokens = [np.concatenate([s.tokens for s in RunFolder.open(f).shards()]) for f in (out, tmp_path / "bright")]
+    tokens = [np.concatenate([s.codes for s in RunFolder.open(f).shards()]) for f in (out, tmp_path / "bright")]
     assert np.array_equal(*tokens)
     capsys.readouterr()
     assert main(["decode", str(out), "--output-dir", str(tmp_path / "bright")]) == 2

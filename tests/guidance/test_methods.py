@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from softcfg import CFG, SoftCFG
+from softcfg.guidance import describe
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,8 @@ def test_ranges_are_named() -> None:
 
 def test_presets() -> None:
     assert SoftCFG.paper() == SoftCFG()
-    assert dataclasses.asdict(SoftCFG.paper(guidance_scale=9.0)) == {
+    assert describe(SoftCFG.paper(guidance_scale=9.0)) == {
+        "method": "SoftCFG",
         "guidance_scale": 9.0,
         "guidance_scale_pow": 1.0,
         "schedule": "cosine_power",

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 import softcfg
-from softcfg import CFG, SoftCFG, UserError
+from softcfg import CFG, Sampling, SoftCFG, UserError
 from softcfg.models.base import Generator
 
 
@@ -34,6 +34,8 @@ def test_drawn_tokens_are_those_of_the_pipeline(model_folder: Path) -> None:
     guidance = SoftCFG(guidance_scale=3)
     drawn = pipe([0, 1, 2], guidance, seed=5, temperature=0.8, top_k=7)
     trace = softcfg.trace(pipe.generator, labels=[0, 1, 2], guidance=guidance, seed=5, temperature=0.8, top_k=7)
+    same = softcfg.trace(pipe.generator, labels=[0, 1, 2], guidance=guidance, seed=5, sampling=Sampling(0.8, 7))
+    assert torch.equal(same.confidence, trace.confidence)
     assert torch.equal(trace.tokens, drawn.tokens)
 
 
@@ -98,3 +100,5 @@ def test_tokens_that_do_not_fit(generator: Generator) -> None:
         softcfg.trace(generator, labels=[0], guidance=CFG(), tokens=torch.zeros(1, 16))
     with pytest.raises(UserError, match="outside of"):
         softcfg.trace(generator, labels=[0], guidance=CFG(), tokens=[[20] * 16])
+    with pytest.raises(UserError, match="give sampling or temperature, not both"):
+        softcfg.trace(generator, labels=[0], guidance=CFG(), sampling=Sampling(), temperature=1.0)

@@ -22,20 +22,20 @@ def test_a_shard_comes_back_as_it_was(run: RunFolder) -> None:
     found = run.read(1)
     assert found.indices.tolist() == [4, 5, 6, 7]
     assert found.labels.tolist() == [1, 2, 0, 1]
-    assert found.tokens.dtype == np.int16
+    assert found.codes.dtype == np.int16
     expected = shard(run, 1)
-    assert np.array_equal(found.tokens, expected.tokens)
+    assert np.array_equal(found.codes, expected.codes)
     assert np.array_equal(found.pixels, expected.pixels)
-    assert glance(run.shard_path(2)) == (run.run, 2)
+    assert glance(run.shard_path(2)) == (run.fingerprint, 2)
     assert run.missing() == []
 
 
 def test_large_codebooks(run: RunFolder) -> None:
     large = shard(run, 0)
-    large.tokens[0, 0] = 2**15
+    large.codes[0, 0] = 2**15
     write_shard(run.shard_path(0), large)
-    assert run.read(0).tokens.dtype == np.int32
-    assert run.read(0).tokens[0, 0] == 2**15
+    assert run.read(0).codes.dtype == np.int32
+    assert run.read(0).codes[0, 0] == 2**15
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from softcfg import CFG, Pipeline, Sampling, UserError
 from softcfg.runs.export import write_pngs
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.processes import Processes
+from softcfg.runs.progress import Progress, ProgressBar, ProgressWatch
 from softcfg.runs.shards import write_shard
-from softcfg.runs.worker import Artist, Progress, draw_shards, is_out_of_memory
+from softcfg.runs.worker import BatchDrawer, is_out_of_memory, make_shards
 
 LABELS = [0, 1, 2, 3, 0]
 
@@ -50,27 +51,27 @@ ERRORS = [
 @pytest.mark.parametrize("error", ERRORS)
 def test_out_of_memory_halves_the_batch(pipe: Pipeline, error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     cramped = Cramped(pipe, 2, error)
-    artist = Artist(cramped, CFG(), Sampling(), 0, 5)  # type: ignore[arg-type]
-    drawn = artist.draw(range(5), LABELS)
+    drawer = BatchDrawer(cramped, CFG(), Sampling(), 0, 5)  # type: ignore[arg-type]
+    drawn = drawer.draw(range(5), LABELS)
     assert cramped.tried == [5, 3, 2]
-    assert artist.at_once == 2
+    assert drawer.batch_size == 2
     assert torch.equal(drawn.tokens, pipe(LABELS, CFG(), temperature=1.0).tokens)
-    artist.draw(range(5), LABELS)
+    drawer.draw(range(5), LABELS)
     assert cramped.tried == [5, 3, 2, 2]  # it does not try the larger ones again
     assert "out of memory on cpu; going on with 2 images at once" in capsys.readouterr().err
 
 
 def test_no_memory_at_all(pipe: Pipeline) -> None:
-    artist = Artist(Cramped(pipe, 0, ERRORS[0]), CFG(), Sampling(), 0, 4)  # type: ignore[arg-type]
+    drawer = BatchDrawer(Cramped(pipe, 0, ERRORS[0]), CFG(), Sampling(), 0, 4)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="out of memory with one image at a time on cpu"):
-        artist.draw(range(4), LABELS[:4])
+        drawer.draw(range(4), LABELS[:4])
 
 
 def test_other_errors_are_not_for_want_of_memory(pipe: Pipeline) -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    artist = Artist(Cramped(pipe, 0, RuntimeError("shapes")), CFG(), Sampling(), 0, 4)  # type: ignore[arg-type]
+    drawer = BatchDrawer(Cramped(pipe, 0, RuntimeError("shapes")), CFG(), Sampling(), 0, 4)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="shapes"):
-        artist.draw(range(4), LABELS[:4])
+        drawer.draw(range(4), LABELS[:4])
 
 
 @pytest.fixture
@@ -85,10 +86,10 @@ def processes(rank: int, world: int) -> Processes:
 
 
 def test_ranks_share_the_missing_shards(empty: RunFolder, pipe: Pipeline, tmp_path: Path) -> None:
-    artist = Artist(pipe, CFG(), Sampling(), 0, 4)
+    drawer = BatchDrawer(pipe, CFG(), Sampling(), 0, 4)
     for rank in range(2):
-        written = partial(write_pngs, folder=empty.path) if rank == 0 else None
-        draw_shards(empty, [0, 1, 2], artist, processes(rank, 2), written=written, progress=None)
+        on_shard = partial(write_pngs, folder=empty.path) if rank == 0 else None
+        make_shards(empty, [0, 1, 2], drawer.shards_of(empty), processes(rank, 2), on_shard=on_shard)
         assert empty.missing() == ([1] if rank == 0 else [])
     whole = pipe([n % 4 for n in range(10)], CFG(), batch_size=4, temperature=1.0)
     assert np.array_equal(np.concatenate([shard.pixels for shard in empty.shards()]), whole.pixels)
@@ -96,18 +97,18 @@ def test_ranks_share_the_missing_shards(empty: RunFolder, pipe: Pipeline, tmp_pa
 
 
 def test_a_smaller_batch_is_on_record(empty: RunFolder, pipe: Pipeline) -> None:
-    artist = Artist(Cramped(pipe, 2, ERRORS[0]), CFG(), Sampling(), 0, 4)  # type: ignore[arg-type]
-    draw_shards(empty, [0], artist, Processes(), progress=None)
+    drawer = BatchDrawer(Cramped(pipe, 2, ERRORS[0]), CFG(), Sampling(), 0, 4)  # type: ignore[arg-type]
+    make_shards(empty, [0], drawer.shards_of(empty), Processes())
     assert empty.read(0).drawn_at_once == 2
 
 
 def test_a_vanished_folder_ends_the_run(empty: RunFolder, pipe: Pipeline) -> None:
-    artist = Artist(pipe, CFG(), Sampling(), 0, 4)
+    drawer = BatchDrawer(pipe, CFG(), Sampling(), 0, 4)
     empty.path.rename(empty.path.with_name("elsewhere"))
     with pytest.raises(UserError, match=r"cannot write .*shard-000000\.safetensors: No such file"):
-        draw_shards(empty, [0], artist, Processes(), progress=None)
+        make_shards(empty, [0], drawer.shards_of(empty), Processes())
     with pytest.raises(UserError, match=r"cannot read .*shards"):
-        Progress(empty, [0, 1, 2]).look()
+        ProgressWatch(empty, [0, 1, 2]).look()
 
 
 def test_progress_counts_what_all_processes_did(tmp_path: Path) -> None:
@@ -116,18 +117,22 @@ def test_progress_counts_what_all_processes_did(tmp_path: Path) -> None:
     content = last.read_bytes()
     last.write_bytes(content[:-1])  # torn, and to be drawn again
     run.shard_path(1).unlink()
-    progress = Progress(run, [1, 2])
-    assert (progress.bar.n, progress.bar.total, progress.before) == (4, 10, 4)
-    assert progress.look() == 4
-    progress.update(2.5)
-    assert progress.bar.n == 6
+    reports: list[Progress] = []
+    watch = ProgressWatch(run, [1, 2], reports.append)
+    assert (reports[0].done, reports[0].total, reports[0].before, reports[0].ended) == (4, 10, 4, False)
+    assert watch.look() == 4
+    watch.update(2.5)
+    assert reports[-1].done == 6
     last.write_bytes(content)  # by another process
-    assert progress.look() == 6
-    progress.update(3.9)
-    assert progress.bar.n == 9
+    assert watch.look() == 6
+    watch.update(3.9)
+    assert reports[-1].done == 9
     write_shard(run.shard_path(1), shard(run, 1))
-    progress.wait(processes(0, 2))
-    assert progress.bar.n == 10
+    watch.wait(processes(0, 2))
+    watch.close()
+    assert (reports[-1].done, reports[-1].ended) == (10, True)
+    assert not any(report.ended for report in reports[:-1])
+    assert [report.done for report in reports] == sorted(report.done for report in reports)
 
 
 @pytest.fixture
@@ -148,10 +153,17 @@ def clock_going_backwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("clock_going_backwards")
 def test_a_clock_going_backwards_changes_nothing(empty: RunFolder, pipe: Pipeline) -> None:
-    artist = Artist(pipe, CFG(), Sampling(), 0, 4)
-    progress = Progress(empty, [0, 1, 2])
-    draw_shards(empty, [0, 1, 2], artist, Processes(), progress=progress)
+    drawer = BatchDrawer(pipe, CFG(), Sampling(), 0, 4)
+    reports: list[Progress] = []
+    bar = ProgressBar()
+
+    def show(progress: Progress) -> None:
+        reports.append(progress)
+        bar(progress)
+
+    watch = ProgressWatch(empty, [0, 1, 2], show)
+    make_shards(empty, [0, 1, 2], drawer.shards_of(empty), Processes(), watch=watch)
     assert empty.missing() == []
-    assert progress.bar.n == 10
-    assert progress.seconds > 0
-    assert progress.rate(10) > 0
+    assert reports[-1].done == 10
+    assert reports[-1].seconds > 0
+    assert reports[-1].rate > 0

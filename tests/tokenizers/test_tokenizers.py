@@ -14,6 +14,10 @@ from softcfg.configuration import load_config
 from softcfg.tokenizers import (
     AliTokTokenizer,
     AliTokTokenizerConfig,
+    Emu3VQ,
+    Emu3VQConfig,
+    JanusVQ,
+    JanusVQConfig,
     LlamaGenVQ,
     LlamaGenVQConfig,
     MaskGITVQ,
@@ -70,6 +74,24 @@ LLAMAGEN = {
     "num_groups": 8,
     "image_size": 12,
 }
+JANUS = {
+    "base_channels": 16,
+    "channel_multiplier": [1, 2],
+    "num_res_blocks": 1,
+    "latent_channels": 6,
+    "code_count": 16,
+    "code_dim": 5,
+    "num_groups": 8,
+    "grid_size": 6,
+}
+EMU3 = {
+    "codebook_size": 16,
+    "ch": 32,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [1],
+    "image_size": 12,
+}
 
 
 def maskgit_vq(**changes: Any) -> MaskGITVQ:
@@ -96,7 +118,28 @@ def llamagen_vq(**changes: Any) -> LlamaGenVQ:
     return LlamaGenVQ(load_config(LlamaGenVQConfig, {**LLAMAGEN, **changes}))
 
 
-BUILDERS = {"maskgit-vq": maskgit_vq, "alitok": alitok, "robustok": robustok, "llamagen-vq": llamagen_vq}
+def janus_vq(**changes: Any) -> JanusVQ:
+    torch.manual_seed(0)
+    return JanusVQ(load_config(JanusVQConfig, {**JANUS, **changes}))
+
+
+def emu3_vq(**changes: Any) -> Emu3VQ:
+    torch.manual_seed(0)
+    tokenizer = Emu3VQ(load_config(Emu3VQConfig, {**EMU3, **changes})).eval()
+    for name, parameter in tokenizer.named_parameters():
+        if "conv" in name and parameter.dim() > 1:  # as small as they start, every patch gets the same code
+            parameter.data.mul_(2.5)
+    return tokenizer
+
+
+BUILDERS = {
+    "maskgit-vq": maskgit_vq,
+    "alitok": alitok,
+    "robustok": robustok,
+    "llamagen-vq": llamagen_vq,
+    "janus-vq": janus_vq,
+    "emu3-vq": emu3_vq,
+}
 
 
 @pytest.fixture(params=BUILDERS.values(), ids=BUILDERS)
@@ -125,6 +168,11 @@ def some_pixels(tokenizer: Tokenizer, images: int = 3) -> Tensor:
         (robustok(image_size=20, num_latent_tokens=25), 25, 20),
         (llamagen_vq(), 36, 12),
         (llamagen_vq(ch_mult=[1, 2, 1], image_size=24, num_res_blocks=2), 36, 24),
+        (llamagen_vq(grid_size=5), 25, 10),
+        (janus_vq(), 36, 12),
+        (janus_vq(channel_multiplier=[1, 2, 1], grid_size=4, num_res_blocks=2), 16, 16),
+        (emu3_vq(), 36, 12),
+        (emu3_vq(ch_mult=[1, 1, 2], attn_resolutions=[0, 2], image_size=8, temporal_downsample_factor=8), 4, 8),
     ],
 )
 def test_sizes_follow_the_configuration(tokenizer: Tokenizer, tokens: int, size: int) -> None:
@@ -250,7 +298,10 @@ def test_wrong_tokens(tokens: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (torch.rand(1, 3, 12, 13), r"shape \[B, 3, 12, 12\], got \[1, 3, 12, 13\]"),
+        (
+            torch.rand(1, 3, 12, 13),
+            r"shape \[B, 3, (12, 12\]|H, W\] with H and W multiples of 2), got \[1, 3, 12, 13\]",
+        ),
         (torch.rand(3, 12, 12), r"got \[3, 12, 12\]"),
         (torch.rand(1, 12, 12, 3), r"got \[1, 12, 12, 3\]"),
         (torch.zeros(1, 3, 12, 12, dtype=torch.uint8), "floats, got uint8; divide 8-bit values by 255"),
@@ -264,6 +315,35 @@ def test_wrong_tokens(tokens: Any, message: str) -> None:
 def test_wrong_pixels(build: Any, pixels: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build().encode(pixels)
+
+
+@pytest.mark.parametrize("build", [llamagen_vq, janus_vq, emu3_vq])
+def test_images_of_any_size(build: Any) -> None:
+    tokenizer = build()
+    pixels = torch.rand(2, 3, 8, 14)
+    tokens = tokenizer.encode(pixels)
+    assert tokens.shape == (2, 4 * 7)
+    images = tokenizer.decode(tokens, grid=(4, 7))
+    assert images.shape == pixels.shape
+    assert torch.equal(tokenizer.decode(tokens.view(2, 4, 7)), images)
+    with pytest.raises(UserError, match=r"tokens must have shape \[B, 36\]"):
+        tokenizer.decode(tokens)
+    with pytest.raises(UserError, match=r"tokens must have shape \[B, 27\]"):
+        tokenizer.decode(tokens, grid=(3, 9))
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_half_precision(build: Any) -> None:
+    tokenizer = build().eval()
+    tokens, pixels = some_tokens(tokenizer), some_pixels(tokenizer)
+    raw, latents = tokenizer.decode_raw(tokens), tokenizer.encode_latents(pixels)
+    tokenizer.bfloat16()
+    half, half_latents = tokenizer.decode_raw(tokens), tokenizer.encode_latents(pixels.bfloat16())
+    assert (half.dtype, half_latents.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (half.float() - raw).abs().max() < 0.1 * raw.std() + 0.05
+    assert (half_latents.float() - latents).abs().max() < 0.3 * latents.std()
+    assert tokenizer.decode(tokens).dtype == torch.float32
+    assert tokenizer.encode(pixels).shape == tokens.shape
 
 
 def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:
@@ -298,6 +378,15 @@ def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:
         (llamagen_vq, {"ch": 12}, "ch 12 must be a multiple of num_groups 8"),
         (llamagen_vq, {"image_size": 13}, "image_size 13 must be a multiple of 2"),
         (llamagen_vq, {"output_size": 0}, "output_size must be greater than 0"),
+        (llamagen_vq, {"grid_size": 0}, "grid_size must be greater than 0"),
+        (janus_vq, {"channel_multiplier": [1, 0]}, "channel_multiplier"),
+        (janus_vq, {"base_channels": 12}, "base_channels 12 must be a multiple of num_groups 8"),
+        (janus_vq, {"grid_size": 0}, "grid_size must be greater than 0"),
+        (emu3_vq, {"image_size": 13}, "image_size 13 must be a multiple of 2"),
+        (emu3_vq, {"attn_resolutions": [2]}, "attn_resolutions must list levels from 0 to 1"),
+        (emu3_vq, {"temporal_downsample_factor": 6}, "power of 2"),
+        (emu3_vq, {"z_channels": 8}, r"z_channels 8 must be equal to embed_dim \(4\)"),
+        (emu3_vq, {"num_groups": 16}, "num_groups 32"),
     ],
 )
 def test_wrong_configurations(build: Any, changes: dict[str, Any], message: str) -> None:

@@ -82,8 +82,8 @@ def test_every_setting_can_be_searched_and_reaches_the_methods(pipeline: Pipelin
         "alignment": "successor", "temperature": 1.1, "top_k": 7, "top_p": 0.9,
     }  # fmt: skip
     fields = [field.name for kind in (SoftCFG, Sampling) for field in dataclasses.fields(kind)]
-    assert sorted(fields) == sorted(values)
-    assert sorted(SETTINGS) == sorted([*values, "preset"])
+    assert sorted(fields) == sorted([*values, "rule", "perturbation"])
+    assert sorted(SETTINGS) == sorted([*values, "preset", "rule", "perturbation"])
     guidance, sampling = methods(pipeline, values)
     for name, value in values.items():
         assert getattr(guidance if hasattr(guidance, name) else sampling, name) == value

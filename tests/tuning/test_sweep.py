@@ -21,7 +21,7 @@ from softcfg.evaluation import evaluate
 from softcfg.pipeline import PipelineOutput
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.lock import Lock
-from softcfg.tuning import Range, Sweep, write_results
+from softcfg.tuning import Range, Sweep, SweepConfig, write_results
 from softcfg.tuning.report import pareto_front, write_plots
 from stand_in import extractor
 
@@ -38,14 +38,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def made_up(artist: Any, indices: Sequence[int], labels: Sequence[int], *_: Any) -> PipelineOutput:
+def made_up(drawer: Any, indices: Sequence[int], labels: Sequence[int], *_: Any) -> PipelineOutput:
     """Images that depend on what images of a run depend on, in no time; tests/cli/test_sweep.py draws real ones."""
-    guidance = artist.guidance
+    guidance = drawer.guidance
     pixels = np.empty((len(indices), 8, 8, 3))
     for image, index, label in zip(pixels, indices, labels, strict=True):
-        numbers = np.random.default_rng([artist.seed, index, label])
+        numbers = np.random.default_rng([drawer.seed, index, label])
         spread = 10 + guidance.guidance_scale + 5 * (guidance.confidence == "max")
-        image[:] = 128 + numbers.normal(0, spread, image.shape) + artist.sampling.temperature
+        image[:] = 128 + numbers.normal(0, spread, image.shape) + drawer.sampling.temperature
     tokens = torch.zeros(len(indices), 16, dtype=torch.int64)
     return PipelineOutput(torch.tensor(labels), list(indices), tokens, tokens, pixels.clip(0, 255).astype(np.uint8))
 
@@ -55,11 +55,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The settings and the index of every image drawn since."""
     calls: list[tuple[str, int]] = []
 
-    def draw(artist: Any, indices: Sequence[int], *rest: Any) -> PipelineOutput:
-        calls.extend((str(artist.guidance), index) for index in indices)
-        return made_up(artist, indices, *rest)
+    def draw(drawer: Any, indices: Sequence[int], *rest: Any) -> PipelineOutput:
+        calls.extend((str(drawer.guidance), index) for index in indices)
+        return made_up(drawer, indices, *rest)
 
-    monkeypatch.setattr(softcfg.runs.worker.Artist, "draw", draw)
+    monkeypatch.setattr(softcfg.runs.worker.BatchDrawer, "draw", draw)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # these tests outlive no machine
     return calls
 
@@ -69,9 +69,10 @@ def make(model_folder: Path, reference: Path) -> Maker:
     pipeline = Pipeline.from_pretrained(model_folder)
 
     def make_sweep(folder: Path, search: Any = SEARCH, **settings: Any) -> Sweep:
-        usual = {"num_samples": SAMPLES, "batch_size": BATCH, "metrics": ["inception_score"], "pipeline": pipeline}
-        given = {**usual, "reference": reference, "extractor": extractor(), **settings}
-        return Sweep(folder, model_folder, search, **given)
+        where = {name: settings.pop(name) for name in ("storage", "study") if name in settings}
+        usual = {"num_samples": SAMPLES, "batch_size": BATCH, "metrics": ["inception_score"]}
+        given = {"search": search, **usual, "reference": reference, "extractor": extractor(), **settings}
+        return Sweep.open(folder, SweepConfig(pipeline, **given), **where)
 
     return make_sweep
 
@@ -86,7 +87,7 @@ def test_a_row_is_a_run_that_its_command_draws_again(make: Maker, tmp_path: Path
         again = tmp_path / f"again-{row.trial}"
         assert main([*shlex.split(row.command)[1:], "--output-dir", str(again)]) == 0
         runs = RunFolder.open(sweep.trial_folder(row.trial)), RunFolder.open(again)
-        assert runs[0].run == runs[1].run
+        assert runs[0].fingerprint == runs[1].fingerprint
         assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(runs[0].shards(), runs[1].shards(), strict=True))
         assert runs[0].settings["guidance"]["guidance_scale"] == row.settings["guidance_scale"]
         assert runs[0].settings["guidance"]["interval"] == (row.settings["interval"] and [2, 9])
@@ -173,7 +174,7 @@ def test_a_sweep_that_died_anywhere_ends_with_the_same_table(
 
     for owner, name in (
         (softcfg.tuning.sweep, "evaluate"),
-        (softcfg.tuning.sweep, "draw_shards"),
+        (softcfg.tuning.sweep, "draw_run"),
         (softcfg.tuning.space.Space, "store"),
         (optuna.trial.Trial, "report"),
         (optuna.Study, "tell"),
@@ -226,7 +227,7 @@ def test_images_can_be_discarded(make: Maker, tmp_path: Path) -> None:
 def test_a_trial_of_another_machine_is_waited_for_or_taken_up(
     make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(softcfg.tuning.sweep, "GRACE", 2.0)
+    monkeypatch.setattr(softcfg.tuning.sweep, "SECONDS_OF_GRACE", 2.0)
     sweep = make(tmp_path / "sweep", sampler="random")
     owner = {"host": "elsewhere", "pid": 1, "folder": "/gone", "beat": time.time()}
     sweep.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"owner": owner}))
@@ -260,7 +261,7 @@ def test_a_trial_that_another_machine_finished_meanwhile_is_left_as_it_is(
     make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = make(tmp_path / "sweep")
-    original = softcfg.tuning.sweep.draw_shards
+    original = softcfg.tuning.sweep.draw_run
 
     def finished_elsewhere(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
@@ -270,7 +271,7 @@ def test_a_trial_that_another_machine_finished_meanwhile_is_left_as_it_is(
             trial.report(12.5, SAMPLES)
             sweep.study.tell(trial, 12.5)
 
-    monkeypatch.setattr(softcfg.tuning.sweep, "draw_shards", finished_elsewhere)
+    monkeypatch.setattr(softcfg.tuning.sweep, "draw_run", finished_elsewhere)
     sweep.run(2)
     assert [row.trial for row in sweep.rows()] == [0, 1]
     assert sweep.rows()[0].metrics == {"fid": 12.5, "inception_score": 2.0}
@@ -329,6 +330,18 @@ def test_a_storage_out_of_reach(make: Maker, tmp_path: Path, monkeypatch: pytest
         make(tmp_path / "sweep", storage="mysql://me:secret@host/name")
     with pytest.raises(UserError, match=r"cannot be used: .*unable to open database file"):
         make(tmp_path / "sweep", storage=f"sqlite:///{tmp_path}/gone/study.db")
+
+
+def test_the_call_of_the_last_release_still_works(
+    make: Maker, model_folder: Path, reference: Path, tmp_path: Path
+) -> None:
+    settings = {"num_samples": SAMPLES, "batch_size": BATCH, "metrics": ["inception_score"], "fixed": None}
+    with pytest.warns(DeprecationWarning, match=r"use Sweep\.open"):
+        old = Sweep(
+            tmp_path / "sweep", model_folder, SEARCH, reference=reference, extractor=extractor(), device="cpu",
+            study="name", **settings,
+        )  # fmt: skip
+    assert old.settings == make(tmp_path / "sweep", study="name").settings
 
 
 def test_the_front_against_brute_force() -> None:

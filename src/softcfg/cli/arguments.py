@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import re
-import textwrap
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError, quote
 from softcfg.files import read_text
+from softcfg.guidance import CFG, PRESETS, Setting, all_settings, compose, settings_of
 
 if TYPE_CHECKING:
     import torch
 
-    from softcfg.decoding import Sampling
-    from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
 
 
-LONGEST_TITLE = 48  # characters
 LARGEST_LIST = 1 << 24  # bytes of a file of labels or prompts
 MOST_PROMPTS = 100_000
 
@@ -63,65 +62,58 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
 
 
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
-    """Guidance and token sampling; the names are those of the released code."""
+    """Guidance and token sampling: a flag for every setting; the names are those of the released code."""
     group = parser.add_argument_group("guidance")
-    group.add_argument(
-        "--guidance-scale",
-        type=float,
-        metavar="G",
-        help="full guidance scale; 0 or 1: no guidance (default: the model's own)",
-    )
-    group.add_argument(
-        "--guidance-scale-pow",
-        type=float,
-        metavar="K",
-        help="power of the cosine ramp from 1 to G (default: the model's own)",
-    )
-    group.add_argument("--schedule", help="cosine_power, constant or linear (default: the model's own)")
-    group.add_argument(
-        "--interval",
-        type=parse_interval,
-        metavar="START-STOP",
-        help="guide in the steps START <= step < STOP alone, such as 32-192 (default: in all)",
-    )
-    group.add_argument(
-        "--softcfg-strength",
-        type=float,
-        metavar="P",
-        help="exponent of the weights; 0: plain CFG (default: 1)",
-    )
-    group.add_argument(
-        "--step-norm",
-        action=argparse.BooleanOptionalAction,
-        help="Step Normalisation: spend a fixed budget at every step (default: on)",
-    )
+    known = all_settings().values()
+    for setting in known:
+        if setting.part is None:
+            _add_setting(group, setting)
     group.add_argument(
         "--preset",
-        choices=("paper", "released"),
+        choices=tuple(PRESETS),
         help="SoftCFG as the paper defines it (default) or as the released code computes it",
     )
-    group.add_argument("--confidence", help="max, sampled, entropy or margin (default: the preset's)")
-    group.add_argument("--target", help="what the weights scale: value, key or both (default: value)")
-    group.add_argument("--alignment", help="own or successor (default: the preset's)")
-    group.add_argument(
-        "--softcfg-floor", type=float, metavar="W", help="least weight, in [0, 1] (default: the preset's)"
-    )
-    group.add_argument(
-        "--softcfg-eps", type=float, metavar="E", help="added to the sum of confidences (default: the preset's)"
-    )
+    for setting in known:
+        if setting.part is not None:
+            _add_setting(group, setting)
     group = parser.add_argument_group("token sampling")
-    group.add_argument("--temperature", type=float, help="divides the logits, > 0 (default: the model's own)")
-    group.add_argument(
-        "--top-k", type=int, metavar="K", help="keep the K most likely codes; 0: all (default: the model's own)"
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="keep codes up to this total probability; 1: all (default)",
-    )
+    for setting in settings_of(Sampling).values():
+        _add_setting(group, setting)
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
+
+
+def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    """The flag of a setting, None where it is not given; the setting itself checks the value later."""
+    what = [part for part in (setting.help, _listed(setting.choices or ())) if part]
+    if setting.part is not None and setting.flag.startswith(f"--{setting.part[1]}-"):
+        what = [f"of the {setting.part[0]} {setting.part[1]}", *what]
+    words = f"{': '.join(what)} (default: {_usual(setting)})"
+    options: dict[str, Any] = {"help": words.replace("%", "%%")}
+    if setting.kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = parse_interval if setting.kind is tuple else setting.kind
+        options["metavar"] = setting.metavar
+    group.add_argument(setting.flag, **options)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *some, last = [*names] or [""]
+    return f"{', '.join(some)} or {last}" if some else last
+
+
+def _usual(setting: Setting) -> str:
+    """The default of a setting, as help says it."""
+    if setting.of_model:
+        return "the model's own"
+    values = {getattr(preset(), setting.name, setting.default) for preset in PRESETS.values()}
+    if len(values) > 1:
+        return "the preset's"
+    if setting.kind is bool:
+        return "on" if setting.default else "off"
+    if setting.kind is tuple:
+        return "in all"
+    return f"{setting.default:g}" if setting.kind is float else str(setting.default)
 
 
 def parse_interval(text: str) -> tuple[int, int]:
@@ -179,30 +171,24 @@ def load_pipeline(
 
 
 def guidance_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the guidance method that the arguments give a value."""
-    chosen = {
-        "guidance_scale": args.guidance_scale,
-        "guidance_scale_pow": args.guidance_scale_pow,
-        "schedule": args.schedule,
-        "interval": args.interval,
-        "strength": args.softcfg_strength,
-        "step_norm": args.step_norm,
-        "confidence": args.confidence,
-        "target": args.target,
-        "alignment": args.alignment,
-        "floor": args.softcfg_floor,
-        "eps": args.softcfg_eps,
-    }
-    return {name: value for name, value in chosen.items() if value is not None}
+    """The settings of guidance that the arguments give a value, by name; see `softcfg.guidance.compose`."""
+    return _given(args, all_settings().values())
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `Sampling` that the arguments give a value."""
+    return _given(args, settings_of(Sampling).values())
+
+
+def _given(args: argparse.Namespace, settings: Iterable[Setting]) -> dict[str, Any]:
+    values = {setting.name: getattr(args, setting.dest) for setting in settings}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
-    """The guidance method that the arguments ask for, with the model's scale, power and schedule as defaults."""
-    from softcfg.guidance import SoftCFG
-
-    preset = SoftCFG.released if args.preset == "released" else SoftCFG.paper
+    """The guidance that the arguments ask for, with the model's scale, power and schedule as defaults."""
     try:
-        return pipeline.default_guidance(preset, **guidance_settings(args))
+        return pipeline.default_guidance(compose, preset=args.preset, **guidance_settings(args))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -214,7 +200,7 @@ def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
     args.seed = 0 if args.seed is None else args.seed
     check_word(args.seed, "seed")
     try:
-        return pipeline.sampling(args.temperature, args.top_k, args.top_p)
+        return pipeline.sampling(**sampling_settings(args))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -261,6 +247,7 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
 
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
     """What the generator is conditioned on, one an image: class ids or prompts; and a short name for each."""
+    from softcfg.images import short_title
     from softcfg.prompts import as_prompts
 
     prompts = parse_prompts(args, pipeline)
@@ -269,16 +256,11 @@ def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any
         width, height = image_size(args, pipeline)
         asked = as_prompts(prompts, width, height)
         read = pipeline.prompt_reader.read(asked, pipeline.generator, pipeline.tokenizer)
-        return list(read), [short(prompt) for prompt in prompts]
+        return list(read), [short_title(prompt) for prompt in prompts]
     if args.labels is None:
         raise UserError(f"{pipeline.name} draws classes: give them with --labels")
     labels = parse_labels(args.labels, pipeline)
     return labels, [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
-
-
-def short(prompt: str) -> str:
-    """A prompt as the title of its images."""
-    return textwrap.shorten(prompt, LONGEST_TITLE, placeholder="…")
 
 
 def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.cli import arguments, drawing
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
     from softcfg.runs.folder import RunFolder
-    from softcfg.runs.processes import Processes
-    from softcfg.runs.shards import Shard
-    from softcfg.tokenizers.base import Tokenizer
 
 DESCRIPTION = """\
 Decode the tokens of a run again, for example with another tokenizer, into the folder of a new run.
@@ -53,93 +49,34 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from softcfg.runs.processes import Processes
-
-    with termination_raises():
-        processes = Processes(args.device)
-        try:
-            return _run(args, processes)
-        finally:
-            processes.leave()
-
-
-def _run(args: argparse.Namespace, processes: Processes) -> int:
-    import torch
-
-    from softcfg.runs.export import export_npz, export_pngs, npz_beside
+    from softcfg.runs.export import export_npz, export_pngs, npz_beside, write_pngs
     from softcfg.runs.folder import RunFolder
-    from softcfg.runs.lock import Lock
-    from softcfg.runs.shards import write_shard
-    from softcfg.runs.worker import Progress
-    from softcfg.zoo.files import require_file
-    from softcfg.zoo.loading import load_tokenizer
-    from softcfg.zoo.reading import hash_weights
-    from softcfg.zoo.registry import resolve
+    from softcfg.runs.job import decode_run
+    from softcfg.runs.processes import Processes
+    from softcfg.runs.progress import ProgressBar
 
-    source = RunFolder.open(args.folder)
     folder = Path(args.output_dir)
-    if folder.resolve() == source.path.resolve():
-        raise UserError(f"--output-dir {folder} is the run itself; give another folder")
-    entry = resolve(args.tokenizer or source.settings["model"])
-    config = entry.tokenizer.config if args.tokenizer else source.settings["tokenizer"]["config"]
-    checkpoint = args.tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
-    chosen = arguments.parse_device(str(processes.device)) if processes.device else None
-    device = chosen or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(entry, config, checkpoint, device)
-    locks: list[Lock] = []
 
-    def claim() -> tuple[dict[str, Any], list[int]]:
-        settings = {
-            **source.settings,
-            "tokenizer": {
-                "family": entry.tokenizer.family.name,
-                "config": dict(config),
-                "sha256": hash_weights(checkpoint),
-            },
-            "decoded_from": str(source.path.resolve()),
-            "command": shlex.join(["softcfg", *args.words]),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        locks.append(Lock(folder))
-        target = RunFolder.claim(folder, settings, overwrite=args.overwrite)
-        return target.settings, target.missing()
-
-    settings, todo = processes.agree(claim)
-    target = RunFolder(folder, settings)
-    progress = Progress(target, todo) if processes.first else None
-    for number in todo[processes.rank :: processes.world]:
-        write_shard(target.shard_path(number), _decoded(source.require(number), tokenizer, target))
-        if progress is not None:
-            progress.look()
-    if progress is not None:
-        progress.wait(processes)
-        progress.close()
+    def finish(run: RunFolder) -> None:
         if args.png:
-            export_pngs(target, folder)
-        print(f"{target.plan.num_samples} images decoded in {folder}")
+            export_pngs(run, folder, absent_only=True)
+        print(f"{run.plan.num_samples} images decoded in {folder}")
         if args.npz:
             path = npz_beside(folder)
-            print(f"{path}: arr_0 uint8 {list(export_npz(target, path))}")
-    for lock in locks:
-        lock.release()
+            print(f"{path}: arr_0 uint8 {list(export_npz(run, path))}")
+
+    with termination_raises(), Processes(args.device) as processes:
+        arguments.parse_device(args.device)
+        decode_run(
+            RunFolder.open(args.folder),
+            folder,
+            model=args.tokenizer,
+            tokenizer_checkpoint=args.tokenizer_checkpoint,
+            processes=processes,
+            overwrite=args.overwrite,
+            command=drawing.command_of(args),
+            on_shard=functools.partial(write_pngs, folder=folder) if args.png else None,
+            on_progress=ProgressBar(),
+            on_finish=finish,
+        )
     return 0
-
-
-def _decoded(shard: Shard, tokenizer: Tokenizer, target: RunFolder) -> Shard:
-    """The shard with new pixels; a partial batch is padded as when it was drawn."""
-    import dataclasses
-
-    import numpy as np
-
-    from softcfg.runs.plan import Prompts
-
-    count = len(shard.tokens)
-    grid = None
-    if (prompts := Prompts.of(target.settings)) is not None:
-        grid = (prompts.height // tokenizer.patch_size, prompts.width // tokenizer.patch_size)
-    padded = np.concatenate([shard.tokens, shard.tokens[-1:].repeat(target.plan.batch_size - count, axis=0)])
-    pixels = [
-        tokenizer.to_uint8(tokenizer.decode(padded[start : start + shard.drawn_at_once], grid)).cpu().numpy()
-        for start in range(0, count, shard.drawn_at_once)
-    ]
-    return dataclasses.replace(shard, run=target.run, pixels=np.concatenate(pixels)[:count])

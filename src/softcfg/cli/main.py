@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from softcfg import plugins
 from softcfg.cli import bench, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
 from softcfg.cli import eval as evaluation
 from softcfg.errors import UserError, clean
@@ -37,8 +38,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softcfg {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in COMMANDS:
-        command.add_parser(commands)
+    try:
+        for command in COMMANDS:
+            command.add_parser(commands)
+        for command in commands.choices.values():
+            command.add_argument(
+                plugins.OPTION,
+                action="append",
+                metavar="MODULE",
+                help="import this module or .py file first, for what it registers; may be repeated",
+            )
+    except argparse.ArgumentError as error:  # of a setting that a plugin registered
+        raise UserError(f"{error.message}; give the rule or perturbation with that setting another name") from None
     return parser
 
 
@@ -48,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    args = build_parser().parse_args(_rewritten(words))
-    args.words = words
     try:
+        plugins.load_all(words)
+        args = build_parser().parse_args(_rewritten(words))
+        args.words = words
         return args.run(args)
     except UserError as error:
         print(f"softcfg: error: {error}", file=sys.stderr)

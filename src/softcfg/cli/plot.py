@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from softcfg.guidance import CFG
     from softcfg.inspection.trace import Trace
     from softcfg.pipeline import Pipeline
 
@@ -74,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     import torch
 
-    from softcfg.guidance import CFG
     from softcfg.inspection import trace
 
     pipeline = arguments.load_pipeline(args)
@@ -103,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
             labels=inputs,
             guidance=method,
             tokens=tokens,
+            sampling=sampling,
             seed=args.seed,
             value_weights=False,
-            **dataclasses.asdict(sampling),
         )
 
     def of_codes(made: Trace) -> Trace:
@@ -119,10 +118,8 @@ def run(args: argparse.Namespace) -> int:
         if name == "confidence":
             figure = plots.plot_confidence(main, pixels, names=names)
         elif name == "gap":
-            plain = CFG(**{field.name: getattr(guidance, field.name) for field in dataclasses.fields(CFG)})
-            figure = plots.plot_gap(
-                {"CFG": of_codes(traced(plain)), "SoftCFG": main} if guidance.perturbs else {"CFG": main}
-            )
+            curves = {"CFG": main if guidance.is_plain else of_codes(traced(guidance.plain()))}
+            figure = plots.plot_gap(curves if guidance.is_plain else {**curves, guidance.title: main})
         elif name == "budget":
             figure = plots.plot_budget(main)
         elif name == "weights":

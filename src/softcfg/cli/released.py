@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from softcfg.configuration import dotted, parse_yaml, read_yaml
+from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
+from softcfg.guidance import SoftCFG, settings_of
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, ModelEntry, Part, resolve
 
 NUM_SAMPLES = 50_000
 # Released name -> the argument that it sets.
 SAMPLING = {
-    "model.generator.guidance_scale": "guidance_scale",
-    "model.generator.guidance_scale_pow": "guidance_scale_pow",
-    "model.generator.softcfg_strength": "softcfg_strength",
-    "model.generator.step_norm": "step_norm",
-    "model.generator.randomize_temperature": "temperature",
+    f"model.generator.{setting.released}": setting.dest
+    for owner in (SoftCFG, Sampling)
+    for setting in settings_of(owner).values()
+    if setting.released
+} | {
     "model.generator.seed": "seed",
     "experiment.output_dir": "output_dir",
     "experiment.generator_checkpoint": "generator_checkpoint",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError, clean
+
+if TYPE_CHECKING:
+    from softcfg.runs.folder import RunFolder
 
 DESCRIPTION = """\
 Look at, check and export the folder that 'softcfg sample' filled.
@@ -70,7 +73,7 @@ def status(args: argparse.Namespace) -> int:
     busy = holder(run.path)
     print(f"at work: {busy}" if busy else "at work: nobody")
     if left and not busy:
-        print(clean(f"continue with: {settings.get('command', '')}"))
+        print(clean(f"continue with: {_command(run)}"))
     return 0
 
 
@@ -112,7 +115,7 @@ def verify(args: argparse.Namespace) -> int:
     if damaged and not args.discard:
         print(f"remove the damaged shards with: softcfg runs verify {run.path} --discard")
     elif damaged or missing or altered:
-        print(clean(f"draw what is missing with: {run.settings.get('command', '')}"))
+        print(clean(f"draw what is missing with: {_command(run)}"))
     return 1 if damaged or missing or altered else 0
 
 
@@ -133,7 +136,11 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shards(run: Any) -> str:
+def _command(run: RunFolder) -> str:
+    return run.settings.get("command") or "the same call of softcfg.draw_run"
+
+
+def _shards(run: RunFolder) -> str:
     return f"{run.plan.num_shards} shards of {run.plan.batch_size} images"
 
 

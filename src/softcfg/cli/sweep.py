@@ -116,16 +116,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("sweeps need optuna; install it with: pip install 'softcfg[tune]'") from None
     from softcfg.runs.processes import Processes
 
-    with termination_raises():
-        processes = Processes(args.device)
+    with termination_raises(), Processes(args.device) as processes:
         try:
             return _run(args, processes)
         except KeyboardInterrupt:
             if processes.first:
                 print("softcfg: stopped; the same command continues the sweep", file=sys.stderr)
             raise
-        finally:
-            processes.leave()
 
 
 def _run(args: argparse.Namespace, processes: Processes) -> int:
@@ -135,7 +132,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     sweep = _sweep(args, processes)
     table = Table(sweep)
     if processes.first:
-        print(f"{sweep.objective} of {sweep.num_samples} samples, {sweep.sampler}, in {sweep.folder}")
+        print(f"{sweep.objective} of {sweep.config.num_samples} samples, {sweep.config.sampler}, in {sweep.folder}")
         print(table.header, flush=True)
 
     def show(row: Row) -> None:
@@ -150,11 +147,10 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 
 
 def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
-
     from softcfg.evaluation import load_extractor
     from softcfg.evaluation.features import cache_folder
     from softcfg.runs.plan import RANDOM
-    from softcfg.tuning import Sweep, parse_search
+    from softcfg.tuning import Sweep, SweepConfig, parse_search
 
     search = parse_search(args.search)
     try:
@@ -170,13 +166,11 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         labels = RANDOM
     elif args.labels.strip().lower() != "all":
         labels = arguments.parse_labels(args.labels, pipeline)
-    fixed = arguments.guidance_settings(args)
-    given = {"preset": args.preset, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    usual = {"top_k": 0, "top_p": 1.0}
-    fixed |= {name: value for name, value in given.items() if value is not None and value != usual.get(name)}
-    return Sweep(
-        args.output_dir,
-        args.model,
+    fixed = {**arguments.guidance_settings(args), **arguments.sampling_settings(args)}
+    if args.preset is not None:
+        fixed["preset"] = args.preset
+    config = SweepConfig(
+        pipeline,
         search,
         fixed=fixed,
         objective=args.objective.replace("-", "_"),
@@ -192,14 +186,9 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         early_stop=args.early_stop,
         rungs=rungs,
         discard_images=args.discard_images,
-        storage=args.storage,
-        study=args.study,
-        pipeline=pipeline,
-        dtype=pipeline.generator.dtype,
-        generator_checkpoint=args.generator_checkpoint,
-        tokenizer_checkpoint=args.tokenizer_checkpoint,
         cache=args.cache_dir or cache_folder(),
     )
+    return Sweep.open(args.output_dir, config, storage=args.storage, study=args.study)
 
 
 def _finish(sweep: Sweep, table: Any) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.cli import arguments, sample
+from softcfg.cli import arguments, drawing
 from softcfg.errors import UserError
 from softcfg.files import make_folder, remove_temporary
 from softcfg.runs.signals import termination_raises
-from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES, Suite
+from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES
 
 if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
-    from softcfg.runs.folder import RunFolder
-    from softcfg.runs.shards import Shard
+    from softcfg.runs.job import DrawnRun
 
 DESCRIPTION = """\
 Draw four images for every prompt of a benchmark, laid out as its own scorer expects.
@@ -63,11 +62,12 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run, track=None, speculative_jacobi=0)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from softcfg.runs.plan import Prompts
     from softcfg.runs.processes import Processes
 
     suite = SUITES[args.suite](args.prompts)
@@ -76,11 +76,8 @@ def run(args: argparse.Namespace) -> int:
             f"--batch-size must be a multiple of {IMAGES_PER_PROMPT}, the images of a prompt, got {args.batch_size}"
         )
     pictures = Path(args.output_dir).absolute()
-    args.output_dir = str(pictures.with_name(f"{pictures.name}.run"))
 
-    def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
-        from softcfg.runs.plan import Prompts
-
+    def subjects(pipeline: Pipeline) -> dict[str, Any]:
         if pipeline.prompt_reader is None:
             raise UserError(f"{pipeline.name} draws classes, not texts; t2i-bench is for text-to-image models")
         width, height = arguments.image_size(args, pipeline)
@@ -88,36 +85,24 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"the scorer of DPG-Bench takes square images, got {width} x {height}")
         for folder in {path.parent for number in range(len(suite.prompts)) for path in suite.files(pictures, number)}:
             remove_temporary(folder)
-        prompts = Prompts(tuple(suite.prompts), width, height)
-        prompts.check(pipeline)
         return {
             "labels": [number for number in range(len(suite.prompts)) for _ in range(IMAGES_PER_PROMPT)],
-            "num_samples": IMAGES_PER_PROMPT * len(suite.prompts),
-            "prompts": prompts,
+            "prompts": Prompts(tuple(suite.prompts), width, height),
         }
 
-    def writer(args: argparse.Namespace, run: RunFolder) -> Callable[[Shard], None]:
-        make_folder(pictures)
-        return lambda shard: write(suite, shard, pictures)
-
-    def finish(args: argparse.Namespace, drawn: sample.Drawn) -> None:
-        for number in range(drawn.run.plan.num_shards):
-            prompts = {index // IMAGES_PER_PROMPT for index in drawn.run.plan.indices(number)}
-            if not all(suite.is_written(pictures, prompt) for prompt in prompts):
-                write(suite, drawn.run.require(number), pictures)
+    def finish(drawn: DrawnRun) -> None:
+        suite.write_missing(pictures, drawn.run)
         print(f"{drawn.images} images in {drawn.seconds:.1f} s; all of {len(suite.prompts)} prompts are in {pictures}")
         print(f"score them with: {suite.scorer.format(folder=pictures, size=drawn.run.settings['width'])}")
 
-    with termination_raises():
-        processes = Processes(args.device)
-        try:
-            sample.draw(args, processes, subjects, writer, finish)
-        finally:
-            processes.leave()
+    with termination_raises(), Processes(args.device) as processes:
+        drawing.draw(
+            args,
+            processes,
+            pictures.with_name(f"{pictures.name}.run"),
+            subjects,
+            on_start=lambda run: make_folder(pictures),
+            on_shard=functools.partial(suite.write_shard, pictures),
+            on_finish=finish,
+        )
     return 0
-
-
-def write(suite: Suite, shard: Shard, folder: Path) -> None:
-    """Write the pictures of a shard, which holds all images of its prompts."""
-    for start in range(0, len(shard.labels), IMAGES_PER_PROMPT):
-        suite.write(folder, int(shard.labels[start]), list(shard.pixels[start : start + IMAGES_PER_PROMPT]))

@@ -70,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
         labels=inputs,
         tokens=tokens,
         guidance=guidance,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        sampling=sampling,
         seed=args.seed,
         value_weights=args.value_weights,
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from softcfg.guidance.settings import check, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+from softcfg.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,20 +28,27 @@ class Sampling:
         ValueError: a setting is out of its range; the message names it.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = setting(
+        1.0,
+        low=0,
+        above=True,
+        help="divides the logits, > 0",
+        of_model=True,
+        released="randomize_temperature",
+        shown=(0.1, 2.0),
+    )
+    top_k: int = setting(0, low=0, off=0, help="keep the K most likely codes; 0: all", metavar="K", of_model=True)
+    top_p: float = setting(
+        1.0, low=0, above=True, high=1, off=1, help="keep codes up to this total probability; 1: all", metavar="P"
+    )
 
     def __post_init__(self) -> None:
-        if not _is_real(self.temperature) or not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number > 0, got {self.temperature!r}")
-        if not isinstance(self.top_k, numbers.Integral) or isinstance(self.top_k, bool) or self.top_k < 0:
-            raise ValueError(f"top_k must be an integer >= 0 (0: off), got {self.top_k!r}")
-        if not _is_real(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] (1: off), got {self.top_p!r}")
+        check(self)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Distribution [..., V] that tokens are drawn from, float32, zero for codes that were filtered out."""
+        import torch
+
         logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
@@ -51,6 +63,31 @@ class Sampling:
         return probabilities
 
 
+def one_sampling(
+    sampling: Sampling | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    default: Callable[..., Sampling] = Sampling,
+) -> Sampling:
+    """The settings of a call that takes them as one object or one by one.
+
+    Args:
+        temperature, top_k, top_p: what was given one by one; None where nothing was.
+        default: fills in what was not given.
+
+    Raises:
+        UserError: both forms are given.
+    """
+    loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {name: value for name, value in loose.items() if value is not None}
+    if sampling is None:
+        return default(**given)
+    if given:
+        raise UserError(f"give sampling or {', '.join(given)}, not both")
+    return sampling
+
+
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Draw one token from each distribution by inverse CDF.
 
@@ -61,12 +98,10 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         int64 [...]. A code of probability zero is never drawn.
     """
+    import torch
+
     cdf = probabilities.double().cumsum(dim=-1)
     total = cdf[..., -1:]
     # u * total may round up to the total itself, behind the last possible code.
     threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

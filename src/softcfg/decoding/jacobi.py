@@ -26,7 +26,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.randomness import ImageStreams
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.guidance import CFG, guide_steps
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.linear import prepared_linear_layers
 
@@ -50,7 +50,7 @@ def jacobi_decode(
 
     Args:
         labels: B class ids, or what else the generator is conditioned on.
-        guidance: `CFG` or `SoftCFG`.
+        guidance: `CFG`, `SoftCFG` or one of another rule.
         streams: of the B images.
         window: n >= 1, positions in a pass; 1 is token by token.
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
@@ -88,7 +88,7 @@ class JacobiDecoder:
     Attributes:
         batch: B, images.
         window: n, positions in a pass.
-        rows_at_once: rows of a pass through the generator; with SoftCFG each branch has a pass of its own.
+        rows_at_once: rows of a pass through the generator; with a perturbation each branch has a pass of its own.
         tokens: int64 [B, T], the settled tokens and behind them the drafts.
         settled: int64 [B], how many tokens of each row are settled.
     """
@@ -122,6 +122,8 @@ class JacobiDecoder:
         self._start = self.settled - self.window
         self._probabilities = torch.zeros(self.batch, self.window, generator.vocab_size, device=device)
         self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, device=device)
+        # What the guidance's rule keeps over the steps, before the window and after each of its positions.
+        self._rule_states: Tensor | None = None
 
     def advance(self, uniforms: Tensor) -> None:
         """Settle at least one more token of every row that is not done.
@@ -132,12 +134,15 @@ class JacobiDecoder:
         keeping, redrawing, drafting = uniforms.unflatten(1, (3, self.window)).unbind(1)
         # A row that is nearly done goes over its last n tokens; what is settled among them stays.
         start = self.settled.clamp(max=self.condition.num_tokens - self.window)
+        state = None
+        if self._rule_states is not None:
+            state = self._rule_states[torch.arange(self.batch, device=start.device), start - self._start]
         steps = start[:, None] + self._offsets
         self._end = int(start.max()) + self.window
         drawn_from, drafts = self._drafts(start, steps, drafting)
         self.tokens.scatter_(1, steps, drafts)
 
-        cond_logits, guided = self._logits(steps)
+        cond_logits, guided = self._logits(steps, state)
         probabilities = self._distribution(guided, steps)
         kept, redrawn = keep_or_redraw(drafts, drawn_from, probabilities, keeping, redrawing)
         kept |= steps < self.settled[:, None]
@@ -166,8 +171,8 @@ class JacobiDecoder:
     def _distribution(self, guided: Tensor, steps: Tensor) -> Tensor:
         return self.sampling.probabilities(self.generator.constrain(guided, steps, self.condition))
 
-    def _logits(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditional and guided logits [B, n, V] of the window."""
+    def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Conditional and guided logits [B, n, V] of the window; `state` is the rule's before it."""
         if self._passes == 0:
             slot: int | Tensor = 0
             inputs = self.tokens[:, : self.window - 1]
@@ -182,7 +187,8 @@ class JacobiDecoder:
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
             uncond = self._forward(1, inputs, slot, **self._weights(steps))
-        return cond, self.guidance.guide(cond, uncond, self._scales[steps][..., None])
+        guided, self._rule_states = guide_steps(self.guidance.rule, cond, uncond, self._scales[steps], steps, state)
+        return cond, guided
 
     def _forward(self, part: int, inputs: Tensor, slot: int | Tensor, **weights: Tensor) -> Tensor:
         condition = self._parts[part]
@@ -195,17 +201,16 @@ class JacobiDecoder:
 
     def _record(self, steps: Tensor, cond_logits: Tensor, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` at `steps`, both [B, n]."""
-        if isinstance(self.guidance, SoftCFG) and self.guidance.perturbs:
-            confidence = self.guidance.token_confidence(cond_logits, tokens, self.sampling.temperature)
+        if self.guidance.perturbs:
+            confidence = self.guidance.weak_branch.token_confidence(cond_logits, tokens, self.sampling.temperature)
             if self._codes is not None:
                 confidence = confidence * self._codes.gather(1, steps)
             self._confidence.scatter_(1, steps, confidence)
 
     def _weights(self, steps: Tensor) -> dict[str, Tensor]:
         """Weights for the unconditional rows: each position of the window counts the tokens before it."""
-        assert isinstance(self.guidance, SoftCFG)
-        weights = step_weights(self._confidence, self.guidance, steps)
-        return query_weights(self.guidance, weights, self._parts[1], from_start=self._passes == 0)
+        weights = step_weights(self._confidence, self.guidance.weak_branch, steps)
+        return query_weights(self.guidance.weak_branch, weights, self._parts[1], from_start=self._passes == 0)
 
 
 def keep_or_redraw(

@@ -13,7 +13,7 @@ from torch import Tensor
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.graphs import repeat
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
@@ -37,7 +37,7 @@ def decode(
 
     Args:
         labels: B class ids, or what else the generator is conditioned on.
-        guidance: `CFG` or `SoftCFG`; inactive guidance (scale 0 or 1) skips the unconditional rows.
+        guidance: `CFG`, `SoftCFG` or one of another rule; inactive (scale 0 or 1) it skips the unconditional rows.
         uniforms: [B, T] in [0, 1), one number a token (see `image_uniforms`).
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
@@ -87,12 +87,14 @@ def decode(
 
 
 class Decoder:
-    """A batch that is decoded token by token: its key/value cache, SoftCFG's confidences, and one step.
+    """A batch that is decoded token by token: its key/value cache, the guidance's state, and one step.
 
     Attributes:
         batch: B, images.
         cache: keys and values of all rows.
         confidence: float32 [B, T], zero for tokens that are not there yet or are no image codes.
+        rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
+            that keep nothing.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Decoder:
         self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, device=device)
+        self.rule_state: Tensor | None = None
         self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
@@ -139,42 +142,54 @@ class Decoder:
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
-            guided = self.guidance.guide(guided, logits[self.batch :], self._scales[at])
+            guided, state = self.guidance.rule.guide(
+                guided, logits[self.batch :], self._scales[at], step=at, state=self.rule_state
+            )
+            self._keep(state)
         guided = self.generator.constrain(guided[:, None], at, self.condition)[:, 0]
         return self.sampling.probabilities(guided)
 
     def record(self, step: int | Tensor, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
-        if isinstance(self.guidance, SoftCFG) and self.guidance.perturbs:
+        if self.guidance.perturbs:
             at = self.index(step)
-            confidence = self.guidance.token_confidence(self._cond_logits, tokens, self.sampling.temperature)
+            confidence = self.guidance.weak_branch.token_confidence(
+                self._cond_logits, tokens, self.sampling.temperature
+            )
             if self._codes is not None:
                 confidence = confidence * self._codes[..., at].squeeze(-1)
             self.confidence[:, at] = confidence[:, None]
 
     def _row_weights(self) -> dict[str, Tensor]:
         """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""
-        if not (isinstance(self.guidance, SoftCFG) and self.guidance.perturbs):
+        if not self.guidance.perturbs:
             return {}
-        self._weights[self.batch :, self.condition.slots :] = self.guidance.weights(self.confidence)
-        return targeted(self.guidance, self._weights)
+        perturbation = self.guidance.weak_branch
+        self._weights[self.batch :, self.condition.slots :] = perturbation.weights(self.confidence)
+        return targeted(perturbation, self._weights)
+
+    def _keep(self, state: Tensor | None) -> None:
+        """Keep the rule's state in one place: a CUDA graph writes where it read."""
+        if state is not None and self.rule_state is not None:
+            self.rule_state.copy_(state)
+        elif state is not None:
+            self.rule_state = state.clone()
 
 
-def step_weights(confidence: Tensor, guidance: CFG, steps: Tensor) -> Tensor:
+def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:
     """Weights [B, n, T] that the given steps (0-based) put on every token, from those before it.
 
     Args:
         confidence: [B, T], of all tokens.
-        guidance: plain CFG gives ones.
         steps: int64 [n] or [B, n].
     """
     token = torch.arange(confidence.shape[1], device=confidence.device)
     so_far = confidence[:, None] * (token < steps.to(confidence.device)[..., None])
-    return guidance.weights(so_far) if isinstance(guidance, SoftCFG) else torch.ones_like(so_far)
+    return perturbation.weights(so_far)
 
 
 def query_weights(
-    guidance: SoftCFG, step_weights: Tensor, condition: Condition, *, from_start: bool
+    perturbation: Perturbation, step_weights: Tensor, condition: Condition, *, from_start: bool
 ) -> dict[str, Tensor]:
     """Keyword arguments for a pass of the unconditional rows that predicts several tokens.
 
@@ -183,12 +198,12 @@ def query_weights(
         from_start: the pass starts with the condition, whose slots, as queries and as keys, are not weighted.
     """
     leading = condition.slots - 1 if from_start else 0
-    return targeted(guidance, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
+    return targeted(perturbation, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
 
 
-def targeted(guidance: SoftCFG, weights: Tensor) -> dict[str, Tensor]:
-    """Hand `weights` to the generator's values, keys or both, as the guidance's target says."""
-    names = {"value": ["value"], "key": ["key"], "both": ["value", "key"]}[guidance.target]
+def targeted(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
+    """Hand `weights` to the generator's values, keys or both, as the perturbation's target says."""
+    names = {"value": ["value"], "key": ["key"], "both": ["value", "key"]}[perturbation.target]
     return {f"{name}_weights": weights for name in names}
 
 

@@ -1,16 +1,57 @@
-"""Guidance of autoregressive image models: CFG and SoftCFG, as pure functions over tensors."""
+"""Guidance of autoregressive image models: rules, perturbations and schedules, as pure functions over tensors."""
 
-from softcfg.guidance.confidence import CONFIDENCES, token_confidence
-from softcfg.guidance.methods import CFG, SoftCFG
-from softcfg.guidance.perturbation import perturbation_weights
-from softcfg.guidance.schedule import SCHEDULES, guidance_scales
+from softcfg.guidance.composition import (
+    all_settings,
+    compose,
+    describe,
+    register_perturbation,
+    register_rule,
+    restore,
+)
+from softcfg.guidance.confidence import CONFIDENCES, register_confidence, token_confidence
+from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG, titled
+from softcfg.guidance.perturbation import (
+    PERTURBATIONS,
+    ConfidenceWeights,
+    NoPerturbation,
+    Perturbation,
+    perturbation_weights,
+)
+from softcfg.guidance.registry import Registry, View
+from softcfg.guidance.rules import RULES, Rule, guide_steps
+from softcfg.guidance.schedule import SCHEDULES, guidance_scales, ramp, register_schedule
+from softcfg.guidance.settings import Setting, setting, settings_of
 
 __all__ = [
     "CFG",
     "CONFIDENCES",
+    "METHODS",
+    "PERTURBATIONS",
+    "PRESETS",
+    "RULES",
     "SCHEDULES",
+    "ConfidenceWeights",
+    "NoPerturbation",
+    "Perturbation",
+    "Registry",
+    "Rule",
+    "Setting",
     "SoftCFG",
+    "View",
+    "all_settings",
+    "compose",
+    "describe",
     "guidance_scales",
+    "guide_steps",
     "perturbation_weights",
+    "ramp",
+    "register_confidence",
+    "register_perturbation",
+    "register_rule",
+    "register_schedule",
+    "restore",
+    "setting",
+    "settings_of",
+    "titled",
     "token_confidence",
 ]

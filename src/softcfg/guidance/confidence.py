@@ -1,26 +1,42 @@
-"""How sure the conditional branch is of a token: numbers in [0, 1] from its distribution p_c [..., V]."""
+"""How sure the conditional branch is of a token: numbers in [0, 1] from its distribution p_c [..., V].
+
+torch is imported where it is needed, here and in the modules beside: the command line reads names and settings
+without it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from softcfg.guidance.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Confidence = Callable[["Tensor", "Tensor"], "Tensor"]
+CONFIDENCES: Registry[Confidence] = Registry("confidence")
+register_confidence = CONFIDENCES.register
 
 
+@register_confidence("max", label="p_max", description="largest probability")
 def max_probability(probabilities: Tensor, tokens: Tensor) -> Tensor:
     """p_max, the probability of the most likely code (the paper's confidence, arXiv 2510.00996)."""
     return probabilities.amax(dim=-1)
 
 
+@register_confidence("sampled", label="p of the drawn code", description="probability of the drawn code")
 def sampled_probability(probabilities: Tensor, tokens: Tensor) -> Tensor:
     """p(x), the probability of the token that was drawn (the released AliTok code)."""
     return probabilities.gather(-1, tokens[..., None]).squeeze(-1)
 
 
+@register_confidence("entropy", label="1 - H / log V", description="one less the normalised entropy")
 def negentropy(probabilities: Tensor, tokens: Tensor) -> Tensor:
     """1 - H(p) / log V: 0 for the uniform distribution, 1 for a certain token."""
+    import torch
+
     codes = probabilities.shape[-1]
     if codes == 1:
         return torch.ones_like(probabilities[..., 0])
@@ -28,20 +44,15 @@ def negentropy(probabilities: Tensor, tokens: Tensor) -> Tensor:
     return (1 - entropy / math.log(codes)).clamp(0, 1)
 
 
+@register_confidence("margin", label="margin", description="lead of the largest probability over the second")
 def margin(probabilities: Tensor, tokens: Tensor) -> Tensor:
     """p_(1) - p_(2), the lead of the most likely code over the second."""
+    import torch
+
     if probabilities.shape[-1] == 1:
         return torch.ones_like(probabilities[..., 0])
     first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
     return first - second
-
-
-CONFIDENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "max": max_probability,
-    "sampled": sampled_probability,
-    "entropy": negentropy,
-    "margin": margin,
-}
 
 
 def token_confidence(cond_logits: Tensor, tokens: Tensor, kind: str = "max", temperature: float = 1.0) -> Tensor:
@@ -55,6 +66,8 @@ def token_confidence(cond_logits: Tensor, tokens: Tensor, kind: str = "max", tem
     Returns:
         float32 (float64 for float64 logits) [...], in [0, 1].
     """
+    import torch
+
     accumulate = torch.promote_types(cond_logits.dtype, torch.float32)
     probabilities = torch.softmax(cond_logits.to(accumulate) / temperature, dim=-1)
     return CONFIDENCES[kind](probabilities, tokens)

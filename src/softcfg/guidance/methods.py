@@ -1,57 +1,85 @@
-"""Guidance methods: dataclasses of settings whose functions take tensors and return tensors.
+"""Guidance: the scales of the steps, a rule that combines the branches, and a perturbation of the unconditional one.
 
     guided logits at step t:  z = z_uncond + s_t (z_cond - z_uncond) = (1 + gamma_t) z_cond - gamma_t z_uncond
 
-`CFG` is plain classifier-free guidance. `SoftCFG` (arXiv 2510.00996) also scales, in the unconditional branch
-only, the cached values of the tokens generated so far by weights that fall with the model's confidence in them.
+`CFG` is plain classifier-free guidance, and holds any other rule and perturbation. `SoftCFG` (arXiv 2510.00996) is
+guidance with the perturbation of that name: it scales, in the unconditional branch only, the cached values of the
+tokens generated so far by weights that fall with the model's confidence in them.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from softcfg.guidance.confidence import CONFIDENCES, token_confidence
-from softcfg.guidance.perturbation import ALIGNMENTS, TARGETS, perturbation_weights
+from softcfg.guidance.perturbation import PERTURBATIONS, ConfidenceWeights, NoPerturbation, Perturbation
+from softcfg.guidance.registry import Registry
+from softcfg.guidance.rules import RULES, Rule
 from softcfg.guidance.schedule import SCHEDULES, guidance_scales
+from softcfg.guidance.settings import check, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RELEASED_FLOOR = 0.05
 RELEASED_EPS = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CFG:
     """Classifier-free guidance.
 
     Attributes:
         guidance_scale: g >= 0, the full scale 1 + gamma. 0 and 1 mean the conditional branch alone, at half the work.
         guidance_scale_pow: k >= 0, the power of the cosine ramp.
-        schedule: "cosine_power" (the released samplers' ramp from 1 to g), "constant", "linear" or
-            "lumina_released" (see `softcfg.guidance.schedule.lumina_released`).
+        schedule: a name from `softcfg.guidance.SCHEDULES`: "cosine_power" (the released samplers' ramp from 1 to g),
+            "constant", "linear" or "lumina_released" (see `softcfg.guidance.schedule.lumina_released`).
         interval: steps [start, stop), 0-based, outside of which there is no guidance; None for all steps.
+        rule: how the logits of the branches are combined: a `Rule`, or the name of one in `softcfg.guidance.RULES`.
+        perturbation: what the unconditional branch sees: a `Perturbation`, or the name of one in
+            `softcfg.guidance.PERTURBATIONS`; None for the tokens as they are.
 
     Raises:
         ValueError: a setting is out of its range; the message names the field, its value and the range.
     """
 
-    guidance_scale: float = 4.0
-    guidance_scale_pow: float = 1.0
-    schedule: str = "cosine_power"
-    interval: tuple[int, int] | None = None
+    guidance_scale: float = setting(
+        4.0,
+        low=0,
+        help="full guidance scale; 0 or 1: no guidance",
+        metavar="G",
+        of_model=True,
+        released="guidance_scale",
+        shown=(0.0, 20.0),
+    )
+    guidance_scale_pow: float = setting(
+        1.0,
+        low=0,
+        help="power of the cosine ramp from 1 to G",
+        metavar="K",
+        of_model=True,
+        released="guidance_scale_pow",
+        shown=(0.0, 5.0),
+    )
+    schedule: str = setting("cosine_power", choices=SCHEDULES, help="how the scale moves over the steps", of_model=True)
+    interval: tuple[int, int] | None = setting(
+        None, help="guide in the steps START <= step < STOP alone, such as 32-192", metavar="START-STOP"
+    )
+    rule: Rule = field(default=Rule(), kw_only=True)
+    perturbation: Perturbation = field(default=NoPerturbation(), kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_number(self, "guidance_scale", 0)
-        _check_number(self, "guidance_scale_pow", 0)
-        _check_name(self, "schedule", SCHEDULES)
+        check(self)
         if self.interval is not None:
-            bounds = tuple(self.interval)
-            if len(bounds) != 2 or not all(isinstance(step, int) for step in bounds) or not 0 <= bounds[0] <= bounds[1]:
-                raise ValueError(f"interval must be two steps 0 <= start <= stop, got {self.interval!r}")
-            object.__setattr__(self, "interval", bounds)
+            object.__setattr__(self, "interval", tuple(self.interval))
+        object.__setattr__(self, "rule", _part("rule", self.rule, Rule, RULES))
+        object.__setattr__(self, "perturbation", _part("perturbation", self.perturbation, Perturbation, PERTURBATIONS))
+
+    def __repr__(self) -> str:
+        shown = [f for f in dataclasses.fields(self) if not (f.kw_only and getattr(self, f.name) == f.default)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
     def is_active(self) -> bool:
@@ -59,25 +87,57 @@ class CFG:
         return self.guidance_scale not in (0, 1)
 
     @property
+    def weak_branch(self) -> Perturbation:
+        """What the unconditional branch sees of the tokens so far."""
+        return self.perturbation
+
+    @property
     def perturbs(self) -> bool:
         """Whether there is an unconditional branch and it is perturbed."""
-        return False
+        return self.is_active and self.weak_branch.acts
+
+    @property
+    def title(self) -> str:
+        """A short name for figures: CFG, SoftCFG, or the names of the rule and the perturbation."""
+        return titled(type(self.weak_branch), type(self.rule))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain CFG, whatever its class."""
+        return not self.perturbs and type(self.rule) is Rule
+
+    def plain(self) -> CFG:
+        """Plain CFG with the same scales."""
+        return CFG(self.guidance_scale, self.guidance_scale_pow, self.schedule, self.interval)
 
     def scales(self, steps: int, codes: int | None = None) -> Tensor:
         """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
         return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
 
-    def guide(self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float) -> Tensor:
-        """Guided logits from both branches' logits [..., V] at the scale s_t of the step."""
-        return uncond_logits + scale * (cond_logits - uncond_logits)
+    def guide(
+        self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float, step: Tensor | int = 0
+    ) -> Tensor:
+        """Guided logits from both branches' logits [..., V] at the scale s_t of the step.
+
+        For rules with a state, which this leaves at its start, see `Rule.guide` and `guide_steps`.
+        """
+        return self.rule.guide(cond_logits, uncond_logits, scale, step=step)[0]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "guide" in vars(cls):
+            raise TypeError(f"{cls.__name__} overrides guide; write a Rule instead, so that every loop applies it")
 
 
-@dataclass(frozen=True)
-class SoftCFG(CFG):
+@dataclass(frozen=True, repr=False)
+class SoftCFG(ConfidenceWeights, CFG):
     """SoftCFG: guidance with a confidence-weighted unconditional branch (arXiv 2510.00996). Defaults are the paper's.
 
+    It has the attributes of `CFG` too; its perturbation is its own.
+
     Attributes:
-        confidence: "max" p_max (the paper), "sampled" p(x_i) (released), "entropy" 1 - H / log V, or "margin".
+        confidence: "max" p_max (the paper), "sampled" p(x_i) (released), "entropy" 1 - H / log V, "margin", or another
+            name from `softcfg.guidance.CONFIDENCES`.
         step_norm: Step Normalisation, so that the sum of (1 - w_i) is 1 at every step.
         strength: exponent of the weights, >= 0; 0 is plain CFG.
         floor: least weight, in [0, 1].
@@ -87,24 +147,17 @@ class SoftCFG(CFG):
             token (released).
     """
 
-    confidence: str = "max"
-    step_norm: bool = True
-    strength: float = 1.0
-    floor: float = 0.0
-    eps: float = 0.0
-    target: str = "value"
-    alignment: str = "own"
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_name(self, "confidence", CONFIDENCES)
-        if not isinstance(self.step_norm, bool):
-            raise ValueError(f"step_norm must be True or False, got {self.step_norm!r}")
-        _check_number(self, "strength", 0)
-        _check_number(self, "floor", 0, 1)
-        _check_number(self, "eps", 0)
-        _check_name(self, "target", TARGETS)
-        _check_name(self, "alignment", ALIGNMENTS)
+        CFG.__post_init__(self)
+        if self.perturbation != NoPerturbation():
+            raise ValueError("SoftCFG is a perturbation itself; give another one to CFG(perturbation=...)")
+
+    __repr__ = CFG.__repr__
+
+    @property
+    def weak_branch(self) -> Perturbation:
+        """SoftCFG itself: its functions `token_confidence` and `weights`."""
+        return self
 
     @classmethod
     def paper(cls, **settings: Any) -> SoftCFG:
@@ -128,36 +181,39 @@ class SoftCFG(CFG):
             method = cls(**{**settings, "strength": 1.0})
         return method
 
-    @property
-    def perturbs(self) -> bool:
-        """Whether there is an unconditional branch and it is perturbed."""
-        return self.is_active and self.strength > 0
 
-    def token_confidence(self, cond_logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-        """Confidence [...] in the drawn `tokens` [...] from the conditional logits [..., V]."""
-        return token_confidence(cond_logits, tokens, self.confidence, temperature)
-
-    def weights(self, confidence: Tensor) -> Tensor:
-        """Weights [..., T] of the generated tokens' slots for the confidences [..., T] so far (0: not generated)."""
-        return perturbation_weights(
-            confidence,
-            step_norm=self.step_norm,
-            strength=self.strength,
-            floor=self.floor,
-            eps=self.eps,
-            alignment=self.alignment,
-        )
+METHODS: Registry[type[CFG]] = Registry("method")
+METHODS.register("CFG")(CFG)
+METHODS.register("SoftCFG")(SoftCFG)
+PRESETS: Registry[Callable[..., SoftCFG]] = Registry("preset")
+PRESETS.register("paper")(SoftCFG.paper)
+PRESETS.register("released")(SoftCFG.released)
 
 
-def _check_number(settings: Any, field: str, low: float, high: float = math.inf) -> None:
-    value = getattr(settings, field)
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and low <= value <= high):
-        wanted = f"a finite number >= {low}" if high == math.inf else f"a number in [{low}, {high}]"
-        raise ValueError(f"{field} must be {wanted}, got {value!r}")
+def titled(perturbation: type[Perturbation], rule: type[Rule]) -> str:
+    """The names of a perturbation and a rule, as one title."""
+    if perturbation is SoftCFG:
+        perturbation = ConfidenceWeights
+    parts = [
+        _label(PERTURBATIONS, perturbation) if perturbation is not NoPerturbation else "",
+        _label(RULES, rule) if rule is not Rule else "",
+    ]
+    return " + ".join(filter(None, parts)) or "CFG"
 
 
-def _check_name(settings: Any, field: str, known: Any) -> None:
-    value = getattr(settings, field)
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{field} must be one of {', '.join(known)}, got {value!r}")
+def _label(registry: Registry[Any], kind: type) -> str:
+    try:
+        return registry.label(registry.name_of(kind))
+    except ValueError:
+        return kind.__name__
+
+
+def _part(name: str, value: Any, kind: type, registry: Registry[Any]) -> Any:
+    """A rule or perturbation from itself or its name."""
+    if value is None and kind is Perturbation:
+        return NoPerturbation()
+    if isinstance(value, str):
+        return registry.require(value, name)()
+    if not isinstance(value, kind) or isinstance(value, CFG):
+        raise ValueError(f"{name} must be a {kind.__name__}, or one of {', '.join(registry)}, got {value!r}")
+    return value

@@ -1,4 +1,4 @@
-"""The weights that SoftCFG puts on the unconditional branch's cached values.
+"""Perturbations: what the unconditional branch sees of the tokens generated so far.
 
 The one state is the confidence buffer [..., T]: entry i is the confidence in generated token i, 0 where none
 was generated yet. A zero confidence is a weight of one, so the same formula with the same shapes serves every
@@ -7,12 +7,128 @@ step, and the weights of a step depend on the confidences alone.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from softcfg.guidance.confidence import CONFIDENCES, token_confidence
+from softcfg.guidance.registry import Registry
+from softcfg.guidance.settings import check, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TARGETS = ("value", "key", "both")
 ALIGNMENTS = ("own", "successor")
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What a perturbation is: weights on what attention in the unconditional rows has cached of the tokens so far.
+
+    Derive from it, override `weights` and what else differs, and register the class.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it.
+    """
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it perturbs anything with these settings."""
+        return True
+
+    @property
+    def target(self) -> str:
+        """What the weights scale: "value", "key" or "both"."""
+        return "value"
+
+    @property
+    def confidence(self) -> str:
+        """The confidence that `token_confidence` takes, a name from `CONFIDENCES`."""
+        return "max"
+
+    def token_confidence(self, cond_logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """Confidence [...] in the drawn `tokens` [...] from the conditional logits [..., V]."""
+        return token_confidence(cond_logits, tokens, self.confidence, temperature)
+
+    def weights(self, confidence: Tensor) -> Tensor:
+        """Weights [..., T] of the generated tokens' slots for the confidences [..., T] so far (0: not generated).
+
+        A step sees the slots generated before it, so the weights of the others, where the confidence is 0, are of no
+        account for `target` "value" and must be 1 for "key" and "both".
+        """
+        raise NotImplementedError
+
+    def carried(self, confidence: Tensor) -> Tensor:
+        """The confidences [..., T] of a whole sequence, 0 where no slot carries them."""
+        return confidence
+
+
+@dataclass(frozen=True)
+class NoPerturbation(Perturbation):
+    """The unconditional branch sees every token as it is."""
+
+    @property
+    def acts(self) -> bool:
+        """See `Perturbation.acts`."""
+        return False
+
+    def weights(self, confidence: Tensor) -> Tensor:
+        """Ones."""
+        return confidence.new_ones(confidence.shape)
+
+
+@dataclass(frozen=True)
+class ConfidenceWeights(Perturbation):
+    """The weights of SoftCFG (arXiv 2510.00996); the attributes are those of `SoftCFG`."""
+
+    confidence: str = setting("max", choices=CONFIDENCES, help="how sure the conditional branch is of a token")  # type: ignore[assignment]
+    step_norm: bool = setting(True, help="Step Normalisation: spend a fixed budget at every step", released="step_norm")
+    strength: float = setting(
+        1.0,
+        low=0,
+        help="exponent of the weights; 0: plain CFG",
+        flag="--softcfg-strength",
+        metavar="P",
+        released="softcfg_strength",
+        shown=(0.0, 5.0),
+    )
+    floor: float = setting(0.0, low=0, high=1, help="least weight, in [0, 1]", flag="--softcfg-floor", metavar="W")
+    eps: float = setting(0.0, low=0, help="added to the sum of confidences", flag="--softcfg-eps", metavar="E")
+    target: str = setting("value", choices=TARGETS, help="what the weights scale")  # type: ignore[assignment]
+    alignment: str = setting("own", choices=ALIGNMENTS, help="whose confidence the slot of a token carries")
+
+    @property
+    def acts(self) -> bool:
+        """Whether any weight differs from one."""
+        return self.strength > 0
+
+    def weights(self, confidence: Tensor) -> Tensor:
+        """Weights [..., T] of the generated tokens' slots for the confidences [..., T] so far (0: not generated)."""
+        return perturbation_weights(
+            confidence,
+            step_norm=self.step_norm,
+            strength=self.strength,
+            floor=self.floor,
+            eps=self.eps,
+            alignment=self.alignment,
+        )
+
+    def carried(self, confidence: Tensor) -> Tensor:
+        """See `Perturbation.carried`; with "successor" alignment no slot carries the first token's."""
+        if self.alignment == "successor":
+            confidence = confidence.clone()
+            confidence[..., 0] = 0
+        return confidence
+
+
+PERTURBATIONS: Registry[type[Perturbation]] = Registry("perturbation")
+PERTURBATIONS.register("none", label="CFG", description="nothing is perturbed")(NoPerturbation)
+PERTURBATIONS.register("softcfg", label="SoftCFG", description="values weighted by the confidence in their tokens")(
+    ConfidenceWeights
+)
 
 
 def perturbation_weights(
@@ -42,6 +158,9 @@ def perturbation_weights(
     Returns:
         Weights [..., T] in [floor, 1], in the dtype of `confidence`.
     """
+    import torch
+    import torch.nn.functional as F
+
     if alignment == "successor":
         confidence = F.pad(confidence[..., 1:], (0, 1))
     if step_norm:

@@ -6,42 +6,66 @@ ones. A ramp maps the progress t / T in [0, 1) to the fraction of the way from 1
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from softcfg.guidance.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# (steps, full scale, power, image codes among the steps) -> float64 [steps], before the interval.
+Schedule = Callable[[int, float, float, int], "Tensor"]
+SCHEDULES: Registry[Schedule] = Registry("schedule")
+register_schedule = SCHEDULES.register
 
 
+def ramp(function: Callable[[Tensor, float], Tensor]) -> Schedule:
+    """The schedule that goes from 1 to the full scale as `function` of progress [steps] and power says."""
+
+    @functools.wraps(function)
+    def schedule(steps: int, scale: float, power: float, codes: int) -> Tensor:
+        import torch
+
+        # In float64, so that long sequences do not lose the small differences between neighbouring steps.
+        progress = torch.arange(steps, dtype=torch.float64) / steps
+        return 1 + (scale - 1) * function(progress, power)
+
+    return schedule
+
+
+@register_schedule("constant")
+@ramp
 def constant(progress: Tensor, power: float) -> Tensor:
     """The full scale at every step."""
-    return torch.ones_like(progress)
+    return progress.new_ones(progress.shape)
 
 
+@register_schedule("linear")
+@ramp
 def linear(progress: Tensor, power: float) -> Tensor:
     """A straight rise from no guidance at the first step."""
     return progress
 
 
+@register_schedule("cosine_power")
+@ramp
 def cosine_power(progress: Tensor, power: float) -> Tensor:
     """(1 - cos(pi progress^power)) / 2, the ramp of the released samplers; power 0 gives the full scale (0^0 = 1)."""
-    return (1 - torch.cos(math.pi * progress**power)) / 2
+    return (1 - (math.pi * progress**power).cos()) / 2
 
 
-RAMPS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "constant": constant,
-    "linear": linear,
-    "cosine_power": cosine_power,
-}
-SCHEDULES = (*RAMPS, "lumina_released")
-
-
-def lumina_released(steps: int, scale: float, codes: int) -> Tensor:
-    """The scales [steps], in float64, of the released Lumina-mGPT 2.0: they drift from `scale` to 4 and stay there.
+@register_schedule("lumina_released")
+def lumina_released(steps: int, scale: float, power: float, codes: int) -> Tensor:
+    """The scales of the released Lumina-mGPT 2.0: they drift from `scale` to 4 and stay there.
 
     Every step multiplies the scale by 1 - n / (codes / 4), n = t + 2, and raises it to 4 if it is less: a scale
     between 1 and 4 acts as 4, too. Up to 1 there is no guidance.
     """
+    import torch
+
     scales = torch.ones(steps, dtype=torch.float64)
     if scale > 1:
         for step in range(steps):
@@ -67,15 +91,12 @@ def guidance_scales(
         codes: how many of the tokens are image codes, not structure like the ends of lines; by default all. Only
             `lumina_released` uses it.
     """
+    import torch
+
     if scale == 0:
         return torch.ones(steps)
-    if schedule == "lumina_released":
-        scales = lumina_released(steps, scale, steps if codes is None else codes)
-    else:
-        # In float64, so that long sequences do not lose the small differences between neighbouring steps.
-        progress = torch.arange(steps, dtype=torch.float64) / steps
-        scales = 1 + (scale - 1) * RAMPS[schedule](progress, power)
+    scales = SCHEDULES[schedule](steps, scale, power, steps if codes is None else codes)
     if interval is not None:
         step = torch.arange(steps)
-        scales[(step < interval[0]) | (step >= interval[1])] = 1.0
+        scales = scales.masked_fill((step < interval[0]) | (step >= interval[1]), 1.0)
     return scales.float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.sequential import step_weights
-from softcfg.guidance import SoftCFG
+from softcfg.guidance import settings_of
 from softcfg.inspection.trace import Trace
 
 
@@ -39,14 +39,20 @@ def perturbation_budget(trace: Trace, *, step_norm: bool | None = None) -> Tenso
     """Sum over the tokens so far of (1 - w), [B, T]: how much perturbation each step carries (the paper's Fig. 7).
 
     Args:
-        step_norm: as traced if None; else what the same confidences give with or without Step Normalisation.
+        step_norm: as traced if None; else what the same confidences give with or without Step Normalisation. It means
+            nothing to perturbations without that setting.
     """
-    guidance = trace.guidance
-    if isinstance(guidance, SoftCFG) and step_norm is not None:
-        guidance = replace(guidance, step_norm=step_norm)
+    perturbation = trace.guidance.weak_branch
+    if step_norm is not None and has_step_norm(trace):
+        perturbation = replace(perturbation, step_norm=step_norm)  # type: ignore[call-arg]
     steps = torch.arange(trace.confidence.shape[1])
-    parts = [(1 - step_weights(trace.confidence, guidance, some)).sum(dim=-1) for some in steps.split(256)]
+    parts = [(1 - step_weights(trace.confidence, perturbation, some)).sum(dim=-1) for some in steps.split(256)]
     return torch.cat(parts, dim=1)
+
+
+def has_step_norm(trace: Trace) -> bool:
+    """Whether the perturbation has Step Normalisation as a setting."""
+    return "step_norm" in settings_of(type(trace.guidance.weak_branch))
 
 
 def grid_of(num_tokens: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from softcfg.decoding.sequential import step_weights
-from softcfg.guidance import SoftCFG
+from softcfg.guidance import CONFIDENCES
 from softcfg.inspection import measures
 from softcfg.inspection.trace import Trace
 
@@ -41,7 +41,12 @@ def plot_confidence(trace: Trace, pixels: np.ndarray, *, names: list[str] | None
         _image(axes[0, column], pixels[column], names[column] if names else label)
         shown = _overlay(axes[1, column], pixels[column], maps[column].numpy(), 0.0, 1.0)
     axes[1, 0].set_ylabel("confidence")
-    figure.colorbar(shown, ax=axes[1, :].tolist(), label=f"confidence ({_confidence_name(trace)})", shrink=0.85)
+    figure.colorbar(
+        shown,
+        ax=axes[1, :].tolist(),
+        label=f"confidence ({CONFIDENCES.label(trace.guidance.weak_branch.confidence)})",
+        shrink=0.85,
+    )
     figure.suptitle("Confidence in the tokens")
     return figure
 
@@ -64,9 +69,11 @@ def plot_budget(trace: Trace) -> Figure:
     """The perturbation that each step carries, with and without Step Normalisation (the paper's Fig. 7)."""
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    for colour, step_norm in zip(COLOURS, (True, False), strict=False):
+    curves = {"with Step Normalisation": True, "without": False}
+    if trace.guidance.perturbs and not measures.has_step_norm(trace):
+        curves = {trace.guidance.title: True}
+    for colour, (name, step_norm) in zip(COLOURS, curves.items(), strict=False):
         values = measures.perturbation_budget(trace, step_norm=step_norm).cpu().numpy()
-        name = "with Step Normalisation" if step_norm else "without"
         _curve(axis, values, name, colour, smooth=1)
     axis.set_yscale("symlog", linthresh=1)
     axis.set(xlabel="step", ylabel="sum of (1 - w)", title="Perturbation of a step", ylim=(0, None))
@@ -84,7 +91,7 @@ def plot_weights(trace: Trace, image: int = 0, *, step: int | None = None, pixel
     total = trace.confidence.shape[1]
     step = total - 1 if step is None else step
     confidence = trace.confidence[image : image + 1]
-    weights = step_weights(confidence, trace.guidance, torch.arange(total))[0].cpu().numpy()
+    weights = step_weights(confidence, trace.guidance.weak_branch, torch.arange(total))[0].cpu().numpy()
     future = np.arange(total)[None, :] >= np.arange(total)[:, None]
     lowest = float(np.quantile(weights[~future], 0.01))
     figure = Figure(figsize=(5.2 if pixels is None else 9.4, 4.3), layout="constrained")
@@ -163,8 +170,3 @@ def _curve(axis: Axes, values: np.ndarray, name: str, colour: str, smooth: int =
     axis.plot(steps, smoothed(values.mean(axis=0)), color=colour, label=name)
     if len(values) > 1:
         axis.fill_between(steps, smoothed(low), smoothed(high), color=colour, alpha=0.15, linewidth=0)
-
-
-def _confidence_name(trace: Trace) -> str:
-    kind = trace.guidance.confidence if isinstance(trace.guidance, SoftCFG) else "max"
-    return {"max": "p_max", "sampled": "p of the drawn code", "entropy": "1 - H / log V", "margin": "margin"}[kind]

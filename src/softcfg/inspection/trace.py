@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
-from softcfg.guidance import CFG, SoftCFG, token_confidence
+from softcfg.guidance import CFG, Perturbation, describe, guide_steps
 from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
 from softcfg.version import __version__
 
@@ -33,8 +34,8 @@ class Trace:
         cond_logits, uncond_logits, guided_logits: float32 [B, T, V]; entry t predicts token t. The guided ones
             are -inf for tokens that the generator rules out.
         guidance_scale: float32 [T], the scale s_t = 1 + gamma_t.
-        confidence: float32 [B, T], confidence in each token (plain CFG: p_max, without effect). With "successor"
-            alignment no slot carries the first token's confidence, and it reads 0.
+        confidence: float32 [B, T], confidence in each token (plain CFG: p_max, without effect); 0 where no slot
+            carries it, as the first token's with "successor" alignment.
         value_weights: float32 [B, T, T]: step, slot of the generated token; None where it was not asked for.
     """
 
@@ -64,13 +65,21 @@ class Trace:
         return replace(self, **per_token, guidance_scale=scale, value_weights=weights)
 
     def save(self, path: str | Path, **facts: Any) -> None:
-        """Write the tensors as safetensors; the metadata entry `softcfg` holds the settings and `facts` as JSON."""
+        """Write the tensors as safetensors; the metadata entry `softcfg` holds the settings and `facts` as JSON.
+
+        Raises:
+            UserError: the file cannot be written, or the guidance has no settings (see `softcfg.guidance.describe`).
+        """
         from safetensors.torch import save
 
+        try:
+            guidance = describe(self.guidance)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         settings: dict[str, Any] = {
             "version": __version__,
-            "method": type(self.guidance).__name__,
-            "guidance": asdict(self.guidance),
+            "method": guidance.pop("method"),
+            "guidance": guidance,
             "temperature": self.temperature,
             **facts,
         }
@@ -85,9 +94,10 @@ def trace(
     labels: Any,
     guidance: CFG,
     tokens: Any = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     value_weights: bool | None = None,
     steps_per_pass: int = 1024,
@@ -100,15 +110,16 @@ def trace(
     Args:
         labels: B class ids, or what else the generator is conditioned on.
         guidance: the method that is traced. Where it is inactive the unconditional logits are still computed.
-        tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, with `top_k` and `top_p`.
-        temperature: of the confidences and of the drawing.
+        tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, as `sampling` says.
+        sampling: its temperature is also that of the confidences; by default temperature 1 alone.
+        temperature, top_k, top_p: the same one by one, in place of `sampling`.
         value_weights: whether to keep the [B, T, T] weights; by default up to 1,024 tokens.
         steps_per_pass: tokens replayed at once; bounds the memory of attention, without effect on the result.
 
     Raises:
         UserError: labels or tokens do not fit the generator.
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
     batch, total = condition.rows // 2, condition.num_tokens
     cond, uncond = condition[:batch], condition[batch:]
@@ -131,37 +142,34 @@ def trace(
         stop = min(start + steps_per_pass, total)
         piece = _Piece(generator, tokens, start, stop)
         cond_logits = piece.run(cond, caches["cond"])
-        if isinstance(guidance, SoftCFG):
-            token_confidences = guidance.token_confidence(cond_logits, tokens[:, start:stop], temperature)
-        else:
-            token_confidences = token_confidence(cond_logits, tokens[:, start:stop], temperature=temperature)
+        token_confidences = guidance.weak_branch.token_confidence(
+            cond_logits, tokens[:, start:stop], sampling.temperature
+        )
         confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None
-        if isinstance(guidance, SoftCFG) and guidance.perturbs:
-            weights = step_weights(confidence, guidance, steps[start:stop])
+        if guidance.perturbs:
+            weights = step_weights(confidence, guidance.weak_branch, steps[start:stop])
             if kept is not None:
                 kept[:, start:stop] = weights.cpu()
         logits["cond"].append(cond_logits)
-        logits["uncond"].append(piece.run(uncond, caches["uncond"], guidance, weights))
+        logits["uncond"].append(piece.run(uncond, caches["uncond"], guidance.weak_branch, weights))
 
-    if isinstance(guidance, SoftCFG) and guidance.alignment == "successor":
-        confidence[:, 0] = 0
     cond_logits, uncond_logits = (torch.cat(parts, dim=1) for parts in logits.values())
     scales = guidance.scales(total, condition.num_codes).to(generator.device)
     guided_logits = cond_logits
     if guidance.is_active:
-        guided_logits = guidance.guide(cond_logits, uncond_logits, scales[:, None])
+        guided_logits, _ = guide_steps(guidance.rule, cond_logits, uncond_logits, scales, steps)
     guided_logits = generator.constrain(guided_logits, steps, cond)
     return Trace(
         guidance=guidance,
-        temperature=temperature,
+        temperature=sampling.temperature,
         labels=cond.classes if isinstance(cond, ClassCondition) else None,
         tokens=tokens,
         cond_logits=cond_logits,
         uncond_logits=uncond_logits,
         guided_logits=guided_logits,
         guidance_scale=scales,
-        confidence=confidence,
+        confidence=guidance.weak_branch.carried(confidence),
         value_weights=kept,
     )
 
@@ -178,12 +186,12 @@ class _Piece:
         self,
         condition: Condition,
         cache: Any,
-        guidance: CFG | None = None,
+        perturbation: Perturbation | None = None,
         step_weights: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, stop - start, V] in float32."""
         weights = {}
-        if isinstance(guidance, SoftCFG) and step_weights is not None:
-            weights = query_weights(guidance, step_weights, condition, from_start=self.start == 0)
+        if perturbation is not None and step_weights is not None:
+            weights = query_weights(perturbation, step_weights, condition, from_start=self.start == 0)
         slot = condition.slots + self.start - 1 if self.start else 0
         return self.generator(condition, self.inputs, cache=cache, slot=slot, **weights).float()

@@ -17,10 +17,10 @@ from softcfg.runs.folder import RunFolder, image_name
 from softcfg.runs.shards import Shard
 
 
-def write_pngs(shard: Shard, folder: Path) -> None:
-    """Write the images of a shard as 000123.png."""
+def write_pngs(shard: Shard, folder: str | Path) -> None:
+    """Write the images of a shard as 000123.png into a folder that exists."""
     for index, pixels in zip(shard.indices.tolist(), shard.pixels, strict=True):
-        write_atomically(folder / image_name(index), png_bytes(Image.fromarray(pixels)), replace=True)
+        write_atomically(Path(folder) / image_name(index), png_bytes(Image.fromarray(pixels)), replace=True)
 
 
 def altered_pngs(shard: Shard, folder: Path) -> list[str]:
@@ -39,13 +39,13 @@ def altered_pngs(shard: Shard, folder: Path) -> list[str]:
     return [image_name(index) for index, pixels in pairs if is_altered(index, pixels)]
 
 
-def export_pngs(run: RunFolder, folder: Path, *, absent_only: bool = False) -> None:
+def export_pngs(run: RunFolder, folder: str | Path, *, absent_only: bool = False) -> None:
     """Write all images as PNG files; with `absent_only`, those of shards of which one is absent or altered.
 
     Raises:
         UserError: a shard is missing or damaged, or a file cannot be written.
     """
-    make_folder(folder)
+    folder = make_folder(folder)
     there = {path.name for path in folder.glob("*.png")} if absent_only else set()
     for number in range(run.plan.num_shards):
         shard = run.require(number)
@@ -59,7 +59,7 @@ def npz_beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.npz")
 
 
-def export_npz(run: RunFolder, path: Path) -> tuple[int, ...]:
+def export_npz(run: RunFolder, path: str | Path) -> tuple[int, ...]:
     """Write all images as the entry arr_0, uint8 [N, H, W, 3], of an uncompressed .npz file; returns its shape.
 
     Raises:
@@ -68,7 +68,7 @@ def export_npz(run: RunFolder, path: Path) -> tuple[int, ...]:
     run.require_complete()
     shape = (run.plan.num_samples, *run.require(0).pixels.shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    make_folder(path.parent)
+    make_folder(Path(path).parent)
     with (
         open_atomically(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,

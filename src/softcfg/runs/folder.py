@@ -21,7 +21,7 @@ from softcfg.version import __version__
 
 SETTINGS = "run.json"
 SHARDS = "shards"
-PICTURES = ("grid.png", "comparison.png")  # besides one PNG for each image
+PICTURES = ("grid.png", "comparison.png")  # besides one PNG per image
 FORMAT = 1  # of the folder; a version that changes what is in it counts up
 LARGEST_SETTINGS = 1 << 25  # bytes of run.json
 
@@ -38,7 +38,7 @@ class RunFolder:
         path: the folder.
         settings: the content of run.json.
         plan: the partition of its images.
-        run: the fingerprint of its settings.
+        fingerprint: of its settings; every shard carries it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -48,7 +48,7 @@ class RunFolder:
             self.plan = Plan.of(settings)
         except UserError as error:
             raise UserError(f"{path / SETTINGS} is not readable as the settings of a run: {error}") from error
-        self.run = fingerprint(settings)
+        self.fingerprint = fingerprint(settings)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -128,7 +128,7 @@ class RunFolder:
         for number in self.present():
             with contextlib.suppress(DamagedShardError):
                 runs.add(glance(self.shard_path(number))[0])
-        return bool(runs) and self.run not in runs
+        return bool(runs) and self.fingerprint not in runs
 
     def _count(self, number: int) -> int:
         """The images in a shard, by its header; 0 where it is not whole."""
@@ -157,7 +157,7 @@ class RunFolder:
     def is_whole(self, number: int) -> bool:
         """Whether a shard is there as planned, by its header."""
         try:
-            return glance(self.shard_path(number)) == (self.run, len(self.plan.indices(number)))
+            return glance(self.shard_path(number)) == (self.fingerprint, len(self.plan.indices(number)))
         except DamagedShardError:
             return False
 
@@ -187,11 +187,11 @@ class RunFolder:
         path = self.shard_path(number)
         shard = read_shard(path)
         indices = self.plan.indices(number)
-        if shard.run != self.run or shard.number != number:
+        if shard.fingerprint != self.fingerprint or shard.number != number:
             raise DamagedShardError(f"{path} belongs to another run or place")
         if not np.array_equal(shard.indices, indices):
             raise DamagedShardError(f"{path} holds {len(shard.indices)} images of the {len(indices)} planned")
-        if shard.labels.tolist() != self.plan.labels_of(indices) or {len(shard.tokens), len(shard.pixels)} != {
+        if shard.labels.tolist() != self.plan.labels_of(indices) or {len(shard.codes), len(shard.pixels)} != {
             len(indices)
         }:
             raise DamagedShardError(f"{path} holds other labels than planned")
@@ -265,7 +265,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """One line for each field, so that a list of a thousand labels does not take a thousand lines."""
+    """Write one line per field, so that a list of a thousand labels takes one line."""
     content = {**settings, "format": FORMAT, "sha256": _checksum(settings)}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
     text = f"{{\n{lines}\n}}\n".encode()

@@ -144,7 +144,7 @@ def _is_integer(value: object, least: int, most: int) -> bool:
 
 
 def _random_label(seed: int, index: int, classes: int) -> int:
-    """The upper bits of one word of the image's own stream, far behind the words that its tokens use."""
+    """The upper bits of one word of the image's own stream, far after the words that its tokens use."""
     from softcfg.decoding.randomness import philox  # imports torch
 
     word = int(philox(seed, index, block=2**128).random_raw())
@@ -152,7 +152,7 @@ def _random_label(seed: int, index: int, classes: int) -> int:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say in which settings two runs differ that change images, one text a field; empty if in none."""
+    """Say in which settings two runs differ that change images, one text per field; empty if in none."""
     one, other = (dotted(_images_of(settings)) for settings in (found, wanted))
     return [
         f"{name}{_values(one.get(name), other.get(name))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,11 +23,12 @@ class Processes:
         device: where this process computes; None for the default of a single process.
     """
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, device: str | None = None, *, alone: bool = False) -> None:
         """Join the processes that torchrun or `accelerate launch` started, if they did.
 
         Args:
             device: as on the command line: "cpu", "cuda" or, for one process, "cuda:N".
+            alone: join nobody; this process has work of its own.
 
         Raises:
             UserError: Accelerate is missing, or a single device was named for several processes.
@@ -35,7 +37,7 @@ class Processes:
         self.device: torch.device | str | None = device
         self._state: Any = None
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched == 1:
+        if alone or launched == 1:
             return
         if device not in (None, "cpu", "cuda"):
             raise UserError(f"--device {device} names one device for several processes; leave it out, or give cpu")
@@ -50,6 +52,13 @@ class Processes:
         if self.world != launched:
             raise UserError(f"{launched} processes were launched, but Accelerate joined {self.world}; see its set-up")
         self.device = self._state.device
+        atexit.register(self.leave)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     @property
     def first(self) -> bool:
@@ -63,17 +72,19 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         outcome: list[Any] = [None, None]
+        cause: UserError | None = None
         if self.first:
             try:
                 outcome = [task(), None]
             except UserError as error:
+                cause = error
                 outcome = [None, str(error)]
         result, problem = broadcast_object_list(outcome, from_process=0)
         if problem is not None:
-            raise UserError(problem)
+            raise cause or UserError(problem)
         return result
 
     def leave(self) -> None:
-        """Leave the group of processes."""
+        """Leave the group of processes; a process that ends does so by itself."""
         if self._state is not None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -41,28 +41,28 @@ class Shard:
 
     Attributes:
         number: of the shard in its run.
-        run: fingerprint of the run's settings.
+        fingerprint: of the settings of its run.
         drawn_at_once: images in a batch as the model saw it; less than the run's batch size after memory ran out.
         indices, labels: int64 [n].
-        tokens: the codes of the images, integers [n, h w].
+        codes: what the tokenizer decodes, integers [n, h w]; the entry `tokens` of the file.
         pixels: uint8 [n, H, W, 3].
     """
 
     number: int
-    run: str
+    fingerprint: str
     drawn_at_once: int
     indices: np.ndarray
     labels: np.ndarray
-    tokens: np.ndarray
+    codes: np.ndarray
     pixels: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is stored, by name, in the types that it is stored in."""
-        small = not self.tokens.size or self.tokens.max() < 2**15
+        small = not self.codes.size or self.codes.max() < 2**15
         return {
             "indices": self.indices.astype(np.int64),
             "labels": self.labels.astype(np.int64),
-            "tokens": self.tokens.astype(np.int16 if small else np.int32),
+            "tokens": self.codes.astype(np.int16 if small else np.int32),
             "pixels": self.pixels,
         }
 
@@ -76,7 +76,7 @@ def write_shard(path: str | Path, shard: Shard) -> None:
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(array) for name, array in shard.arrays().items()}
-    metadata = {"shard": str(shard.number), "run": shard.run, "drawn_at_once": str(shard.drawn_at_once)}
+    metadata = {"shard": str(shard.number), "run": shard.fingerprint, "drawn_at_once": str(shard.drawn_at_once)}
     if (size := sum(array.nbytes for array in arrays.values())) > LARGEST - 2 * LONGEST_HEADER:
         raise UserError(f"a shard of {size:,} bytes is too large: the limit is 1 GiB; take a smaller batch size")
     metadata["sha256"] = _digest(metadata, arrays)
@@ -108,7 +108,9 @@ def read_shard(path: str | Path) -> Shard:
         shapes = [array.shape for array in arrays.values()]
         if [len(shape) for shape in shapes] != [1, 1, 2, 4] or len({shape[0] for shape in shapes}) > 1:
             raise DamagedShardError(f"{path} does not hold images: its arrays have the shapes {shapes}")
-        return Shard(int(metadata["shard"]), metadata["run"], int(metadata["drawn_at_once"]), **arrays)
+        return Shard(
+            int(metadata["shard"]), metadata["run"], int(metadata["drawn_at_once"]), *(arrays[name] for name in FIELDS)
+        )
 
 
 def glance(path: str | Path) -> tuple[str, int]:

@@ -17,18 +17,20 @@ class Terminated(KeyboardInterrupt):
 def termination_raises() -> Iterator[None]:
     """Within the block, the first SIGTERM raises `Terminated` in the main thread; later ones are ignored.
 
-    Files are written whole or not at all, so that it may be raised anywhere.
+    Files are written whole or not at all, so that it may be raised anywhere. A block within such a block changes
+    nothing, and neither does one in another thread.
     """
-    if threading.current_thread() is not threading.main_thread():
+    nested = signal.getsignal(signal.SIGTERM) is _end
+    if nested or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated

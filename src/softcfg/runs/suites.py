@@ -1,8 +1,8 @@
 """Benchmarks of text-to-image models: their prompts, and pictures laid out as their own scorers expect.
 
-DPG-Bench (https://github.com/TencentQQGYLab/ELLA): a text file a prompt; a picture of 2 x 2 images, without gaps, under
-the name of the prompt's file. GenEval (https://github.com/djghosh13/geneval): the lines of `evaluation_metadata.jsonl`;
-a numbered folder a line with the line itself and four images.
+DPG-Bench (https://github.com/TencentQQGYLab/ELLA): a text file per prompt; a picture of 2 x 2 images, without gaps,
+under the name of the prompt's file. GenEval (https://github.com/djghosh13/geneval): the lines of
+`evaluation_metadata.jsonl`; a numbered folder per line with the line itself and four images.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from softcfg.files import make_folder, read_text, write_atomically
 if TYPE_CHECKING:
     import numpy as np
 
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.shards import Shard
+
 IMAGES_PER_PROMPT = 4
 LARGEST_TEXT = 1 << 24  # bytes of a file of prompts
 
@@ -30,7 +33,7 @@ class Suite(ABC):
         source: the folder of the prompts.
 
     Attributes:
-        prompts: one text a prompt.
+        prompts: their texts.
         scorer: the command that scores the pictures in {folder}, of {size} pixels.
 
     Raises:
@@ -53,6 +56,17 @@ class Suite(ABC):
     @abstractmethod
     def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
         """Write the four images, uint8 [H, W, 3], of a prompt; every file whole or not at all."""
+
+    def write_shard(self, folder: Path, shard: Shard) -> None:
+        """Write the pictures of a shard, which holds all images of its prompts."""
+        for start in range(0, len(shard.labels), IMAGES_PER_PROMPT):
+            self.write(folder, int(shard.labels[start]), list(shard.pixels[start : start + IMAGES_PER_PROMPT]))
+
+    def write_missing(self, folder: Path, run: RunFolder) -> None:
+        """Write the pictures of a complete run that are not there yet."""
+        for number in range(run.plan.num_shards):
+            if not all(self.is_written(folder, label) for label in run.plan.labels_of(run.plan.indices(number))):
+                self.write_shard(folder, run.require(number))
 
     def is_written(self, folder: Path, number: int) -> bool:
         """Whether all files of a prompt are there."""

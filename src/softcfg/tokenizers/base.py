@@ -96,8 +96,9 @@ class Tokenizer(nn.Module):
         """Turn tokens into images.
 
         Args:
-            tokens: integers in [0, codebook_size), [B, T] or [B, 1, T]; a tensor, array or nested list.
-            grid: (h, w) of images that are not of the default size.
+            tokens: integers in [0, codebook_size), [B, T], [B, 1, T] or, of images of any size, [B, h, w]; a tensor,
+                array or nested list.
+            grid: (h, w) of images that are not of the default size; tokens [B, h, w] say it themselves.
 
         Returns:
             float32 [B, 3, H, W], clamped to [0, 1], on the device of the tokenizer.
@@ -110,6 +111,10 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode_raw(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
         """Like `decode`, in the tokenizer's own dtype and before the clamp."""
+        tokens = _as_tensor(tokens, "tokens")
+        if grid is None and self.any_size and tokens.ndim == 3 and tokens.shape[1] > 1:
+            grid = (tokens.shape[1], tokens.shape[2])
+            tokens = tokens.flatten(1)
         grid = self._checked_grid(grid)
         return self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
 
@@ -141,8 +146,7 @@ class Tokenizer(nn.Module):
             raise UserError(f"grid must be two numbers (h, w) greater than 0, got {grid!r}")
         return grid
 
-    def _checked_tokens(self, tokens: Any, grid: tuple[int, int]) -> Tensor:
-        tokens = _as_tensor(tokens, "tokens")
+    def _checked_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise UserError(f"tokens must be integers, got {_dtype_name(tokens)}; convert them to int64")
         if tokens.ndim == 3 and tokens.shape[1] == 1:

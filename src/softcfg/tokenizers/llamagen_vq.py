@@ -24,7 +24,9 @@ class LlamaGenVQConfig:
     Level i works on 1 / 2^i of the resolution with `ch * ch_mult[i]` channels.
 
     Attributes:
-        image_size: H and W of the images, which the weights leave open: 256 or 384 for the released generators.
+        image_size: H and W of the images, unless given otherwise with them; 256, 384 or 512 for the released
+            generators.
+        grid_size: tokens along a side of the images; if given, it says `image_size`.
         output_size: H and W that decoded images are resized to (bicubic, without antialiasing, as the released
             evaluation of the 384 px models does with 256); None for `image_size`.
         codebook_l2_norm: compare and read codes at unit length.
@@ -40,6 +42,7 @@ class LlamaGenVQConfig:
     num_groups: int = 32
     norm_eps: float = 1e-6
     image_size: int = 256
+    grid_size: int | None = None
     output_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -47,12 +50,15 @@ class LlamaGenVQConfig:
             self, "ch", "num_res_blocks", "z_channels", "codebook_size", "codebook_embed_dim", "num_groups", "norm_eps",
             "image_size",
         )  # fmt: skip
-        if self.output_size is not None:
-            require_positive(self, "output_size")
+        for name in ("grid_size", "output_size"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ValueError(f"ch_mult must list numbers greater than 0, got {list(self.ch_mult)}")
         if self.ch % self.num_groups:
             raise ValueError(f"ch {self.ch} must be a multiple of num_groups {self.num_groups}")
+        if self.grid_size is not None:
+            object.__setattr__(self, "image_size", self.grid_size * self.downsampling)
         if self.image_size % self.downsampling:
             raise ValueError(
                 f"image_size {self.image_size} must be a multiple of {self.downsampling}: every level of "
@@ -71,7 +77,10 @@ class LlamaGenVQConfig:
 
 
 class LlamaGenVQ(Tokenizer):
-    """LlamaGen's tokenizer: tokens in raster order; decoding needs `decoder`, `post_quant_conv` and `quantize` only."""
+    """LlamaGen's tokenizer: tokens in raster order; decoding needs `decoder`, `post_quant_conv` and `quantize` only.
+
+    It takes images of any size whose sides are multiples of `patch_size`, unless decoded images are resized.
+    """
 
     rounds = True
 
@@ -83,6 +92,8 @@ class LlamaGenVQ(Tokenizer):
         self.latent_size = (side, side)
         self.codebook_size = config.codebook_size
         self.image_size = config.image_size
+        self.patch_size = config.downsampling
+        self.any_size = config.output_size is None
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, l2_norm=config.codebook_l2_norm)

@@ -106,9 +106,18 @@ class MoVQ(Tokenizer):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Return pixels [B, 3, H, W], nominally in [0, 1], of latents [B, embed_dim, h, w]; a few images at a time."""
-        at_once = max(1, PIXELS_AT_ONCE // (latents.shape[2] * latents.shape[3] * self.patch_size**2))
-        pieces = latents.contiguous().split(at_once)
-        return (torch.cat([self.decoder(self.post_quant_conv(codes), codes) for codes in pieces]) + 1) / 2
+
+        def decode(codes: Tensor) -> Tensor:
+            return self.decoder(self.post_quant_conv(codes), codes)
+
+        return (decode_in_pieces(decode, latents, self.patch_size) + 1) / 2
+
+
+def decode_in_pieces(decode: Callable[[Tensor], Tensor], latents: Tensor, patch_size: int) -> Tensor:
+    """Return `decode` of latents [B, channels, h, w], of a few images at a time: as many as memory should hold."""
+    pixels = latents.shape[2] * latents.shape[3] * patch_size**2
+    pieces = latents.contiguous().split(max(1, PIXELS_AT_ONCE // pixels))
+    return torch.cat([decode(codes) for codes in pieces])
 
 
 class Encoder(nn.Module):

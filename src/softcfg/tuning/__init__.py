@@ -2,6 +2,6 @@
 
 from softcfg.tuning.report import write_results
 from softcfg.tuning.space import SAMPLERS, SETTINGS, Range, Space, parse_search
-from softcfg.tuning.sweep import Row, Sweep
+from softcfg.tuning.sweep import Row, Sweep, SweepConfig
 
-__all__ = ["SAMPLERS", "SETTINGS", "Range", "Row", "Space", "Sweep", "parse_search", "write_results"]
+__all__ = ["SAMPLERS", "SETTINGS", "Range", "Row", "Space", "Sweep", "SweepConfig", "parse_search", "write_results"]

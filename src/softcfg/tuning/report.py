@@ -73,7 +73,7 @@ class Table:
 
     def _remark(self, row: Row) -> str:
         if row.stopped:
-            return f"  stopped at {row.samples} of {self.sweep.num_samples} samples"
+            return f"  stopped at {row.samples} of {self.sweep.config.num_samples} samples"
         value = row.metrics[self.sweep.objective]
         if self.best is not None and (value >= self.best if self.sweep.minimize else value <= self.best):
             return ""
@@ -106,7 +106,7 @@ def plot_settings(sweep: Sweep) -> Figure:
         axis.set_ylabel(TITLES[metric])
     for axis, name in zip(axes[-1], names, strict=True):
         axis.set_xlabel(name)
-    figure.suptitle(f"{len(rows)} trials of {sweep.num_samples} samples; star: best {TITLES[sweep.objective]}")
+    figure.suptitle(f"{len(rows)} trials of {sweep.config.num_samples} samples; star: best {TITLES[sweep.objective]}")
     return figure
 
 
@@ -125,7 +125,9 @@ def plot_front(sweep: Sweep) -> Figure:
     axis.plot(*zip(*(points[i] for i in front), strict=True), "o-", color=COLOURS[1], markersize=5)
     for i in front:
         axis.annotate(f" {rows[i].trial}", points[i], fontsize=8)
-    axis.set(xlabel=TITLES["inception_score"], ylabel=TITLES["fid"], title=f"FID and IS, {sweep.num_samples} samples")
+    axis.set(
+        xlabel=TITLES["inception_score"], ylabel=TITLES["fid"], title=f"FID and IS, {sweep.config.num_samples} samples"
+    )
     return figure
 
 

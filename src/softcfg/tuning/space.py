@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +18,16 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from softcfg.configuration import read_interval
 from softcfg.decoding import Sampling
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.guidance import CFG, PRESETS, Setting, View, all_settings, compose, describe, settings_of
 from softcfg.pipeline import Pipeline
 from softcfg.zoo.registry import find
 
 SAMPLERS = ("tpe", "random", "grid")
 STARTUP = 10  # trials that TPE draws at random before it models what it has seen
 
-_SAMPLING = typing.get_type_hints(Sampling)
-SETTINGS: dict[str, Any] = {"preset": str, **typing.get_type_hints(SoftCFG), **_SAMPLING}  # name -> type
-PRESETS = {"paper": SoftCFG.paper, "released": SoftCFG.released}
-FLAGS = {"strength": "--softcfg-strength", "floor": "--softcfg-floor", "eps": "--softcfg-eps"}  # others: as named
-OF_THE_MODEL = ("guidance_scale", "guidance_scale_pow", "schedule", "temperature")  # defaults differ from ours
+PRESET = Setting("preset", str, "paper", choices=PRESETS, flag="--preset")
+# Everything that can be searched, by name; what is registered later is there too.
+SETTINGS = View(lambda: {PRESET.name: PRESET, **all_settings(), **settings_of(Sampling)})
 TRUTH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 EVERYWHERE = "all"  # the interval None, as a word
 
@@ -87,7 +84,7 @@ def parse_search(words: Sequence[str]) -> dict[str, Values]:
         parts = [part.strip() for part in text.split(":")]
         if len(parts) == 1:
             search[name] = [parse_value(name, part.strip()) for part in text.split(",")]
-        elif SETTINGS[name] in (int, float) and len(parts) <= 3:
+        elif SETTINGS[name].kind in (int, float) and len(parts) <= 3:
             low, high = (parse_value(name, part) for part in parts[:2])
             log = parts[2:] == ["log"]
             search[name] = Range(low, high, parse_value(name, parts[2]) if len(parts) == 3 and not log else None, log)
@@ -97,19 +94,20 @@ def parse_search(words: Sequence[str]) -> dict[str, Values]:
 
 
 def setting_named(name: str) -> str:
-    """The field called `name`, or like the flag of `softcfg sample` called `name`; raises `UserError`."""
+    """The setting called `name`, or like the flag of `softcfg sample` called `name`; raises `UserError`."""
     name = name.strip().lstrip("-").replace("-", "_")
-    return find({known: known for known in SETTINGS}, name.removeprefix("softcfg_"), "there is no setting named")
+    known = {setting.dest: setting.name for setting in SETTINGS.values()} | {name: name for name in SETTINGS}
+    return find(known, name, "there is no setting named")
 
 
 def parse_value(name: str, text: str) -> Any:
     """A value of the setting `name` from its text, as flags of `softcfg sample` have it; raises `UserError`."""
-    kind = SETTINGS[name]
-    if name == "interval":
+    kind = SETTINGS[name].kind
+    if kind is tuple:
         try:
             return None if text == EVERYWHERE else read_interval(text)
         except ValueError as error:
-            raise UserError(f"interval: {error}; or write {EVERYWHERE}") from None
+            raise UserError(f"{name}: {error}; or write {EVERYWHERE}") from None
     if kind is bool:
         if text.lower() not in TRUTH:
             raise UserError(f"{name} must be on or off, got {text!r}")
@@ -135,15 +133,20 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
     Raises:
         UserError: a value is out of its range.
     """
+    known = dict(SETTINGS)
     # 2 and 2.0 are one value, but not one text in the settings of a run.
     chosen: dict[str, Any] = {
-        name: float(value) if SETTINGS.get(name) is float and type(value) is int else value
+        name: float(value) if name in known and known[name].kind is float and type(value) is int else value
         for name, value in settings.items()
     }
-    preset = find(PRESETS, str(chosen.pop("preset", "paper")), "there is no preset named")
-    sampling = {name: chosen.pop(name) for name in _SAMPLING if name in chosen}
+    preset = find(
+        {name: name for name in PRESETS}, str(chosen.pop("preset", PRESET.default)), "there is no preset named"
+    )
+    sampling = {name: chosen.pop(name) for name in settings_of(Sampling) if name in chosen}
     try:
-        return pipeline.default_guidance(preset, **chosen), pipeline.sampling(**sampling)
+        # A search over rules has settings of each; a trial has those of its own.
+        guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
+        return guidance, pipeline.sampling(**sampling)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -151,10 +154,12 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
 def sample_flags(guidance: CFG, sampling: Sampling) -> list[str]:
     """The flags with which `softcfg sample` uses these methods, whatever the model's own settings are."""
     words: list[str] = []
-    usual = {**dataclasses.asdict(SoftCFG()), **dataclasses.asdict(Sampling())}
-    for name, value in {**dataclasses.asdict(guidance), **dataclasses.asdict(sampling)}.items():
-        flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-        if value == usual[name] and name not in OF_THE_MODEL:
+    known, values = dict(SETTINGS), {**describe(guidance), **dataclasses.asdict(sampling)}
+    if values.pop("method") != "SoftCFG":
+        values.setdefault("perturbation", "none")
+    for name, value in values.items():
+        flag = known[name].flag
+        if value == known[name].default and not known[name].of_model:
             continue
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
@@ -188,13 +193,28 @@ class Space:
 
     def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a trial whose parameters Optuna stored as `params`."""
-        return {name: parse_value(name, params[name]) if name == "interval" else params[name] for name in self.search}
+        return {
+            name: parse_value(name, params[name]) if SETTINGS[name].kind is tuple else params[name]
+            for name in self.search
+        }
+
+    def check_parts(self, fixed: Mapping[str, Any]) -> None:
+        """Raise `UserError` for a setting, searched or fixed, of a rule or perturbation that no trial can have."""
+        known = dict(SETTINGS)
+        for name in (*self.search, *fixed):
+            if (part := known[name].part) is None:
+                continue
+            kind, entry, _ = part
+            searched = self.search.get(kind, [fixed.get(kind, known[kind].default)])
+            if isinstance(searched, Range) or entry not in searched:
+                raise UserError(f"{name} is a setting of the {kind} {entry}, which no trial has; add {kind}={entry}")
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """Every listed value and every end of a range, one setting at a time."""
+        """Every listed value and every end of a range, one setting at a time, with the rule it needs."""
         for name, values in self.search.items():
+            part = SETTINGS[name].part
             for value in (values.low, values.high) if isinstance(values, Range) else values:
-                yield {name: value}
+                yield {name: value} if part is None else {name: value, part[0]: part[1]}
 
     def grid(self) -> list[list[Any]]:
         """The values of each setting, as Optuna stores them.
@@ -208,7 +228,7 @@ class Space:
             if isinstance(distribution, CategoricalDistribution):
                 lists.append(list(distribution.choices))
             elif isinstance(values, Range) and values.step is not None:
-                lists.append([SETTINGS[name](number) for number in values.numbers()])
+                lists.append([SETTINGS[name].kind(number) for number in values.numbers()])
             else:
                 raise UserError(f"a grid needs a step or a list, such as {name}={_text(values)}:STEP or {name}=A,B,C")
         return lists
@@ -267,10 +287,10 @@ def quiet() -> Iterator[None]:
 
 def _distribution(name: str, values: Values) -> BaseDistribution:
     if isinstance(values, Range):
-        if SETTINGS[name] is float:
+        if SETTINGS[name].kind is float:
             high = values.high if values.step is None else values.numbers()[-1]
             return FloatDistribution(values.low, high, log=values.log, step=values.step)
-        if SETTINGS[name] is not int:
+        if SETTINGS[name].kind is not int:
             raise UserError(f"{name} is not a number; list its values, such as {name}=A,B")
         if any(int(number) != number for number in (values.low, values.high, values.step or 1)):
             raise UserError(f"{name} takes whole numbers, got the range {_text(values)}")
@@ -280,7 +300,7 @@ def _distribution(name: str, values: Values) -> BaseDistribution:
         )
     if isinstance(values, str) or not values:
         raise UserError(f"the values of {name} must be a Range or a list, got {values!r}")
-    stored = [format_value(value) if name == "interval" else value for value in values]
+    stored = [format_value(value) if SETTINGS[name].kind is tuple else value for value in values]
     if len(set(stored)) < len(stored):
         raise UserError(f"{name} lists a value twice: {_text(values)}")
     return CategoricalDistribution(stored)

@@ -8,6 +8,7 @@ are continued like any run, and the metrics that were measured are not measured 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -16,8 +17,9 @@ import shutil
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +29,33 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from softcfg import plugins
 from softcfg.decoding.randomness import check_word
 from softcfg.errors import UserError
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import make_folder
 from softcfg.pipeline import Pipeline
-from softcfg.runs.folder import SHARDS, RunFolder
+from softcfg.runs.folder import SHARDS
+from softcfg.runs.job import RunRequest, draw_run
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
-from softcfg.runs.settings import run_settings
-from softcfg.runs.worker import Artist, Progress, draw_shards
+from softcfg.runs.processes import Processes
+from softcfg.runs.progress import ProgressBar
 from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
 from softcfg.zoo.registry import find
 
 TRIALS = "trials"  # the folder of the run folders
 DATABASE = "study.db"
 RUNGS = (8, 4, 2)  # the shares of the samples, one in so many, at which a trial may be stopped
-RIVALS = 4  # trials that must have come as far before one is stopped
+LEAST_RIVALS = 4  # trials that must have come as far before one is stopped
 DEFAULT_TRIALS = 50
 LONGEST_LABELS = 10_000  # characters
-BLANK = 4  # images to see which metrics there are; precision needs as many
-BEAT = 20.0  # seconds between two signs of life
-GRACE = 120.0  # seconds without one after which a trial of another machine is taken up
-LOOK = 1.0  # seconds between two looks at the other processes' trials
+PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
+SECONDS_BETWEEN_BEATS = 20.0  # the signs of life of a process
+SECONDS_OF_GRACE = 120.0  # without a sign of life, after which a trial of another machine is taken up
+SECONDS_BETWEEN_LOOKS = 1.0  # at the other processes' trials
+LOADING = ("device", "dtype", "generator_checkpoint", "tokenizer_checkpoint")  # of `Pipeline.from_pretrained`
 
 
 @dataclass(frozen=True)
@@ -74,143 +79,143 @@ class Row:
     command: str
 
 
+@dataclass(frozen=True)
+class SweepConfig:
+    """What a sweep searches, draws and measures.
+
+    Attributes:
+        model: a name or folder as in `Pipeline.from_pretrained`, or a pipeline that was loaded from files.
+        search: the settings to search, fields of `SoftCFG` and `Sampling`, or "preset": a `Range` or a list each.
+        fixed: settings that all trials share, on top of what suits the model.
+        objective: the metric to improve.
+        metrics: what else to measure; by default all that can be measured.
+        reference, extractor: as in `evaluate`; so are `cache` and `feature_batch_size`, there `batch_size`.
+        num_samples: images per trial.
+        batch_size: images drawn at once; at most 100 by default.
+        labels: class ids that the images take in turn, all by default, or "random".
+        seed: all trials draw image n from the same random stream (seed, n).
+        sampler: "tpe", "random" or "grid"; `sampler_seed` decides the proposals.
+        early_stop: stop a trial at a rung unless it is among the best of this share of the trials that came as far,
+            in (0, 1); None stops none.
+        rungs: numbers of samples at which to look, rounded up to whole batches; an eighth, a quarter and half.
+        discard_images: keep the settings of finished trials, but not their images.
+    """
+
+    model: str | Path | Pipeline
+    search: Mapping[str, Values]
+    fixed: Mapping[str, Any] | None = None
+    objective: str = "fid"
+    metrics: Sequence[str] | None = None
+    reference: str | Path | None = None
+    extractor: str | Extractor = "inception"
+    num_samples: int = 1000
+    batch_size: int | None = None
+    labels: Sequence[int] | str | None = None
+    seed: int = 0
+    sampler: str = "tpe"
+    sampler_seed: int = 0
+    early_stop: float | None = None
+    rungs: Sequence[int] | None = None
+    discard_images: bool = False
+    cache: str | Path | None = None
+    feature_batch_size: int = 64
+
+
 class Sweep:
-    """A search for the settings with the best metric.
+    """A search for the settings with the best metric; `Sweep.open` begins or continues one.
 
     Attributes:
         folder: where the runs, the study and the results are.
+        config: what is searched, drawn and measured.
         objective: the metric to improve, and `minimize`, whether less of it is better.
         metrics: all that are measured, the objective first.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        model: str | Path,
-        search: Mapping[str, Values],
-        *,
-        fixed: Mapping[str, Any] | None = None,
-        objective: str = "fid",
-        metrics: Sequence[str] | None = None,
-        reference: str | Path | None = None,
-        extractor: str | Extractor = "inception",
-        num_samples: int = 1000,
-        batch_size: int | None = None,
-        labels: Sequence[int] | str | None = None,
-        seed: int = 0,
-        sampler: str = "tpe",
-        sampler_seed: int = 0,
-        early_stop: float | None = None,
-        rungs: Sequence[int] | None = None,
-        discard_images: bool = False,
-        storage: str | None = None,
-        study: str | None = None,
-        pipeline: Pipeline | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        generator_checkpoint: str | Path | None = None,
-        tokenizer_checkpoint: str | Path | None = None,
-        cache: str | Path | None = None,
-        feature_batch_size: int = 64,
-    ) -> None:
+    def __init__(self, folder: str | Path, model: str | Path, search: Mapping[str, Values], **settings: Any) -> None:
+        """Begin a sweep. Deprecated: use `Sweep.open` with a `SweepConfig`.
+
+        Args:
+            settings: fields of `SweepConfig`, `storage` and `study` as in `open`, and `pipeline`, `device`, `dtype`,
+                `generator_checkpoint` and `tokenizer_checkpoint`, now those of `Pipeline.from_pretrained`.
+        """
+        warnings.warn(
+            "Sweep(folder, model, search, ...) goes in the next release: use Sweep.open(folder, SweepConfig(...))",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        where = {name: settings.pop(name) for name in ("storage", "study") if name in settings}
+        loading = {name: settings.pop(name) for name in LOADING if name in settings}
+        pipeline = settings.pop("pipeline", None)
+        if pipeline is None:
+            pipeline = Pipeline.from_pretrained(model, **{"dtype": torch.float32, **loading})
+        self._open(folder, SweepConfig(pipeline, search, **settings), **where)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, config: SweepConfig, *, storage: str | None = None, study: str | None = None
+    ) -> Sweep:
         """Begin a sweep, or join or continue the one of that name.
 
         Args:
             folder: for the results and the images.
-            model: as in `Pipeline.from_pretrained`, and so are the next settings of that name.
-            search: the settings to search, fields of `SoftCFG` and `Sampling`, or "preset": a `Range` or a list each.
-            fixed: settings that all trials share, on top of what suits the model.
-            objective: the metric to improve.
-            metrics: what else to measure; by default all that can be measured.
-            reference, extractor: as in `evaluate`; so are `cache` and `feature_batch_size`, there `batch_size`.
-            num_samples: images of a trial.
-            batch_size: images drawn at once; at most 100 by default.
-            labels: class ids that the images take in turn, all by default, or "random".
-            seed: all trials draw image n from the same random stream (seed, n).
-            sampler: "tpe", "random" or "grid"; `sampler_seed` decides the proposals.
-            early_stop: stop a trial at a rung unless it is among the best of this share of the trials that came as
-                far, in (0, 1); None stops none.
-            rungs: numbers of samples at which to look, rounded up to whole batches; an eighth, a quarter and half.
-            discard_images: keep the settings of finished trials, but not their images.
             storage: an Optuna storage URL; by default an SQLite file in `folder`.
             study: name of the study in the storage; by default that of the folder.
-            pipeline: the model, if it is loaded already.
 
         Raises:
             UserError: a setting is out of its range, the metric cannot be measured, or the study is another sweep's.
         """
+        sweep = cls.__new__(cls)
+        sweep._open(folder, config, storage, study)
+        return sweep
+
+    def _open(
+        self, folder: str | Path, config: SweepConfig, storage: str | None = None, study: str | None = None
+    ) -> None:
         self.folder = Path(folder)
-        self.space = Space(search)
-        self.fixed = {setting_named(name): value for name, value in (fixed or {}).items()}
-        self.objective = find({name: name for name in METRICS}, objective, "there is no metric named")
+        self.config = config
+        self.space = Space(config.search)
+        self.fixed = {setting_named(name): value for name, value in (config.fixed or {}).items()}
+        self.objective = find({name: name for name in METRICS}, config.objective, "there is no metric named")
         self.minimize = self.objective in FRECHET
-        self.sampler = sampler
-        self.sampler_seed = sampler_seed
-        self.num_samples = num_samples
-        self.early_stop = early_stop
-        self.discard_images = discard_images
         if both := self.fixed.keys() & self.space.search.keys():
             raise UserError(f"{min(both)} is both fixed and searched")
-        if sampler not in SAMPLERS:
-            raise UserError(f"there is no sampler named {sampler!r}; known: {', '.join(SAMPLERS)}")
-        check_word(seed, "seed")
-        check_word(sampler_seed, "the seed of the sampler")
-        self.points = math.prod(map(len, self.space.grid())) if sampler == "grid" else None
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        batch_size = min(num_samples, 100) if batch_size is None else batch_size
-        self.rungs = _rungs(num_samples, batch_size, early_stop, rungs)
+        if config.sampler not in SAMPLERS:
+            raise UserError(f"there is no sampler named {config.sampler!r}; known: {', '.join(SAMPLERS)}")
+        check_word(config.sampler_seed, "the seed of the sampler")
+        self.points = math.prod(map(len, self.space.grid())) if config.sampler == "grid" else None
+        if config.num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, got {config.num_samples}")
+        batch_size = min(config.num_samples, 100) if config.batch_size is None else config.batch_size
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        self.rungs = _rungs(config.num_samples, batch_size, config.early_stop, config.rungs)
 
-        self.pipeline = pipeline or Pipeline.from_pretrained(
-            model,
-            device=device,
-            dtype=dtype,
-            generator_checkpoint=generator_checkpoint,
-            tokenizer_checkpoint=tokenizer_checkpoint,
+        request = RunRequest(
+            config.model, config.labels, num_samples=config.num_samples, batch_size=batch_size, seed=config.seed
         )
-        if not self.pipeline.generator.num_classes:
-            raise UserError(f"{model} draws from prompts; a sweep needs a model that draws classes")
+        self.pipeline = request.load()
+        generator = self.pipeline.generator
+        if not generator.num_classes:
+            raise UserError(f"{self.pipeline.name} draws from prompts; a sweep needs a model that draws classes")
+        self.space.check_parts(self.fixed)
         for corner in self.space.corners():
             methods(self.pipeline, {**self.fixed, **corner})
-        words = ["softcfg", "sample", str(model)]
-        for flag, given in (
-            ("--generator-checkpoint", generator_checkpoint),
-            ("--tokenizer-checkpoint", tokenizer_checkpoint),
-        ):
-            words += [flag, str(given)] if given else []
-        kind = str(dtype).removeprefix("torch.")
-        chosen = list(range(self.pipeline.generator.num_classes)) if labels is None else labels
-        words += ["--dtype", kind] if kind != "float32" else []
-        words += ["--labels", _labels_text(labels), "--num-samples", str(num_samples)]
-        self._words = [*words, "--batch-size", str(batch_size), "--seed", str(seed), "--no-png", "--no-compare"]
-        self._run = run_settings(
-            model,
-            self.pipeline,
-            *methods(self.pipeline, self.fixed),
-            labels=chosen,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            seed=seed,
-            dtype=kind,
-            generator_checkpoint=generator_checkpoint,
-            tokenizer_checkpoint=tokenizer_checkpoint,
-        )
-        device = self.pipeline.generator.device
-        self._extractor = load_extractor(extractor, None, device) if isinstance(extractor, str) else extractor
-        self._reference = reference
-        self._cache = cache
-        self._feature_batch_size = feature_batch_size
+        guidance, sampling = methods(self.pipeline, self.fixed)
+        self._request = dataclasses.replace(request, model=self.pipeline, guidance=guidance, sampling=sampling)
+        run = self._request.settings(self.pipeline)
+        self._words = _words_of(self.pipeline, self._request)
+        extractor = config.extractor
+        self._extractor = load_extractor(extractor, None, generator.device) if isinstance(extractor, str) else extractor
         # What cannot be measured is refused before anything is drawn.
-        wanted = None if metrics is None else [self.objective, *metrics]
+        wanted = None if config.metrics is None else [self.objective, *config.metrics]
         side = self.pipeline.tokenizer.image_size
-        blank = np.zeros((BLANK, side, side, 3), dtype=np.uint8)
-        report = self._measure(blank, wanted, labels=[0] * BLANK)
+        black = np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8)
+        report = self._measure(black, wanted, labels=[0] * PROBE_IMAGES)
         if self.objective not in report.metrics:
-            self._measure(blank, [self.objective], labels=[0] * BLANK)  # says why
+            self._measure(black, [self.objective], labels=[0] * PROBE_IMAGES)  # says why
         self.metrics = list(dict.fromkeys([self.objective, *report.metrics]))
         make_folder(self.folder)
-        self.settings = self._describe(report.settings)
+        self.settings = self._describe(run, report.settings)
         self.study = _open_study(
             storage or f"sqlite:///{(self.folder / DATABASE).resolve()}",
             study or self.folder.resolve().name,
@@ -218,18 +223,18 @@ class Sweep:
             self.settings,
         )
 
-    def _describe(self, measured: Mapping[str, Any]) -> dict[str, Any]:
-        """All that decides the results; `measured` are the settings of a report."""
+    def _describe(self, run: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides the results; `run` and `measured` are the settings of a run and of a report."""
         reference = measured["reference"]
         settings = {
-            "run": {name: value for name, value in self._run.items() if name not in NOT_IN_IMAGES},
+            "run": {name: value for name, value in run.items() if name not in NOT_IN_IMAGES},
             "search": self.space.describe(),
             "objective": self.objective,
             "metrics": self.metrics,
-            "sampler": self.sampler,
-            "sampler_seed": self.sampler_seed,
-            "early_stop": self.early_stop,
-            "samples": [*self.rungs, self.num_samples],
+            "sampler": self.config.sampler,
+            "sampler_seed": self.config.sampler_seed,
+            "early_stop": self.config.early_stop,
+            "samples": [*self.rungs, self.config.num_samples],
             "reference_sha256": reference and reference["sha256"],
             "extractor": {name: measured["extractor"][name] for name in ("name", "identity", "dtype")},
         }
@@ -238,13 +243,13 @@ class Sweep:
     def _measure(self, samples: Any, metrics: Sequence[str] | None, labels: Sequence[int] | None = None) -> Report:
         return evaluate(
             samples,
-            self._reference,
+            self.config.reference,
             self._extractor,
             metrics,
             labels=labels,
             device=self._extractor.device,
-            batch_size=self._feature_batch_size,
-            cache=self._cache,
+            batch_size=self.config.feature_batch_size,
+            cache=self.config.cache,
         )
 
     def run(
@@ -277,11 +282,11 @@ class Sweep:
         tell()
         while not self._all_finished(limit):
             if (claim := self._take(limit)) is None:
-                time.sleep(LOOK)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
             else:
                 trial, lock = claim
                 with lock, contextlib.suppress(UpdateFinishedTrialError):  # another machine was faster
-                    self._work(trial, progress=progress)
+                    self._work(trial, lock, progress=progress)
             tell()
 
     def rows(self) -> list[Row]:
@@ -347,7 +352,7 @@ class Sweep:
             return True
         if owner["host"] == socket.gethostname() and Path(owner["folder"]).is_dir():
             return holder(Path(owner["folder"]) / TRIALS / f"{trial.number:04d}") is None
-        return time.time() - owner["beat"] > GRACE
+        return time.time() - owner["beat"] > SECONDS_OF_GRACE
 
     def _claim(self, trial: FrozenTrial) -> tuple[Trial, Lock] | None:
         """Lock the trial's folder; None if another process was faster."""
@@ -379,7 +384,7 @@ class Sweep:
         trial.set_user_attr("owner", self._owner())
 
         def beat() -> None:
-            while not over.wait(BEAT):
+            while not over.wait(SECONDS_BETWEEN_BEATS):
                 with contextlib.suppress(Exception):  # the storage may be out of reach for a while
                     trial.set_user_attr("owner", self._owner())
 
@@ -393,25 +398,30 @@ class Sweep:
 
     # ---- its work
 
-    def _work(self, trial: Trial, *, progress: bool) -> None:
+    def _work(self, trial: Trial, lock: Lock, *, progress: bool) -> None:
         with self._alive(trial):
             found = self.study.get_trials(deepcopy=False)[trial.number]
             guidance, sampling = methods(self.pipeline, {**self.fixed, **self._settings_of(trial, found)})
             words = [*self._words, *sample_flags(guidance, sampling)]
             trial.set_user_attr("command", shlex.join(words))
             folder = self.trial_folder(trial.number)
-            run = {
-                **self._run,
-                "guidance": {"method": type(guidance).__name__, **asdict(guidance)},
-                "sampling": asdict(sampling),
-                "command": shlex.join([*words, "--output-dir", str(folder)]),
-            }
-            for samples in (*self.rungs, self.num_samples):
-                last = samples == self.num_samples
+            request = dataclasses.replace(
+                self._request,
+                guidance=guidance,
+                sampling=sampling,
+                command=shlex.join([*words, "--output-dir", str(folder)]),
+            )
+            for samples in (*self.rungs, self.config.num_samples):
+                last = samples == self.config.num_samples
                 value = found.intermediate_values.get(samples)
                 if value is None:
-                    artist = Artist(self.pipeline, guidance, sampling, run["seed"], run["batch_size"])
-                    self._draw({**run, "num_samples": samples}, artist, trial.number, progress=progress)
+                    draw_run(
+                        dataclasses.replace(request, num_samples=samples),
+                        folder,
+                        processes=Processes(alone=True),
+                        lock=lock,
+                        on_progress=ProgressBar(f"trial {trial.number}", keep=False) if progress else None,
+                    )
                     report = self._measure(folder, self.metrics if last else [self.objective])
                     value = report[self.objective]
                     if last:
@@ -419,7 +429,7 @@ class Sweep:
                     trial.report(value, samples)
                 if not last and self._is_hopeless(trial.number, samples, value):
                     break
-            if self.discard_images:
+            if self.config.discard_images:
                 shutil.rmtree(folder / SHARDS, ignore_errors=True)
         if last:
             self.study.tell(trial, value, skip_if_finished=True)
@@ -431,23 +441,14 @@ class Sweep:
         params = found.params
         if params.keys() != self.space.distributions.keys():
             others = [other for other in self.study.get_trials(deepcopy=False) if other.number != trial.number]
-            params = self.space.propose(self.sampler, self.sampler_seed, trial.number, others, minimize=self.minimize)
+            sampler, seed = self.config.sampler, self.config.sampler_seed
+            params = self.space.propose(sampler, seed, trial.number, others, minimize=self.minimize)
             self.space.store(trial, params)
         return self.space.settings(params)
 
-    def _draw(self, run: dict[str, Any], artist: Artist, number: int, *, progress: bool) -> None:
-        """Draw what the run lacks."""
-        folder = RunFolder.claim(self.trial_folder(number), run)
-        todo = folder.missing()
-        bar = Progress(folder, todo) if progress and todo else None
-        if bar is not None:
-            bar.bar.set_description(f"trial {number}")
-            bar.bar.leave = False
-        draw_shards(folder, todo, artist, progress=bar)
-
     def _is_hopeless(self, number: int, samples: int, value: float) -> bool:
         """Whether too many of the trials that came as far were better there: compared at one number of samples."""
-        if self.early_stop is None:
+        if self.config.early_stop is None:
             return False
         rivals = [
             trial.intermediate_values[samples]
@@ -455,7 +456,7 @@ class Sweep:
             if trial.number != number and samples in trial.intermediate_values
         ]
         better = sum(rival < value if self.minimize else rival > value for rival in rivals)
-        return len(rivals) >= RIVALS and better >= self.early_stop * (len(rivals) + 1)
+        return len(rivals) >= LEAST_RIVALS and better >= self.config.early_stop * (len(rivals) + 1)
 
 
 def _rungs(num_samples: int, batch_size: int, early_stop: float | None, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -478,6 +479,22 @@ def _rungs(num_samples: int, batch_size: int, early_stop: float | None, given: S
     return tuple(rungs)
 
 
+def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
+    """The command that draws a run, up to its guidance, sampling and folder."""
+    source = pipeline.source
+    assert source is not None  # `RunRequest.settings` has refused it
+    words = ["softcfg", "sample", source.model, *plugins.options()]
+    for flag, given in (
+        ("--generator-checkpoint", source.generator_checkpoint),
+        ("--tokenizer-checkpoint", source.tokenizer_checkpoint),
+    ):
+        words += [flag, str(given)] if given else []
+    kind = str(pipeline.generator.dtype).removeprefix("torch.")
+    words += ["--dtype", kind] if kind != "float32" else []
+    words += ["--labels", _labels_text(request.labels), "--num-samples", str(request.num_samples)]
+    return [*words, "--batch-size", str(request.batch_size), "--seed", str(request.seed), "--no-png", "--no-compare"]
+
+
 def _labels_text(labels: Sequence[int] | str | None) -> str:
     """The labels as `softcfg sample` takes them."""
     if labels is None:
@@ -494,8 +511,8 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
 
     try:
         url = make_url(storage)
-    except ArgumentError:
-        raise UserError(f"{storage!r} is no storage URL such as sqlite:///study.db") from None
+    except ArgumentError as error:
+        raise UserError(f"{storage!r} is no storage URL such as sqlite:///study.db") from error
     # SQLite's own patience of 5 s is short for many processes.
     engine = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
     for patience in (1, 2, 4, 0):
@@ -516,7 +533,7 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
             if not patience:
                 problem = " ".join(str(error).split())[:200]
                 shown = url.render_as_string(hide_password=True)
-                raise UserError(f"the storage {shown} cannot be used: {problem}") from None
+                raise UserError(f"the storage {shown} cannot be used: {problem}") from error
             time.sleep(patience)
     if found is not None and (differing := differences(found, settings)):
         raise UserError(f"{name} is a sweep with another {', '.join(differing)}; give another folder or study name")

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from softcfg.guidance import SoftCFG
+from softcfg.guidance import CONFIDENCES
 from softcfg.images import png_bytes
 from softcfg.ui.studio import METHODS, Inspection, Panel, Picture, Session
 
@@ -56,7 +56,7 @@ def stage(panels: Sequence[Panel], maps: dict[int, str] | None = None) -> str:
 
 
 def _panel(panel: Panel, maps: dict[int, str]) -> str:
-    name, total, picture = METHODS[panel.method], panel.total, panel.picture
+    name, total, picture = escape(METHODS[panel.method]), panel.total, panel.picture
     if picture is None:
         shown = ""
         if panel.pixels is not None:
@@ -112,21 +112,17 @@ def inspector(picture: Picture, inspection: Inspection, token: int) -> str:
     drawn = int(picture.tokens[token])
     confidence = float(inspection.confidence[token])
     facts = [
-        ("Confidence", f"{confidence:.3f}", _confidence_name(inspection)),
+        ("Confidence", f"{confidence:.3f}", CONFIDENCES.description(inspection.guidance.weak_branch.confidence)),
         ("Guidance scale", f"{float(inspection.scale[token]):.2f}", "at this step"),
         ("Code", str(drawn), f"step {token + 1} of {grid.total}"),
     ]
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in facts)
+    cells = "".join(
+        f"<div><dt>{name}</dt><dd>{value}<small>{escape(note)}</small></dd></div>" for name, value, note in facts
+    )
     return f"""<section class="inspector" aria-label="Token {token}">
 <h3>Token {token} <small>{where} · {escape(METHODS[picture.method])}</small></h3>
 <dl>{cells}</dl>
 <div class="columns">{_weights(inspection, token)}{_candidates(inspection, token, drawn)}</div></section>"""
-
-
-def _confidence_name(inspection: Inspection) -> str:
-    guidance = inspection.guidance
-    kind = guidance.confidence if isinstance(guidance, SoftCFG) else "max"
-    return {"max": "largest probability", "sampled": "probability of the drawn code"}[kind]
 
 
 def _weights(inspection: Inspection, token: int) -> str:

@@ -22,8 +22,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from softcfg.decoding import Sampling
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.guidance import CFG, PERTURBATIONS, RULES, SoftCFG, View, compose, settings_of, titled
 from softcfg.inspection import trace
 from softcfg.inspection.measures import grid_of
 from softcfg.inspection.trace import step_weights
@@ -32,12 +33,16 @@ from softcfg.pipeline import Pipeline
 from softcfg.prompts import as_prompts
 from softcfg.version import __version__
 
-METHODS = {
-    "none": "No guidance",
-    "cfg": "CFG",
-    "softcfg": "SoftCFG",
-    "released": "SoftCFG (released code)",
-}
+
+def _methods_by_key() -> dict[str, str]:
+    """The titles of all methods: those of the package, and what is registered besides as PERTURBATION+RULE."""
+    known = {"none": "No guidance", "cfg": "CFG", "softcfg": "SoftCFG", "released": "SoftCFG (released code)"}
+    more = [(perturbation, rule) for rule in RULES if rule != "cfg" for perturbation in ("none", "softcfg")]
+    more += [(perturbation, "cfg") for perturbation in PERTURBATIONS if perturbation not in ("none", "softcfg")]
+    return known | {f"{p}+{r}": titled(PERTURBATIONS[p], RULES[r]) for p, r in more}
+
+
+METHODS = View(_methods_by_key)
 CANDIDATES = 8  # codes kept a token
 FRAME_SECONDS = 0.12  # least time between two looks at a drawing
 
@@ -76,11 +81,11 @@ class Settings:
     model: str
     subject: int | str
     methods: tuple[str, ...] = ("cfg", "softcfg")
-    scale: float = 4.0
-    power: float = 1.0
-    strength: float = 1.0
-    step_norm: bool = True
-    temperature: float = 1.0
+    scale: float = CFG.guidance_scale
+    power: float = CFG.guidance_scale_pow
+    strength: float = SoftCFG.strength
+    step_norm: bool = SoftCFG.step_norm
+    temperature: float = Sampling.temperature
     seed: int = 0
 
     def query(self) -> str:
@@ -97,15 +102,20 @@ class Settings:
             return pipeline.default_guidance(CFG, guidance_scale=1.0)
         if method == "cfg":
             return pipeline.default_guidance(CFG, **numbers)
-        preset = SoftCFG.released if method == "released" else SoftCFG.paper
-        return pipeline.default_guidance(preset, strength=self.strength, step_norm=self.step_norm, **numbers)
+        preset = "released" if method == "released" else None
+        perturbation, _, rule = method.partition("+")
+        parts = {"perturbation": perturbation, "rule": rule} if rule else {}
+        if parts.get("perturbation", "softcfg") == "softcfg":
+            numbers |= {"strength": self.strength, "step_norm": self.step_norm}
+        return pipeline.default_guidance(compose, preset=preset, **parts, **numbers)
 
 
-RANGES = {  # of the settings that are numbers
-    "scale": (0.0, 20.0),
-    "power": (0.0, 5.0),
-    "strength": (0.0, 5.0),
-    "temperature": (0.1, 2.0),
+_SHOWN = {name: known.shown for kind in (SoftCFG, Sampling) for name, known in settings_of(kind).items() if known.shown}
+RANGES: dict[str, tuple[float, float]] = {  # of the settings that are numbers
+    "scale": _SHOWN["guidance_scale"],
+    "power": _SHOWN["guidance_scale_pow"],
+    "strength": _SHOWN["strength"],
+    "temperature": _SHOWN["temperature"],
     "seed": (0, 2**32 - 1),
 }
 
@@ -169,13 +179,13 @@ class Inspection:
 
     def weights_on_earlier(self, step: int) -> np.ndarray:
         """The weights that a step puts on the tokens before it: float32 [T], NaN from `step` on."""
-        weights = step_weights(self.confidence[None], self.guidance, torch.tensor([step]))[0, 0].numpy()
+        weights = step_weights(self.confidence[None], self.guidance.weak_branch, torch.tensor([step]))[0, 0].numpy()
         return np.where(np.arange(len(weights)) < step, weights, np.float32("nan"))
 
     def weights_of(self, token: int) -> np.ndarray:
         """The weights that a token got at the steps after its own: float32 [T - 1 - token]."""
         later = torch.arange(token + 1, len(self.confidence))
-        return step_weights(self.confidence[None], self.guidance, later)[0, :, token].numpy()
+        return step_weights(self.confidence[None], self.guidance.weak_branch, later)[0, :, token].numpy()
 
 
 @dataclass
@@ -336,9 +346,9 @@ class Model:
         return Settings(
             name,
             "" if self.takes_prompts else 0,
-            scale=float(suited.get("guidance_scale", 4.0)),
-            power=float(suited.get("guidance_scale_pow", 1.0)),
-            temperature=float(suited.get("temperature", 1.0)),
+            scale=float(suited.get("guidance_scale", CFG.guidance_scale)),
+            power=float(suited.get("guidance_scale_pow", CFG.guidance_scale_pow)),
+            temperature=float(suited.get("temperature", Sampling.temperature)),
         )
 
 

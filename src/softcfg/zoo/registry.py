@@ -41,6 +41,8 @@ class Family:
         ignored: beginnings of the names of tensors that released files hold and generation does not need.
         allowed_types: what released files hold beside tensors and plain containers, and may be unpickled.
         extras: whether released files may hold more tensors than the model has, which are dropped.
+        layouts: a function of the module that takes the tensors of any published layout and returns those of this
+            model under its parameter names; empty if there is one layout, under these names.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     allowed_types: tuple[type, ...] = ()
     extras: bool = False
+    layouts: str = ""
 
     def classes(self) -> tuple[type[nn.Module], type]:
         """Import and return the module class and its configuration class."""
@@ -60,7 +63,9 @@ class Family:
         return getattr(module, self.model), getattr(module, self.config)
 
     def needed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """The state dict without what is ignored."""
+        """The state dict under the names of the model's parameters, without what is ignored."""
+        if self.layouts:
+            state_dict = getattr(importlib.import_module(self.module), self.layouts)(state_dict)
         return {name: tensor for name, tensor in state_dict.items() if not name.startswith(self.ignored)}
 
 
@@ -224,6 +229,15 @@ TOKENIZERS: dict[str, Family] = _by_name(
             allowed_types=TRAINING_ARGUMENTS,
         ),
         _tokenizer("movq", "softcfg.tokenizers.movq", "MoVQ", "MoVQConfig", extras=True),
+        _tokenizer(
+            "janus-vq",
+            "softcfg.tokenizers.janus_vq",
+            "JanusVQ",
+            "JanusVQConfig",
+            ignored=("quantize.codebook_used",),
+            layouts="from_published",
+        ),
+        _tokenizer("emu3-vq", "softcfg.tokenizers.emu3_vq", "Emu3VQ", "Emu3VQConfig", layouts="from_published"),
     ]
 )
 

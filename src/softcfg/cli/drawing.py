@@ -1,0 +1,128 @@
+"""Drawing a run from the command line: what is said at the start, on the way and in the end."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softcfg.cli import arguments
+from softcfg.errors import UserError
+
+if TYPE_CHECKING:
+    from softcfg.pipeline import Pipeline
+    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.job import DrawnRun, RunRequest
+    from softcfg.runs.processes import Processes
+    from softcfg.runs.progress import Progress
+    from softcfg.runs.shards import Shard
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command line, as it is written into run.json."""
+    return shlex.join(["softcfg", *args.words])
+
+
+def draw(
+    args: argparse.Namespace,
+    processes: Processes,
+    folder: Path,
+    what: Callable[[Pipeline], dict[str, Any]],
+    *,
+    on_shard: Callable[[Shard], None] | None,
+    on_finish: Callable[[DrawnRun], None],
+    on_start: Callable[[RunFolder], object] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Draw the run in `folder` with the model, guidance and sampling of the arguments.
+
+    Args:
+        what: the other fields of the `RunRequest`, of the loaded model; called in the first process.
+        on_start: called in every process with the run.
+        on_shard, on_progress, on_finish: see `draw_run`.
+
+    Raises:
+        UserError: as `draw_run`; once the run has begun, with the command that continues it.
+    """
+    from softcfg.runs.folder import SHARDS
+    from softcfg.runs.job import RunRequest, draw_run, refuse_if_busy
+    from softcfg.runs.progress import ProgressBar
+
+    refuse_if_busy(folder, processes)  # before anything is loaded
+    pipeline = arguments.load_pipeline(args, processes.device)
+    guidance = arguments.guidance_from(args, pipeline)
+    sampling = arguments.sampling_from(args, pipeline)
+    request = RunRequest(
+        pipeline,
+        guidance=guidance,
+        sampling=sampling,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        command=command_of(args),
+        **processes.agree(lambda: what(pipeline)),
+    )
+    begun = False
+    latest: Progress | None = None
+    bar = ProgressBar()
+
+    def start(run: RunFolder, todo: Sequence[int]) -> None:
+        nonlocal begun
+        begun = True
+        if on_start is not None:
+            on_start(run)
+        if processes.first:
+            _announce(run, request, todo)
+
+    def report(progress: Progress) -> None:
+        nonlocal latest
+        latest = progress
+        bar(progress)
+        if on_progress is not None:
+            on_progress(progress)
+
+    def how_to_continue() -> str:
+        done = ""
+        if latest is not None and (folder / SHARDS).is_dir():  # the folder may be what went wrong
+            done = f"{latest.done} of {latest.total} images are done and kept; "
+        return f"{done}continue with: {request.command}"
+
+    try:
+        draw_run(
+            request,
+            folder,
+            processes=processes,
+            overwrite=args.overwrite,
+            on_start=start,
+            on_shard=on_shard,
+            on_progress=report,
+            on_finish=on_finish,
+        )
+    except UserError as error:
+        if not begun:
+            raise
+        raise UserError(f"{error}; {how_to_continue()}") from None
+    except KeyboardInterrupt:
+        if begun and processes.first:
+            print(f"\nsoftcfg: stopped; {how_to_continue()}", file=sys.stderr)
+        raise
+
+
+def _announce(run: RunFolder, request: RunRequest, todo: Sequence[int]) -> None:
+    count = run.plan.num_samples
+    left = sum(len(run.plan.indices(number)) for number in todo)
+    if left < count:
+        print(f"{count - left} of {count} images are there already")
+    environments = run.settings["environment"]
+    if todo and left < count and len(environments) > 1:
+        print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
+    from softcfg.guidance import describe
+
+    guidance = request.guidance
+    assert guidance is not None
+    settings = describe(guidance)
+    method = settings.pop("method")
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    print(f"{method}: {shown}" if guidance.is_active else "no guidance", flush=True)

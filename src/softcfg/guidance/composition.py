@@ -1,0 +1,152 @@
+"""Guidance and its settings by name: for files, the command line, sweeps and links.
+
+Rules and perturbations join here: whatever is registered is known to all of these by its name, and a setting of it as
+NAME_FIELD. The settings of SoftCFG are called as its fields are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG
+from softcfg.guidance.perturbation import PERTURBATIONS, ConfidenceWeights, Perturbation
+from softcfg.guidance.registry import Registry
+from softcfg.guidance.rules import RULES, Rule
+from softcfg.guidance.settings import Setting, settings_of
+
+KindT = TypeVar("KindT", bound=type)
+
+SOFTCFG = "softcfg"
+PARTS: dict[str, Registry[Any]] = {"rule": RULES, "perturbation": PERTURBATIONS}
+_DEFAULTS = {"rule": "cfg", "perturbation": SOFTCFG}
+_HELP = {"rule": "how the logits of the branches are combined", "perturbation": "what the unconditional branch sees"}
+
+
+def register_rule(name: str, *, label: str = "", description: str = "") -> Callable[[KindT], KindT]:
+    """Return a decorator that makes a subclass of `Rule` known by `name`.
+
+    The class becomes a frozen dataclass if it is none; all of its fields need defaults. The decorator raises
+    `ValueError` where the class or its name will not do.
+
+    Args:
+        label: a short title, for figures and the web page; by default the name.
+        description: a few words, for help; by default the first line of the docstring.
+    """
+    return _registering("rule", Rule, name, label, description)
+
+
+def register_perturbation(name: str, *, label: str = "", description: str = "") -> Callable[[KindT], KindT]:
+    """Return a decorator that makes a subclass of `Perturbation` known by `name`; otherwise as `register_rule`."""
+    return _registering("perturbation", Perturbation, name, label, description)
+
+
+def all_settings() -> dict[str, Setting]:
+    """All settings of guidance by name: of `CFG`, of `SoftCFG`, and of what is registered at the moment."""
+    found = dict(settings_of(CFG))
+    for kind, registry in PARTS.items():
+        found[kind] = Setting(
+            kind, str, _DEFAULTS[kind], _HELP[kind], choices=registry, flag=f"--{kind}", metavar="NAME"
+        )
+        for entry, part in registry.items():
+            for field, known in settings_of(part).items():
+                flat = field if part is ConfidenceWeights else f"{entry}_{field}".replace("-", "_")
+                if flat in found:
+                    raise ValueError(f"there is a setting named {flat} already; give the {kind} {entry} another name")
+                flag = known.flag if part is ConfidenceWeights else "--" + flat.replace("_", "-")
+                found[flat] = dataclasses.replace(known, name=flat, flag=flag, part=(kind, entry, field))
+    return found
+
+
+def describe(guidance: CFG) -> dict[str, Any]:
+    """The settings of guidance by name, as files hold them: "method", the name of its class, and its fields.
+
+    Rule and perturbation are left out where they are those of plain CFG.
+
+    Raises:
+        ValueError: its rule or its perturbation is not registered.
+    """
+    names = [field.name for field in dataclasses.fields(guidance) if field.name not in PARTS]
+    found: dict[str, Any] = {"method": type(guidance).__name__, **{name: getattr(guidance, name) for name in names}}
+    for kind, registry in PARTS.items():
+        part = getattr(guidance, kind)
+        if part != getattr(CFG, kind):
+            found[kind] = registry.name_of(type(part))
+            for known in all_settings().values():
+                if known.part and known.part[:2] == (kind, found[kind]):
+                    found[known.name] = getattr(part, known.part[2])
+    return found
+
+
+def restore(settings: Mapping[str, Any]) -> CFG:
+    """The guidance that has these settings, as `describe` gives them.
+
+    Raises:
+        ValueError: something in them is not registered, unknown or out of its range.
+    """
+    return _make(METHODS.require(settings.get("method"), "method"), METHODS[settings["method"]], settings)
+
+
+def compose(*, preset: str | None = None, drop_unused: bool = False, **settings: Any) -> CFG:
+    """Guidance from settings by name (see `all_settings`): SoftCFG, unless `perturbation` says otherwise.
+
+    Args:
+        preset: "paper" (by default) or "released", the values of those settings of SoftCFG that are not given.
+        drop_unused: leave out the settings of rules and perturbations that are not chosen. By default they are
+            refused.
+
+    Raises:
+        ValueError: a setting is unknown, out of its range, or of something that is not chosen.
+    """
+    if settings.get("perturbation", SOFTCFG) != SOFTCFG:
+        if preset is not None and not drop_unused:
+            raise ValueError(f"there is no preset for the perturbation {settings['perturbation']}, only for {SOFTCFG}")
+        return _make(CFG, CFG, settings, drop_unused)
+    settings.pop("perturbation", None)
+    return _make(PRESETS.require(preset or "paper"), SoftCFG, settings, drop_unused)
+
+
+def _make(make: Callable[..., CFG], method: type[CFG], settings: Mapping[str, Any], drop_unused: bool = False) -> CFG:
+    """Call `make`, which gives a `method`, with the settings sorted into its fields, its rule and its perturbation."""
+    known, own = all_settings(), {field.name for field in dataclasses.fields(method)}
+    fields: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {kind: {} for kind in PARTS}
+    for name, value in settings.items():
+        if name == "method" or name in PARTS:
+            continue
+        if name in own:
+            fields[name] = value
+            continue
+        if name not in known or (part := known[name].part) is None:
+            raise ValueError(f"there is no setting named {name!r}")
+        kind, entry, field = part
+        if settings.get(kind) == entry:
+            parts[kind][field] = value
+        elif not drop_unused:
+            raise ValueError(f"{name} is a setting of the {kind} {entry}, which is not chosen")
+    for kind, registry in PARTS.items():
+        if kind in settings:
+            value = settings[kind]
+            fields[kind] = registry.require(value, kind)(**parts[kind]) if isinstance(value, str) else value
+    return make(**fields)
+
+
+def _registering(kind: str, base: type, name: str, label: str, description: str) -> Callable[[KindT], KindT]:
+    def add(part: KindT) -> KindT:
+        if not issubclass(part, base):
+            raise ValueError(f"a {kind} is a subclass of {base.__name__}, which {part.__name__} is not")
+        if "__dataclass_fields__" not in vars(part):
+            dataclasses.dataclass(frozen=True)(part)
+        without = [field.name for field in dataclasses.fields(part) if field.default is dataclasses.MISSING]
+        if without:
+            raise ValueError(f"the settings of a {kind} need defaults; {part.__name__}.{without[0]} has none")
+        PARTS[kind].register(name, label=label, description=description)(part)
+        try:
+            all_settings()
+        except ValueError:
+            del PARTS[kind][name]
+            raise
+        return part
+
+    return add

@@ -1,0 +1,81 @@
+"""Rules: how the logits of the branches are combined.
+
+A rule is a frozen dataclass of its settings. Most rules need nothing but the logits of the step. One that remembers
+something over the steps (a momentum, for example) returns it as its state, a tensor with a row per image, and gets it
+back at the next step: there is nothing hidden, so whoever steps through a sequence can go back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from softcfg.guidance.registry import Registry
+from softcfg.guidance.settings import check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Classifier-free guidance (arXiv 2207.12598); other rules derive from it and are registered.
+
+    Attributes:
+        stateful: whether the rule has a state. One without is a function of a step's logits alone, and many steps can
+            be computed at once.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it.
+    """
+
+    stateful: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def guide(
+        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Guided logits [..., V] of a step, and the state after it (None for rules without one).
+
+        Args:
+            cond, uncond: logits [..., V] of the conditional and the unconditional branch.
+            scale: s_t of the step; a tensor is of a shape that broadcasts to [..., 1].
+            step: int64, 0-based, shaped like `scale`. Rules without a state may be given many steps at once.
+            state: what the step before returned, [..., *]; None at the first step.
+        """
+        return uncond + scale * (cond - uncond), None
+
+
+RULES: Registry[type[Rule]] = Registry("rule")
+RULES.register("cfg", label="CFG", description="uncond + scale * (cond - uncond)")(Rule)
+
+
+def guide_steps(
+    rule: Rule, cond: Tensor, uncond: Tensor, scales: Tensor, steps: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Guide n neighbouring steps: at once if the rule has no state, else one after the other.
+
+    Args:
+        cond, uncond: logits [B, n, V].
+        scales, steps: s_t and the 0-based steps, [n] or [B, n].
+        state: what the rule returned for the step before the first, [B, *]; None at the start of the sequence.
+
+    Returns:
+        Guided logits [B, n, V], and the states before the first and after every step, [B, n + 1, *] (before the start
+        of the sequence: zeros); None for rules without a state.
+    """
+    if not rule.stateful:
+        return rule.guide(cond, uncond, scales[..., None], step=steps[..., None])
+    import torch
+
+    guided, states = [], [state]
+    for i in range(cond.shape[1]):
+        at = {"scale": scales[..., i, None], "step": steps[..., i, None]}
+        logits, state = rule.guide(cond[:, i], uncond[:, i], **at, state=state)
+        guided.append(logits)
+        states.append(state)
+    assert state is not None, f"{type(rule).__name__} is stateful, but returned no state"
+    known = [torch.zeros_like(state) if each is None else each for each in states]
+    return torch.stack(guided, dim=1), torch.stack(known, dim=1)

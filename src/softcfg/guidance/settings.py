@@ -1,0 +1,130 @@
+"""Fields of dataclasses that are settings.
+
+What a field may be is declared once, where it is defined: `strength: float = setting(1.0, low=0, help="...")`. The
+checks, the command line, sweeps and the web page are made from that. A field without `setting` is one too if it is a
+number, a text or a truth value; it then has no help and no range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+_METADATA = "setting"
+_KINDS: dict[str, type] = {
+    "float": float,
+    "int": int,
+    "bool": bool,
+    "str": str,
+    "tuple[int, int] | None": tuple,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting.
+
+    Attributes:
+        name: of the field; unique among all settings.
+        kind: float, int, bool, str, or tuple for an interval of two steps (None: all).
+        help: what it does, as the command line says it.
+        low, high: bounds of a number; `low` itself is excluded where `above` is set.
+        off: the value that switches it off, for messages.
+        choices: names it must be one of.
+        flag: of the command line.
+        metavar: what stands for the value in help.
+        of_model: whether a model may have a value of its own that suits it.
+        released: the name in configurations of the released code.
+        shown: bounds of a slider.
+        part: for settings of a rule or perturbation, the kind of the part, its name, and the field of its class.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    off: Any = None
+    choices: Collection[str] | None = None
+    flag: str = ""
+    metavar: str | None = None
+    of_model: bool = False
+    released: str | None = None
+    shown: tuple[float, float] | None = None
+    part: tuple[str, str, str] | None = None
+
+    @property
+    def dest(self) -> str:
+        """The attribute in which the command line keeps the value."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    def check(self, value: Any) -> None:
+        """Raise `ValueError` unless `value` is of the kind and in the range; it says what it must be."""
+        if not self._fits(value):
+            off = "" if self.off is None else f" ({self.off}: off)"
+            raise ValueError(f"{self.name} must be {self._wanted()}{off}, got {value!r}")
+
+    def _fits(self, value: Any) -> bool:
+        if self.kind is tuple:
+            return value is None or _is_interval(value)
+        if self.kind is bool:
+            return isinstance(value, bool)
+        if self.kind is str:
+            return isinstance(value, str) and (self.choices is None or value in self.choices)
+        kind = numbers.Integral if self.kind is int else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        number = float(value)
+        return (self.low < number if self.above else self.low <= number) and number <= self.high
+
+    def _wanted(self) -> str:
+        if self.kind is tuple:
+            return "two steps 0 <= start <= stop"
+        if self.kind is bool:
+            return "True or False"
+        if self.kind is str:
+            return "a text" if self.choices is None else f"one of {', '.join(self.choices)}"
+        if self.high < math.inf:
+            kind = "an integer " if self.kind is int else "a number " if self.off is None else ""
+            return f"{kind}in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
+        kind = "an integer" if self.kind is int else "a finite number"
+        return kind if self.low == -math.inf else f"{kind} {'>' if self.above else '>='} {self.low:g}"
+
+
+def setting(default: Any, *, kw_only: bool = False, **known: Any) -> Any:
+    """A field of a dataclass that is a setting; the arguments are attributes of `Setting`."""
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={_METADATA: known})
+
+
+@functools.cache
+def settings_of(owner: type) -> dict[str, Setting]:
+    """The settings of a dataclass by name; fields of other kinds are left out."""
+    found = {}
+    for field in dataclasses.fields(owner):
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+        if kind not in _KINDS and not isinstance(field.type, str):
+            kind = str(field.type)
+        if kind in _KINDS:
+            known = {"flag": "--" + field.name.replace("_", "-"), **field.metadata.get(_METADATA, {})}
+            found[field.name] = Setting(field.name, _KINDS[kind], field.default, **known)
+    return found
+
+
+def check(owner: Any) -> None:
+    """Raise `ValueError` for the first setting of a dataclass that is out of its range."""
+    kind: type = type(owner)
+    for name, known in settings_of(kind).items():
+        known.check(getattr(owner, name))
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    return all(isinstance(step, int) for step in value) and 0 <= value[0] <= value[1]

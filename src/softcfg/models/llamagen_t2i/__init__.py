@@ -1,0 +1,1 @@
+"""LlamaGen's text-to-image models."""

@@ -1,0 +1,328 @@
+"""Drawing a run from Python: a request in, a folder of images out, by any number of processes, to be continued."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcfg.decoding import Sampling
+from softcfg.decoding.randomness import check_word
+from softcfg.errors import UserError
+from softcfg.files import make_folder
+from softcfg.guidance import CFG
+from softcfg.models.base import as_ids
+from softcfg.pipeline import Pipeline
+from softcfg.runs.folder import RunFolder
+from softcfg.runs.lock import Lock, holder
+from softcfg.runs.plan import RANDOM, Prompts
+from softcfg.runs.processes import Processes
+from softcfg.runs.progress import Progress, ProgressWatch
+from softcfg.runs.settings import run_settings
+from softcfg.runs.shards import Shard
+from softcfg.runs.signals import termination_raises
+from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards
+from softcfg.zoo.files import require_file
+from softcfg.zoo.loading import load_tokenizer
+from softcfg.zoo.registry import resolve
+from softcfg.zoo.source import describe_part
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What to draw, and how.
+
+    Attributes:
+        model: a name or folder as in `Pipeline.from_pretrained`, which every process loads onto its own device; or
+            a pipeline that was loaded from files.
+        labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index. By
+            default all classes. Where there are prompts, their numbers.
+        prompts: texts for models that draw from prompts, or `Prompts`, which have a size.
+        num_samples: images in all; by default one per label or prompt.
+        guidance, sampling: by default those that suit the model.
+        batch_size: images drawn at once, which make up a shard; by default that of the run that is continued, or up
+            to 100.
+        seed: image n draws from the random stream (seed, n).
+        speculative_jacobi: the window of speculative Jacobi decoding; 0 draws token by token.
+        command: kept in run.json, to tell people how the run is continued.
+    """
+
+    model: str | Path | Pipeline
+    labels: Sequence[int] | str | None = None
+    prompts: str | Sequence[str] | Prompts | None = None
+    num_samples: int | None = None
+    guidance: CFG | None = None
+    sampling: Sampling | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    speculative_jacobi: int = 0
+    command: str = ""
+
+    def load(self, device: torch.device | str | None = None) -> Pipeline:
+        """The pipeline: the given one, or the model of that name on `device`."""
+        if isinstance(self.model, Pipeline):
+            return self.model
+        return Pipeline.from_pretrained(self.model, device=device)
+
+    def settings(self, pipeline: Pipeline) -> dict[str, Any]:
+        """The settings of the run, for `RunFolder.claim`.
+
+        Args:
+            pipeline: what `load` returned.
+
+        Raises:
+            UserError: a setting is out of its range or does not fit the model.
+        """
+        for name, value, least in (
+            ("num_samples", self.num_samples, 1),
+            ("batch_size", self.batch_size, 1),
+            ("speculative_jacobi", self.speculative_jacobi, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+        check_word(self.seed, "seed")
+        prompts = self._prompts(pipeline)
+        count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)
+        labels = self._labels(count)
+        if self.num_samples is None and isinstance(labels, str):
+            raise UserError("random labels need num_samples")
+        return run_settings(
+            pipeline,
+            self._guidance(pipeline),
+            self._sampling(pipeline),
+            labels=labels,
+            num_samples=self.num_samples or len(labels),
+            prompts=prompts,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            speculative_jacobi=self.speculative_jacobi,
+            command=self.command,
+        )
+
+    def drawer(self, pipeline: Pipeline, run: RunFolder) -> BatchDrawer:
+        """What draws the images of `run`, the folder that was claimed with the settings of this request."""
+        return BatchDrawer(
+            pipeline,
+            self._guidance(pipeline),
+            self._sampling(pipeline),
+            self.seed,
+            run.plan.batch_size,
+            self.speculative_jacobi,
+            Prompts.of(run.settings),
+        )
+
+    def _guidance(self, pipeline: Pipeline) -> CFG:
+        return self.guidance or pipeline.default_guidance()
+
+    def _sampling(self, pipeline: Pipeline) -> Sampling:
+        return self.sampling or pipeline.sampling()
+
+    def _labels(self, count: int) -> list[int] | str:
+        if isinstance(self.labels, str):
+            if self.labels != RANDOM:
+                raise UserError(f"labels must be class ids or {RANDOM!r}, got {self.labels!r}")
+            return RANDOM
+        labels = range(count) if self.labels is None else self.labels
+        if not len(labels):
+            raise UserError("labels must name at least one class")
+        return as_ids(list(labels), "labels", count).tolist()
+
+    def _prompts(self, pipeline: Pipeline) -> Prompts | None:
+        prompts = self.prompts
+        if pipeline.prompt_reader is None:
+            if prompts is not None:
+                raise UserError(f"{pipeline.name} draws classes: give labels, it does not read prompts")
+            return None
+        if prompts is None or not (isinstance(prompts, Prompts) or len(prompts)):
+            raise UserError(f"{pipeline.name} draws from prompts: give at least one text")
+        if not isinstance(prompts, Prompts):
+            side = pipeline.generator.config.image_size
+            prompts = Prompts((prompts,) if isinstance(prompts, str) else tuple(prompts), side, side)
+        prompts.check(pipeline)
+        return prompts
+
+
+@dataclass(frozen=True)
+class DrawnRun:
+    """A run whose images are all there.
+
+    Attributes:
+        drawer: what drew them, and can draw more.
+        images: how many were drawn just now, by all processes, in `seconds`.
+    """
+
+    run: RunFolder
+    drawer: BatchDrawer
+    images: int
+    seconds: float
+
+
+def draw_run(
+    request: RunRequest,
+    folder: str | Path,
+    *,
+    processes: Processes | None = None,
+    overwrite: bool = False,
+    lock: Lock | None = None,
+    on_start: Callable[[RunFolder, Sequence[int]], None] | None = None,
+    on_shard: Callable[[Shard], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_finish: Callable[[DrawnRun], None] | None = None,
+) -> RunFolder:
+    """Draw a run into a folder, from the start or from where it was left.
+
+    The folder receives run.json and one file per shard; `softcfg.runs.export` and `softcfg.runs.pictures` make images
+    of them. Whatever ends the call, the shards that were finished are kept, and the same call continues the run.
+
+    Args:
+        folder: of the run. It is locked while the run is drawn.
+        processes: those that share the work; by default those of the launch (torchrun, `accelerate launch`), or this
+            process alone. Each returns when its own part is done, and the first one when all images are there.
+        overwrite: discard what another run left in the folder.
+        lock: the lock of the folder, if the caller holds it already.
+        on_start: called in every process with the run and the numbers of its missing shards.
+        on_shard: called with every shard that this process wrote, off the main thread.
+        on_progress: called in the first process with how far the run is, such as a `ProgressBar`.
+        on_finish: called in the first process when all images are there, while the folder is still locked.
+
+    Returns:
+        The run. Its `shards` are read in order, one in memory at a time.
+
+    Raises:
+        UserError: the request does not fit the model, the folder is in use, holds a run with other settings or cannot
+            be written, or there is no memory for a single image.
+        KeyboardInterrupt: the user, or SIGTERM (`softcfg.runs.signals.Terminated`), asked for the end.
+    """
+    folder = Path(folder)
+    processes = processes or Processes()
+    with termination_raises():
+        if lock is None:
+            refuse_if_busy(folder, processes)  # before anything is loaded
+        pipeline = request.load(processes.device)
+        drawers: list[BatchDrawer] = []
+
+        def maker(run: RunFolder) -> ShardMaker:
+            drawers.append(request.drawer(pipeline, run))
+            return drawers[0].shards_of(run)
+
+        def finish(run: RunFolder, images: int, seconds: float) -> None:
+            if on_finish is not None:
+                on_finish(DrawnRun(run, drawers[0], images, seconds))
+
+        return _make_run(
+            folder,
+            lambda: request.settings(pipeline),
+            maker,
+            processes,
+            overwrite=overwrite,
+            lock=lock,
+            on_start=on_start,
+            on_shard=on_shard,
+            on_progress=on_progress,
+            on_finish=finish,
+        )
+
+
+def decode_run(
+    source: RunFolder,
+    folder: str | Path,
+    *,
+    model: str | Path | None = None,
+    tokenizer_checkpoint: str | Path | None = None,
+    processes: Processes | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    on_shard: Callable[[Shard], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_finish: Callable[[RunFolder], None] | None = None,
+) -> RunFolder:
+    """Decode the codes of a run again, for example with another tokenizer, into the folder of a new run.
+
+    Args:
+        source: the run whose codes are decoded; it must be complete.
+        model: the model whose tokenizer decodes; by default that of the run.
+        tokenizer_checkpoint: weights in place of that tokenizer's own.
+        folder, processes, overwrite, on_shard, on_progress, on_finish: as in `draw_run`.
+
+    Raises:
+        UserError: as `draw_run`, or a shard of `source` is missing or damaged.
+    """
+    folder = Path(folder)
+    if folder.resolve() == source.path.resolve():
+        raise UserError(f"--output-dir {folder} is the run itself; give another folder")
+    processes = processes or Processes()
+    with termination_raises():
+        refuse_if_busy(folder, processes)
+        entry = resolve(model or source.settings["model"])
+        config = entry.tokenizer.config if model else source.settings["tokenizer"]["config"]
+        checkpoint = tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
+        device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = load_tokenizer(entry, config, checkpoint, device)
+
+        def settings() -> dict[str, Any]:
+            return {
+                **source.settings,
+                "tokenizer": {**describe_part(entry.tokenizer, entry, checkpoint), "config": dict(config)},
+                "decoded_from": str(source.path.resolve()),
+                "command": command,
+            }
+
+        return _make_run(
+            folder,
+            settings,
+            lambda run: decoded_shards(source, tokenizer, run),
+            processes,
+            overwrite=overwrite,
+            on_shard=on_shard,
+            on_progress=on_progress,
+            on_finish=None if on_finish is None else lambda run, images, seconds: on_finish(run),
+        )
+
+
+def refuse_if_busy(folder: Path, processes: Processes) -> None:
+    """Raise `UserError` in every process if another job works in the folder."""
+
+    def look() -> None:
+        if busy := holder(folder):
+            raise UserError(f"{folder} is in use by {busy}; wait for it or end it first")
+
+    processes.agree(look)
+
+
+def _make_run(
+    folder: Path,
+    settings: Callable[[], Mapping[str, Any]],
+    maker: Callable[[RunFolder], ShardMaker],
+    processes: Processes,
+    *,
+    overwrite: bool,
+    lock: Lock | None = None,
+    on_start: Callable[[RunFolder, Sequence[int]], None] | None = None,
+    on_shard: Callable[[Shard], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_finish: Callable[[RunFolder, int, float], None] | None = None,
+) -> RunFolder:
+    """Lock and claim the folder in the first process, and make the shards that it lacks in all."""
+    with contextlib.ExitStack() as held:
+
+        def claim() -> tuple[dict[str, Any], list[int]]:
+            wanted = dict(settings())
+            if lock is None:
+                held.enter_context(Lock(make_folder(folder)))
+            run = RunFolder.claim(folder, wanted, overwrite=overwrite)
+            return run.settings, run.missing()
+
+        found, todo = processes.agree(claim)
+        run = RunFolder(folder, found)
+        make = maker(run)
+        if on_start is not None:
+            on_start(run, todo)
+        watch = ProgressWatch(run, todo, on_progress) if processes.first else None
+        make_shards(run, todo, make, processes, on_shard=on_shard, watch=watch)
+        if watch is not None and on_finish is not None:
+            on_finish(run, sum(len(run.plan.indices(number)) for number in todo), watch.seconds)
+    return run

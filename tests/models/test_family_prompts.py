@@ -1,0 +1,173 @@
+"""The prompts of Janus-Pro and Emu3-Gen and the captions of LlamaGen T2I are those of the released programs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from goldens import FOLDER
+from softcfg import UserError
+from softcfg.errors import CheckpointError
+from softcfg.models.emu3 import prompts as emu3
+from softcfg.models.janus import prompts as janus
+from softcfg.models.llamagen_t2i.captions import clean_caption
+from softcfg.models.text import Special, TextTokenizer, text_of
+
+MARKS = ["<|User|>", "<begin_of_image>", "<|extra_203|>", "<|image start|>", "<|image token|>"]
+
+
+def read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((FOLDER / name).read_text())
+    return content
+
+
+@pytest.fixture
+def text_tokenizer(tmp_path: Path) -> TextTokenizer:
+    """Bytes as tokens, then one merge, then special tokens; of the roles of Janus it has one only."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*alphabet, "Ġa"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(MARKS[1:])
+    tokenizer.add_tokens(MARKS[:1])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return TextTokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("pair", read("janus/golden-prompts-a.json")["pairs"], ids=lambda pair: pair["caption"][:12])
+def test_prompts_of_janus(pair: dict[str, str]) -> None:
+    assert text_of(janus.prompt_pieces(pair["caption"])) == pair["prompt"]
+
+
+@pytest.mark.parametrize("pair", read("emu3/golden-prompts-a.json")["prompts"], ids=lambda pair: pair["prompt"][-40:])
+def test_prompts_of_emu3(pair: dict[str, Any]) -> None:
+    grid = emu3.grid_of_ratio(pair["ratio"])
+    assert grid == tuple(pair["h_w"])
+    assert text_of(emu3.prompt_pieces(pair["text"], grid)) == pair["prompt"]
+
+
+@pytest.mark.parametrize("size", read("emu3/golden-prompts-a.json")["sizes"], ids=str)
+def test_sizes_of_emu3(size: dict[str, Any]) -> None:
+    assert emu3.grid_of_ratio(size["ratio_w_h"], size["image_area"]) == tuple(size["h_w"])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "area", "message"),
+    [
+        ("16x9", 518400, "WIDTH:HEIGHT"),
+        ("0:1", 518400, "WIDTH:HEIGHT"),
+        ("-1:1", 518400, "WIDTH:HEIGHT"),
+        ("1:1", 0, "greater than 0"),
+        ("1:1", 256, "3 columns"),
+        ("1:2000", 518400, "3 columns"),
+        ("40000:1", 518400, "1 row "),
+    ],
+)
+def test_sizes_that_emu3_cannot_draw(ratio: str, area: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        emu3.grid_of_ratio(ratio, area)
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "digest"),
+    [(emu3.POSITIVE_PROMPT, 41, "d5774816c5e7d095"), (emu3.NEGATIVE_PROMPT, 197, "8b8cd77fb8e3019e")],
+)
+def test_texts_of_the_released_program(text: str, length: int, digest: str) -> None:
+    assert len(text) == length
+    assert hashlib.sha256(text.encode()).hexdigest().startswith(digest)
+
+
+def test_special_tokens_are_ids_and_text_is_text(text_tokenizer: TextTokenizer) -> None:
+    mark = [text_tokenizer.special_id(name) for name in MARKS]
+    plain = text_tokenizer.ids(["x"]), text_tokenizer.ids([": a cat\n\n<|Assistant|>:"])
+    assert text_tokenizer.ids(janus.prompt_pieces("a cat")) == [mark[0], *plain[1], mark[1]]
+    assert text_tokenizer.ids(emu3.prompt_pieces("x", (90, 68))) == [
+        mark[2], *plain[0], mark[3], *text_tokenizer.ids(["90*68"]), mark[4]
+    ]  # fmt: skip
+    merged = text_tokenizer.ids([" a"])
+    assert len(merged) == 1  # the blank before a caption belongs to its first word
+    assert plain[1][1] == merged[0]
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_the_name_of_a_special_token_in_a_caption_is_text(text_tokenizer: TextTokenizer, name: str) -> None:
+    special = text_tokenizer.special_id(name)
+    for pieces in (janus.prompt_pieces(f"a {name} b"), emu3.prompt_pieces(f"a {name} b", (4, 4))):
+        ids = text_tokenizer.ids(pieces)
+        assert ids.count(special) == sum(isinstance(piece, Special) and piece.name == name for piece in pieces)
+    assert len(text_tokenizer.ids([name])) == len(name)
+
+
+def test_emu3_reads_text_in_form_nfc(text_tokenizer: TextTokenizer) -> None:
+    decomposed = unicodedata.normalize("NFD", "café")
+    assert text_tokenizer.ids([decomposed]) != text_tokenizer.ids(["café"])
+    grid = (4, 4)
+    assert emu3.prompt_ids(text_tokenizer, decomposed, grid) == emu3.prompt_ids(text_tokenizer, "café", grid)
+    assert emu3.prompt_ids(text_tokenizer, "café", grid) == text_tokenizer.ids(emu3.prompt_pieces("café", grid))
+
+
+def test_a_text_tokenizer_of_words_keeps_its_unknown_word(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1, "<img>": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["[UNK]", "<img>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert TextTokenizer(tmp_path / "tokenizer.json").ids(["cat <img>", Special("<img>")]) == [1, 0, 2]
+
+
+def test_text_tokenizers_that_do_not_fit(text_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no token <nothing>"):
+        text_tokenizer.ids(["x", Special("<nothing>")])
+    with pytest.raises(CheckpointError, match="does not exist"):
+        TextTokenizer(tmp_path / "none.json")
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "damaged.json").write_text(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            TextTokenizer(tmp_path / "damaged.json")
+
+
+class TestCaptions:
+    """Cleaned captions; they need ftfy and Beautiful Soup."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("ftfy")
+        pytest.importorskip("bs4")
+
+    @pytest.mark.parametrize(
+        "pair", read("llamagen-t2i/golden-text-cleaning-a.json")["pairs"], ids=lambda pair: pair["input"][:12]
+    )
+    def test_captions_of_llamagen(self, pair: dict[str, str]) -> None:
+        assert clean_caption(pair["input"], passes=1) == pair["once"]
+        assert clean_caption(pair["input"]) == pair["output"]
+
+    @pytest.mark.parametrize(
+        ("caption", "cleaned"),
+        [
+            ("a.italy and end.network", "and"),
+            ("mail x@y.com now", "mail x now"),
+            ("a 2.5×3 frame of epsom salt", "a frame of om salt"),
+            ("a <![b c", "a <! b c"),
+            ("one-two-three four_five", "one-two-three four_five"),
+            ("one-two-three-four_five", "one two three four five"),
+        ],
+    )
+    def test_oddities_are_kept(self, caption: str, cleaned: str) -> None:
+        assert clean_caption(caption) == cleaned
+
+    @pytest.mark.parametrize(("caption", "message"), [("x" * 10_001, "at most 10000"), ("\ud800", "valid Unicode")])
+    def test_captions_that_are_refused(self, caption: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            clean_caption(caption)
+
+
+def test_what_cleaning_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
+    with pytest.raises(UserError, match=r"needs ftfy: install it with pip install 'softcfg\[llamagen-t2i\]'"):
+        clean_caption("a cat")

@@ -1,0 +1,244 @@
+"""Runs that are drawn from Python."""
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launching import Job, python_call
+from made_runs import complete
+from softcfg import CFG, Pipeline, RunRequest, Sampling, SoftCFG, UserError, draw_run
+from softcfg.cli.main import main
+from softcfg.runs import (
+    DrawnRun,
+    Progress,
+    RunFolder,
+    Shard,
+    decode_run,
+    export_npz,
+    write_comparison,
+    write_grid,
+    write_pngs,
+)  # fmt: skip
+from softcfg.runs.lock import Lock, holder
+from softcfg.runs.signals import Terminated
+
+IMAGES, BATCH = 11, 3
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def request_of(pipe: Pipeline) -> Any:
+    return partial(RunRequest, pipe, num_samples=IMAGES, batch_size=BATCH)
+
+
+def pixels(run: RunFolder) -> np.ndarray:
+    return np.concatenate([shard.pixels for shard in run.shards()])
+
+
+def test_a_run_holds_what_the_pipeline_draws(model_folder: Path, pipe: Pipeline, tmp_path: Path) -> None:
+    guidance, sampling = SoftCFG(guidance_scale=4.0), Sampling(0.8, top_k=9)
+    request = RunRequest(
+        model_folder, [3, 1], num_samples=IMAGES, guidance=guidance, sampling=sampling, batch_size=BATCH, seed=7
+    )
+    run = draw_run(request, tmp_path / "run")
+    expected = pipe([3, 1] * 5 + [3], guidance, seed=7, sampling=sampling, batch_size=BATCH)
+    assert np.array_equal(pixels(run), expected.pixels)
+    assert np.array_equal(np.concatenate([shard.codes for shard in run.shards()]), expected.codes)
+    assert holder(tmp_path / "run") is None
+    assert export_npz(run, tmp_path / "run.npz") == (IMAGES, 8, 8, 3)
+    assert write_grid(run).size == Image.open(tmp_path / "run" / "grid.png").size
+
+
+def test_the_command_line_continues_a_run_of_python(
+    model_folder: Path, request_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_run(request_of(), tmp_path).shard_path(2).unlink()
+    assert main(["runs", "status", str(tmp_path)]) == 0
+    assert "continue with: the same call of softcfg.draw_run" in capsys.readouterr().out
+    words = ["sample", str(model_folder), "--output-dir", str(tmp_path), "--num-samples", str(IMAGES), "--no-compare"]
+    assert main(words) == 0
+    assert f"8 of {IMAGES} images are there already" in capsys.readouterr().out
+
+
+def test_defaults_are_the_models(pipe: Pipeline, tmp_path: Path) -> None:
+    run = draw_run(RunRequest(pipe), tmp_path)
+    assert np.array_equal(pixels(run), pipe([0, 1, 2, 3]).pixels)
+    assert (run.plan.num_samples, run.plan.batch_size, run.settings["command"]) == (4, 4, "")
+
+
+def test_prompts(prompt_model_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(prompt_model_folder)
+    run = draw_run(RunRequest(pipe, prompts=["red apple", "dog"], num_samples=3), tmp_path / "two")
+    assert np.array_equal(pixels(run), pipe(["red apple", "dog", "red apple"]).pixels)
+    run = draw_run(RunRequest(pipe, prompts="red apple"), tmp_path / "one")
+    assert run.settings["prompts"] == ["red apple"]
+    assert run.plan.num_samples == 1
+
+
+def test_what_callers_are_told(request_of: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    started: list[Any] = []
+    reports: list[Progress] = []
+    written: list[tuple[int, str]] = []
+    finished: list[DrawnRun] = []
+
+    def on_shard(shard: Shard) -> None:
+        written.append((shard.number, threading.current_thread().name))
+        write_pngs(shard, folder)
+
+    def on_finish(drawn: DrawnRun) -> None:
+        with pytest.raises(UserError, match="is in use by process"):
+            Lock(folder)
+        write_comparison(drawn.run, drawn.drawer)
+        finished.append(drawn)
+
+    def draw(images: int = IMAGES) -> RunFolder:
+        for told in (started, reports, written, finished):
+            told.clear()
+        return draw_run(
+            request_of(num_samples=images),
+            folder,
+            on_start=lambda run, todo: started.append((run.path, list(todo))),
+            on_shard=on_shard,
+            on_progress=reports.append,
+            on_finish=on_finish,
+        )
+
+    draw()
+    assert started == [(folder, [0, 1, 2, 3])]
+    assert [number for number, _ in written] == [0, 1, 2, 3]
+    assert {name for _, name in written}.isdisjoint({threading.current_thread().name})
+    assert (reports[0].done, reports[0].total, reports[-1].done, reports[-1].ended) == (0, IMAGES, IMAGES, True)
+    assert [drawn.images for drawn in finished] == [IMAGES]
+    assert len(list(folder.glob("0*.png"))) == IMAGES
+    assert (folder / "comparison.png").exists()
+    draw(14)
+    assert started == [(folder, [3, 4])]
+    assert (reports[0].before, reports[-1].done, finished[0].images) == (9, 14, 5)
+    draw(14)
+    assert started == [(folder, [])]
+    assert (written, finished[0].images) == ([], 0)
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError, Terminated])
+def test_whatever_ends_the_call_the_same_call_continues(
+    request_of: Any, tmp_path: Path, pipe: Pipeline, ending: type[BaseException]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    reports: list[Progress] = []
+
+    def end(progress: Progress) -> None:
+        reports.append(progress)
+        if progress.done == 5 and not progress.ended:
+            if ending is Terminated:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)  # the signal arrives here
+            raise ending
+
+    with pytest.raises(ending):
+        draw_run(request_of(), tmp_path, on_progress=end)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert holder(tmp_path) is None
+    assert (reports[-1].done, reports[-1].ended) == (6, True)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    assert sorted(kept) == ["shard-000000.safetensors", "shard-000001.safetensors"]
+    run = draw_run(request_of(), tmp_path)
+    assert np.array_equal(pixels(run), pipe([n % 4 for n in range(IMAGES)], batch_size=BATCH).pixels)
+    assert {name: (tmp_path / "shards" / name).read_bytes() for name in kept} == kept
+
+
+def test_two_processes_killed_and_continued(model_folder: Path, tmp_path: Path, pipe: Pipeline) -> None:
+    images = 90
+    words = [str(model_folder), str(tmp_path), str(images), str(BATCH)]
+    job = Job(2, words, python_call)
+    until = time.monotonic() + 60
+    while len(list(tmp_path.glob("shards/shard-*"))) < 3 and job.alive() and time.monotonic() < until:
+        time.sleep(0.002)
+    assert job.kill([0, 1]) == 2
+    run = RunFolder.open(tmp_path)
+    missing = run.missing()
+    assert 0 < len(missing) <= run.plan.num_shards - 3
+    kept = {path: path.stat().st_mtime_ns for path in map(run.shard_path, range(30)) if path.exists()}
+    assert Job(2, words, python_call).join() == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    expected = pipe(run.plan.labels_of(range(images)), batch_size=BATCH)
+    assert np.array_equal(pixels(run), expected.pixels)
+
+
+def test_a_folder_in_use_is_refused_unless_the_caller_locked_it(request_of: Any, tmp_path: Path) -> None:
+    with Lock(tmp_path) as lock:
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+            draw_run(request_of(), tmp_path)
+        with pytest.raises(UserError, match="is in use by process"):
+            decode_run(complete(tmp_path / "made-up"), tmp_path)
+        assert draw_run(request_of(), tmp_path, lock=lock).missing() == []
+        assert holder(tmp_path) is not None
+
+
+def test_another_request_needs_another_folder_or_overwrite(request_of: Any, tmp_path: Path) -> None:
+    draw_run(request_of(), tmp_path)
+    other = request_of(guidance=CFG(guidance_scale=2.0))
+    with pytest.raises(UserError, match=r"holds a run with another guidance\.method"):
+        draw_run(other, tmp_path)
+    assert draw_run(other, tmp_path, overwrite=True).settings["guidance"]["method"] == "CFG"
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="is not readable") as caught:
+        draw_run(other, tmp_path)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
+        ({"speculative_jacobi": -1}, "speculative_jacobi must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be in"),
+        ({"labels": [0, 4]}, r"labels holds 4, which is outside of 0\.\.3"),
+        ({"labels": []}, "labels must name at least one class"),
+        ({"labels": "Circle"}, "labels must be class ids or 'random', got 'Circle'"),
+        ({"labels": "random", "num_samples": None}, "random labels need num_samples"),
+        ({"prompts": ["red apple"]}, "tiny draws classes: give labels, it does not read prompts"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(
+    request_of: Any, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        draw_run(request_of(**fields), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_draw_a_run(prompt_model_folder: Path, pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="words draws from prompts: give at least one text"):
+        draw_run(RunRequest(prompt_model_folder), tmp_path / "run")
+    in_memory = Pipeline(pipe.generator, pipe.tokenizer, name="mine")
+    with pytest.raises(UserError, match=r"loaded from files, with Pipeline\.from_pretrained"):
+        draw_run(RunRequest(in_memory), tmp_path / "run")
+    with pytest.raises(UserError, match="no model named 'fashoin'"):
+        draw_run(RunRequest("fashoin"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_are_decoded_again(request_of: Any, tmp_path: Path) -> None:
+    run = draw_run(request_of(), tmp_path / "run")
+    reports: list[Progress] = []
+    again = decode_run(run, tmp_path / "again", on_progress=reports.append)
+    assert np.array_equal(pixels(again), pixels(run))
+    assert reports[-1].done == IMAGES
+    run.shard_path(1).unlink()
+    with pytest.raises(UserError, match=r"shard-000001.*cannot be read"):
+        decode_run(run, tmp_path / "half")
+    assert sorted(path.name for path in (tmp_path / "half" / "shards").iterdir()) == ["shard-000000.safetensors"]
