@@ -87,11 +87,14 @@ def open_own(path: str | Path) -> BinaryIO:
 
 
 def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a regular file, in hexadecimal."""
+    """Return the SHA-256 of a regular file, in hexadecimal; raises `UserError` if it cannot be read."""
     digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    try:
+        with open_regular(path) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

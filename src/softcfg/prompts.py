@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import CheckpointError, UserError
+from softcfg.errors import CheckpointError, UserError, quote
+from softcfg.text_tokenizers import check_template, read_tokenizer_json, text_ids, text_tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +24,7 @@ DUAL_PANEL = (
     "Generate a dual-panel image of {width}x{height} where the <{map_half} half> displays a <{map}>, while the "
     "<{image_half} half> retains the original image for direct visual comparison:\n{prompt}"
 )
+TEMPLATE_FIELDS = ("prompt", "width", "height")
 # Task -> the words for the map that is drawn in the lower half, below the image it belongs to.
 PAIR_TASKS = {
     "depth": "depth map",
@@ -71,14 +73,14 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise UserError(f"the text of a prompt must be a string, got {self.text!r}")
+            raise UserError(f"the text of a prompt must be a string, got {quote(self.text)}")
         tasks = PAIR_TASKS if self.image is None else IMAGE_TASKS
         if self.task is None and self.image is not None:
             raise UserError(f"a prompt with an image needs a task, one of {', '.join(tasks)}")
         if self.task is not None and self.task not in tasks:
             kind = "without" if self.image is None else "with"
             raise UserError(
-                f"the task of a prompt {kind} an image must be one of {', '.join(tasks)}, got {self.task!r}"
+                f"the task of a prompt {kind} an image must be one of {', '.join(tasks)}, got {quote(self.task)}"
             )
 
     def sentence(self, width: int, height: int, template: str = TEXT_TO_IMAGE) -> str:
@@ -101,13 +103,13 @@ def as_prompts(prompts: Any, width: int | None = None, height: int | None = None
     if isinstance(prompts, (str, Prompt)):
         prompts = [prompts]
     if not isinstance(prompts, Sequence) or not prompts:
-        raise UserError(f"prompts must be a list of at least one text, got {prompts!r}")
+        raise UserError(f"prompts must be a list of at least one text, got {quote(prompts)}")
     made = []
     for prompt in prompts:
         if isinstance(prompt, str):
             prompt = Prompt(prompt)
         if not isinstance(prompt, Prompt):
-            raise UserError(f"prompts must be texts or Prompt objects, got {prompt!r}")
+            raise UserError(f"prompts must be texts or Prompt objects, got {quote(prompt)}")
         made.append(replace(prompt, width=prompt.width or width, height=prompt.height or height))
     return made
 
@@ -125,14 +127,8 @@ class PromptReader:
     """
 
     def __init__(self, path: str | Path, template: str = TEXT_TO_IMAGE) -> None:
-        from tokenizers import Tokenizer as TextTokenizer
-
-        if not Path(path).is_file():
-            raise CheckpointError(f"{path} does not exist")
-        try:
-            self.tokenizer = TextTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain exceptions
-            raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({error})") from None
+        check_template(template, TEMPLATE_FIELDS)
+        self.tokenizer = text_tokenizer(read_tokenizer_json(path), path)
         self.template = template
 
     def special_ids(self) -> dict[str, int]:
@@ -164,8 +160,8 @@ class PromptReader:
             if prompt.task is not None and self.template != TEXT_TO_IMAGE:
                 raise UserError(f"this model draws images only, it has no task {prompt.task}")
             width, height = prompt.width or config.image_size, prompt.height or config.image_size
-            text = self.tokenizer.encode(prompt.sentence(width, height, self.template), add_special_tokens=False)
-            ids = [config.prompt_start_id, *text.ids, config.separator_id]
+            text = text_ids(self.tokenizer, prompt.sentence(width, height, self.template))
+            ids = [config.prompt_start_id, *text, config.separator_id]
             given = None if prompt.image is None else encode_upper_half(prompt.image, width, height, tokenizer)
             read.append(TokenPrompt(ids, width, height, given))
         return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -93,7 +94,7 @@ def _load(
         if checkpoint is None:
             raise UserError(f"loading a {name} {kind} needs checkpoint=, a weights file or a state dict")
     else:
-        if isinstance(name, str) and not Path(name).exists():
+        if isinstance(name, str) and not os.path.exists(name):
             find({**families, **MODELS}, name, f"there is no {kind} family or model named")
         entry = resolve(name)
         part = entry.generator if families is GENERATORS else entry.tokenizer
