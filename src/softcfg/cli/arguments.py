@@ -306,6 +306,8 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
             raise UserError(f"--labels: {path} cannot be read: {error.strerror}") from None
     if text.strip().lower() == "all":
         return list(range(count))
+    if text.count(",") >= MOST_LABELS:
+        raise UserError(f"--labels: more than {MOST_LABELS:,} labels, the limit")
     names = {name.lower(): index for index, name in enumerate(pipeline.classes)}
     labels: list[int] = []
     for word in (part.strip() for part in text.split(",")):

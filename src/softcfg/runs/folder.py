@@ -93,10 +93,10 @@ class RunFolder:
         if found is None and run._of_others_only():
             raise UserError(f"{path} holds shards of a run with other settings, and no {SETTINGS}; {advice}")
         if found is not None and before is not None:
+            before.require_own_shards()
             if differing := differences(found, settings):
                 raise UserError(f"{path} holds a run with another {', '.join(differing)}; {advice}")
             check_growth(found, settings)
-            before.require_own_shards()
             environments = found.get("environment", [])
             settings["environment"] = [
                 *environments,
@@ -249,10 +249,10 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is not readable: it is damaged ({clean(error, 100)})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} is not readable: it is not the settings of a run")
-    form, checksum = settings.pop("format", FORMAT), settings.pop("sha256", None)  # older runs have no checksum
+    form, checksum = settings.pop("format", None), settings.pop("sha256", None)  # older runs have neither
     if isinstance(form, int) and form > FORMAT:
         raise UserError(f"{path} is of format {form}, that of a newer version of softcfg than this, {__version__}")
-    if checksum is not None and checksum != _checksum(settings):
+    if (form, checksum) != (None, None) and checksum != _checksum(settings):
         raise UserError(
             f"{path} was altered: its checksum is wrong; put back the one that the run was drawn with. The shards are "
             f"left as they are{_newer(settings)}"

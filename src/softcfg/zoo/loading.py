@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from softcfg.models.conditioning import Conditioning
     from softcfg.tokenizers.base import Tokenizer
 
-MOST_TENSORS = 20_000  # of a model
+MOST_TENSORS = 4_000  # of a model
+LARGEST_TABLE = 1 << 24  # numbers
 SHOWN = 4  # names listed in an error message, of each kind
 
 
@@ -229,7 +231,21 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
             self.tensors += function is torch.empty
             if self.tensors > MOST_TENSORS:
                 raise CheckpointError(f"the configured {module_class.__name__} has more than {MOST_TENSORS:,} tensors")
+            if _size(function, args) > LARGEST_TABLE:
+                raise CheckpointError(
+                    f"the configured {module_class.__name__} needs tables of more than {LARGEST_TABLE:,} numbers"
+                )
             return function(*args, **kwargs)
+
+    def _size(function: Any, args: Sequence[Any]) -> int:
+        """Numbers in what a function makes of tensors that take memory, which tables such as those of rotation do."""
+        if function is torch.arange:
+            return max((int(arg) for arg in args if isinstance(arg, (int, float))), default=0)
+        shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor) and not arg.is_meta]
+        try:
+            return math.prod(torch.broadcast_shapes(*shapes)) if len(shapes) > 1 else 0
+        except RuntimeError:  # not elementwise
+            return 0
 
     try:
         with torch.device("meta"), Sparing():
