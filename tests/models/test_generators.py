@@ -224,8 +224,11 @@ def test_configurations_that_make_no_sense(change: dict, message: str) -> None:
         ({"block_size": 10}, "block_size 10 must be the square of a whole number"),
         ({"ffn_hidden_dim": 0}, "ffn_hidden_dim must be greater than 0, got 0"),
         ({"multiple_of": 0}, "multiple_of must be greater than 0, got 0"),
-        ({"model_type": "t2i", "cls_token_num": 120}, "only class-conditional LlamaGen .* got t2i with 120"),
-        ({"cls_token_num": 2}, "only class-conditional"),
+        (
+            {"model_type": "t2i", "cls_token_num": 120},
+            "model_type must be c2i, got t2i, .* family llamagen-t2i",
+        ),
+        ({"cls_token_num": 2}, "cls_token_num must be 1"),
     ],
 )
 def test_llamagen_configurations_that_make_no_sense(change: dict, message: str) -> None:

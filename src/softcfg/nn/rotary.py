@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,13 +59,13 @@ def _at_least_float32(x: Tensor, cos: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
 
 
-def tables_after_condition(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [1 + T, pairs] of the angles [T, pairs] of the tokens, after one slot of the condition.
+def tables_after_condition(angles: Tensor, slots: int = 1) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [slots + T, pairs] of the angles [T, pairs] of the tokens, after the slots of the condition.
 
-    The condition's row is zero in both, which makes its query and key zero vectors.
+    The rows of the condition are zero in both, which makes zero vectors of its queries and keys.
     """
-    zero = angles.new_zeros(1, angles.shape[1])
-    return torch.cat((zero, angles.cos())), torch.cat((zero, angles.sin()))
+    cos, sin = (F.pad(table, (0, 0, slots, 0)) for table in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 def angles_1d(positions: Tensor, pairs: int, base: float) -> Tensor:

@@ -217,6 +217,17 @@ GENERATORS: dict[str, Family] = _by_name(
             ignored=("freqs_cis",),
             allowed_types=TRAINING_ARGUMENTS,
         ),
+        _generator(
+            "llamagen-t2i",
+            "softcfg.models.llamagen_t2i",
+            "LlamaGenT2I",
+            "LlamaGenT2IConfig",
+            entries=("model", "module", "state_dict"),
+            ignored=("freqs_cis",),
+            allowed_types=TRAINING_ARGUMENTS,
+        ),
+        _generator("janus-pro", "softcfg.models.janus", "Janus", "JanusConfig", layouts="from_published"),
+        _generator("emu3", "softcfg.models.emu3", "Emu3", "Emu3Config", layouts="from_published"),
         _generator("lumina-mgpt-2", "softcfg.models.lumina", "Lumina", "LuminaConfig", ignored=("model.vqmodel.",)),
     ]
 )
