@@ -80,7 +80,8 @@ class PromptIds(Condition):
     """
 
     def __init__(self, ids: Tensor, padding: Tensor | None, geometry: Geometry) -> None:
-        super().__init__(*ids.shape, geometry.num_tokens, padding, geometry)
+        rows, slots = ids.shape
+        super().__init__(rows, slots, geometry.num_tokens, padding, geometry)
         self.ids = ids
 
     def __getitem__(self, rows: slice) -> PromptIds:
