@@ -1,5 +1,6 @@
 """Runs without a model: settings and shards of made-up images."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ def shard(run: RunFolder, number: int, size: int = 4) -> Shard:
         numbers.integers(0, 1000, (len(indices), 5)),
         numbers.integers(0, 256, (len(indices), size, size, 3), dtype=np.uint8),
     )
+
+
+def of_images(path: Path, images: np.ndarray, batch_size: int = 4, **changes: Any) -> RunFolder:
+    """A run that drew `images`, uint8 [N, H, W, 3]."""
+    run = RunFolder.claim(path, settings(len(images), batch_size, **changes))
+    for number in range(run.plan.num_shards):
+        indices = run.plan.indices(number)
+        made = dataclasses.replace(shard(run, number), pixels=images[indices.start : indices.stop])
+        write_shard(run.shard_path(number), made)
+    return run
 
 
 def complete(path: Path, size: int = 4, **changes: Any) -> RunFolder:

@@ -216,7 +216,7 @@ def nats_per_code(
     config = model.config
     longest = TokenPrompt([config.prompt_start_id] * text_slots)
     condition = model.condition([*prompts, longest], guided=False)[: len(prompts)]
-    h, w = condition.grid
+    h, w = condition.geometry.grid
     lines = F.pad(codes.view(-1, h, w) + config.first_code_id, (0, 1), value=config.new_line_id).flatten(1)
     logits = predict(condition, lines.to(model.device))
     steps = torch.arange(condition.num_tokens, device=model.device)

@@ -29,11 +29,12 @@ WAVES = sorted(((i, j) for i in range(5) for j in range(5)), key=lambda wave: (s
 PATTERNS = [(0, *wave) for wave in WAVES[:15]] + [(c, *wave) for c in (1, 2) for wave in WAVES[:6]]
 
 CONFIG = MoVQConfig(
-    ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=SIZE,
+    ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=SIZE,
     z_channels=len(PATTERNS), embed_dim=len(PATTERNS), n_embed=2048,
 )  # fmt: skip
 BATCH_SIZE = 8
 CODEBOOK_PICTURES = 1500
+CODEBOOK_ROUNDS = 20
 EDGES = 0.5
 ENCODER_EVERY = 3  # steps
 EVALUATED = 300
@@ -49,7 +50,7 @@ def prepare(out: Path, collection: Collection, seed: int, config: MoVQConfig = C
         pixels = pixels_of(collection, [known[i] for i in chosen])
         model = MoVQ(config)
         patches = rows(summary(pixels))[content(pixels)]
-        MovingCodebook(model.quantize.embedding).initialise(patches, numbers)
+        MovingCodebook(model.quantize.embedding).initialise(patches, numbers, CODEBOOK_ROUNDS)
         save_weights(path, {"codes": model.quantize.embedding.weight})
     return path
 

@@ -15,27 +15,69 @@ from typing import Any, TypeVar
 
 import yaml
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, clean, quote
+from softcfg.files import read_text
 
 ConfigT = TypeVar("ConfigT")
+LARGEST_YAML = 1 << 18  # bytes
+MOST_VALUES = 100_000  # in a YAML text
+LARGEST_INTEGER = 1 << 31  # in a configuration
+
 ConfigSource = Any  # a dataclass instance, a mapping, or a path to a YAML file
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; raises `UserError` if it is anything else."""
-    path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER)
+        content = parse_yaml(read_text(path, LARGEST_YAML))
     except FileNotFoundError as error:
         raise UserError(f"configuration file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"configuration file {path} {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"configuration file {path} must hold a mapping of names to values")
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values in a YAML text.
+
+    Raises:
+        UserError: it is not valid YAML, or holds more than `MOST_VALUES` values; an alias counts as all it stands for.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            _count_values(node, {})
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError("is not valid YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _count_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
+    """How many values a node stands for; `counted` has those of the nodes seen so far, 0 while at work on one."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = 0
+        children = (
+            [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        )
+        counted[id(node)] = 1 + sum(_count_values(child, counted) for child in children)
+    elif not counted[id(node)]:
+        raise UserError("is not valid YAML: a value contains itself")
+    if counted[id(node)] > MOST_VALUES:
+        raise UserError(f"holds more than {MOST_VALUES:,} values, the limit; an alias counts as all it stands for")
+    return counted[id(node)]
 
 
 def read_interval(text: str) -> tuple[int, int]:
@@ -73,6 +115,8 @@ def load_config(
             f"got {type(source).__name__}"
         )
     values = _flatten(source, sections) if "model" in source else dict(source)
+    if strange := [name for name in values if not isinstance(name, str)]:
+        raise UserError(f"the names of config fields are texts, got {quote(strange[0])}")
 
     fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
     types_of = typing.get_type_hints(config_type)
@@ -84,7 +128,9 @@ def load_config(
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise UserError(f"{config_type.__name__} needs {', '.join(missing)}; found {', '.join(values) or 'nothing'}")
+        raise UserError(
+            f"{config_type.__name__} needs {', '.join(missing)}; found {clean(', '.join(values), 300) or 'nothing'}"
+        )
     checked = {name: _coerce(name, values[name], types_of[name]) for name in fields if name in values}
     try:
         return config_type(**checked)
@@ -109,7 +155,7 @@ def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, An
         if node is None:
             continue
         if not isinstance(node, Mapping):
-            raise UserError(f"config section {section} must be a mapping, got {node!r}")
+            raise UserError(f"config section {section} must be a mapping, got {quote(node)}")
         values.update(node)
     return values
 
@@ -120,7 +166,7 @@ def _warn_unknown(names: set[str], fields: Mapping[str, Any], config_type: type)
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
         if near and near[0] not in names:
             warnings.warn(
-                f"{config_type.__name__} has no field {name!r} (did you mean {near[0]!r}?); it is ignored",
+                f"{config_type.__name__} has no field {quote(name)} (did you mean {near[0]!r}?); it is ignored",
                 stacklevel=3,
             )
 
@@ -135,27 +181,29 @@ def _coerce(name: str, value: Any, expected: Any) -> Any:
     if typing.get_origin(expected) is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(f"{name}[{i}]", item, arguments[0]) for i, item in enumerate(value))
-        raise UserError(f"config field {name} must be a list, got {value!r}")
+        raise UserError(f"config field {name} must be a list, got {quote(value)}")
     if typing.get_origin(expected) is dict:
         if isinstance(value, Mapping):
             return {str(key): _coerce(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
-        raise UserError(f"config field {name} must be a mapping, got {value!r}")
+        raise UserError(f"config field {name} must be a mapping, got {quote(value)}")
     if expected is bool and isinstance(value, bool):
         return value
     if expected is str and isinstance(value, str):
         return value
     if expected is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > LARGEST_INTEGER:
+            raise UserError(f"config field {name} must be at most {LARGEST_INTEGER:,}, got {quote(value)}")
         return value
     if expected is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # YAML 1.1 reads "1e-5", without a dot, as a string.
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
     kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}[expected]
-    raise UserError(f"config field {name} must be {kind}, got {value!r}")
+    raise UserError(f"config field {name} must be {kind}, got {quote(value)}")
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -1,11 +1,15 @@
-"""Writing files so that a file is there whole or not at all."""
+"""Open nothing but regular files of bounded size; write files whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
-import socket
+import re
+import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,41 +18,172 @@ from typing import BinaryIO
 from softcfg.errors import UserError
 
 TEMPORARY = ".tmp"
+LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\..+\.[^.]+\.\d+\.tmp")  # the latter by versions before 0.2
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
-def write_atomically(path: str | Path, content: bytes, *, durable: bool = True) -> None:
-    """Write `content` to a temporary file beside `path` and rename it.
+# ---- reading
+
+
+def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Whether it is one is decided by what was opened, not by a look beforehand, and a FIFO or a device does not hang.
 
     Args:
-        durable: flush the file and its folder to the disk, so that the file also survives a crash of the machine.
+        limit: bytes that the file may have at most.
+
+    Raises:
+        OSError: the file cannot be opened, is no regular file or is too large; `strerror` says which.
+    """
+    file = io.BufferedReader(_open(path, os.O_RDONLY))
+    if limit is not None and os.fstat(file.fileno()).st_size > limit:
+        file.close()
+        raise _too_large(path, limit)
+    return file
+
+
+def read_bounded(path: str | Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes; raises `OSError` like `open_regular`."""
+    with open_regular(path, limit) as file:
+        content = file.read(limit + 1)  # a file may grow, and those of /proc have no size
+    if len(content) > limit:
+        raise _too_large(path, limit)
+    return content
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """Read a UTF-8 text of at most `limit` bytes.
+
+    Raises:
+        OSError: like `open_regular`; `strerror` also says that a file holds no UTF-8.
+    """
+    try:
+        return read_bounded(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, f"it is no UTF-8 text ({error.reason} at byte {error.start})", str(path)) from error
+
+
+def reopened(file: BinaryIO) -> str:
+    """Return a path to the very file that is open, for libraries that want a path; use it while `file` is open."""
+    path = f"/dev/fd/{file.fileno()}"
+    return path if os.path.exists(path) else file.name
+
+
+def open_own(path: str | Path) -> BinaryIO:
+    """Open a small file of our own for reading and writing, and create it if it is not there.
+
+    Raises:
+        OSError: a link or anything else that is no regular file has its name; nothing was changed.
+    """
+    return io.BufferedRandom(_open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW))
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the SHA-256 of a regular file, in hexadecimal; raises `UserError` if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a regular file; unlike `Path.is_file`, False for a name that no file can have."""
+    return stat.S_IFMT(_mode(path)) == stat.S_IFREG
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder; unlike `Path.is_dir`, False for a name that no folder can have."""
+    return stat.S_IFMT(_mode(path)) == stat.S_IFDIR
+
+
+def _open(path: str | Path, flags: int) -> io.FileIO:
+    def opener(name: str, _: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind != stat.S_IFREG:
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, f"it is {KINDS.get(kind, 'something else')}, not a regular file", name)
+        return descriptor
+
+    try:
+        return io.FileIO(path, "r+" if flags & os.O_RDWR else "r", opener=opener)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no file can have this name ({error})", str(path)) from error
+    except OSError as error:
+        if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
+            raise OSError(errno.ELOOP, "it is a link, not a regular file", str(path)) from error
+        raise
+
+
+def _mode(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def _too_large(path: str | Path, limit: int) -> OSError:
+    return OSError(errno.EFBIG, f"it is larger than {limit / (1 << 20):,.4g} MiB, the limit for such a file", str(path))
+
+
+# ---- writing
+
+
+def write_atomically(path: str | Path, content: bytes, *, durable: bool = True, replace: bool = False) -> None:
+    """Write `content` to a temporary file beside `path` and rename it; see `open_atomically`.
 
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
-    with open_atomically(path, durable=durable) as file:
+    with open_atomically(path, durable=durable, replace=replace) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def open_atomically(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def open_atomically(path: str | Path, *, durable: bool = True, replace: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; it is renamed to `path` when the block ends without an error.
+
+    Of a link, the file that it points to is replaced and the link stays. A device or a FIFO is written to as it is.
+
+    Args:
+        durable: flush the file and its folder to the disk, so that the file also survives a crash of the machine.
+        replace: `path` is a place of ours, in a folder of ours: replace a link, a device or a FIFO that stands there.
 
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
-    path = Path(path)
-    # Processes on several machines may write into one folder.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
     try:
+        kind = stat.S_IFMT(_mode(path))
+        if not replace and (kind not in (0, stat.S_IFREG, stat.S_IFDIR) or str(path).startswith(("/dev/", "/proc/"))):
+            with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb") as file:
+                yield file
+            return
+        target = Path(path) if replace else _behind_links(path)
+        # Nobody can guess the name and plant a link there, and processes on several machines do not meet.
+        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}{TEMPORARY}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o666)
         try:
-            with open(temporary, "wb") as file:
+            with open(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
             if durable:
-                _flush_folder(path.parent)
+                _flush_folder(target.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -56,10 +191,20 @@ def open_atomically(path: str | Path, *, durable: bool = True) -> Iterator[Binar
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def _behind_links(path: str | Path) -> Path:
+    if is_folder(path):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no file can have this name ({error})", str(path)) from error
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove what writers that were killed left in `folder`."""
     for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        if LEFT_BEHIND.fullmatch(path.name) and is_file(path):
+            path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -78,15 +223,6 @@ def make_folder(path: str | Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise UserError(f"cannot write into folder {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write into folder {path}: {getattr(error, 'strerror', None) or error}") from error
     return path
-
-
-def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

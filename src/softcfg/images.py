@@ -1,16 +1,57 @@
-"""Pictures of many samples at once: grids with labels."""
+"""Pictures: reading them, and grids with labels of many samples at once."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+from softcfg.errors import UserError, clean
+from softcfg.files import open_regular
 
 PAD = 2  # pixels between images
 MARGIN = 8
 BACKGROUND = "white"
 INK = "#222222"
+
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+LARGEST = 1 << 26  # pixels of a picture
+LARGEST_FILE = 1 << 28  # bytes
+
+
+def read_picture(path: str | Path, largest: int = LARGEST) -> Image.Image:
+    """Read a PNG, JPEG or WebP file as an RGB image.
+
+    Args:
+        largest: pixels that it may have at most.
+
+    Raises:
+        UserError: the file cannot be read, is of another format, too large, partly transparent or has more than 8 bits
+            a channel.
+    """
+    try:
+        with open_regular(path, LARGEST_FILE) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > largest:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels, more than {largest:,}, the limit")
+            if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "PA"):
+                raise UserError(f"{path} has the mode {image.mode}; images must be RGB or grey, 8 bits a channel")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                opaque = image.convert("RGBA")
+                if opaque.getchannel("A").getextrema() != (255, 255):
+                    raise UserError(f"{path} is partly transparent; put it on a background first")
+                return opaque.convert("RGB")
+            return image.convert("RGB")
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} cannot be read as an image: it is no {', '.join(FORMATS)} file, or damaged") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image: {error.strerror or error}") from error
+    except Exception as error:  # decoders raise a dozen types on damaged files
+        raise UserError(f"{path} cannot be read as an image: {clean(error, 200)}") from error
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +46,7 @@ class Prompt:
     def __post_init__(self) -> None:
         for name, value in (("text", self.text), ("negative text", self.negative_text or "")):
             if not isinstance(value, str):
-                raise UserError(f"the {name} of a prompt must be a string, got {value!r}")
+                raise UserError(f"the {name} of a prompt must be a string, got {quote(value)}")
 
     @property
     def title(self) -> str:
@@ -70,13 +70,13 @@ def as_prompts(prompts: Any, width: int | None = None, height: int | None = None
     if isinstance(prompts, (str, Prompt)):
         prompts = [prompts]
     if not isinstance(prompts, Sequence) or not prompts:
-        raise UserError(f"prompts must be a list of at least one text, got {prompts!r}")
+        raise UserError(f"prompts must be a list of at least one text, got {quote(prompts)}")
     made = []
     for prompt in prompts:
         if isinstance(prompt, str):
             prompt = Prompt(prompt)
         if not isinstance(prompt, Prompt):
-            raise UserError(f"prompts must be texts or Prompt objects, got {prompt!r}")
+            raise UserError(f"prompts must be texts or Prompt objects, got {quote(prompt)}")
         made.append(replace(prompt, width=prompt.width or width, height=prompt.height or height))
     return made
 

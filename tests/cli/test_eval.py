@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from goldens import golden
-from image_files import write_pngs, write_shards
+from image_files import write_pngs
+from made_runs import of_images
 from softcfg.cli.main import main
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 
@@ -30,7 +31,7 @@ def files(tmp_path: Path) -> dict[str, str]:
     np.savez(tmp_path / "nan.npz", np.full((5, 8, 8, 3), np.nan))
     (tmp_path / "broken.npz").write_bytes((tmp_path / "samples.npz").read_bytes()[:500])
     write_pngs(tmp_path / "pngs", arrays["sample_arr_0"])
-    write_shards(tmp_path / "run", arrays["sample_arr_0"], [list(range(100)), list(range(100, 200))])
+    of_images(tmp_path / "run", arrays["sample_arr_0"], 100)
     return {path.stem: str(path) for path in tmp_path.iterdir()}
 
 

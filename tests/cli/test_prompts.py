@@ -77,7 +77,7 @@ def test_a_run_of_prompts_grows_but_does_not_change(
         ([], "words draws texts: give one with --prompt, or a file of them with --prompts"),
         (["--labels", "0"], "--labels: words draws texts, not classes; give them with --prompt or --prompts"),
         (["--prompts", "/nowhere"], "--prompts: /nowhere cannot be read"),
-        (["--prompts", os.devnull], "--prompts: /dev/null holds no text"),
+        (["--prompts", os.devnull], "--prompts: /dev/null cannot be read: it is a device, not a regular file"),
         (["--prompt", "a", "--width", "7"], "width must be a multiple of 4, got 7"),
         (["--prompt", "a", "--height", "4000"], "height 4000 is too large"),
         (["--prompt", "a", "--prompt", " ".join(["red"] * 500)], "give a shorter prompt or a smaller image"),
@@ -223,3 +223,9 @@ def test_pictures_in_two_halves(prompt_model_folder: Path, tmp_path: Path) -> No
     assert run.settings["task"] == "depth"
     Image.new("RGB", (8, 4), "blue").save(tmp_path / "given.png")
     assert sample(folder, tmp_path / "given", *flags) == 2  # another image under the same name
+
+
+def test_a_file_without_prompts(prompt_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    assert sample(prompt_model_folder, tmp_path / "out", "--prompts", str(tmp_path / "empty.txt")) == 2
+    assert "empty.txt holds no text" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from goldens import Golden, golden
-from image_files import write_pngs, write_shards
+from image_files import write_pngs
+from made_runs import of_images
 from softcfg import UserError
 from softcfg.evaluation import (
     METRICS,
@@ -86,8 +87,8 @@ def test_every_way_to_give_images_gives_the_same(case: Golden, files: dict[str, 
     arrays = {side: case.arrays[f"{side}_arr_0"] for side in ("sample", "ref")}
     first = evaluate(arrays["sample"], arrays["ref"], extractor()).metrics
     pngs = write_pngs(tmp_path / "pngs", arrays["sample"].numpy())
-    run = write_shards(tmp_path / "run", arrays["ref"].numpy(), [list(range(0, 150, 2)), list(range(1, 150, 2))])
-    assert evaluate(pngs, run, extractor()).metrics == first
+    run = of_images(tmp_path / "run", arrays["ref"].numpy(), 64)
+    assert evaluate(pngs, run.path, extractor()).metrics == first
     assert evaluate(files["samples"], files["images"], extractor(), batch_size=7).metrics == pytest.approx(first)
     features = [extractor().describe(arrays[side].permute(0, 3, 1, 2)) for side in ("sample", "ref")]
     assert first["inception_score"] == pytest.approx(inception_score(features[0].logits))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from image_files import write_pngs, write_shards
+from image_files import write_pngs
+from made_runs import of_images
 from softcfg import UserError
 from softcfg.evaluation import open_source
 from softcfg.files import hash_file
@@ -110,20 +110,13 @@ def test_pictures_that_sample_writes_are_not_samples(images: np.ndarray, tmp_pat
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 100])
-def test_runs_are_read_in_the_order_of_the_indices(images: np.ndarray, tmp_path: Path, batch_size: int) -> None:
-    order = [[3, 1, 22], list(range(4, 22, 2)), [0, 2], list(range(5, 22, 2))]
-    folder = write_shards(tmp_path / "run", images, order)
+@pytest.mark.parametrize("in_a_shard", [4, 8, 23])
+def test_runs(images: np.ndarray, tmp_path: Path, batch_size: int, in_a_shard: int) -> None:
+    folder = of_images(tmp_path / "run", images, in_a_shard).path
     write_pngs(folder / "images", images[::-1])  # as an export would
     np.testing.assert_array_equal(read(folder, batch_size), images)
     np.testing.assert_array_equal(read(folder / "shards", batch_size), images)
-    assert open_source(folder).labels is None
-
-
-def test_labels_of_a_run_are_in_the_order_of_the_indices(images: np.ndarray, tmp_path: Path) -> None:
-    for n, indices in enumerate(([5, 2, 0], [1, 4, 3])):
-        tensors = {"pixels": torch.from_numpy(images[indices]), "indices": torch.tensor(indices)}
-        save_file({**tensors, "labels": 10 * torch.tensor(indices)}, tmp_path / f"shard-{n}.safetensors")
-    assert open_source(tmp_path).labels.tolist() == [0, 10, 20, 30, 40, 50]
+    assert open_source(folder).labels.tolist() == [0, 1, 2] * 7 + [0, 1]
 
 
 def test_the_fingerprint_follows_the_content(images: np.ndarray, tmp_path: Path) -> None:
@@ -133,7 +126,7 @@ def test_the_fingerprint_follows_the_content(images: np.ndarray, tmp_path: Path)
     for n, given in enumerate((images, changed, images[::-1], images.reshape(23, 8, 6, 3))):
         seen.add(open_source(np.ascontiguousarray(given)).fingerprint)
         seen.add(open_source(write_pngs(tmp_path / f"folder{n}", given)).fingerprint)
-        seen.add(open_source(write_shards(tmp_path / f"run{n}", given, [list(range(23))])).fingerprint)
+        seen.add(open_source(of_images(tmp_path / f"run{n}", given).path).fingerprint)
     assert len(seen) == 12
     assert open_source(images.copy()).fingerprint in seen
     assert open_source(write_pngs(tmp_path / "elsewhere", images)).fingerprint in seen
@@ -251,32 +244,3 @@ def test_damaged_images(images: np.ndarray, tmp_path: Path) -> None:
     os.truncate(folder / "000012.png", 60)
     with pytest.raises(UserError, match=r"000012\.png cannot be read as an image"):
         read(folder)
-
-
-def test_damaged_runs(images: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="hold some images twice"):
-        open_source(write_shards(tmp_path / "twice", images, [[0, 1, 2], [2, 3]]))
-    folder = write_shards(tmp_path / "cut", images, [[0, 1], [2, 3]])
-    os.truncate(folder / "shards" / "shard-00001.safetensors", 100)
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors is no shard of a run, or damaged"):
-        open_source(folder)
-    folder = write_shards(tmp_path / "sizes", images, [[0, 1], [2, 3]])
-    save_file(
-        {"pixels": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "indices": torch.tensor([9])},
-        folder / "shards" / "shard-2.safetensors",
-    )
-    with pytest.raises(UserError, match=r"differ in image size: shard-00000\.safetensors has 6 x 8, shard-2"):
-        open_source(folder)
-    folder = write_shards(tmp_path / "count", images, [[0, 1]])
-    save_file(
-        {"pixels": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "indices": torch.tensor([3, 4])},
-        folder / "shards" / "shard-3.safetensors",
-    )
-    with pytest.raises(UserError, match="2 indices for 1 images"):
-        open_source(folder)
-    save_file(
-        {"pixels": torch.zeros(1, 8, 8, 3), "indices": torch.tensor([3])},
-        folder / "shards" / "shard-3.safetensors",
-    )
-    with pytest.raises(UserError, match="they must be uint8"):
-        open_source(folder)

@@ -105,7 +105,7 @@ def test_command_writes_every_figure(model_folder: Path, tmp_path: Path, capsys:
         (["--labels", "0", "--step", "16"], "--step must be in 0..15, got 16"),
         (["--labels", "0", "--token", "-1"], "--token must be in 0..15, got -1"),
         (["--labels", "0,1", "--image", "x.png"], "needs one label, got 2"),
-        (["--labels", "0", "--image", "missing.png"], "missing.png cannot be read as a picture"),
+        (["--labels", "0", "--image", "missing.png"], "missing.png cannot be read as an image"),
         (["--labels", ",".join("0" * 17)], "at most 16"),
     ],
 )

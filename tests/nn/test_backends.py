@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import softcfg
-from softcfg import CFG, Pipeline, SoftCFG, UserError
+from softcfg import CFG, Pipeline, SoftCFG, UserError, plugins
+from softcfg.cli.main import main
 from softcfg.decoding import decode, image_uniforms
 from softcfg.nn import AttentionContext, KVCache, Position, register_backend, use_backend, weighted_attention
 from softcfg.nn.attention import attend
@@ -230,3 +231,17 @@ def test_a_backend_of_one_file_outside_draws_and_traces(model_folder: Path) -> N
     cannot = pytest.raises(UserError, match="'toy' of use_backend cannot serve this call: it has no weights on keys")
     with cannot, use_backend("toy"):
         pipe([0, 2], guidance=SoftCFG(3.0, target="key"))
+
+
+def test_a_backend_of_one_file_outside_draws_on_the_command_line(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "_loaded", {})
+    monkeypatch.delitem(sys.modules, "toy_attention", raising=False)
+    words = ["sample", str(model_folder), "--labels", "0,2", "--num-samples", "2", "--batch-size", "2", "--no-compare"]
+    assert main([*words, "--output-dir", str(tmp_path / "without")]) == 0
+    plugin = Path(__file__).parents[1] / "toy_attention.py"
+    assert main([*words, "--output-dir", str(tmp_path / "with"), "--plugin", str(plugin)]) == 0
+    assert getattr(BACKENDS["toy"], "served") > 0  # noqa: B009  # a class of the plugin's
+    images = [sorted(path.read_bytes() for path in (tmp_path / run).rglob("*.png")) for run in ("without", "with")]
+    assert images[0] == images[1] != []

@@ -8,13 +8,24 @@ import random
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes.emoji_styles import captions, colours, data, sources, train_generator, train_judge, train_tokenizer
+from recipes.emoji_styles import (
+    captions,
+    colours,
+    data,
+    evaluate,
+    sources,
+    train,
+    train_generator,
+    train_judge,
+    train_tokenizer,
+)
 from recipes.emoji_styles.data import Collection, Picture
 from recipes.emoji_styles.sources import STYLES, Drawings, Emoji, Package
 from recipes.training import Budget
@@ -363,6 +374,51 @@ def test_agreement_counts_what_prompts_say() -> None:
     assert found == {"name": 1.0, "style": 0.5, "all": 0.5}
     with pytest.raises(UserError, match="one prompt an image, got 2 for 1 images"):
         agreement(Fixed(), torch.zeros(1, 3, 96, 96), wanted)
+
+
+@pytest.mark.slow
+def test_recipe_from_packages_to_measured_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands, with packages of a few squares in place of the artists'."""
+    pytest.importorskip("resvg_py")
+    shown = {"rocket": "#dd2e44", "octopus": "#55acee", "cat face": "#78b159"}
+    rows = [
+        {"label": name, "hexcode": f"1F68{i}", "order": i, "group": 0, "subgroup": 0, "tags": ["thing"]}
+        for i, name in enumerate(shown)
+    ]
+    messages = {"groups": [{"order": 0, "key": "objects"}], "subgroups": [{"order": 0, "key": "tool"}]}
+    package(tmp_path / "names.tgz", {"en/data.json": rows, "en/messages.json": messages})
+    icons = {
+        name.replace(" ", "-"): {"body": f'<path fill="{fill}" d="M2 2h12v{4 + 2 * i}H2z"/>'}
+        for i, (name, fill) in enumerate(shown.items())
+    }
+    package(tmp_path / "set.tgz", {"icons.json": {"icons": icons, "width": 16, "height": 16}})
+    monkeypatch.setattr(
+        Package, "fetch", lambda self, folder: folder / ("names.tgz" if self == sources.NAMES else "set.tgz")
+    )
+    monkeypatch.setattr(train_tokenizer, "CODEBOOK_ROUNDS", 1)
+    out = str(tmp_path / "model")
+
+    def run(module: ModuleType, *options: str) -> str:
+        monkeypatch.setattr("sys.argv", [module.__name__, *options, "--pictures", str(tmp_path)])
+        module.main()
+        return capsys.readouterr().out
+
+    run(train, "--steps", "2", "--out", out)
+    assert {path.name for path in Path(out).glob("*.*")} == {
+        "model.yaml", "NOTICE.txt", "codebook.safetensors", "generator.safetensors", "tokenizer.safetensors",
+        "tokenizer.json", "judge.safetensors", "judge.json",
+    }  # fmt: skip
+    assert max(path.stat().st_size for path in Path(out).glob("*.safetensors")) <= 16 * 2**20
+    monkeypatch.setattr(evaluate, "SHOWN", ("rocket, flat style",))
+    table = run(
+        evaluate, out, "--images", "2", "--scales", "1", "2", "--kinds", "seen", "--grids", str(tmp_path / "grids")
+    )
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("seen")] == [
+        "the", "through", "none", "cfg", "softcfg",
+    ]  # fmt: skip
+    assert (tmp_path / "grids" / "shown-softcfg-2.png").is_file()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from PIL import Image
 
 from made_runs import complete
 from softcfg import UserError
-from softcfg.runs.export import export_npz, export_pngs, first_images, npz_beside
+from softcfg.runs.export import altered_pngs, export_npz, export_pngs, first_images, npz_beside
 from softcfg.runs.folder import RunFolder
 
 
@@ -49,16 +49,18 @@ def test_pngs(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / f"{index:06d}.png")), image)
 
 
-def test_only_absent_pngs_are_written_on_request(tmp_path: Path) -> None:
+def test_absent_and_altered_pngs_are_written_on_request(tmp_path: Path) -> None:
     run = complete(tmp_path / "run")
     export_pngs(run, run.path)
     (run.path / "000009.png").unlink()
-    (run.path / "000000.png").write_bytes(b"kept")
+    (run.path / "000000.png").write_bytes(b"")
+    Image.new("RGB", (4, 4)).save(run.path / "000001.png")
+    kept = (run.path / "000005.png").stat().st_ino
+    assert altered_pngs(run.read(0), run.path) == ["000000.png", "000001.png"]
     export_pngs(run, run.path, absent_only=True)
-    assert (run.path / "000000.png").read_bytes() == b"kept"
-    assert Image.open(run.path / "000009.png").size == (4, 4)
-    export_pngs(run, run.path)
-    assert Image.open(run.path / "000000.png").size == (4, 4)
+    assert all(altered_pngs(shard, run.path) == [] for shard in run.shards())
+    assert len(list(run.path.glob("*.png"))) == 10
+    assert (run.path / "000005.png").stat().st_ino == kept
 
 
 def test_first_images_read_no_more_shards_than_needed(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 import numpy, safetensors.numpy
-from softcfg.runs.export import export_npz
+from softcfg.runs.export import altered_pngs, export_npz
 from softcfg.runs.folder import RunFolder
 from made_runs import complete
 run = complete(Path(sys.argv[1]), size=256, num_samples=int(sys.argv[2]), batch_size=10)

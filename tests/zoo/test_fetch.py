@@ -119,11 +119,11 @@ def test_sources_without_the_files(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_copy_leaves_nothing(folder: Path, downloads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(source: Path, target: Path) -> None:
-        target.write_bytes(b"half")
+    def interrupted(source: Any, target: Any, _: int) -> None:
+        target.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shutil.copyfile", interrupted)
+    monkeypatch.setattr("shutil.copyfileobj", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(ON_DRIVE, downloads)
     assert list(folder.iterdir()) == []

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.decoding.filtering import Sampling
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
+from softcfg.files import read_text
 from softcfg.guidance import CFG, PRESETS, Setting, all_settings, compose, settings_of
 
 if TYPE_CHECKING:
     import torch
 
     from softcfg.pipeline import Pipeline
+
+
+LARGEST_LIST = 1 << 24  # bytes of a file of labels or prompts
+MOST_PROMPTS = 100_000
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -239,12 +243,14 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
     prompts = list(args.prompt or ())
     if args.prompts is not None:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts: {args.prompts} cannot be read: {error}") from None
+            lines = read_text(args.prompts, LARGEST_LIST).splitlines()
+        except OSError as error:
+            raise UserError(f"--prompts: {args.prompts} cannot be read: {error.strerror}") from None
         prompts += filter(None, map(str.strip, lines))
         if not prompts:
             raise UserError(f"--prompts: {args.prompts} holds no text")
+        if len(prompts) > MOST_PROMPTS:
+            raise UserError(f"--prompts: {args.prompts} holds more than {MOST_PROMPTS:,} texts, the limit")
     if not prompts:
         raise UserError(f"{pipeline.name} draws texts: give one with --prompt, or a file of them with --prompts")
     return prompts
@@ -289,28 +295,36 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
 
     "@FILE" stands for the content of a file; there, line ends separate as well.
     """
+    from softcfg.runs.plan import MOST_LABELS
+
     count = pipeline.generator.num_classes
     if text.startswith("@"):
-        path = Path(text.removeprefix("@"))
+        path = text.removeprefix("@")
         try:
-            text = ",".join(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--labels: {path} cannot be read: {error}") from None
+            text = ",".join(filter(None, map(str.strip, read_text(path, LARGEST_LIST).splitlines())))
+        except OSError as error:
+            raise UserError(f"--labels: {path} cannot be read: {error.strerror}") from None
     if text.strip().lower() == "all":
         return list(range(count))
+    if text.count(",") >= MOST_LABELS:
+        raise UserError(f"--labels: more than {MOST_LABELS:,} labels, the limit")
     names = {name.lower(): index for index, name in enumerate(pipeline.classes)}
     labels: list[int] = []
     for word in (part.strip() for part in text.split(",")):
-        ids = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        ids = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word)
         if word.lower() in names:
             labels.append(names[word.lower()])
         elif ids:
-            labels.extend(range(int(ids[1]), int(ids[2] or ids[1]) + 1))
+            first, last = int(ids[1]), int(ids[2] or ids[1])
+            if max(first, last) >= count:
+                outside = first if first >= count else last
+                raise UserError(f"label {outside} is out of range: {pipeline.name} has classes 0 to {count - 1}")
+            labels.extend(range(first, last + 1))
         else:
             known = f" or one of {', '.join(pipeline.classes)}" if names else ""
-            raise UserError(f"--labels: {word!r} is not a class id, a range such as 0-9, 'all'{known}")
-    outside = [label for label in labels if label >= count]
-    if outside or not labels:
-        found = f"label {outside[0]} is out of range" if outside else f"--labels {text!r} names no class"
-        raise UserError(f"{found}: {pipeline.name} has classes 0 to {count - 1}")
+            raise UserError(f"--labels: {quote(word)} is not a class id, a range such as 0-9, 'all'{known}")
+        if len(labels) > MOST_LABELS:
+            raise UserError(f"--labels: more than {MOST_LABELS:,} labels, the limit")
+    if not labels:
+        raise UserError(f"--labels {quote(text)} names no class: {pipeline.name} has classes 0 to {count - 1}")
     return labels

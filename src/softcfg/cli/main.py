@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import NoReturn
 from softcfg import plugins
 from softcfg.cli import bench, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
 from softcfg.cli import eval as evaluation
-from softcfg.errors import UserError
+from softcfg.errors import UserError, clean
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and where to read more, and exit with 2."""
-        self.exit(2, f"softcfg: error: {message}; see '{self.prog} --help'\n")
+        self.exit(2, f"softcfg: error: {clean(message)}; see '{self.prog} --help'\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when
     terminated."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         plugins.load_all(words)
         args = build_parser().parse_args(_rewritten(words))
@@ -69,10 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("softcfg: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except MemoryError:
+        print("softcfg: error: out of memory", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # The reader (head, less) went away; keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a name that is too long, a folder that may not be read, a disk that fails
+        print(f"softcfg: error: {clean(error)}", file=sys.stderr)
+        return 2
 
 
 def _rewritten(words: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
@@ -135,17 +134,15 @@ def _encode(path: str, pipeline: Pipeline, count: int) -> Tensor:
     """The tokens [1, T] of a picture, cropped to a square and resized to the tokenizer's size."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
+
+    from softcfg.images import read_picture
 
     if pipeline.conditioning.takes_prompts:
         raise UserError(f"--image: {pipeline.name} draws texts; only pictures of classes can be traced")
     if count != 1:
         raise UserError(f"--image is one picture and needs one label, got {count}")
-    try:
-        with Image.open(Path(path)) as image:
-            size = pipeline.tokenizer.image_size
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"--image {path} cannot be read as a picture: {error}") from None
+    size = pipeline.tokenizer.image_size
+    square = ImageOps.fit(read_picture(path), (size, size), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 255
     return pipeline.tokenizer.encode(pixels)

@@ -15,9 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from softcfg.configuration import dotted, read_yaml
+from softcfg.configuration import dotted, parse_yaml, read_yaml
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
 from softcfg.guidance import ConfidenceWeights, SoftCFG, settings_of
@@ -181,8 +179,8 @@ def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _parsed(name: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except UserError:
         raise UserError(f"override {name}={text} is not a YAML value") from None
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, clean
 
 if TYPE_CHECKING:
     from softcfg.runs.folder import RunFolder
@@ -61,34 +62,41 @@ def status(args: argparse.Namespace) -> int:
     from softcfg.runs.lock import holder
 
     run = RunFolder.open(args.folder)
+    run.require_own_shards()
     missing = run.missing()
     total = run.plan.num_samples
     left = sum(len(run.plan.indices(number)) for number in missing)
     settings = run.settings
     print(f"{run.path}: {total - left} of {total} images, {run.plan.num_shards - len(missing)} of {_shards(run)}")
-    print(f"{settings['model']}, {_sentence(settings['guidance'])}")
-    print(f"{_sentence(settings['sampling'])}, seed {settings['seed']}, {settings['dtype']}")
+    print(clean(f"{settings.get('model')}, {_sentence(settings.get('guidance', {}))}"))
+    print(clean(f"{_sentence(settings.get('sampling', {}))}, seed {settings['seed']}, {settings.get('dtype')}"))
     busy = holder(run.path)
     print(f"at work: {busy}" if busy else "at work: nobody")
     if left and not busy:
-        print(f"continue with: {_command(run)}")
+        print(clean(f"continue with: {_command(run)}"))
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     """Check every shard; 0 if all is there and sound, 1 if not."""
+    from softcfg.runs.export import altered_pngs
     from softcfg.runs.folder import RunFolder
     from softcfg.runs.lock import Lock
     from softcfg.runs.shards import DamagedShardError
 
     run = RunFolder.open(args.folder)
+    run.require_own_shards()
     lock = Lock(run.path) if args.discard else None
-    missing = damaged = smaller = 0
+    missing = damaged = smaller = altered = 0
     try:
         for number, found in run.verify():
             if not isinstance(found, DamagedShardError):
                 smaller += found.drawn_at_once != run.plan.batch_size
-            elif not run.shard_path(number).exists():
+                names = altered_pngs(found, run.path)
+                altered += len(names)
+                for name in names:
+                    print(f"{run.path / name} does not show the image in its shard")
+            elif not os.path.lexists(run.shard_path(number)):
                 missing += 1
             else:
                 damaged += 1
@@ -102,11 +110,13 @@ def verify(args: argparse.Namespace) -> int:
     print(f"{run.path}: {sound} of {_shards(run)} sound, {damaged} damaged, {missing} missing")
     if smaller:
         print(f"{smaller} shards were drawn with fewer images at once than the batch size, for want of memory")
+    if altered:
+        print(f"{altered} PNG files are damaged; the command that drew the run writes them anew")
     if damaged and not args.discard:
         print(f"remove the damaged shards with: softcfg runs verify {run.path} --discard")
-    elif damaged or missing:
-        print(f"draw what is missing with: {_command(run)}")
-    return 1 if damaged or missing else 0
+    elif damaged or missing or altered:
+        print(clean(f"draw what is missing with: {_command(run)}"))
+    return 1 if damaged or missing or altered else 0
 
 
 def export(args: argparse.Namespace) -> int:

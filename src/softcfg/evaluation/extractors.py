@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,11 +43,19 @@ def load_extractor(
         module_name, _, attribute = name.partition(":")
         try:
             factory = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"extractor {name} cannot be imported: {error}") from error
     else:
         factory = find(EXTRACTORS, name, "there is no feature extractor named")
-    return factory(None if weights is None else Path(weights), torch.device(device), dtype)
+    arguments = (None if weights is None else Path(weights), torch.device(device), dtype)
+    try:
+        inspect.signature(factory).bind(*arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"extractor {name} is no function of weights, device and dtype: {error}") from error
+    extractor = factory(*arguments)
+    if not isinstance(extractor, Extractor):
+        raise UserError(f"extractor {name} must return an Extractor, got a {type(extractor).__name__}")
+    return extractor
 
 
 def _inception(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.sources import ImageSource
+from softcfg.files import make_folder, open_regular, reopened, write_atomically
 
 Item = TypeVar("Item")
 
@@ -91,8 +92,8 @@ def extract(
     path = None
     if cache is not None:
         key = "\n".join((extractor.name, extractor.identity, str(extractor.dtype), source.fingerprint))
-        path = Path(cache) / f"{extractor.name.replace(':', '-')}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        path = path.with_suffix(".safetensors")
+        name = re.sub(r"[^\w.-]", "-", extractor.name)[:100]
+        path = Path(cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if (known := _read_cached(path, len(source))) is not None:
             return known
     features = _extract(extractor, source, batch_size, progress)
@@ -148,21 +149,32 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _read_cached(path: Path, count: int) -> Features | None:
+    """The features at `path`; None if they are absent, damaged or of another number of images."""
     try:
-        features = Features(**load_file(path))
-    except (OSError, SafetensorError, TypeError):  # absent or damaged: to be made anew
+        with open_regular(path) as file, safe_open(reopened(file), "pt") as cached:
+            tensors = {name: cached.get_tensor(name) for name in cached.keys()}  # noqa: SIM118
+            expected = (cached.metadata() or {}).get("sha256")
+        if _digest(tensors) != expected:
+            return None
+        features = Features(**tensors)
+    except (OSError, SafetensorError, TypeError):
         return None
     return features if len(features) == count else None
 
 
 def _write_cached(path: Path, features: Features) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = features.tensors()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(features.tensors(), temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+        make_folder(path.parent)
+        write_atomically(path, save(tensors, {"sha256": _digest(tensors)}), durable=False, replace=True)
+    except UserError as error:
         raise UserError(f"features cannot be kept in {path.parent} ({error}); give another folder, or none") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

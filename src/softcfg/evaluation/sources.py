@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softcfg.errors import UserError
-from softcfg.files import hash_file
+from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
+from softcfg.files import hash_file, is_file, is_folder
+from softcfg.images import read_picture
+from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SHARDS = "shard-*.safetensors"
-PICTURES_OF_A_RUN = ("grid.png", "comparison.png")  # beside run.json; they show the samples, but are none
+LARGEST_IMAGE = 1 << 24  # pixels
+MOST_IMAGES = 10_000_000
+MOST_OTHER_FILES = 200_000  # in a folder of images
+LARGEST_BATCH = 1 << 26  # bytes
+LARGEST_IN_MEMORY = 1 << 28  # bytes of an array that cannot be read image by image
 
 
 class ImageSource(ABC):
@@ -52,8 +55,12 @@ class ImageSource(ABC):
         return self._hash()
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield all images in their order, uint8 `[batch_size, H, W, 3]`; the last batch may be shorter."""
-        for array in self._arrays(batch_size):
+        """Yield all images in their order, uint8 `[B, H, W, 3]`.
+
+        B is `batch_size`, or less for large images: a batch has at most 64 MiB. The last batch may be shorter.
+        """
+        height, width = self.size
+        for array in self._arrays(max(1, min(batch_size, LARGEST_BATCH // (3 * height * width)))):
             yield torch.from_numpy(array)
 
     @abstractmethod
@@ -76,14 +83,27 @@ def open_source(source: str | Path | NDArray[Any] | Tensor | ImageSource) -> Ima
     if isinstance(source, np.ndarray):
         return ArraySource(source)
     path = Path(source)
-    if path.is_dir():
-        shards = sorted((path / "shards").glob(SHARDS)) or sorted(path.glob(SHARDS))
-        return ShardsSource(path, shards) if shards else FolderSource(path)
-    if not path.exists():
+    if is_folder(path):
+        return _open_folder(path)
+    if not os.path.exists(path):
         raise UserError(f"{path} does not exist; give an .npz file, a folder of images or a run folder")
-    if not zipfile.is_zipfile(path):
+    if not is_npz(path):
         raise UserError(f"{path} is no .npz file, or a truncated one; give an .npz file or a folder of images")
     return NpzSource(path)
+
+
+def _open_folder(path: Path) -> ImageSource:
+    """The images of a run, or those in a folder."""
+    if path.name == SHARDS and is_file(path.parent / SETTINGS):
+        path = path.parent
+    shards = next((path / SHARDS).glob("shard-*.safetensors"), None) or next(path.glob("shard-*.safetensors"), None)
+    if shards is None:
+        return FolderSource(path)
+    if not is_file(path / SETTINGS):
+        raise UserError(
+            f"{path} holds shards of a run without its {SETTINGS}, by which they are checked; give its folder"
+        )
+    return RunSource(RunFolder.open(path))
 
 
 class ArraySource(ImageSource):
@@ -112,21 +132,20 @@ class NpzSource(ImageSource):
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.path = path
-        with _open_member(path, "arr_0") as (_, shape, dtype, fortran):
-            self.count, self.size = _check(f"arr_0 of {path}", dtype, shape)
-        # Only an array in C order holds one image after the other.
-        self.array = _read_array(path, "arr_0") if fortran else None
+        with open_member(path, "arr_0") as images:
+            self.count, self.size = _check(f"arr_0 of {path}", images.dtype, images.shape)
+            # Only an array in C order holds one image after the other.
+            self.array = images.read(LARGEST_IN_MEMORY) if images.fortran else None
         self.labels = self._labels()
 
     def _labels(self) -> Tensor | None:
         """`arr_1`, where the samplers of ADM put the classes."""
-        with zipfile.ZipFile(self.path) as archive:
-            if "arr_1.npy" not in archive.namelist():
-                return None
-        with _open_member(self.path, "arr_1") as (_, shape, dtype, _):
-            if shape != (self.count,) or not np.issubdtype(dtype, np.integer):
+        if "arr_1" not in names(self.path):
+            return None
+        with open_member(self.path, "arr_1") as labels:
+            if labels.shape != (self.count,) or not np.issubdtype(labels.dtype, np.integer):
                 return None  # something else
-        return torch.from_numpy(_read_array(self.path, "arr_1").astype(np.int64))
+            return torch.from_numpy(labels.read(LARGEST_IN_MEMORY).astype(np.int64))
 
     def _hash(self) -> str:
         return hash_file(self.path)
@@ -136,52 +155,22 @@ class NpzSource(ImageSource):
             yield from ArraySource(self.array)._arrays(count)
             return
         height, width = self.size
-        with _open_member(self.path, "arr_0") as (stream, _, _, _):
+        with open_member(self.path, "arr_0") as images:
             for start in range(0, self.count, count):
                 n = min(count, self.count - start)
                 data = bytearray(n * height * width * 3)
-                with _reading(self.path, "arr_0"):
-                    _fill(stream, data)  # at the end the checksum is compared
+                with reading(self.path, "arr_0"):
+                    fill(images.stream, data)  # at the end the checksum is compared
                 yield np.frombuffer(data, dtype=np.uint8).reshape(n, height, width, 3)
 
 
-@contextlib.contextmanager
-def _open_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
-    """One array in an .npz file: its stream, behind the header; shape, dtype, and whether in Fortran order."""
-    with contextlib.ExitStack() as stack:
-        with _reading(path, name):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            names = [member.removesuffix(".npy") for member in archive.namelist()]
-            if name not in names:
-                raise UserError(f"{path} has no array {name}, the images; it holds {', '.join(names) or 'nothing'}")
-            stream = stack.enter_context(archive.open(f"{name}.npy"))
-            old = np.lib.format.read_magic(stream) == (1, 0)
-            # Version 3 differs from 2 in the encoding of field names alone, and images have no fields.
-            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read_header(stream)
-        yield stream, shape, dtype, fortran
-
-
-@contextlib.contextmanager
-def _reading(path: Path, name: str) -> Iterator[None]:
-    """Turns errors of reading into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged: its array {name} cannot be read ({error})") from error
-
-
 class FolderSource(ImageSource):
-    """Image files in a folder and the folders in it, in the order of their names."""
+    """Image files in a folder and the folders in it, in the order of their names; hidden ones do not count."""
 
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
-        skipped = {folder / name for name in PICTURES_OF_A_RUN} if (folder / "run.json").exists() else set()
-        self.files = sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path not in skipped
-        )
+        skipped = {folder / name for name in PICTURES} if is_file(folder / SETTINGS) else set()
+        self.files = sorted(path for path in _image_files(folder) if path not in skipped)
         if not self.files:
             raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no shards of a run")
         self.folder = folder
@@ -208,94 +197,57 @@ class FolderSource(ImageSource):
         return image
 
 
-class ShardsSource(ImageSource):
-    """The pixels in the shards of a sampling run, in the order of their indices."""
+class RunSource(ImageSource):
+    """The pixels in the shards of a run; every shard is checked when it is read, and all must be there."""
 
-    def __init__(self, folder: Path, shards: list[Path]) -> None:
-        self.name = str(folder)
-        self.folder = folder
-        found: list[NDArray[np.int64]] = []
-        sizes: dict[tuple[int, int], str] = {}
-        for path in shards:
-            indices, shape = _shard_header(path)
-            found.append(indices)
-            count, size = _check(f"pixels of {path}", np.dtype(np.uint8), shape)
-            if count != len(indices):
-                raise UserError(f"{path} is damaged: {len(indices)} indices for {count} images")
-            sizes.setdefault(size, path.name)
-        if len(sizes) > 1:
-            listed = ", ".join(f"{name} has {_by(size)}" for size, name in sizes.items())
-            raise UserError(f"the shards of {folder} differ in image size: {listed}")
-        indices = np.concatenate(found)
-        if len(np.unique(indices)) != len(indices):
-            raise UserError(f"the shards of {folder} hold some images twice")
-        self.shards = shards
-        self.count, self.size = len(indices), next(iter(sizes))
-        # Where the images lie, in the order of their indices: number of the shard and row in it.
-        places = [(shard, row) for shard, part in enumerate(found) for row in range(len(part))]
-        order = indices.argsort()
-        self.places = [places[n] for n in order]
-        labels = [_shard_labels(path) for path in shards]
-        if all(part is not None for part in labels):
-            self.labels = torch.cat(labels)[torch.from_numpy(order)]  # type: ignore[arg-type]
+    def __init__(self, run: RunFolder) -> None:
+        self.name = str(run.path)
+        self.run = run
+        run.require_complete()
+        self.count = run.plan.num_samples
+        height, width = run.require(0).pixels.shape[1:3]
+        self.size = (height, width)
+        self.labels = torch.tensor(run.plan.labels_of(range(self.count)))
 
     def _hash(self) -> str:
-        return _hash_files(self.folder, self.shards)
+        return _hash_files(self.run.path, [self.run.shard_path(number) for number in range(self.run.plan.num_shards)])
 
     def _arrays(self, count: int) -> Iterator[NDArray[np.uint8]]:
-        from safetensors import safe_open
-
-        for start in range(0, self.count, count):
-            places = self.places[start : start + count]
-            images = np.empty((len(places), *self.size, 3), dtype=np.uint8)
-            for shard in sorted({shard for shard, _ in places}):
-                with safe_open(self.shards[shard], "np") as file:
-                    pixels = file.get_slice("pixels")
-                    for n, (place, row) in enumerate(places):
-                        if place == shard:
-                            images[n] = pixels[row]
-            yield images
-
-
-def _shard_header(path: Path) -> tuple[NDArray[np.int64], tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as shard:
-            pixels = shard.get_slice("pixels")
-            if pixels.get_dtype() != "U8":
-                raise UserError(f"pixels of {path} are {pixels.get_dtype()}; they must be uint8")
-            return shard.get_tensor("indices").numpy(), tuple(pixels.get_shape())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no shard of a run, or damaged ({error})") from error
+        waiting: list[NDArray[np.uint8]] = []  # images that do not fill a batch yet
+        for shard in self.run.shards():
+            if shard.pixels.shape[1:3] != self.size:
+                raise UserError(
+                    f"the shards of {self.run.path} differ in image size: the first has {_by(self.size)}, shard "
+                    f"{shard.number} has {_by(shard.pixels.shape[1:3])}"
+                )
+            images = np.concatenate([*waiting, shard.pixels]) if waiting else shard.pixels
+            whole = len(images) - len(images) % count
+            for start in range(0, whole, count):
+                yield np.array(images[start : start + count])
+            waiting = [images[whole:]] if whole < len(images) else []
+        yield from waiting
 
 
-def _shard_labels(path: Path) -> Tensor | None:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as shard:
-        return shard.get_tensor("labels") if "labels" in shard.keys() else None  # noqa: SIM118
+def _image_files(folder: Path) -> Iterator[Path]:
+    """Image files below a folder, but no hidden ones: macOS and Jupyter keep shadows of pictures there."""
+    others = 0
+    for here, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                yield Path(here, name)
+            else:
+                others += 1
+        if others > MOST_OTHER_FILES:
+            raise UserError(
+                f"{folder} holds more than {MOST_OTHER_FILES:,} files that are no images; give their folder"
+            )
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
-                raise UserError(f"{path} is partly transparent; put it on a background first")
-            if image.mode not in ("RGB", "RGBA", "L", "P"):
-                raise UserError(f"{path} has the mode {image.mode}; images must be RGB or grey, 8 bits a channel")
-            return np.array(image.convert("RGB"))
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise a dozen types on damaged files
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _read_array(path: Path, name: str) -> NDArray[Any]:
-    with _reading(path, name), np.load(path, allow_pickle=False) as file:
-        return file[name]
+    return np.array(read_picture(path, LARGEST_IMAGE))
 
 
 def _check(what: str, dtype: np.dtype[Any], shape: Iterable[int]) -> tuple[int, tuple[int, int]]:
@@ -307,17 +259,11 @@ def _check(what: str, dtype: np.dtype[Any], shape: Iterable[int]) -> tuple[int, 
         raise UserError(f"{what} must be uint8, 0 to 255, got {dtype}; convert the images first")
     if 0 in shape:
         raise UserError(f"{what} holds no images, its shape is {list(shape)}")
+    if shape[0] > MOST_IMAGES:
+        raise UserError(f"{what} are {shape[0]:,} images, more than {MOST_IMAGES:,}, the limit")
+    if shape[1] * shape[2] > LARGEST_IMAGE:
+        raise UserError(f"{what} have {shape[1]} x {shape[2]} pixels, more than {LARGEST_IMAGE:,}, the limit")
     return shape[0], (shape[1], shape[2])
-
-
-def _fill(stream: IO[bytes], data: bytearray) -> None:
-    """Read into all of `data`."""
-    view = memoryview(data)
-    while view:
-        read = stream.readinto(view)  # type: ignore[attr-defined]
-        if not read:
-            raise EOFError("it ends early")
-        view = view[read:]
 
 
 def _hash_files(folder: Path, files: list[Path]) -> str:

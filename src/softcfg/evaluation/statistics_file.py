@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.evaluation.metrics import Statistics
-from softcfg.files import write_atomically
+from softcfg.evaluation.npz import is_npz, names, open_member, read_member
+from softcfg.files import is_file, write_atomically
 
 ARRAYS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ORIGIN = ("extractor", "identity", "count", "size", "fingerprint")
+LARGEST_WIDTH = 4096  # features
+LONGEST_TEXT = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class StatisticsFile:
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the images that the statistics are of, if noted."""
-        height, _, width = self.origin.get("size", "").partition(" ")
-        return (int(height), int(width)) if width else None
+        sides = re.fullmatch(r"(\d{1,9}) (\d{1,9})", self.origin.get("size", ""))
+        return (int(sides[1]), int(sides[2])) if sides else None
 
     def get(self, kind: str) -> Statistics | None:
         """The statistics of "pooled" or "spatial" features."""
@@ -55,18 +57,23 @@ def read_statistics(path: str | Path) -> StatisticsFile | None:
         UserError: they are incomplete, misshapen or not finite.
     """
     path = Path(path)
-    if not path.is_file() or not zipfile.is_zipfile(path):
+    if not is_file(path) or not is_npz(path):
         return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if "mu" not in file:
-                return None
-            names = [name for pair in ARRAYS.values() for name in pair if name in file]
-            arrays = {name: file[name] for name in names}
-            origin = {name: str(file[name]) for name in ORIGIN if name in file}
-            has_images = "arr_0" in file
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"the statistics in {path} cannot be read ({error})") from error
+    held = names(path)
+    if "mu" not in held:
+        return None
+
+    def read(name: str) -> np.ndarray:
+        with open_member(path, name) as member:
+            if max(member.shape, default=0) > LARGEST_WIDTH:
+                raise UserError(
+                    f"{name} of {path} has the shape {quote(member.shape)}; the limit is {LARGEST_WIDTH:,} features"
+                )
+            return member.read(8 * LARGEST_WIDTH**2)
+
+    arrays = {name: read(name) for pair in ARRAYS.values() for name in pair if name in held}
+    origin = {name: str(read_member(path, name, LONGEST_TEXT)) for name in ORIGIN if name in held}
+    has_images = "arr_0" in held
 
     def pair(kind: str) -> Statistics | None:
         mean_name, covariance_name = ARRAYS[kind]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from softcfg.errors import CheckpointError
-from softcfg.files import hash_file, make_folder
+from softcfg.errors import CheckpointError, UserError
+from softcfg.files import hash_file, make_folder, open_atomically
 from softcfg.zoo.files import checkpoints_folder
 from softcfg.zoo.loading import load_weights
 from softcfg.zoo.reading import read_state_dict
@@ -85,29 +83,24 @@ def download(file: PublishedFile, target: Path) -> Path:
     from tqdm import tqdm
 
     make_folder(target.parent)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     by_hand = f"download it by other means, and put it into {target.parent} or give its path"
     try:
         digest = hashlib.sha256()
-        with urllib.request.urlopen(file.url, timeout=TIMEOUT) as response, partial.open("wb") as out:
+        with urllib.request.urlopen(file.url, timeout=TIMEOUT) as response, open_atomically(target) as out:
             size = int(response.headers.get("Content-Length") or 0) or None
             with tqdm(total=size, desc=file.name, unit="B", unit_scale=True, disable=None) as bar:
                 while block := response.read(1 << 20):
                     out.write(block)
                     digest.update(block)
                     bar.update(len(block))
-            out.flush()
-            os.fsync(out.fileno())
-        if digest.hexdigest() != file.sha256:
-            raise CheckpointError(
-                f"{file.url} was downloaded, but its SHA-256 is {digest.hexdigest()[:16]}... and not "
-                f"{file.sha256[:16]}...: it is damaged or not the published file; try again, or {by_hand}"
-            )
-        partial.replace(target)
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            if digest.hexdigest() != file.sha256:
+                raise CheckpointError(
+                    f"{file.url} was downloaded, but its SHA-256 is {digest.hexdigest()[:16]}... and not "
+                    f"{file.sha256[:16]}...: it is damaged or not the published file; try again, or {by_hand}"
+                )
+    except CheckpointError:
+        raise
+    except (OSError, UserError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise CheckpointError(f"{file.url} cannot be downloaded ({reason}); {by_hand}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
     return target

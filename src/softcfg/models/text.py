@@ -5,12 +5,12 @@ What a user writes is text, whatever it looks like: the name of a special token 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from softcfg.errors import CheckpointError
+from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
 
 TOKENIZER = "tokenizer"  # the role of tokenizer.json among the files of a model
 
@@ -47,11 +47,9 @@ class TextTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        from tokenizers import Tokenizer
-
         self.path = Path(path)
+        content = read_tokenizer_json(path)
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
             self._special = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
             # The same tokenizer without its special tokens, for text.
             model = content["model"]
@@ -60,12 +58,10 @@ class TextTokenizer:
                 model["vocab"] = {
                     name: token for name, token in model["vocab"].items() if name not in self._special or name in kept
                 }
-            content.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-            self._plain = Tokenizer.from_str(json.dumps(content))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist") from None
-        except Exception as error:  # the library raises plain exceptions
-            raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({error})") from error
+            content.update(added_tokens=[], post_processor=None, truncation=None)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({error!r})") from error
+        self._plain = text_tokenizer(content, path)
 
     @classmethod
     def of(cls, files: Mapping[str, Path]) -> TextTokenizer | None:
@@ -101,5 +97,4 @@ class TextTokenizer:
         return ids + self._text_ids(text)
 
     def _text_ids(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids if text else []
-        return ids
+        return text_ids(self._plain, text) if text else []

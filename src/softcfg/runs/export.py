@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from softcfg.errors import UserError
 from softcfg.files import make_folder, open_atomically, write_atomically
+from softcfg.images import png_bytes, read_picture
 from softcfg.runs.folder import RunFolder, image_name
 from softcfg.runs.shards import Shard
 
 
 def write_pngs(shard: Shard, folder: str | Path) -> None:
     """Write the images of a shard as 000123.png into a folder that exists."""
-    from PIL import Image
-
-    from softcfg.images import png_bytes
-
     for index, pixels in zip(shard.indices.tolist(), shard.pixels, strict=True):
-        # Not flushed one by one: they can be made again from the shards.
-        write_atomically(Path(folder) / image_name(index), png_bytes(Image.fromarray(pixels)), durable=False)
+        write_atomically(Path(folder) / image_name(index), png_bytes(Image.fromarray(pixels)), replace=True)
+
+
+def altered_pngs(shard: Shard, folder: Path) -> list[str]:
+    """The PNG files in `folder` that do not show the images of a shard: empty, torn, or other images."""
+
+    def is_altered(index: int, pixels: np.ndarray) -> bool:
+        path = folder / image_name(index)
+        if not os.path.lexists(path):
+            return False
+        try:
+            return not np.array_equal(np.asarray(read_picture(path)), pixels)
+        except UserError:
+            return True
+
+    pairs = zip(shard.indices.tolist(), shard.pixels, strict=True)
+    return [image_name(index) for index, pixels in pairs if is_altered(index, pixels)]
 
 
 def export_pngs(run: RunFolder, folder: str | Path, *, absent_only: bool = False) -> None:
-    """Write all images as PNG files; with `absent_only`, those of shards that lack one.
+    """Write all images as PNG files; with `absent_only`, those of shards of which one is absent or altered.
 
     Raises:
         UserError: a shard is missing or damaged, or a file cannot be written.
@@ -34,8 +48,9 @@ def export_pngs(run: RunFolder, folder: str | Path, *, absent_only: bool = False
     folder = make_folder(folder)
     there = {path.name for path in folder.glob("*.png")} if absent_only else set()
     for number in range(run.plan.num_shards):
-        if not all(image_name(index) in there for index in run.plan.indices(number)):
-            write_pngs(run.require(number), folder)
+        shard = run.require(number)
+        if any(image_name(index) not in there for index in run.plan.indices(number)) or altered_pngs(shard, folder):
+            write_pngs(shard, folder)
 
 
 def npz_beside(folder: Path) -> Path:
@@ -50,10 +65,7 @@ def export_npz(run: RunFolder, path: str | Path) -> tuple[int, ...]:
     Raises:
         UserError: a shard is missing or damaged, or the file cannot be written.
     """
-    if missing := run.missing():
-        raise UserError(
-            f"{len(missing)} of {run.plan.num_shards} shards of {run.path} are missing; continue the run first"
-        )
+    run.require_complete()
     shape = (run.plan.num_samples, *run.require(0).pixels.shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     make_folder(Path(path).parent)

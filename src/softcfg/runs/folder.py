@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from softcfg.errors import UserError
-from softcfg.files import make_folder, remove_temporary, write_atomically
+from softcfg.errors import UserError, clean, quote
+from softcfg.files import is_folder, make_folder, read_text, remove_temporary, write_atomically
 from softcfg.runs.plan import Plan, check_growth, differences, fingerprint
 from softcfg.runs.shards import DamagedShardError, Shard, glance, read_shard
+from softcfg.version import __version__
 
 SETTINGS = "run.json"
 SHARDS = "shards"
 PICTURES = ("grid.png", "comparison.png")  # besides one PNG per image
+FORMAT = 1  # of the folder; a version that changes what is in it counts up
+LARGEST_SETTINGS = 1 << 25  # bytes of run.json
 
 
 def image_name(index: int) -> str:
@@ -40,7 +44,10 @@ class RunFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = dict(settings)
-        self.plan = Plan.of(settings)
+        try:
+            self.plan = Plan.of(settings)
+        except UserError as error:
+            raise UserError(f"{path / SETTINGS} is not readable as the settings of a run: {error}") from error
         self.fingerprint = fingerprint(settings)
 
     @classmethod
@@ -54,10 +61,7 @@ class RunFolder:
         settings = _read_settings(path)
         if settings is None:
             raise UserError(f"{path} holds no run: there is no {SETTINGS}")
-        try:
-            return cls(path, settings)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path / SETTINGS} is not the settings of a run") from error
+        return cls(path, settings)
 
     @classmethod
     def claim(cls, path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> RunFolder:
@@ -78,15 +82,18 @@ class RunFolder:
         advice = "give another --output-dir, or --overwrite to replace it"
         try:
             found = _read_settings(path)
-            if found is not None:
-                Plan.of(found)
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path / SETTINGS} is not readable; {advice}") from error
+            before = None if found is None else cls(path, found)
+        except UserError as error:
+            raise UserError(f"{error}; {advice}") from error
         settings = dict(settings)
         if settings["batch_size"] is None:
             settings["batch_size"] = found["batch_size"] if found else min(settings["num_samples"], 100)
         settings = json.loads(json.dumps(settings))
-        if found is not None:
+        run = cls(path, settings)
+        if found is None and run._of_others_only():
+            raise UserError(f"{path} holds shards of a run with other settings, and no {SETTINGS}; {advice}")
+        if found is not None and before is not None:
+            before.require_own_shards()
             if differing := differences(found, settings):
                 raise UserError(f"{path} holds a run with another {', '.join(differing)}; {advice}")
             check_growth(found, settings)
@@ -98,13 +105,54 @@ class RunFolder:
         _write_settings(path, settings)
         return cls(path, settings)
 
+    def require_own_shards(self) -> None:
+        """Raise `UserError` if the settings cannot be those that the shards were drawn with.
+
+        That is so where there are shards of other runs only, or with more images than are planned: then run.json was
+        altered, and the shards are not to blame.
+        """
+        if self._of_others_only():
+            problem = "its shards are of a run with other settings"
+        elif any(self._count(number) > len(self.plan.indices(number)) for number in self.present()):
+            problem = f"its shards hold more than {self.plan.num_samples} images"
+        else:
+            return
+        raise UserError(
+            f"{self.path / SETTINGS} is not what the run was drawn with: {problem}; put back the {SETTINGS} that "
+            f"belongs to the shards, which are left as they are{_newer(self.settings)}"
+        )
+
+    def _of_others_only(self) -> bool:
+        """Whether there are whole shards, but none of this run."""
+        runs = set()
+        for number in self.present():
+            with contextlib.suppress(DamagedShardError):
+                runs.add(glance(self.shard_path(number))[0])
+        return bool(runs) and self.fingerprint not in runs
+
+    def _count(self, number: int) -> int:
+        """The images in a shard, by its header; 0 where it is not whole."""
+        try:
+            return glance(self.shard_path(number))[1]
+        except DamagedShardError:
+            return 0
+
+    def require_complete(self) -> None:
+        """Raise `UserError` unless all shards are there as planned, by their headers."""
+        self.require_own_shards()
+        if missing := self.missing():
+            raise UserError(
+                f"{len(missing)} of {self.plan.num_shards} shards of {self.path} are missing; continue the run first"
+            )
+
     def shard_path(self, number: int) -> Path:
         """Where a shard lies."""
         return self.path / SHARDS / f"shard-{number:06d}.safetensors"
 
     def missing(self) -> list[int]:
         """The shards that are not there, torn, shorter than planned or of another run; only headers are read."""
-        return [number for number in range(self.plan.num_shards) if not self.is_whole(number)]
+        present = self.present()
+        return [n for n in range(self.plan.num_shards) if n not in present or not self.is_whole(n)]
 
     def is_whole(self, number: int) -> bool:
         """Whether a shard is there as planned, by its header."""
@@ -121,6 +169,10 @@ class RunFolder:
         """
         try:
             names = os.listdir(self.path / SHARDS)
+        except FileNotFoundError as error:
+            if is_folder(self.path):
+                return set()
+            raise UserError(f"cannot read {self.path / SHARDS}: {error.strerror}") from error
         except OSError as error:
             raise UserError(f"cannot read {self.path / SHARDS}: {error.strerror}") from error
         found = (re.fullmatch(r"shard-(\d+)\.safetensors", name) for name in names)
@@ -173,33 +225,81 @@ class RunFolder:
         """Remove a shard and its images, so that the run draws them again."""
         images = (self.path / image_name(index) for index in self.plan.indices(number))
         for path in (self.shard_path(number), *images):
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or the link that stands for one; raises `UserError` if it cannot be removed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed: {error.strerror}") from error
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """The content of run.json, without its checksum; None if there is no such file."""
     path = folder / SETTINGS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(path, LARGEST_SETTINGS))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not the settings of a run")
-    return content
+    except OSError as error:
+        raise UserError(f"{path} is not readable: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable: it is damaged ({clean(error, 100)})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not readable: it is not the settings of a run")
+    form, checksum = settings.pop("format", None), settings.pop("sha256", None)  # older runs have neither
+    if isinstance(form, int) and form > FORMAT:
+        raise UserError(f"{path} is of format {form}, that of a newer version of softcfg than this, {__version__}")
+    if (form, checksum) != (None, None) and checksum != _checksum(settings):
+        raise UserError(
+            f"{path} was altered: its checksum is wrong; put back the one that the run was drawn with. The shards are "
+            f"left as they are{_newer(settings)}"
+        )
+    kinds = {"model": str, "command": str, "environment": list, "guidance": dict, "sampling": dict, "dtype": str}
+    for name, kind in kinds.items():
+        if not isinstance(settings.get(name, kind()), kind):
+            raise UserError(f"{path} is not the settings of a run: {name} is {quote(settings[name])}")
+    return settings
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write one line per field, so that a list of a thousand labels takes one line."""
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in settings.items())
-    write_atomically(folder / SETTINGS, f"{{\n{lines}\n}}\n".encode())
+    content = {**settings, "format": FORMAT, "sha256": _checksum(settings)}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+    text = f"{{\n{lines}\n}}\n".encode()
+    if len(text) > LARGEST_SETTINGS:
+        raise UserError(f"the settings of the run have {len(text):,} bytes; the limit is 32 MiB: take fewer prompts")
+    write_atomically(folder / SETTINGS, text, replace=True)
+
+
+def _checksum(settings: Mapping[str, Any]) -> str:
+    """SHA-256 over all settings but the checksum itself, however they are laid out."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _newer(settings: Mapping[str, Any]) -> str:
+    """Words for a run that a newer version of softcfg worked on, "" for others."""
+    environments = settings.get("environment")
+    for entry in environments if isinstance(environments, list) else ():
+        version = entry.get("softcfg") if isinstance(entry, dict) else None
+        if isinstance(version, str) and _order(version) > _order(__version__):
+            return f" (softcfg {version} worked on the run, which is newer than this, {__version__})"
+    return ""
+
+
+def _order(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d{1,9}", version)[:3]]
 
 
 def _discard_run(folder: Path) -> None:
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
-    (folder / SHARDS).mkdir(exist_ok=True)
+    """Remove the run's own files, behind a link to the shards too; others stay."""
+    for path in (folder / SHARDS).glob("shard-*.safetensors"):
+        _remove(path)
     for path in folder.glob("*.png"):
         if path.stem.isdigit():
-            path.unlink()
+            _remove(path)
     for name in (SETTINGS, *PICTURES):
-        (folder / name).unlink(missing_ok=True)
+        _remove(folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 
 from softcfg.errors import UserError
+from softcfg.files import open_own, open_regular
 
 NAME = "run.lock"
+LONGEST = 1000  # bytes that say who holds the lock
 
 
 class Lock:
@@ -30,7 +33,7 @@ class Lock:
         """
         path = folder / NAME
         try:
-            self._file = path.open("a+", encoding="utf-8")
+            self._file = open_own(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
@@ -43,10 +46,17 @@ class Lock:
         except OSError as error:
             print(f"softcfg: {path} cannot be locked ({error.strerror}): start no second job on it", file=sys.stderr)
             return
+        if os.fstat(self._file.fileno()).st_nlink > 1:
+            return  # the file has another name as well, and what is in it may be something else's
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        self._file.truncate(0)
-        self._file.write(json.dumps(who) + "\n")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"{json.dumps(who)}\n".encode())
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def release(self) -> None:
         """Let the next job in."""
@@ -62,15 +72,15 @@ class Lock:
 def holder(folder: Path) -> str | None:
     """Who works in the folder now, for a sentence; None if nobody does."""
     try:
-        with (folder / NAME).open(encoding="utf-8") as file:
+        with open_regular(folder / NAME) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return None
             except BlockingIOError:
                 pass
-            who = json.loads(file.read() or "{}")
+            who = json.loads(file.read(LONGEST) or b"{}")
             return f"process {who['pid']} on {who['host']} (since {who['since']})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another job"
     except OSError:
         return None

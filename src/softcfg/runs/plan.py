@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import dotted
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
+from softcfg.files import hash_file
 from softcfg.prompts import Prompt
 
 if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
 
 RANDOM = "random"
-NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from")  # fields that change no image
+# Fields that change no image.
+NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from", "format", "sha256")
+MOST_IMAGES = 10_000_000  # of a run
+MOST_LABELS = 1_000_000  # that images take in turn
+LARGEST_SEED = 2**64
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,6 @@ class Prompts:
 
     def facts(self) -> dict[str, Any]:
         """The prompts as fields of the settings of a run."""
-        from softcfg.files import hash_file
-
         facts: dict[str, Any] = {"prompts": list(self.texts), "width": self.width, "height": self.height}
         if self.task is not None:
             facts["task"] = self.task
@@ -92,10 +95,34 @@ class Plan:
     num_classes: int
     seed: int
 
+    def __post_init__(self) -> None:
+        counts = {"num_samples": MOST_IMAGES, "batch_size": MOST_IMAGES, "num_classes": 1 << 31}
+        for name, most in counts.items():
+            if not _is_integer(value := getattr(self, name), 1, most):
+                raise UserError(f"{name} must be a whole number from 1 to {most:,}, got {quote(value)}")
+        if not _is_integer(self.seed, 0, LARGEST_SEED - 1):
+            raise UserError(f"seed must be a whole number from 0 to 2^64 - 1, got {quote(self.seed)}")
+        if self.labels == RANDOM:
+            return
+        if not self.labels or len(self.labels) > MOST_LABELS:
+            raise UserError(f"a run takes 1 to {MOST_LABELS:,} labels in turn, got {len(self.labels):,}")
+        for label in self.labels:
+            if not _is_integer(label, 0, self.num_classes - 1):
+                raise UserError(f"labels must be whole numbers from 0 to {self.num_classes - 1}, got {quote(label)}")
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Plan:
-        """The plan in the settings of a run."""
+        """The plan in the settings of a run.
+
+        Raises:
+            UserError: a setting is missing or cannot be.
+        """
+        names = ("num_samples", "batch_size", "labels", "num_classes", "seed")
+        if missing := [name for name in names if name not in settings]:
+            raise UserError(f"there is no {', '.join(missing)}")
         labels = settings["labels"]
+        if labels != RANDOM and not isinstance(labels, (list, tuple)):
+            raise UserError(f"labels must be a list or {RANDOM!r}, got {quote(labels)}")
         return cls(
             settings["num_samples"],
             settings["batch_size"],
@@ -118,6 +145,10 @@ class Plan:
         if isinstance(self.labels, str):
             return [_random_label(self.seed, index, self.num_classes) for index in indices]
         return [self.labels[index % len(self.labels)] for index in indices]
+
+
+def _is_integer(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _random_label(seed: int, index: int, classes: int) -> int:
@@ -159,5 +190,5 @@ def _images_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _values(found: Any, wanted: Any) -> str:
     """The two values, where they are short."""
-    text = f" ({found!r} there, {wanted!r} here)"
+    text = f" ({quote(found)} there, {quote(wanted)} here)"
     return text if len(text) <= 40 else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.errors import UserError
-from softcfg.files import make_folder, write_atomically
+from softcfg.files import make_folder, read_text, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from softcfg.runs.shards import Shard
 
 IMAGES_PER_PROMPT = 4
+LARGEST_TEXT = 1 << 24  # bytes of a file of prompts
 
 
 class Suite(ABC):
@@ -97,7 +98,7 @@ class DPGBench(Suite):
         import numpy as np
 
         rows = [np.concatenate(images[i : i + 2], axis=1) for i in (0, 2)]
-        write_atomically(self.files(folder, number)[0], _png(np.concatenate(rows)))
+        write_atomically(self.files(folder, number)[0], _png(np.concatenate(rows)), replace=True)
 
 
 class GenEval(Suite):
@@ -127,8 +128,8 @@ class GenEval(Suite):
         *samples, metadata = self.files(folder, number)
         make_folder(samples[0].parent)
         for path, image in zip(samples, images, strict=True):
-            write_atomically(path, _png(image))
-        write_atomically(metadata, f"{self.lines[number]}\n".encode())
+            write_atomically(path, _png(image), replace=True)
+        write_atomically(metadata, f"{self.lines[number]}\n".encode(), replace=True)
 
 
 SUITES: dict[str, type[Suite]] = {"dpg": DPGBench, "geneval": GenEval}
@@ -136,15 +137,15 @@ SUITES: dict[str, type[Suite]] = {"dpg": DPGBench, "geneval": GenEval}
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        return read_text(path, LARGEST_TEXT)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _prompt_of(line: str) -> str | None:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return prompt if isinstance(prompt, str) else None
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from softcfg.errors import CheckpointError
-from softcfg.files import hash_file
+from softcfg.errors import CheckpointError, UserError
+from softcfg.files import TEMPORARY, hash_file, is_file, is_folder, open_atomically, open_regular
 from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
 from softcfg.zoo.loading import blank_module, config_of_texts, read_weights, require_fit
 from softcfg.zoo.reading import is_index, read_json, shards_of
@@ -99,9 +99,9 @@ def _download(file: ModelFile) -> Path:
 
 def _take(entry: ModelEntry, source: Path, link: bool) -> list[Path]:
     """Put the files of `entry` that are in `source` into the checkpoints folder, once all are checked."""
-    if not source.exists():
+    if not os.path.exists(source):
         raise CheckpointError(f"{source} does not exist")
-    offered = {path.name: path for path in (source.iterdir() if source.is_dir() else [source])}
+    offered = {path.name: path for path in (source.iterdir() if is_folder(source) else [source])}
     found: dict[ModelFile, Path] = {}
     for file in entry.files:
         name = file.local_name if file.local_name in offered else file.name
@@ -119,22 +119,29 @@ def _take(entry: ModelEntry, source: Path, link: bool) -> list[Path]:
 def _place(source: Path, name: str, link: bool) -> Path:
     """Copy or link a file into the checkpoints folder, under `name`, whole or not at all."""
     target = checkpoints_folder() / name
-    if target.exists() and target.samefile(source):
+    if is_file(target) and target.samefile(source):
         return target
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if link:
-            partial.symlink_to(source.resolve())
+            _link(source.resolve(), target)
         else:
-            shutil.copyfile(source, partial)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-        partial.replace(target)
+            with open_regular(source) as file, open_atomically(target, replace=True) as copy:
+                shutil.copyfileobj(file, copy, 1 << 22)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{source} cannot be put into {target.parent}: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    except UserError as error:
+        raise CheckpointError(f"{source} cannot be put into {target.parent}: {error}") from error
     return target
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` a link to `source`, in place of what stands there."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY}")
+    temporary.symlink_to(source)
+    try:
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from softcfg.errors import CheckpointError
+from softcfg.files import is_file
 from softcfg.zoo.reading import is_index, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile
 
@@ -21,7 +22,7 @@ def checkpoints_folder() -> Path:
 def find_file(file: ModelFile) -> Path | None:
     """Return where a model's file lies: its own folder, the checkpoints folder, or the Hugging Face cache."""
     path = (file.folder or checkpoints_folder()) / file.local_name
-    if path.is_file():
+    if is_file(path):
         return path
     if file.repository:
         from huggingface_hub import try_to_load_from_cache
@@ -52,7 +53,7 @@ def missing_files(files: Iterable[ModelFile]) -> list[ModelFile]:
         if path is None:
             missing.append(file)
         elif is_index(path):
-            missing += [file.beside(shard.name) for shard in shards_of(path) if not shard.is_file()]
+            missing += [file.beside(shard.name) for shard in shards_of(path) if not is_file(shard)]
     return missing
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import ConfigSource, load_config
-from softcfg.errors import CheckpointError, UserError
+from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.zoo.files import find_file, require_file
 from softcfg.zoo.reading import read_json, read_state_dict, unwrap
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from softcfg.models.conditioning import Conditioning
     from softcfg.tokenizers.base import Tokenizer
 
+MOST_TENSORS = 4_000  # of a model
+LARGEST_TABLE = 1 << 24  # numbers
 SHOWN = 4  # names listed in an error message, of each kind
 
 
@@ -102,7 +106,7 @@ def _load(
         if checkpoint is None:
             raise UserError(f"loading a {name} {kind} needs checkpoint=, a weights file or a state dict")
     else:
-        if isinstance(name, str) and not Path(name).exists():
+        if isinstance(name, str) and not os.path.exists(name):
             find({**families, **MODELS}, name, f"there is no {kind} family or model named")
         entry = resolve(name)
         component = entry.generator if families is GENERATORS else entry.tokenizer
@@ -199,9 +203,15 @@ def random_weights(
     import torch
 
     module_class, config_class = component.family.classes()
+    config: Any = load_config(config_class, component.config, component.family.sections)
+    _on_meta(module_class, config)  # what is too large is refused before it takes memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module = module_class(load_config(config_class, component.config, component.family.sections))
+        try:
+            module = module_class(config)
+        except (RuntimeError, MemoryError) as error:
+            family = component.family
+            raise UserError(f"there is no memory for the {family.name} {family.kind} here") from error
     return module.to(device, dtype).requires_grad_(False).eval()
 
 
@@ -209,17 +219,40 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class WithoutInit(TorchFunctionMode):
-        """Skips initial values: on meta they are void, yet make torch import its compiler, for a second."""
+    class Sparing(TorchFunctionMode):
+        """Skips initial values, which are void on meta yet make torch import its compiler, and bounds what is built."""
+
+        tensors = 0
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if getattr(function, "__module__", "") == "torch.nn.init":
                 return args[0] if args else kwargs["tensor"]
+            self.tensors += function is torch.empty
+            if self.tensors > MOST_TENSORS:
+                raise CheckpointError(f"the configured {module_class.__name__} has more than {MOST_TENSORS:,} tensors")
+            if _size(function, args) > LARGEST_TABLE:
+                raise CheckpointError(
+                    f"the configured {module_class.__name__} needs tables of more than {LARGEST_TABLE:,} numbers"
+                )
             return function(*args, **kwargs)
 
-    with torch.device("meta"), WithoutInit():
-        return module_class(config)
+    def _size(function: Any, args: Sequence[Any]) -> int:
+        """Numbers in what a function makes of tensors that take memory, which tables such as those of rotation do."""
+        if function is torch.arange:
+            return max((int(arg) for arg in args if isinstance(arg, (int, float))), default=0)
+        shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor) and not arg.is_meta]
+        try:
+            return math.prod(torch.broadcast_shapes(*shapes)) if len(shapes) > 1 else 0
+        except RuntimeError:  # not elementwise
+            return 0
+
+    try:
+        with torch.device("meta"), Sparing():
+            return module_class(config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        problem = clean(str(error).partition("\n")[0], 200)
+        raise CheckpointError(f"the configured {module_class.__name__} cannot be built: {problem}") from error
 
 
 def blank_module(component: Component) -> nn.Module:
@@ -243,15 +276,15 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     misshapen = [name for name, one, other in shared if one.shape != other.shape]
     mistyped = [name for name, one, other in shared if one.is_floating_point() != other.is_floating_point()]
 
-    def listing(what: str, names: list[str], describe: Any = str) -> list[str]:
+    def listing(what: str, names: list[str], describe: Any = _short) -> list[str]:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return [f"{len(names)} {what} ({', '.join(map(describe, names[:SHOWN]))}{more})"] if names else []
 
     def shapes(name: str) -> str:
-        return f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        return f"{_short(name)} is {quote(list(found[name].shape))}, expected {list(expected[name].shape)}"
 
     def dtypes(name: str) -> str:
-        return f"{name} is {found[name].dtype}, expected {expected[name].dtype}"
+        return f"{_short(name)} is {found[name].dtype}, expected {expected[name].dtype}"
 
     return [
         *listing("missing", [name for name in expected if name not in found]),
@@ -259,6 +292,10 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
         *listing("of another shape", misshapen, shapes),
         *listing("of another type", mistyped, dtypes),
     ]
+
+
+def _short(name: str) -> str:
+    return clean(name, 100)
 
 
 def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> str:

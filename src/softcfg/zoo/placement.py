@@ -97,8 +97,7 @@ def spread(
         dispatch_model(generator, placed, offload_dir=offload_folder, force_hooks=True)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"device_map does not fit: {' '.join(str(error).split())}") from error
-    layers: list[Any] = [each for each in generator.modules() if type(each).__name__ in generator.no_split_modules]
-    generator.layer_devices = [torch.device(layer._hf_hook.execution_device) for layer in layers]
+    generator.layer_devices = [torch.device(block._hf_hook.execution_device) for block in generator.blocks]
     for name, buffer in generator.named_buffers(recurse=False):
         generator.register_buffer(name, buffer.to(generator.device), persistent=False)
     return generator

@@ -13,10 +13,12 @@ from PIL import Image as Images
 from PIL import ImageOps
 from torch import Tensor
 
-from softcfg.errors import CheckpointError, UserError
+from softcfg.errors import CheckpointError, UserError, quote
+from softcfg.images import read_picture
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
 from softcfg.prompts import Prompt
+from softcfg.text_tokenizers import check_template, read_tokenizer_json, text_ids, text_tokenizer
 
 if TYPE_CHECKING:
     from softcfg.models.lumina.generator import Lumina
@@ -28,6 +30,7 @@ DUAL_PANEL = (
     "Generate a dual-panel image of {width}x{height} where the <{map_half} half> displays a <{map}>, while the "
     "<{image_half} half> retains the original image for direct visual comparison:\n{prompt}"
 )
+TEMPLATE_FIELDS = ("prompt", "width", "height")
 # Task -> the words for the map that is drawn in the lower half, below the image it belongs to.
 PAIR_TASKS = {
     "depth": "depth map",
@@ -84,7 +87,9 @@ def check_task(prompt: Prompt) -> None:
         raise UserError(f"a prompt with an image needs a task, one of {', '.join(known)}")
     if prompt.task is not None and prompt.task not in known:
         kind = "without" if prompt.image is None else "with"
-        raise UserError(f"the task of a prompt {kind} an image must be one of {', '.join(known)}, got {prompt.task!r}")
+        raise UserError(
+            f"the task of a prompt {kind} an image must be one of {', '.join(known)}, got {quote(prompt.task)}"
+        )
 
 
 def sentence(prompt: Prompt, width: int, height: int, template: str = TEXT_TO_IMAGE) -> str:
@@ -111,14 +116,8 @@ class PromptReader:
     """
 
     def __init__(self, path: str | Path, template: str = TEXT_TO_IMAGE) -> None:
-        from tokenizers import Tokenizer as TextTokenizer
-
-        if not Path(path).is_file():
-            raise CheckpointError(f"{path} does not exist")
-        try:
-            self.tokenizer = TextTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain exceptions
-            raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({error})") from error
+        check_template(template, TEMPLATE_FIELDS)
+        self.tokenizer = text_tokenizer(read_tokenizer_json(path), path)
         self.path = Path(path)
         self.template = template
 
@@ -139,9 +138,7 @@ class PromptReader:
 
     def text_ids(self, prompt: Prompt, width: int, height: int) -> list[int]:
         """The tokens of the prompt's sentence, without those that open and close a prompt."""
-        text = sentence(prompt, width, height, self.template)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return text_ids(self.tokenizer, sentence(prompt, width, height, self.template))
 
 
 class LuminaPrompts(PromptConditioning):
@@ -224,11 +221,7 @@ def encode_upper_half(image: str | Path | Images.Image, width: int, height: int,
             f"the half of a picture of {width} x {height} pixels must be a multiple of {tokenizer.patch_size} pixels"
         )
     if not isinstance(image, Images.Image):
-        try:
-            with Images.open(image) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise UserError(f"image {image} cannot be read: {error}") from error
+        image = read_picture(image)
     pixels = np.asarray(ImageOps.fit(image.convert("RGB"), size, Images.Resampling.LANCZOS), dtype=np.float32) / 255
     codes = tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     return codes.view(size[1] // tokenizer.patch_size, -1)
