@@ -42,7 +42,7 @@ def train(
     """Train on the pictures that are not held out and return the path of the averaged weights."""
     torch.manual_seed(budget.seed)
     device = accelerator()
-    model = judge_of(collection).to(device.device, memory_format=torch.channels_last)
+    model = judge_of(collection).to(device.device)
     average = Average(model, 0.995)
     averaged = judge_of(collection).to(device.device).eval()
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -56,7 +56,7 @@ def train(
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
         chosen = known[batch_index(budget.seed, step, batch_size, len(known))]
         pixels = moved(pixels_of(collection, chosen.tolist()), MOVES, randomness(budget.seed, step)).to(device.device)
-        heads = model(pixels.contiguous(memory_format=torch.channels_last))
+        heads = model(pixels)
         value = torch.zeros(())
         for logits, target, share in zip(heads, labels[chosen].to(device.device).T, PER_HEAD, strict=True):
             entropy = F.cross_entropy(logits.float(), target, ignore_index=UNKNOWN, label_smoothing=SMOOTHING)
@@ -67,7 +67,7 @@ def train(
         averaged.load_state_dict(average.weights())
         weights = {name: t.half() if t.is_floating_point() else t for name, t in average.weights().items()}
         save_weights(out / "judge.safetensors", weights)
-        numbers = {}
+        numbers: dict[str, float] = {}
         for kind in ("style", "colour"):
             chosen = [
                 i for i in collection.where(held_out=kind) if kind == "colour" or not collection.pictures[i].recoloured
