@@ -225,7 +225,8 @@ def _draw_all(path: Path, found: Sequence[Emoji], sets: list[Drawings]) -> None:
     columns = ("emoji", "style", "colour", "recoloured", "pixels")
     make_folder(path.parent)
     temporary = path.with_suffix(".part.npz")
-    np.savez_compressed(temporary, **{name: np.stack([row[i] for row in rows]) for i, name in enumerate(columns)})
+    stacked = {name: np.stack([row[i] for row in rows]) for i, name in enumerate(columns)}
+    np.savez_compressed(temporary, **stacked)  # type: ignore[arg-type]
     temporary.replace(path)
 
 
@@ -246,8 +247,8 @@ def render(svg: str, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
         from resvg_py import svg_to_bytes
     except ImportError:
         raise UserError("resvg-py is not installed: it renders the pictures; `pip install resvg-py`") from None
-    drawn = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))))
-    drawn = drawn.convert("RGBA")
+    png = bytes(svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     square = Image.new("RGBA", (size, size), (255, 255, 255, 0))
     square.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
     white = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")

@@ -14,12 +14,13 @@ from tokenizers import Tokenizer as TextTokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from recipes.emoji_styles.augment import Moves, moved
 from recipes.emoji_styles.captions import TEXT_TOKENS, caption, text_tokenizer
 from recipes.emoji_styles.data import SIZE, Collection, Picture
 from recipes.emoji_styles.train_tokenizer import CONFIG as TOKENIZER
 from recipes.emoji_styles.train_tokenizer import pixels_of, prepare, tokens_of
 from recipes.muon import Muon
-from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, save_weights
+from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
 from softcfg.files import make_folder, write_atomically
 from softcfg.models.lumina import Lumina, LuminaConfig, PromptCondition, TokenPrompt
 from softcfg.nn.linear import Linear
@@ -50,6 +51,8 @@ CONFIG = LuminaConfig(
 )
 BATCH_SIZE = 32
 PROMPT_DROPOUT = 0.1
+VARIANTS = 12  # of each picture, moved
+MOVES = Moves(turn=4, scale=0.1, shift=0.06)
 DRAWN = 0.6  # share of pictures that are not recoloured
 TEXT_SLOTS = 16  # tokens of a prompt; longer captions are cut
 EVALUATED = 256
@@ -62,12 +65,13 @@ class Examples:
 
     Args:
         pictures: N pictures.
-        codes: int64 [N, T].
+        codes: integers [V, N, T], as drawn first and then V - 1 times moved.
         text: the tokenizer of the captions.
     """
 
     def __init__(self, pictures: Sequence[Picture], codes: Tensor, text: TextTokenizer, config: LuminaConfig) -> None:
-        self.pictures, self.codes, self.text, self.config = pictures, codes, text, config
+        self.pictures, self.text, self.config = pictures, text, config
+        self.codes, self.variants = codes[0].long(), codes
         seen = [i for i, picture in enumerate(pictures) if not picture.held_out]
         self.drawn = [i for i in seen if not pictures[i].recoloured]
         self.recoloured = [i for i in seen if pictures[i].recoloured]
@@ -86,7 +90,8 @@ class Examples:
         numbers = random.Random(f"{seed} {step}")
         captions = [caption(self.pictures[i], numbers) for i in chosen]
         dropped = [numbers.random() < PROMPT_DROPOUT for _ in chosen]
-        return self.prompts(captions, dropped), self.codes[chosen]
+        variants = [numbers.randrange(len(self.variants)) for _ in chosen]
+        return self.prompts(captions, dropped), self.variants[variants, chosen].long()
 
     def prompts(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[TokenPrompt]:
         """Return prompts; a dropped one is without any tokens, as the unconditional rows of guidance."""
@@ -97,17 +102,30 @@ class Examples:
         ]
 
 
-def codes_of(collection: Collection, codebook: Path, config: MoVQConfig = TOKENIZER) -> Tensor:
-    """Return the tokens int64 [N, T] of all pictures; nothing but the codes is needed for them."""
+def codes_of(
+    out: Path, collection: Collection, seed: int, config: MoVQConfig = TOKENIZER, variants: int = VARIANTS
+) -> Tensor:
+    """Return the tokens int16 [1 + variants, N, T] of all pictures, as drawn and moved; they are kept in `out`."""
+    path = out / "codes.safetensors"
+    shape = (1 + variants, len(collection), (SIZE // config.patch_size) ** 2)
+    if path.exists() and (known := load_file(path)["codes"]).shape == shape:
+        return known
     model = MoVQ(config)
-    model.quantize.embedding.weight.data.copy_(load_file(codebook)["codes"])
-    rows = torch.arange(len(collection)).split(200)
-    return torch.cat([tokens_of(model, pixels_of(collection, part.tolist())) for part in rows])
+    model.quantize.embedding.weight.data.copy_(load_file(prepare(out, collection, seed, config))["codes"])
+    found = []
+    for variant in range(1 + variants):
+        numbers = randomness(seed, variant)
+        for part in torch.arange(len(collection)).split(200):
+            pixels = pixels_of(collection, part.tolist())
+            found.append(tokens_of(model, moved(pixels, MOVES, numbers) if variant else pixels).short())
+    codes = torch.cat(found).view(shape)
+    save_weights(path, {"codes": codes})
+    return codes
 
 
 def train(out: Path, budget: Budget, collection: Collection, *, compiled: bool = False) -> Path:
     """Tokenise the pictures with the codebook in `out`, train, and return the path of the weights."""
-    codes = codes_of(collection, prepare(out, collection, budget.seed))
+    codes = codes_of(out, collection, budget.seed)
     path = make_folder(out) / "tokenizer.json"
     if not path.exists():  # a training that goes on keeps its words
         write_atomically(path, text_tokenizer(collection.pictures).to_str().encode())

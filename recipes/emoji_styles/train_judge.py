@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.emoji_styles.augment import Moves, moved
 from recipes.emoji_styles.colours import COLOURS
 from recipes.emoji_styles.data import Collection, Picture
 from recipes.emoji_styles.sources import STYLES
@@ -19,7 +20,7 @@ from softcfg.evaluation.emoji_judge import UNKNOWN, EmojiJudge, agreement
 from softcfg.files import write_atomically
 
 BATCH_SIZE = 64
-TURN, SCALE, SHIFT = 12, 0.15, 0.06  # degrees, shares of the size: bounds of what moves in training
+MOVES = Moves(turn=12, scale=0.15, shift=0.06)
 SMOOTHING = 0.1
 PER_HEAD = (1.0, 0.3, 0.3)
 
@@ -41,7 +42,7 @@ def train(
     """Train on the pictures that are not held out and return the path of the averaged weights."""
     torch.manual_seed(budget.seed)
     device = accelerator()
-    model = judge_of(collection).to(device.device, memory_format=torch.channels_last)
+    model = judge_of(collection).to(device.device)
     average = Average(model, 0.995)
     averaged = judge_of(collection).to(device.device).eval()
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -54,8 +55,8 @@ def train(
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
         chosen = known[batch_index(budget.seed, step, batch_size, len(known))]
-        pixels = moved(pixels_of(collection, chosen.tolist()), randomness(budget.seed, step)).to(device.device)
-        heads = model(pixels.contiguous(memory_format=torch.channels_last))
+        pixels = moved(pixels_of(collection, chosen.tolist()), MOVES, randomness(budget.seed, step)).to(device.device)
+        heads = model(pixels)
         value = torch.zeros(())
         for logits, target, share in zip(heads, labels[chosen].to(device.device).T, PER_HEAD, strict=True):
             entropy = F.cross_entropy(logits.float(), target, ignore_index=UNKNOWN, label_smoothing=SMOOTHING)
@@ -66,7 +67,7 @@ def train(
         averaged.load_state_dict(average.weights())
         weights = {name: t.half() if t.is_floating_point() else t for name, t in average.weights().items()}
         save_weights(out / "judge.safetensors", weights)
-        numbers = {}
+        numbers: dict[str, float] = {}
         for kind in ("style", "colour"):
             chosen = [
                 i for i in collection.where(held_out=kind) if kind == "colour" or not collection.pictures[i].recoloured
@@ -81,13 +82,3 @@ def train(
     plan = Plan(warmup_steps=100, decay_share=0.5)
     training.fit(budget, plan, loss, after_step=average.update, evaluate=evaluate, stop_at=stop_at)
     return out / "judge.safetensors"
-
-
-def moved(pixels: Tensor, numbers: torch.Generator) -> Tensor:
-    """Turn, scale and shift each picture of [B, 3, S, S] a little, at random; white comes in from outside."""
-    angle, scale, across, down = torch.rand(4, len(pixels), generator=numbers).mul(2).sub(1)
-    angle, scale = torch.deg2rad(TURN * angle), 1 + SCALE * scale
-    cosine, sine = angle.cos() * scale, angle.sin() * scale
-    rows = torch.stack([cosine, -sine, 2 * SHIFT * across, sine, cosine, 2 * SHIFT * down], 1).view(-1, 2, 3)
-    grid = F.affine_grid(rows, list(pixels.shape), align_corners=False)
-    return 1 - F.grid_sample(1 - pixels, grid, align_corners=False)

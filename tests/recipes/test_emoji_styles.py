@@ -281,7 +281,7 @@ def examples(collection: Collection) -> train_generator.Examples:
         train_generator.CONFIG, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_codes=16,
     )  # fmt: skip
-    codes = torch.randint(16, (len(collection), 144), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(16, (2, len(collection), 144), generator=torch.Generator().manual_seed(0))
     text = captions.text_tokenizer(collection.pictures)
     return train_generator.Examples(collection.pictures, codes, text, config)
 
@@ -289,26 +289,28 @@ def examples(collection: Collection) -> train_generator.Examples:
 def test_batches_hold_no_held_out_picture_and_leave_prompts_out(examples: train_generator.Examples) -> None:
     assert [examples.pictures[i].held_out for i in examples.held_out["style"]] == ["style"]
     assert [examples.pictures[i].colour for i in examples.held_out["colour"]] == ["blue"]
-    kept = {tuple(examples.codes[i].tolist()) for rows in examples.held_out.values() for i in rows}
+    kept = {
+        tuple(codes[i].tolist()) for codes in examples.variants for rows in examples.held_out.values() for i in rows
+    }
     lengths, drawn = [], set()
-    for step in range(60):
+    for step in range(120):
         prompts, codes = examples.batch(0, step, 8)
         lengths += [len(prompt.ids) for prompt in prompts]
         drawn |= {tuple(row) for row in codes.tolist()}
     assert not drawn & kept
-    assert len(drawn) == len(examples.pictures) - 2
+    assert len(drawn) == 2 * (len(examples.pictures) - 2)  # as drawn and moved
     assert 0.05 < lengths.count(0) / len(lengths) < 0.15
-    again, same = examples.batch(0, 59, 8)
+    again, same = examples.batch(0, 119, 8)
     assert [list(prompt.ids) for prompt in prompts] == [list(prompt.ids) for prompt in again]
     assert torch.equal(codes, same)
 
 
 def test_generator_learns_and_continues(tmp_path: Path, examples: train_generator.Examples) -> None:
     def train(out: Path, **more: int) -> Path:
-        return train_generator.train_on_codes(out, Budget(steps=30), examples, batch_size=6, **more)
+        return train_generator.train_on_codes(out, Budget(steps=60), examples, batch_size=6, **more)
 
     whole = load_file(train(tmp_path / "whole"))
-    train(tmp_path / "killed", stop_at=15)
+    train(tmp_path / "killed", stop_at=30)
     killed = load_file(train(tmp_path / "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     config = examples.config
