@@ -106,7 +106,7 @@ class Guard:
     """ASGI middleware: refuses what is on no list, and ties sessions to the visitor's cookie.
 
     A refusal has one sentence and one of these codes: 404 other routes, 421 other hosts, 403 requests of other sites'
-    pages or without the cookie, 408 slow, 413 large and 415 or 422 malformed bodies, 429 too many at once.
+    pages or without the cookie, 408 slow, 413 large and 400, 415 or 422 malformed bodies, 429 too many at once.
     """
 
     def __init__(self, app: Application, access: Access, waiting: Waiting) -> None:
@@ -161,6 +161,8 @@ class Guard:
         """The request with the body that Gradio gets."""
         path = scope["path"]
         headers = dict(scope["headers"])
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            raise Refused(400, "A request has one length.")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 10 or int(length) > MAX_BODY:
             raise Refused(413, f"A request may have {MAX_BODY} bytes.")
