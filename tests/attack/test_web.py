@@ -497,6 +497,14 @@ class TestVisitors:
         assert neighbour.post(JOIN, json=event(client, "download")).status_code == 200
         assert "data:application/zip" in json.dumps(answers(neighbour))
 
+    def test_no_event_is_kept(self, client: TestClient) -> None:
+        (mount,) = (route for route in client.app.routes if isinstance(route, Mount))
+        queue = mount.app.get_blocks()._queue
+        for _ in range(3):
+            assert client.post(JOIN, json=event(client, "download")).status_code == 200
+            answers(client)
+        assert len(queue) == len(queue.event_analytics) == len(queue.event_ids_to_events) == 0
+
     def test_answers_that_nobody_fetches(self, open_client: Callable[..., TestClient]) -> None:
         client = open_client()
         choice = event(client, "download")

@@ -77,7 +77,9 @@ def application(studio: Studio, access: Access | None = None) -> FastAPI:
     )
     # Mounting does not say so, and until then Gradio does not check which files it opens.
     blocks.has_launched = True
-    app.add_middleware(Guard, access=access or Access(), waiting=Waiting(blocks, studio.limits))
+    waiting = Waiting(blocks, studio.limits)
+    waiting.keep_no_records()
+    app.add_middleware(Guard, access=access or Access(), waiting=waiting)
     return app
 
 

@@ -7,6 +7,7 @@ the one place that looks into Gradio's own structures.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import gradio as gr
 
@@ -55,3 +56,17 @@ class Waiting:
                 kept.pop(oldest, None)
             for kept in (states.session_data, states.time_last_used):
                 kept.pop(oldest, None)
+
+    def keep_no_records(self) -> None:
+        """Gradio writes down every event, and sums all of them up again behind each; the page has no use for it."""
+        self._blocks._queue.event_analytics = _Nothing()
+
+
+class _Nothing(dict[str, dict[str, Any]]):
+    """Takes what is written into it, and keeps nothing."""
+
+    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
+        pass
+
+    def __missing__(self, key: str) -> dict[str, Any]:
+        return {}
