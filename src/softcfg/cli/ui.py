@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from softcfg.cli import arguments
@@ -48,6 +49,18 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that visitors reach the page by, beside --host and localhost; may be given several times",
+    )
+    group.add_argument(
+        "--behind-proxy",
+        action="store_true",
+        help="believe the X-Forwarded-For, -Host and -Proto of the one web server in front of this one",
+    )
     group.add_argument("--open", action="store_true", help="open the page in the browser")
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -56,14 +69,20 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--max-queue", type=int, default=16, metavar="N", help="requests that wait at a time (default: 16)"
     )
+    group.add_argument(
+        "--max-places", type=int, default=4, metavar="N", help="requests of one visitor that wait (default: 4)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    for name, value in (("--max-seconds", args.max_seconds), ("--max-queue", args.max_queue)):
-        if not value > 0:
-            raise UserError(f"{name} must be more than 0, got {value}")
+    for name in ("max_seconds", "max_queue", "max_places"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}")
+    for name in args.allowed_host:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*", name):
+            raise UserError(f"--allowed-host must be a name without scheme and port, like draw.example, got {name!r}")
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port must be in 0..65535, got {args.port}")
     try:
@@ -86,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         if pipeline.name in pipelines:
             raise UserError(f"there are two models named {pipeline.name!r}; give each once")
         pipelines[pipeline.name] = pipeline
-    studio = Studio(pipelines, Limits(seconds=args.max_seconds, queue=args.max_queue))
+    studio = Studio(pipelines, Limits(seconds=args.max_seconds, queue=args.max_queue, places=args.max_places))
 
     def ready(address: str) -> None:
         print(f"softcfg: {', '.join(pipelines)} at {address} (Ctrl-C ends it)", flush=True)
@@ -95,5 +114,12 @@ def run(args: argparse.Namespace) -> int:
 
             webbrowser.open(address)
 
-    page.serve(studio, args.host, args.port, ready)
+    page.serve(
+        studio,
+        args.host,
+        args.port,
+        ready,
+        allowed_hosts=args.allowed_host,
+        behind_proxy=args.behind_proxy,
+    )
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from fastapi import FastAPI
 
 from softcfg.errors import UserError
 from softcfg.ui import fragments
-from softcfg.ui.guard import Guard
+from softcfg.ui.guard import LOCAL, MAX_UNREAD, Access, Guard
 from softcfg.ui.studio import METHODS, RANGES, Session, Settings, Studio
+from softcfg.ui.waiting import Waiting
 
 HERE = Path(__file__).parent
 MAPS = {"none": "Picture", "confidence": "Confidence", "weights": "Weights"}
@@ -41,12 +42,17 @@ NEW_SEED = f"() => Math.floor(Math.random() * {RANGES['seed'][1] + 1})"
 Update = dict[Any, Any]  # component -> its new value
 
 
-def application(studio: Studio) -> FastAPI:
-    """The whole server: the page of `build` behind the guard."""
+def application(studio: Studio, access: Access | None = None) -> FastAPI:
+    """The whole server: the page of `build` behind the guard.
+
+    Args:
+        access: whom it answers; browsers of this machine by default.
+    """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    blocks = build(studio)
     gr.mount_gradio_app(
         app,
-        build(studio),
+        blocks,
         path="/",
         footer_links=[],
         show_error=False,
@@ -69,7 +75,11 @@ def application(studio: Studio) -> FastAPI:
         ),
         css=(HERE / "page.css").read_text(),
     )
-    app.add_middleware(Guard)
+    # Mounting does not say so, and until then Gradio does not check which files it opens.
+    blocks.has_launched = True
+    waiting = Waiting(blocks, studio.limits)
+    waiting.keep_no_records()
+    app.add_middleware(Guard, access=access or Access(), waiting=waiting)
     return app
 
 
@@ -122,13 +132,14 @@ def build(studio: Studio) -> gr.Blocks:
                     js_on_load=(HERE / "archive.js").read_text(),
                     visible="hidden",
                 )
-        shown = Shown(studio, form, status, stage, share, legend, inspector, gallery)
+        waiting = Waiting(blocks, studio.limits)
+        shown = Shown(studio, form, status, stage, share, legend, inspector, gallery, unread=waiting.unread)
 
         def stop(request: gr.Request) -> None:
             studio.stop(_key(request))
 
         def download_all(request: gr.Request) -> Update:
-            session = studio.session(_key(request))
+            session = _session(studio, request)
             if not session.pictures:
                 return {status: _alert("There is nothing to download yet; draw something first.")}
             return {archive: fragments.data_address(session.archive(), "application/zip")}
@@ -294,9 +305,12 @@ class Form:
 class Shown:
     """What is on the page beside the form, and how events change it."""
 
-    def __init__(self, studio: Studio, form: Form, *parts: gr.HTML) -> None:
+    def __init__(
+        self, studio: Studio, form: Form, *parts: gr.HTML, unread: Callable[[str], int] = lambda session: 0
+    ) -> None:
         self.studio = studio
         self.form = form
+        self.unread = unread  # messages that a session has not fetched
         self.status, self.stage, self.share, self.legend, self.inspector, self.gallery = parts
         self.all = [*parts, form.draw, form.stop]
 
@@ -308,7 +322,7 @@ class Shown:
         except UserError as error:
             yield {self.status: _alert(error)}
             return
-        yield from self._draw(settings, mode, _key(request))
+        yield from self._draw(settings, mode, request)
 
     def open_link(self, mode: str, request: gr.Request) -> Iterator[Update]:
         """Draw what the page's address says, if it says anything."""
@@ -322,11 +336,11 @@ class Shown:
             yield {self.status: _alert(f"This settings link does not work. {error}")}
             return
         yield self.form.filled(settings)
-        yield from self._draw(settings, mode, _key(request))
+        yield from self._draw(settings, mode, request)
 
     def open(self, mode: str, event: gr.EventData, request: gr.Request) -> Update:
         """Show the drawing of a picture of the gallery again."""
-        session = self.studio.session(_key(request))
+        session = _session(self.studio, request)
         try:
             settings = session.show_again(_whole(event, "picture"))
             return {
@@ -340,7 +354,7 @@ class Shown:
 
     def choose(self, mode: str, event: gr.EventData, request: gr.Request) -> Update:
         """Look into the token that was pointed at."""
-        session = self.studio.session(_key(request))
+        session = _session(self.studio, request)
         try:
             picture = session.picture(_whole(event, "picture"))
             token = _whole(event, "token")
@@ -354,7 +368,7 @@ class Shown:
 
     def choose_map(self, mode: str, request: gr.Request) -> Update:
         """Lay another map over the pictures."""
-        session = self.studio.session(_key(request))
+        session = _session(self.studio, request)
         if session.drawing is not None and session.drawing.active:
             return {self.status: _note("The map appears when the drawing is done.")}
         try:
@@ -362,14 +376,17 @@ class Shown:
         except UserError as error:
             return {self.status: _alert(error)}
 
-    def _draw(self, settings: Settings, mode: str, key: str) -> Iterator[Update]:
-        session, form = self.studio.session(key), self.form
+    def _draw(self, settings: Settings, mode: str, request: gr.Request) -> Iterator[Update]:
+        key, session, form = _key(request), _session(self.studio, request), self.form
         name = self.studio.model(settings.model).name_of(settings.subject)
         start: Update = {self.legend: "", self.share: "", self.inspector: fragments.EMPTY_INSPECTOR}
         start |= {form.draw: gr.Button(interactive=False), form.stop: gr.Button(interactive=True)}
         ready: Update = {form.draw: gr.Button(interactive=True), form.stop: gr.Button(interactive=False)}
         try:
             for drawing, panels in self.studio.draw(key, settings):
+                # A page that does not keep up, or went away, gets fewer looks at the drawing.
+                if self.unread(key) > MAX_UNREAD // 2:
+                    continue
                 state = "Waiting for the model" if drawing.waiting else f"Drawing {name}"
                 yield {**start, self.status: _note(f"{state} …"), self.stage: fragments.stage(panels)}
                 start = {}
@@ -419,6 +436,11 @@ def _key(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
+def _session(studio: Studio, request: gr.Request) -> Session:
+    client = getattr(request, "client", None)
+    return studio.session(_key(request), client.host if client else "")
+
+
 def _whole(event: gr.EventData, name: str) -> int:
     value = event._data.get(name) if isinstance(event._data, dict) else None
     if not isinstance(value, int) or isinstance(value, bool):
@@ -440,11 +462,21 @@ def _alert(error: object) -> str:
     return f'<p class="alert" role="alert">{escape(text[:1].upper() + text[1:])}</p>'
 
 
-def serve(studio: Studio, host: str, port: int, ready: Callable[[str], None]) -> None:
+def serve(
+    studio: Studio,
+    host: str,
+    port: int,
+    ready: Callable[[str], None],
+    *,
+    allowed_hosts: Iterable[str] = (),
+    behind_proxy: bool = False,
+) -> None:
     """Show the page until the process is interrupted.
 
     Args:
         ready: called with the address when the server is up.
+        allowed_hosts: names that visitors reach the page by, beside `host` and those of this machine.
+        behind_proxy: believe the X-Forwarded headers of the one web server in front of this one.
 
     Raises:
         UserError: the address cannot be taken.
@@ -456,7 +488,16 @@ def serve(studio: Studio, host: str, port: int, ready: Callable[[str], None]) ->
         raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from None
     shown = f"[{host}]" if ":" in host else host
     # Failures are printed where they happen; the server's own log would add the pages that are open at the end.
-    config = uvicorn.Config(application(studio), log_level="critical", timeout_graceful_shutdown=1)
+    access = Access(LOCAL | {name.lower() for name in (host, *allowed_hosts)}, behind_proxy)
+    config = uvicorn.Config(
+        application(studio, access),
+        http="h11",  # bounds the headers of a request
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        log_level="critical",
+        timeout_graceful_shutdown=1,
+    )
     with listener:
         ready(f"http://{shown}:{listener.getsockname()[1]}/")
         uvicorn.Server(config).run(sockets=[listener])

@@ -11,7 +11,7 @@ import time
 import traceback
 import urllib.parse
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -54,8 +54,9 @@ class Limits:
         wait: seconds a drawing waits for its model.
         prompt: characters.
         pictures: kept a session; the oldest go first.
-        sessions: kept in memory; the least recently used go first.
+        sessions: kept in memory; of the visitor with most of them, the least recently used go first.
         queue: requests that wait at a time; further ones are refused.
+        places: of the queue, for one visitor.
     """
 
     seconds: float = 120.0
@@ -64,6 +65,7 @@ class Limits:
     pictures: int = 24
     sessions: int = 64
     queue: int = 16
+    places: int = 4
 
 
 @dataclass(frozen=True)
@@ -214,15 +216,17 @@ class Panel:
 
 @dataclass
 class Session:
-    """What the server keeps of one visitor.
+    """What the server keeps of one page of a visitor.
 
     Attributes:
+        visitor: whose it is; the address.
         pictures: by their number, the oldest first.
         panels: the drawing that is on the page, of the settings `shown`.
         chosen: picture number and token that are looked into.
         note: how the last drawing ended.
     """
 
+    visitor: str = ""
     pictures: OrderedDict[int, Picture] = field(default_factory=OrderedDict)
     drawing: Drawing | None = None
     panels: list[Panel] = field(default_factory=list)
@@ -442,14 +446,16 @@ class Studio:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
-    def session(self, key: str) -> Session:
-        """The session of that key, begun where there is none."""
+    def session(self, key: str, visitor: str = "") -> Session:
+        """The session of that key, begun for `visitor` where there is none."""
         with self._lock:
-            session = self._sessions.setdefault(key, Session())
+            session = self._sessions.setdefault(key, Session(visitor))
             self._sessions.move_to_end(key)
             while len(self._sessions) > self.limits.sessions:
-                _, oldest = self._sessions.popitem(last=False)
-                _end(oldest)
+                # Whoever has most gives way, so that one visitor cannot push out the others.
+                ((most, _),) = Counter(kept.visitor for kept in self._sessions.values()).most_common(1)
+                oldest = next(name for name, kept in self._sessions.items() if kept.visitor == most)
+                _end(self._sessions.pop(oldest))
             return session
 
     @property
@@ -548,9 +554,10 @@ class Studio:
 
     def stop(self, key: str) -> None:
         """Stop the session's drawing, if there is one."""
-        drawing = self.session(key).drawing
-        if drawing is not None:
-            drawing.stop()
+        with self._lock:
+            session = self._sessions.get(key)
+        if session is not None:
+            _end(session)
 
     def inspect(self, picture: Picture) -> Inspection:
         """What guidance did to each token of a picture; computed at the first call.
