@@ -14,8 +14,9 @@ from torch import Tensor
 
 import softcfg
 from goldens import FOLDER, Golden, golden
-from softcfg import UserError
+from softcfg import CFG, UserError
 from softcfg.configuration import load_config
+from softcfg.decoding import Sampling
 from softcfg.models.base import Condition, Generator
 from softcfg.models.emu3.generator import Emu3, Emu3Prompt
 from softcfg.models.janus.generator import Janus
@@ -238,6 +239,47 @@ def test_rows_do_not_depend_on_each_other(family: str, request: pytest.FixtureRe
     for row, prompt in enumerate(inputs):
         alone = precise(precise.condition([prompt], guided=True), tokens[[row, row], :-1])
         torch.testing.assert_close(alone, together[[row, len(inputs) + row]], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "suffix"),
+    [
+        ("janus-pro", "janus/golden-generator-cfg-a", ""),
+        ("janus-pro", "janus/golden-generator-cfg-a", "_alone_1"),
+        ("janus-pro", "janus/golden-generator-cfg-a-topk24-topp092-temp08", ""),
+        ("emu3", "emu3/golden-generator-cfg-a", ""),
+        ("emu3", "emu3/golden-generator-cfg-a-plainnegative-temp09", ""),
+        ("llamagen-t2i", "llamagen-t2i/golden-generator-cfg-a", ""),
+        ("llamagen-t2i", "llamagen-t2i/golden-generator-cfg-a-text120-topk40", ""),
+    ],
+)
+def test_guidance_and_what_tokens_are_drawn_from(family: str, name: str, suffix: str) -> None:
+    file, generator = load(family, name)
+    call, arrays = file.call, file.arrays
+    sampling = Sampling(call["temperature"], call["top_k"], call.get("top_p", 1.0))
+    inputs = inputs_of(file)[-1:] if suffix else inputs_of(file)
+    scale = call["cfg_scale"] if family == "llamagen-t2i" else call["guidance_scale"]
+    trace = softcfg.trace(
+        generator,
+        labels=inputs,
+        tokens=arrays["tokens" + suffix],
+        guidance=CFG(scale, schedule="constant"),
+        sampling=sampling,
+    )
+    torch.testing.assert_close(trace.cond_logits, arrays["cond_logits" + suffix], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(trace.uncond_logits, arrays["uncond_logits" + suffix], rtol=0, atol=TOLERANCE)
+    guided = arrays["guided_logits" + suffix]
+    allowed = trace.guided_logits.isfinite()
+    if family == "emu3":  # guided in log-probabilities, which moves all logits of a step by one number
+        moved = (trace.guided_logits - guided).masked_fill(~allowed, torch.nan)
+        assert (moved - moved.nanmedian(-1, keepdim=True).values)[allowed].abs().max() < 2e-4
+        expected = arrays["scores"].softmax(-1)
+    else:
+        torch.testing.assert_close(trace.guided_logits, guided, rtol=0, atol=2e-4)
+        expected = arrays.get("probs", guided.softmax(-1))
+    probabilities = sampling.probabilities(trace.guided_logits)
+    assert torch.equal(probabilities > 0, expected > 0)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-4 if family == "emu3" else TOLERANCE)
 
 
 @pytest.mark.parametrize(

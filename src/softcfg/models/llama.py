@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,9 @@ class LlamaConfig:
         for name in names:
             if not 0 <= ids.get(name, -1) < limit:
                 raise ValueError(f"special_ids must have {name} in 0..{limit - 1}, got {ids.get(name)}")
+
+
+ConfigT = TypeVar("ConfigT", bound=LlamaConfig)
 
 
 class PromptIds(Condition):
@@ -143,7 +147,7 @@ class LlamaGenerator(Generator):
         raise NotImplementedError
 
     @property
-    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+    def blocks(self) -> nn.ModuleList:
         """The transformer blocks."""
         return self.decoder.layers
 
@@ -167,19 +171,16 @@ class LlamaGenerator(Generator):
             )
 
 
-def make_decoder(config: LlamaConfig) -> LlamaDecoder:
-    """The body of a Llama of these sizes."""
-    width = config.hidden_size
-    blocks = [
-        LlamaBlock(
-            LlamaAttention(width, config.num_attention_heads, config.key_heads),
-            width,
-            config.intermediate_size,
-            config.rms_norm_eps,
-        )
-        for _ in range(config.num_hidden_layers)
-    ]
-    return LlamaDecoder(config.vocab_size, width, blocks, config.rms_norm_eps)
+def llama_block(config: LlamaConfig) -> LlamaBlock:
+    """A block of a Llama of these sizes."""
+    attention = LlamaAttention(config.hidden_size, config.num_attention_heads, config.key_heads)
+    return LlamaBlock(attention, config.hidden_size, config.intermediate_size, config.rms_norm_eps)
+
+
+def make_decoder(config: ConfigT, block: Callable[[ConfigT], LlamaBlock] = llama_block) -> LlamaDecoder:
+    """The body of a Llama of these sizes, of blocks that `block` makes."""
+    blocks = [block(config) for _ in range(config.num_hidden_layers)]
+    return LlamaDecoder(config.vocab_size, config.hidden_size, blocks, config.rms_norm_eps)
 
 
 def precise(logits: Tensor) -> Tensor:

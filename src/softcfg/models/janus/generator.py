@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +110,7 @@ class Janus(LlamaGenerator):
     @property
     def decoder(self) -> LlamaDecoder:
         """See `LlamaGenerator.decoder`."""
-        decoder: LlamaDecoder = self.language_model["model"]
-        return decoder
+        return cast(LlamaDecoder, self.language_model["model"])
 
     def condition(self, prompts: Sequence[Sequence[int] | Tensor], *, guided: bool) -> PromptIds:
         """The condition of a batch; see `Generator.condition`.

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.errors import UserError
-from softcfg.models.base import Condition, Generator
+from softcfg.models.base import Condition
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
+from softcfg.models.llama import LlamaConfig, LlamaGenerator, PromptIds, left_pad, make_decoder, precise
 from softcfg.models.lumina.prompts import LuminaPrompts, TokenPrompt
-from softcfg.nn.attention import AttentionContext, attend
+from softcfg.nn.context import AttentionContext
 from softcfg.nn.linear import Linear
-from softcfg.nn.position import Position
-from softcfg.nn.rotary import Rotary, angles_1d
+from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
 
 HEAD_NORM_EPS = 1e-5
 EXAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class LuminaConfig:
+class LuminaConfig(LlamaConfig):
     """Sizes and token ids of a Lumina-mGPT generator, under the names of the released `config.json` where it has them.
 
     An image is laid out as: start, two tokens for its height and width in grid cells, h lines of w codes and a
@@ -71,17 +71,9 @@ class LuminaConfig:
     image_size: int = 768
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "max_position_embeddings", "rms_norm_eps", "rope_theta", "model_parallel_size", "num_codes",
-            "codes_per_cell", "cell_pixels", "image_size",
-        )  # fmt: skip
+        super().__post_init__()
+        require_positive(self, "model_parallel_size", "num_codes", "codes_per_cell", "cell_pixels", "image_size")
         heads = self.num_attention_heads
-        if self.hidden_size % (2 * heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads ({heads}), for the "
-                "rotary embedding"
-            )
         if self.num_key_value_heads not in (None, heads):
             raise ValueError(
                 f"num_key_value_heads must be num_attention_heads ({heads}), as released, got "
@@ -120,18 +112,15 @@ class LuminaConfig:
         return Geometry(rows, columns, row_end=1, tail=1)
 
 
-class PromptCondition(Condition):
+class PromptCondition(PromptIds):
     """Prompts, left-padded to one length, for images of one size.
 
     Attributes:
-        ids: int64 [rows, slots], padding in front.
         given: int64 [B, k, w], codes of the first k lines, which stand in the prompt.
     """
 
     def __init__(self, ids: Tensor, padding: Tensor | None, geometry: Geometry, given: Tensor) -> None:
-        rows, slots = ids.shape
-        super().__init__(rows, slots, geometry.num_tokens, padding, geometry)
-        self.ids = ids
+        super().__init__(ids, padding, geometry)
         self.given = given
 
     def __getitem__(self, rows: slice) -> PromptCondition:
@@ -157,71 +146,24 @@ class HeadNorm(nn.Module):
         return (x * self.weight[:, None] + self.bias[:, None]).flatten(2, 3)
 
 
-class Attention(nn.Module):
-    """Multi-head causal self-attention with normalised queries and keys, without biases."""
-
-    def __init__(self, config: LuminaConfig) -> None:
-        super().__init__()
-        width, groups = config.hidden_size, config.model_parallel_size
-        self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(width, width, bias=False) for _ in range(4))
-        self.q_norm = HeadNorm(groups, width // self.heads)
-        self.k_norm = HeadNorm(groups, width // self.heads)
-
-    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
-        """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
-        query, key, value = (
-            project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key, value = (heads.transpose(1, 2) for heads in (self.q_norm(query), self.k_norm(key), value))
-        return self.o_proj(attend(query, key, value, layer, context))
-
-
-class MLP(nn.Module):
-    """down(silu(gate x) * up x), without biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = Linear(width, hidden, bias=False)
-        self.up_proj = Linear(width, hidden, bias=False)
-        self.down_proj = Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LuminaBlock(nn.Module):
+class LuminaBlock(LlamaBlock):
     """Transformer block; its norms stand before attention and MLP or, with `swin_norm`, behind them."""
 
     def __init__(self, config: LuminaConfig) -> None:
-        super().__init__()
+        norms = (HeadNorm(config.model_parallel_size, config.head_dim) for _ in range(2))
+        attention = LlamaAttention(config.hidden_size, config.num_attention_heads, config.key_heads, *norms)
+        super().__init__(attention, config.hidden_size, config.intermediate_size, config.rms_norm_eps)
         self.swin_norm = config.swin_norm
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape."""
-        if self.swin_norm:
-            x = x + self.input_layernorm(self.self_attn(x, layer, context))
-            return x + self.post_attention_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), layer, context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if not self.swin_norm:
+            return super().forward(x, layer, context)
+        x = x + self.input_layernorm(self.self_attn(x, layer, context))
+        return x + self.post_attention_layernorm(self.mlp(x))
 
 
-class LuminaDecoder(nn.Module):
-    """Token embedding, blocks and the last norm, under the names of the released checkpoints."""
-
-    def __init__(self, config: LuminaConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LuminaBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class Lumina(Generator):
+class Lumina(LlamaGenerator):
     """The Lumina-mGPT generator.
 
     A conditional row is: prompt, image start, height, width, image tokens; an unconditional row begins at the image
@@ -233,23 +175,18 @@ class Lumina(Generator):
     config: LuminaConfig
     conditioning_type = LuminaPrompts
     no_split_modules = ("LuminaBlock",)
-    rotary_cos: Tensor
-    rotary_sin: Tensor
 
     def __init__(self, config: LuminaConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.num_tokens = config.geometry(config.image_size, config.image_size).num_tokens
         self.vocab_size = config.vocab_size
-        head_dim = config.hidden_size // config.num_attention_heads
-        self.cache_shape = (config.num_hidden_layers, config.num_attention_heads, head_dim)
-
-        self.model = LuminaDecoder(config)
+        self.model = make_decoder(config, LuminaBlock)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        positions = torch.arange(config.max_position_embeddings, device="cpu")
-        angles = angles_1d(positions, head_dim // 2, config.rope_theta)
-        self.register_buffer("rotary_cos", angles.cos(), persistent=False)
-        self.register_buffer("rotary_sin", angles.sin(), persistent=False)
+
+    @property
+    def decoder(self) -> LlamaDecoder:
+        """See `LlamaGenerator.decoder`."""
+        return self.model
 
     def condition(self, prompts: Sequence[TokenPrompt], *, guided: bool) -> PromptCondition:
         """See `Generator.condition`.
@@ -278,18 +215,11 @@ class Lumina(Generator):
         if guided:
             texts += [texts[0][:0]] * len(prompts)
             opened = opened.repeat(2, 1)
-        lengths = torch.tensor([len(text) for text in texts])
-        longest = int(lengths.max())
-        padded = [F.pad(text, (longest - len(text), 0), value=config.prompt_start_id) for text in texts]
-        padding = (longest - lengths).to(self.device) if (lengths < longest).any() else None
-        ids = torch.cat((torch.stack(padded), opened), dim=1).to(self.device)
+        rows = [torch.cat((text, start)) for text, start in zip(texts, opened, strict=True)]
+        ids, padding = left_pad(rows, config.prompt_start_id, self.device)
         geometry = replace(geometry, given_rows=given.shape[1])
         condition = PromptCondition(ids, padding, geometry, given.to(self.device))
-        if condition.cache_slots > config.max_position_embeddings:
-            raise UserError(
-                f"prompt and image take {condition.cache_slots} positions, but the model has "
-                f"{config.max_position_embeddings}; give a shorter prompt or a smaller image"
-            )
+        self.check_length(condition)
         return condition
 
     def example_inputs(self, count: int) -> list[TokenPrompt]:
@@ -312,24 +242,13 @@ class Lumina(Generator):
         """The transformer blocks, under the name of the released checkpoints."""
         return self.model.layers
 
-    def embed_condition(self, condition: Condition) -> Tensor:
-        """See `Generator.embed_condition`."""
-        assert isinstance(condition, PromptCondition)
-        return self.model.embed_tokens(condition.ids)
-
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """See `Generator.embed_tokens`."""
         return self.model.embed_tokens(tokens)
 
-    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
-        """See `Generator.rotary`; positions count from the first token after the padding."""
-        where = position.index(new, condition.padding)
-        return Rotary(self.rotary_cos[where], self.rotary_sin[where], halves=True)
-
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`; they are float32 or better."""
-        logits = self.lm_head(self.model.norm(x))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return precise(self.lm_head(self.model.norm(x)))
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Codes inside of a line, a new line behind it, the end behind the last: see `Generator.constrain`."""
