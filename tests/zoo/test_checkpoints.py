@@ -6,6 +6,7 @@ import resource
 import struct
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_a_truncated_file_in_the_format_before_zip(tmp_path: Path, state: dict[s
     [
         ([torch.zeros(1)], "holds no mapping of names to tensors but a list"),
         ({}, "it is empty"),
-        ({"weight": torch.zeros(1), "epoch": 3}, "under 'epoch' there is a int"),
+        ({"epoch": 3}, "under 'epoch' there is a int"),
         ({0: torch.zeros(1)}, "under 0 there is a Tensor"),
         ({"optimizer": {"weight": torch.zeros(1)}}, "under 'optimizer' there is a dict"),
     ],
@@ -212,15 +213,6 @@ def test_a_training_checkpoint_with_its_arguments(tmp_path: Path, suffix: str) -
     assert same(dict(tokenizer.state_dict()), {name: one + 1 for name, one in weights(ROBUSTOK_PART).items()})
 
 
-def test_arguments_are_refused_where_the_family_has_none(tmp_path: Path) -> None:
-    path = save(training_checkpoint(argparse.Namespace(lr=1)), tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"refused: .*\(argparse\.Namespace\)"):
-        softcfg.load_tokenizer("maskgit-vq", VQ, path)
-    softcfg.load_tokenizer("robustok", ROBUSTOK, path)
-    with pytest.raises(CheckpointError, match="refused"):  # the permission did not outlive the loading
-        read_state_dict(path)
-
-
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("hide", [lambda attack: attack, lambda attack: argparse.Namespace(output=attack)])
 def test_code_beside_the_arguments_is_refused_and_not_run(tmp_path: Path, hide: Callable, old_format: bool) -> None:
@@ -236,8 +228,8 @@ def test_code_beside_the_arguments_is_refused_and_not_run(tmp_path: Path, hide: 
 
 
 def test_other_objects_beside_the_arguments_are_refused(tmp_path: Path) -> None:
-    path = save(training_checkpoint(argparse.Namespace(output=Path("x"))), tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"refused: .*\(pathlib[\w.]*Path\)"):
+    path = save(training_checkpoint(argparse.Namespace(share=Fraction(1, 2))), tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"refused: .*\(fractions\.Fraction\)"):
         softcfg.load_tokenizer("robustok", ROBUSTOK, path)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from softcfg.errors import CheckpointError, UserError
 from softcfg.files import TEMPORARY, hash_file, is_file, is_folder, open_atomically, open_regular
 from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
-from softcfg.zoo.loading import blank_module, config_of_texts, read_weights, require_fit
+from softcfg.zoo.loading import blank_module, config_of_texts, require_fit, weights_for
 from softcfg.zoo.reading import is_index, read_json, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile, resolve
 
@@ -66,9 +66,8 @@ def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
             component = replace(component, config={**component.config, **read_json(found[component.config_file])})
         if component.file in found:
             path = found[component.file]
-            require_fit(
-                blank_module(component), read_weights(component.family, path), str(path), extras=component.family.extras
-            )
+            module, family = blank_module(component), component.family
+            require_fit(module, *weights_for(module, family, path), extras=family.extras)
     config_of_texts(entry, found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.zoo.files import find_file, require_file
-from softcfg.zoo.reading import read_json, read_state_dict, unwrap
+from softcfg.zoo.reading import read_json, read_weights
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
+from softcfg.zoo.unwrapping import find_weights, require_plain
 
 if TYPE_CHECKING:
     import torch
@@ -116,13 +118,9 @@ def _load(
         dtype = getattr(torch, component.dtype) if dtype is None else dtype
     module_class, config_class = family.classes()
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
-    if isinstance(checkpoint, Mapping):
-        source = "the given state dict"
-        state = family.needed(unwrap(checkpoint, source, family.entries))
-    else:
-        source = str(checkpoint)
-        state = read_weights(family, checkpoint)
-    return load_weights(module_class, settings, state, device=device, dtype=dtype, source=source, extras=family.extras)
+    module = _on_meta(module_class, settings)
+    state, source = weights_for(module, family, checkpoint)
+    return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras)
 
 
 def published_config(entry: ModelEntry, component: Component) -> dict[str, Any]:
@@ -155,9 +153,27 @@ def config_of_texts(entry: ModelEntry, found: Mapping[ModelFile, Path | None]) -
     return {} if conditioning_type is None else conditioning_type.published_config(files)
 
 
-def read_weights(family: Family, path: str | Path) -> dict[str, Tensor]:
-    """What a weights file of `family` holds for it."""
-    return family.needed(read_state_dict(path, family.entries, family.allowed_types))
+def weights_for(
+    module: nn.Module, family: Family, checkpoint: str | Path | Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """What a weights file, or a state dict, holds for `module` of `family`; and where that was, in words."""
+    expected = module.state_dict().keys()
+
+    def match(tensors: Mapping[str, Tensor]) -> int:
+        return len(expected & family.needed(tensors).keys())
+
+    if isinstance(checkpoint, Mapping):
+        source = "the given state dict"
+        found = find_weights(checkpoint, source, family.entries, match, len(expected))
+        require_plain(found.tensors, source)
+    else:
+        source = str(checkpoint)
+        found = read_weights(checkpoint, family.entries, family.allowed_types, match, len(expected))
+    if found.how:
+        source = f"{source} ({found.how})"
+    if found.notable:
+        warnings.warn(f"weights of the {family.name} {family.kind} were read from {clean(source)}", stacklevel=4)
+    return family.needed(found.tensors), source
 
 
 def load_weights(
@@ -179,9 +195,22 @@ def load_weights(
     Raises:
         CheckpointError: the weights do not fit; all kinds of differences are listed together.
     """
+    module = _on_meta(module_class, config)
+    return _fill(module, state_dict, device=device, dtype=dtype, source=source, extras=extras)
+
+
+def _fill(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    source: str,
+    extras: bool,
+) -> nn.Module:
+    """Give a module on the meta device its weights; see `load_weights`."""
     import torch
 
-    module = _on_meta(module_class, config)
     require_fit(module, state_dict, source, extras=extras)
     device = torch.device("cpu" if device is None else device)
     dtype = torch.float32 if dtype is None else dtype

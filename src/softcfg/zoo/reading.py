@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from softcfg.errors import CheckpointError, clean, quote
 from softcfg.files import hash_file, is_folder, open_regular, read_text, reopened
+from softcfg.zoo.unwrapping import ENTRIES, Found, Match, find_weights, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,11 +23,33 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MOST_FILES = 1000  # of an index
 LARGEST_JSON = 1 << 24  # bytes of an index or a configuration
 LARGEST_HEADER = 1 << 24  # bytes of the header of a .safetensors file
+# What trainings keep beside weights: settings, numbers of numpy, paths. None of it is needed.
+HARMLESS = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "typing.Any",
+    "collections.defaultdict",
+    *(f"builtins.{name}" for name in ("bool", "bytes", "complex", "dict", "float", "int", "list", "str", "tuple")),
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    *(f"pathlib.{kind}" for kind in ("Path", "PurePath", "PurePosixPath", "PureWindowsPath")),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
+    *(
+        f"omegaconf.nodes.{kind}Node"
+        for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Interpolation", "Path", "String")
+    ),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.ndarray",
+    "numpy.dtype",
+)
 UNPACKED = 4  # times the size of its file that the tensors of a checkpoint may have: some share their numbers
 
 
 def read_state_dict(
-    path: str | Path, entries: Sequence[str] = ("model", "state_dict"), allowed_types: Sequence[type] = ()
+    path: str | Path, entries: Sequence[str] = ENTRIES, allowed_types: Sequence[type] = ()
 ) -> dict[str, Tensor]:
     """Read a weights file (.safetensors, or .bin, .pt, .pth, .ckpt of PyTorch) without executing anything in it.
 
@@ -35,25 +59,49 @@ def read_state_dict(
 
     Args:
         entries: keys under which a training checkpoint may hold the weights, the preferred one first.
-        allowed_types: harmless types that the file may hold beside tensors and plain containers.
+        allowed_types: types that the file may hold beside tensors, plain containers and the `HARMLESS`.
 
     Raises:
         CheckpointError: the file is missing, empty, truncated, unsafe to open or no weights file.
     """
+    return read_weights(path, entries, allowed_types).tensors
+
+
+def read_weights(
+    path: str | Path,
+    entries: Sequence[str] = ENTRIES,
+    allowed_types: Sequence[type] = (),
+    match: Match | None = None,
+    wanted: int = 0,
+) -> Found:
+    """Like `read_state_dict`, with what was unwrapped; `match` and `wanted` as in `find_weights`."""
+    path = Path(path)
+    if is_index(path):
+        content, size = _read_shards(path), sum(os.path.getsize(part) for part in shards_of(path))
+    else:
+        content, size = _read_content(path, allowed_types)
+    found = find_weights(content, str(path), entries, match, wanted)
+    require_plain(found.tensors, str(path))
+    if (unpacked := sum(tensor.numel() * tensor.itemsize for tensor in found.tensors.values())) > UNPACKED * size:
+        raise CheckpointError(
+            f"{path} was refused: its {size:,} bytes unpack to {unpacked:,}, more than {UNPACKED} times as many"
+        )
+    return found
+
+
+def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, int]:
+    """What a weights file holds, and its size in bytes."""
     import torch
     from safetensors.torch import load_file
 
-    path = Path(path)
-    if is_index(path):
-        return _read_shards(path)
     with _open_weights(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = _read_head(file, path, size)
         try:
-            if path.suffix == ".safetensors":
-                content = load_file(reopened(file))
+            if path.suffix.lower() == ".safetensors":
+                content: Any = load_file(reopened(file))
             else:
-                with torch.serialization.safe_globals(list(allowed_types)):
+                with torch.serialization.safe_globals([*allowed_types, *_stand_ins()]):
                     mapped = head.startswith(b"PK")
                     content = torch.load(reopened(file), map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # readers raise a dozen types on damaged files
@@ -63,12 +111,26 @@ def read_state_dict(
                     "which could run code when opened; save its tensors alone, best as .safetensors"
                 ) from error
             raise CheckpointError(f"{path} is truncated, damaged or no weights file; get it again") from error
-    state = unwrap(content, str(path), entries)
-    if (unpacked := sum(tensor.numel() * tensor.itemsize for tensor in state.values())) > UNPACKED * size:
-        raise CheckpointError(
-            f"{path} was refused: its {size:,} bytes unpack to {unpacked:,}, more than {UNPACKED} times as many"
-        )
-    return state
+    return content, size
+
+
+@cache
+def _stand_ins() -> tuple[type, ...]:
+    """A class for each of `HARMLESS` that takes its name and keeps nothing: no code of the real one is run."""
+    return tuple(
+        type(name.rpartition(".")[2], (_Ignored,), {"__module__": name.rpartition(".")[0]}) for name in HARMLESS
+    )
+
+
+class _Ignored:
+    def __new__(cls, *args: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def is_index(path: Path) -> bool:
@@ -93,18 +155,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
             raise CheckpointError(f"{index} names {quote(name)}, which is no file beside it")
-        if not name.endswith((".safetensors", *TORCH_SUFFIXES)):
+        if not name.lower().endswith((".safetensors", *TORCH_SUFFIXES)):
             raise CheckpointError(f"{index} names {quote(name)}, which is no weights file")
     if (files := len(set(weight_map.values()))) > MOST_FILES:
         raise CheckpointError(f"{index} names {files:,} files, more than {MOST_FILES:,}, the limit")
     return weight_map
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files of an index; they stay mapped until they are used."""
-    tensors: dict[str, Tensor] = {}
+def _read_shards(index: Path) -> dict[str, Any]:
+    """What all files of an index hold; the tensors stay mapped until they are used."""
+    tensors: dict[str, Any] = {}
     for path in shards_of(index):
-        tensors.update(read_state_dict(path))
+        content, _ = _read_content(path)
+        find_weights(content, str(path))
+        tensors.update(content)
     if lacking := [name for name in _weight_map(index) if name not in tensors]:
         raise CheckpointError(
             f"{index} lists {len(lacking)} tensors that its files lack, {quote(lacking[0])} among them"
@@ -151,38 +215,11 @@ def _read_head(file: BinaryIO, path: Path, size: int) -> bytes:
         raise CheckpointError(f"{path} is a web page, not weights; download the file itself, in a browser")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not weights; get it with `git lfs pull`")
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+    if path.suffix.lower() not in (".safetensors", *TORCH_SUFFIXES):
         raise CheckpointError(f"{path} must end in one of .safetensors, {', '.join(TORCH_SUFFIXES)}")
-    if path.suffix == ".safetensors" and LARGEST_HEADER < int.from_bytes(head[:8], "little") < size:
+    if path.suffix.lower() == ".safetensors" and LARGEST_HEADER < int.from_bytes(head[:8], "little") < size:
         raise CheckpointError(f"{path} has a header of more than {LARGEST_HEADER:,} bytes, the limit")
     return head
-
-
-def unwrap(content: Any, source: str, entries: Sequence[str] = ("model", "state_dict")) -> dict[str, Tensor]:
-    """Return the state dict in `content`: itself, or what it holds under the first of `entries` it has.
-
-    A prefix "module." that all names share is dropped.
-
-    Raises:
-        CheckpointError: there is no mapping of names to tensors.
-    """
-    import torch
-
-    if isinstance(content, Mapping):
-        content = next((content[name] for name in entries if isinstance(content.get(name), Mapping)), content)
-    problem = f"{source} holds no mapping of names to tensors"
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{problem} but a {type(content).__name__}")
-    if not content:
-        raise CheckpointError(f"{problem}: it is empty")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{problem}: under {quote(name)} there is a {type(value).__name__}")
-        if value.layout != torch.strided or value.is_quantized:
-            raise CheckpointError(f"{problem}: under {quote(name)} there is a sparse or quantized one")
-    if all(name.startswith("module.") for name in content):
-        return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    return dict(content)
 
 
 def hash_weights(path: str | Path) -> str:

@@ -7,7 +7,6 @@ in the `model.yaml` of their folder, published ones in `published/FAMILY.yaml`, 
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
@@ -31,9 +30,6 @@ PUBLISHED = Path(__file__).parent / "published"
 
 LARGEST_SETTING = 1e9  # of the default sampling
 
-# Training checkpoints may keep the settings of the training, which hold no code.
-TRAINING_ARGUMENTS = (argparse.Namespace,)
-
 Named = TypeVar("Named")
 ModuleClass = TypeVar("ModuleClass", bound=type)
 
@@ -48,7 +44,8 @@ class Family:
         sections: where a configuration in the released, nested layout keeps this family's fields.
         entries: keys under which a training checkpoint may hold the weights, the preferred one first.
         ignored: beginnings of the names of tensors that released files hold and generation does not need.
-        allowed_types: what released files hold beside tensors and plain containers, and may be unpickled.
+        allowed_types: what released files hold beside tensors, plain containers and what `zoo.reading.HARMLESS` lists,
+            and may be unpickled.
         extras: whether released files may hold more tensors than the model has, which are dropped.
         layouts: a function of the module that takes the tensors of any published layout and returns those of this
             model under its parameter names; empty if there is one layout, under these names.
@@ -215,7 +212,6 @@ GENERATORS: dict[str, Family] = _by_name(
             "LlamaGenConfig",
             entries=("model", "module", "state_dict"),
             ignored=("freqs_cis",),
-            allowed_types=TRAINING_ARGUMENTS,
         ),
         _generator(
             "llamagen-t2i",
@@ -224,7 +220,6 @@ GENERATORS: dict[str, Family] = _by_name(
             "LlamaGenT2IConfig",
             entries=("model", "module", "state_dict"),
             ignored=("freqs_cis",),
-            allowed_types=TRAINING_ARGUMENTS,
         ),
         _generator("janus-pro", "softcfg.models.janus", "Janus", "JanusConfig", layouts="from_published"),
         _generator("emu3", "softcfg.models.emu3", "Emu3", "Emu3Config", layouts="from_published"),
@@ -243,7 +238,6 @@ TOKENIZERS: dict[str, Family] = _by_name(
             "RobusTokTokenizerConfig",
             entries=("ema", "model", "state_dict"),
             ignored=("semantic_model.", "quantize.ema_vocab_hit_SV", "encoder.lvl1LC", "decoder.lvl1LC"),
-            allowed_types=TRAINING_ARGUMENTS,
         ),
         _tokenizer(
             "llamagen-vq",
@@ -251,7 +245,6 @@ TOKENIZERS: dict[str, Family] = _by_name(
             "LlamaGenVQ",
             "LlamaGenVQConfig",
             ignored=("quantize.codebook_used",),
-            allowed_types=TRAINING_ARGUMENTS,
         ),
         _tokenizer("movq", "softcfg.tokenizers.movq", "MoVQ", "MoVQConfig", extras=True),
         _tokenizer(
