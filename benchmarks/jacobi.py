@@ -12,15 +12,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from benchmarks.timing import machine, table
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.decoding import ImageStreams, decode, image_uniforms, jacobi_decode
-from softcfg.prompts import as_prompts
 
 PROMPTS = ("red apple", "octopus", "grinning face", "blue cat")
 
@@ -29,11 +26,11 @@ def run(pipeline: Pipeline, guidance: CFG, batch: int, window: int, turn: int) -
     """Passes and seconds of drawing the tokens of a batch; a window of 0 is token by token."""
     generator = pipeline.generator
     images = range(turn * batch, (turn + 1) * batch)
-    if pipeline.prompt_reader is None:
-        inputs: Sequence[Any] = [image % generator.num_classes for image in images]
+    if pipeline.conditioning.takes_prompts:
+        prompts = [PROMPTS[image % len(PROMPTS)] for image in images]
+        inputs = pipeline.conditioning.inputs(pipeline.conditioning.requests(prompts=prompts))
     else:
-        prompts = as_prompts([PROMPTS[image % len(PROMPTS)] for image in images])
-        inputs = pipeline.prompt_reader.read(prompts, generator, pipeline.tokenizer)
+        inputs = [image % generator.num_classes for image in images]
     clock = time.perf_counter if generator.device.type == "cuda" else time.process_time
     started = clock()
     if window:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.timing import machine, means_over_sequence, table
 from softcfg.configuration import load_config
-from softcfg.decoding.throughput import decoding_step, example_inputs, filled_cache
+from softcfg.decoding.throughput import decoding_step, filled_cache
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator
 from softcfg.nn.kv_cache import KVCache
@@ -62,7 +62,7 @@ def main() -> None:
     methods = {"CFG": CFG(4.0), "SoftCFG": SoftCFG(4.0)}
     rows = []
     for batch in args.batch_size:
-        inputs = example_inputs(generator, batch)
+        inputs = generator.example_inputs(batch)
         condition = generator.condition(inputs, guided=True)
         cache = filled_cache(generator, condition)
 

@@ -26,6 +26,8 @@ class MovingCodebook(nn.Module):
         codes = latents.new_zeros(1 + size, latents.shape[1])
         distance = latents.square().sum(1)
         for i in range(1, 1 + size):
+            if not distance.any():  # fewer different latents than codes: the others stay zero
+                break
             codes[i] = latents[int(torch.multinomial(distance.cpu(), 1, generator=generator))]
             distance = torch.minimum(distance, (latents - codes[i]).square().sum(1))
         for _ in range(rounds):

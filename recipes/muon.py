@@ -1,4 +1,7 @@
-"""Muon in the precision of the weights: `torch.optim.Muon` works in bfloat16, which most CPUs only emulate."""
+"""Muon for matrices and kernels: in bfloat16 where it is fast, else in the precision of the weights.
+
+`torch.optim.Muon` always works in bfloat16, which most CPUs only emulate.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from recipes import training
 
 
 class Muon(torch.optim.Optimizer):
@@ -40,8 +45,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     """Bring the singular values of a matrix near 1, by a Newton-Schulz iteration of degree five."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if training.fast_bfloat16() else matrix.dtype)
     for _ in range(rounds):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)

@@ -207,8 +207,13 @@ def randomness(seed: int, number: int) -> torch.Generator:
 
 
 def accelerator() -> Accelerator:
-    """Return the device to train on: bfloat16 autocast on a GPU, float32 on a CPU; one process."""
-    chosen = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    """Return the device to train on: bfloat16 autocast where it is fast, else float32; one process."""
+    chosen = Accelerator(mixed_precision="bf16" if fast_bfloat16() else "no")
     if chosen.num_processes > 1:
         raise UserError("this recipe trains on one device; start it without a launcher.")
     return chosen
+
+
+def fast_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware: a GPU, or a CPU with AMX (ten times faster)."""
+    return torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16", False)

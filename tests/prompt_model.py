@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.models.base import Condition, Generator
-from softcfg.nn import AttentionContext, KVCache, SelfAttention
-from softcfg.nn.attention import pass_slots
+from softcfg.models.geometry import Geometry
+from softcfg.nn import AttentionContext, Position, Rotary, SelfAttention
 from softcfg.nn.rotary import angles_1d
 
 CODES, WIDTH, HEADS, LAYERS = 3, 16, 2, 2
@@ -18,12 +18,18 @@ LINE = 3  # tokens of a line, its end included
 class Prompts(Condition):
     """Left-padded prompts, ids [rows, slots]."""
 
-    def __init__(self, ids: Tensor, padding: Tensor | None, num_tokens: int) -> None:
-        super().__init__(len(ids), ids.shape[1], num_tokens, padding)
+    def __init__(self, ids: Tensor, padding: Tensor | None, num_tokens: int, geometry: Geometry | None = None) -> None:
+        super().__init__(len(ids), ids.shape[1], num_tokens, padding, geometry)
         self.ids = ids
 
     def __getitem__(self, rows: slice) -> Prompts:
-        return Prompts(self.ids[rows], None if self.padding is None else self.padding[rows], self.num_tokens)
+        padding = None if self.padding is None else self.padding[rows]
+        return Prompts(self.ids[rows], padding, self.num_tokens, self.geometry if self.grid else None)
+
+
+class Block(SelfAttention):
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        return x + super().forward(x, layer, context)
 
 
 class PromptGenerator(Generator):
@@ -37,13 +43,13 @@ class PromptGenerator(Generator):
         self.num_tokens = num_tokens
         self.prompt = nn.Embedding(8, WIDTH)
         self.token = nn.Embedding(self.vocab_size, WIDTH)
-        self.layers = nn.ModuleList(
-            SelfAttention(WIDTH, HEADS, nn.LayerNorm(WIDTH // HEADS), nn.LayerNorm(WIDTH // HEADS))
-            for _ in range(LAYERS)
+        self.blocks = nn.ModuleList(
+            Block(WIDTH, HEADS, nn.LayerNorm(WIDTH // HEADS), nn.LayerNorm(WIDTH // HEADS)) for _ in range(LAYERS)
         )
         self.norm = nn.LayerNorm(WIDTH)
         self.output = nn.Linear(WIDTH, self.vocab_size)
-        self.register_buffer("angles", angles_1d(torch.arange(64), WIDTH // HEADS // 2, 100.0))
+        angles = angles_1d(torch.arange(64, device="cpu"), WIDTH // HEADS // 2, 100.0)
+        self.register_buffer("angles", angles, persistent=False)
 
     def condition(self, prompts: list[list[int]], *, guided: bool) -> Prompts:
         prompts = prompts + [[0]] * len(prompts) if guided else prompts
@@ -52,27 +58,19 @@ class PromptGenerator(Generator):
         ids = torch.tensor([[7] * (slots - len(prompt)) + prompt for prompt in prompts])
         return Prompts(ids, padding if padding.any() else None, self.num_tokens)
 
-    def forward(
-        self,
-        condition: Condition,
-        tokens: Tensor,
-        *,
-        cache: KVCache | None = None,
-        slot: int | Tensor = 0,
-        value_weights: Tensor | None = None,
-        key_weights: Tensor | None = None,
-    ) -> Tensor:
+    def embed_condition(self, condition: Condition) -> Tensor:
         assert isinstance(condition, Prompts)
-        x = self.token(tokens)
-        if isinstance(slot, int) and slot == 0:
-            x = torch.cat((self.prompt(condition.ids), x), dim=1)
-        new = x.shape[1]
-        angles = self.angles[pass_slots(slot, new, condition.padding)]
-        rotary = angles.cos(), angles.sin()
-        context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights, condition.padding)
-        for layer, attention in enumerate(self.layers):
-            x = x + attention(x, layer, context)
-        return self.output(self.norm(x[:, condition.first_predicting(slot) :]))
+        return self.prompt(condition.ids)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return self.token(tokens)
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
+        angles = self.angles[position.index(new, condition.padding)]
+        return Rotary(angles.cos(), angles.sin())
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.output(self.norm(x))
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         end = torch.arange(self.vocab_size) == END_OF_LINE

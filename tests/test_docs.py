@@ -31,10 +31,11 @@ from safetensors.torch import save_file
 import stand_in
 from code_blocks import Block, blocks, inline_code
 from image_files import write_pngs
+from softcfg import plugins
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
 from softcfg.evaluation.extractors import EXTRACTORS
-from softcfg.guidance import CONFIDENCES
-from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, ModelEntry, ModelFile, Part
+from softcfg.guidance import CONFIDENCES, PERTURBATIONS, RULES, SCHEDULES
+from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, ModelFile
 from tiny_models import module
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,10 @@ TINY_TOKENIZER = {
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelEntry], Path]:
     """The published models with few tokens and random weights, and the folder of their files."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    sizes = Part(GENERATORS["alitok"], TINY_GENERATOR, None), Part(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None)  # type: ignore[arg-type]
+    sizes = (
+        Component(GENERATORS["alitok"], TINY_GENERATOR, None),
+        Component(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None),
+    )  # type: ignore[arg-type]
     for name, part in zip(("generator", "tokenizer"), sizes, strict=True):
         torch.save(module(part).state_dict(), folder / name)
     entries = {}
@@ -89,7 +93,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelEntry
         if entry.text is not None:  # what is not bundled of these is not run
             continue
         parts = []
-        for name, small, part in zip(("generator", "tokenizer"), sizes, entry.parts, strict=True):
+        for name, small, part in zip(("generator", "tokenizer"), sizes, entry.components, strict=True):
             file = ModelFile(f"{name}.pt", folder=folder) if entry.bundled else part.file
             parts.append(dataclasses.replace(small, file=file))
             link = folder / file.local_name
@@ -142,7 +146,10 @@ def workplace(
     for name in ("alitok_b", "alitok_l", "alitok_xl"):
         configuration = {"model": {"vq_model": {"codebook_size": 20}, "generator": {**TINY_GENERATOR, "seed": 2}}}
         Path("configs", f"{name}.yaml").write_text(yaml.safe_dump(configuration))
-    tables = (GENERATORS, TOKENIZERS, CONFIDENCES, EXTRACTORS, sys.modules)
+    tables: tuple[Any, ...] = (
+        GENERATORS, TOKENIZERS, RULES, PERTURBATIONS, SCHEDULES, CONFIDENCES, EXTRACTORS, plugins._loaded,
+        sys.modules,
+    )  # fmt: skip
     before = [dict(table) for table in tables]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -45,10 +45,8 @@ def test_the_model_is_made_of_the_large_ones_parts(pipe: Pipeline) -> None:
 
 def test_text_tokens_get_no_probability(pipe: Pipeline) -> None:
     config = pipe.generator.config
-    assert pipe.prompt_reader is not None
-    condition = pipe.generator.condition(
-        pipe.prompt_reader.read(pipe(prompts=["red apple"]).prompts, pipe.generator, pipe.tokenizer), guided=True
-    )
+    requests = pipe.conditioning.requests(prompts=["red apple"])
+    condition = pipe.generator.condition(pipe.conditioning.inputs(requests), guided=True)
     with torch.no_grad():
         probabilities = pipe.generator(condition, torch.zeros(2, 0, dtype=torch.int64)).softmax(-1)
     codes = slice(config.first_code_id, config.first_code_id + config.num_codes)

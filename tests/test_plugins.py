@@ -14,6 +14,7 @@ WORDS = "WORDS = []\n"
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
     before = set(sys.modules)
+    plugins._loaded.clear()
     yield
     for name in [name for name in sys.modules if name.startswith("plugged_") and name not in before]:
         del sys.modules[name]

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from softcfg import CFG, CheckpointError, Pipeline, SoftCFG, UserError
-from softcfg.prompts import TEXT_TO_IMAGE, Prompt, PromptReader, as_prompts
+from softcfg.models.lumina import TEXT_TO_IMAGE, LuminaPrompts, PromptReader, sentence
+from softcfg.prompts import Prompt, as_prompts
 from softcfg.zoo import resolve
 from tiny_models import RELEASED_SPECIAL, text_tokenizer
 
@@ -54,7 +55,7 @@ def pipe(prompt_model_folder: Path) -> Pipeline:
     ],
 )
 def test_sentences(prompt: Prompt, expected: str) -> None:
-    assert prompt.sentence(768, 512) == expected
+    assert sentence(prompt, 768, 512) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,13 @@ def test_sentences(prompt: Prompt, expected: str) -> None:
         ({"text": "x", "task": "sepia"}, "one of depth, canny, hed, openpose, got 'sepia'"),
         ({"text": "x", "task": "hed", "image": "x.png"}, "with an image must be one of depth, canny, subject"),
         ({"text": "x", "image": "x.png"}, "needs a task"),
+        ({"text": "x", "negative_text": 3}, "negative text of a prompt must be a string"),
+        ({"text": "x", "negative_text": "blurred"}, "words takes no negative text"),
     ],
 )
-def test_prompts_that_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_prompts_that_are_refused(pipe: Pipeline, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Prompt(**fields)
+        pipe(prompts=[Prompt(**fields)])
 
 
 def test_lists_of_prompts() -> None:
@@ -97,13 +100,12 @@ def test_special_tokens_are_found_by_name(tmp_path: Path, prompt_model_folder: P
 
 
 def test_prompts_become_tokens(pipe: Pipeline, prompt_model_folder: Path) -> None:
-    assert pipe.prompt_reader is not None
-    (short, long) = pipe.prompt_reader.read(
-        as_prompts(["red apple", "a house and a star"]), pipe.generator, pipe.tokenizer
-    )
+    (short, long) = pipe.conditioning.inputs(as_prompts(["red apple", "a house and a star"]))
     assert (short.ids, long.ids) == ([7, 2, 4, 8], [7, 1, 0, 6, 1, 5, 8])
-    released = PromptReader(prompt_model_folder / "tokenizer.json", TEXT_TO_IMAGE)
-    (read,) = released.read([Prompt("red apple", 8, 16)], pipe.generator, pipe.tokenizer)
+    files = {"tokenizer": prompt_model_folder / "tokenizer.json"}
+    released = LuminaPrompts(pipe.generator, pipe.tokenizer, files=files)
+    assert released.settings == {"template": TEXT_TO_IMAGE}
+    (read,) = released.inputs([Prompt("red apple", 8, 16)])
     words_of_the_sentence = 11  # "Generate" to ":"; the tiny vocabulary knows none of them
     assert read.ids == [7, *[0] * words_of_the_sentence, 2, 4, 8]
 
@@ -155,8 +157,9 @@ def test_seed_and_index_fix_an_image(pipe: Pipeline) -> None:
 
 
 def test_an_image_below_its_upper_half(pipe: Pipeline, prompt_model_folder: Path, tmp_path: Path) -> None:
-    reader = PromptReader(prompt_model_folder / "tokenizer.json")
-    tasks = Pipeline(pipe.generator, pipe.tokenizer, prompt_reader=reader)
+    files = {"tokenizer": prompt_model_folder / "tokenizer.json"}
+    released = LuminaPrompts(pipe.generator, pipe.tokenizer, files=files)
+    tasks = Pipeline(pipe.generator, pipe.tokenizer, conditioning=released)
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 40, 3), dtype=np.uint8))
     image.save(tmp_path / "x.png")
     prompt = Prompt("a red apple", 8, 16, task="depth", image=tmp_path / "x.png")
@@ -211,4 +214,17 @@ def test_prompts_are_not_for_models_of_classes(model_folder: Path, pipe: Pipelin
 def test_model_folders_say_how_prompts_are_read(prompt_model_folder: Path) -> None:
     text = resolve(prompt_model_folder).text
     assert text is not None
-    assert (text.file.name, text.file.folder, text.template) == ("tokenizer.json", prompt_model_folder, "{prompt}")
+    file = text.files["tokenizer"]
+    assert (file.name, file.folder, text.settings) == ("tokenizer.json", prompt_model_folder, {"template": "{prompt}"})
+
+
+def test_names_that_have_moved(pipe: Pipeline, prompt_model_folder: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"moved to softcfg\.models\.lumina"):
+        from softcfg.prompts import PromptReader as Moved
+    assert Moved is PromptReader
+    with pytest.warns(DeprecationWarning, match="prompt_reader is deprecated"):
+        old = Pipeline(pipe.generator, pipe.tokenizer, prompt_reader=Moved(prompt_model_folder / "tokenizer.json"))
+    new = LuminaPrompts(pipe.generator, pipe.tokenizer, files={"tokenizer": prompt_model_folder / "tokenizer.json"})
+    assert old.conditioning.inputs([Prompt("star", 8, 8)]) == new.inputs([Prompt("star", 8, 8)])
+    with pytest.warns(DeprecationWarning, match="deprecated: ask conditioning"):
+        assert pipe.prompt_reader is pipe.conditioning

@@ -14,8 +14,7 @@ from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
 
 from softcfg.configuration import load_config
-from softcfg.zoo import GENERATORS, TOKENIZERS, ModelEntry, ModelFile, Part
-from softcfg.zoo.registry import Text
+from softcfg.zoo import GENERATORS, TOKENIZERS, Component, ModelEntry, ModelFile, TextComponent
 
 ALITOK = {
     "hidden_size": 32,
@@ -54,10 +53,10 @@ LUMINA = {
 MOVQ = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 8, "n_embed": 20}
 WORDS = ["[UNK]", "a", "red", "green", "apple", "star", "and"]
 
-VQ_ON_DRIVE = Part(TOKENIZERS["maskgit-vq"], VQ, ModelFile("tiny_vq.pth", drive_id="vq-id"))
+VQ_ON_DRIVE = Component(TOKENIZERS["maskgit-vq"], VQ, ModelFile("tiny_vq.pth", drive_id="vq-id"))
 ON_DRIVE = ModelEntry(
     "tiny-drive",
-    Part(GENERATORS["alitok"], ALITOK, ModelFile("tiny_alitok.bin", drive_id="alitok-id")),
+    Component(GENERATORS["alitok"], ALITOK, ModelFile("tiny_alitok.bin", drive_id="alitok-id")),
     VQ_ON_DRIVE,
     "a model on Google Drive",
 )
@@ -67,8 +66,8 @@ def on_hub(repository: str, file: str) -> ModelEntry:
     """A model whose generator is a file of a Hugging Face repository."""
     return ModelEntry(
         "tiny-hub",
-        Part(GENERATORS["rar"], RAR, ModelFile(file, repository=repository)),
-        Part(TOKENIZERS["maskgit-vq"], VQ, ModelFile("tiny_vq.bin", repository="someone/tiny")),
+        Component(GENERATORS["rar"], RAR, ModelFile(file, repository=repository)),
+        Component(TOKENIZERS["maskgit-vq"], VQ, ModelFile("tiny_vq.bin", repository="someone/tiny")),
         "a model on Hugging Face",
     )
 
@@ -96,17 +95,17 @@ def lumina_on_hub() -> ModelEntry:
     known = {**LUMINA, "vocab_size": 64, "first_code_id": 40}
     return ModelEntry(
         "tiny-lumina",
-        Part(
+        Component(
             GENERATORS["lumina-mgpt-2"],
             {**known, "num_hidden_layers": 1},
             published("model.safetensors.index.json"),
             config_file=published("config.json"),
             dtype="bfloat16",
         ),
-        Part(TOKENIZERS["movq"], MOVQ, ModelFile("movq.ckpt", "someone/movq")),
+        Component(TOKENIZERS["movq"], MOVQ, ModelFile("movq.ckpt", "someone/movq")),
         "text to image, on Hugging Face",
         {"guidance_scale": 3.0, "schedule": "constant"},
-        text=Text(published("tokenizer.json")),
+        text=TextComponent({"tokenizer": published("tokenizer.json")}),
     )
 
 
@@ -125,14 +124,14 @@ def write_lumina_files(folder: Path) -> None:
     torch.save({**weights(entry.tokenizer), "loss.perceptual.weight": torch.ones(3)}, folder / "movq.ckpt")
 
 
-def module(part: Part, device: str = "cpu") -> nn.Module:
+def module(component: Component, device: str = "cpu") -> nn.Module:
     """A generator or tokenizer with random weights; on "meta" they take no memory."""
-    module_class, config_class = part.family.classes()
+    module_class, config_class = component.family.classes()
     torch.manual_seed(0)
     with torch.device(device):
-        return module_class(load_config(config_class, part.config))
+        return module_class(load_config(config_class, component.config))
 
 
-def weights(part: Part, device: str = "cpu") -> dict[str, Tensor]:
-    """The state dict of `module(part, device)`."""
-    return module(part, device).state_dict()
+def weights(component: Component, device: str = "cpu") -> dict[str, Tensor]:
+    """The state dict of `module(component, device)`."""
+    return module(component, device).state_dict()

@@ -193,7 +193,7 @@ def nats_per_code(
     """Mean cross-entropy of the image codes int64 [B, h w] given the prompts."""
     config = model.config
     condition = model.condition(prompts, guided=False)
-    h, w = condition.grid
+    h, w = condition.geometry.grid
     lines = F.pad(codes.view(-1, h, w) + config.first_code_id, (0, 1), value=config.new_line_id).flatten(1)
     logits = predict(condition, lines.to(model.device))
     steps = torch.arange(condition.num_tokens, device=model.device)

@@ -182,6 +182,10 @@ def _coerce(name: str, value: Any, expected: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(f"{name}[{i}]", item, arguments[0]) for i, item in enumerate(value))
         raise UserError(f"config field {name} must be a list, got {quote(value)}")
+    if typing.get_origin(expected) is dict:
+        if isinstance(value, Mapping):
+            return {str(key): _coerce(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
+        raise UserError(f"config field {name} must be a mapping, got {quote(value)}")
     if expected is bool and isinstance(value, bool):
         return value
     if expected is str and isinstance(value, str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ PAD = 2  # pixels between images
 MARGIN = 8
 BACKGROUND = "white"
 INK = "#222222"
-LONGEST_TITLE = 48  # characters
 
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -61,11 +59,6 @@ def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def short_title(text: str) -> str:
-    """A prompt, cut to the length of a title."""
-    return textwrap.shorten(text, LONGEST_TITLE, placeholder="…")
 
 
 def grid(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,14 @@ from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
-from softcfg.models.base import Generator, LabelsLike, as_ids
-from softcfg.models.lumina import Lumina, tokens_of_grid
+from softcfg.models.base import Generator, LabelsLike
+from softcfg.models.conditioning import Conditioning
 from softcfg.nn.kv_cache import CACHES
-from softcfg.prompts import Prompt, PromptReader, as_prompts
+from softcfg.prompts import Prompt
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
-from softcfg.zoo.loading import load_generator, load_prompt_reader, load_tokenizer, random_weights
-from softcfg.zoo.registry import resolve
+from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
+from softcfg.zoo.registry import ModelEntry, resolve
 from softcfg.zoo.source import ModelSource
 
 
@@ -63,8 +64,13 @@ class Pipeline:
         name: the name of the model.
         classes: names of the classes, where the model has them.
         sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
-        prompt_reader: turns prompts into tokens; None for models that draw classes.
+        conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
+            generator's family, without the files that reading texts may need.
         source: where the model was loaded from, which runs write down; None if it was made in memory.
+
+    Raises:
+        UserError: the tokenizer does not decode what the generator draws, or the generator does not say what it is
+            conditioned on.
     """
 
     def __init__(
@@ -75,16 +81,33 @@ class Pipeline:
         name: str = "",
         classes: Sequence[str] = (),
         sampling_defaults: Mapping[str, Any] | None = None,
-        prompt_reader: PromptReader | None = None,
+        conditioning: Conditioning | None = None,
         source: ModelSource | None = None,
+        prompt_reader: Any = None,
     ) -> None:
-        _require_fit(generator, tokenizer)
+        if conditioning is None:
+            if generator.conditioning_type is None:
+                raise UserError(f"{type(generator).__name__} does not say what it is conditioned on: give conditioning")
+            read: dict[str, Any] = {}
+            if prompt_reader is not None:
+                warnings.warn(
+                    "prompt_reader is deprecated: give conditioning, such as softcfg.models.lumina.LuminaPrompts",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                read = {
+                    "files": {"tokenizer": prompt_reader.path},
+                    "settings": {"template": prompt_reader.template},
+                }
+            conditioning = generator.conditioning_type(
+                generator, tokenizer, name=name or "this model", classes=classes, **read
+            )
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
         self.classes = tuple(classes)
         self.sampling_defaults = dict(sampling_defaults or {})
-        self.prompt_reader = prompt_reader
+        self.conditioning = conditioning
         self.source = source
 
     @classmethod
@@ -131,14 +154,22 @@ class Pipeline:
         if device_map is not None:
             generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
         generator.cache_dtype = kv_cache_dtype
+        tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
+        source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
+        return cls._of_entry(entry, generator, tokenizer, source)
+
+    @classmethod
+    def _of_entry(
+        cls, entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, source: ModelSource | None = None
+    ) -> Pipeline:
         return cls(
             generator,
-            load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device),
+            tokenizer,
             name=entry.name,
             classes=entry.classes,
             sampling_defaults=entry.sampling,
-            prompt_reader=None if entry.text is None else load_prompt_reader(entry),
-            source=ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize),
+            conditioning=load_conditioning(entry, generator, tokenizer, with_files=source is not None),
+            source=source,
         )
 
     @classmethod
@@ -157,13 +188,18 @@ class Pipeline:
         dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
         generator.cache_dtype = kv_cache_dtype
-        return cls(
-            generator,
-            random_weights(entry.tokenizer, device=device),
-            name=entry.name,
-            classes=entry.classes,
-            sampling_defaults=entry.sampling,
-        )
+        return cls._of_entry(entry, generator, random_weights(entry.tokenizer, device=device))
+
+    @property
+    def entry(self) -> ModelEntry | None:
+        """The entry of the zoo that the model was loaded from; None if it was made in memory."""
+        return None if self.source is None else self.source.entry
+
+    @property
+    def prompt_reader(self) -> Conditioning | None:
+        """Deprecated: `conditioning`, which says whether it takes prompts; None for models that draw classes."""
+        warnings.warn("prompt_reader is deprecated: ask conditioning", DeprecationWarning, stacklevel=2)
+        return self.conditioning if self.conditioning.takes_prompts else None
 
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
         """`method` with the scale, power and schedule that suit the model, and `settings` on top."""
@@ -188,13 +224,7 @@ class Pipeline:
         Raises:
             UserError: the model does not draw images of this size.
         """
-        if not isinstance(self.generator, Lumina):
-            return self.generator.num_tokens
-        config = self.generator.config
-        try:
-            return tokens_of_grid(*config.grid(width or config.image_size, height or config.image_size))
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        return self.conditioning.geometry(width, height).num_tokens
 
     def __call__(
         self,
@@ -217,7 +247,7 @@ class Pipeline:
         on_step: Callable[[int], None] | None = None,
         on_tokens: Callable[[Tensor], None] | None = None,
     ) -> PipelineOutput:
-        """Draw one image a label, or one a prompt.
+        """Draw one image per label, or one per prompt.
 
         Args:
             labels: B class ids. In their place, prompts may be given here too.
@@ -243,12 +273,14 @@ class Pipeline:
         """
         guidance = guidance or self.default_guidance()
         sampling = one_sampling(sampling, temperature, top_k, top_p, self.sampling)
-        inputs, shown = self._inputs(labels, prompts, width, height)
+        requests = self.conditioning.requests(labels, prompts, width, height)
+        inputs = self.conditioning.inputs(requests)
+        from_prompts = self.conditioning.takes_prompts
         count = len(inputs)
         indices = list(range(count)) if indices is None else [int(index) for index in indices]
         if len(indices) != count:
             raise UserError(
-                f"indices must be as many as {'prompts' if shown else 'labels'}, {count}, got {len(indices)}"
+                f"indices must be as many as {'prompts' if from_prompts else 'labels'}, {count}, got {len(indices)}"
             )
         batch_size = count if batch_size is None else batch_size
         if batch_size < 1:
@@ -296,63 +328,20 @@ class Pipeline:
             codes.append(decoded[:kept].cpu())
             image = self.tokenizer.decode(decoded, condition.grid)
             pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
-        classes = torch.tensor(inputs) if shown is None else None
         return PipelineOutput(
-            classes, indices, torch.cat(tokens), torch.cat(codes), np.concatenate(pixels), shown, passes
+            labels=None if from_prompts else torch.tensor(requests),
+            indices=indices,
+            tokens=torch.cat(tokens),
+            codes=torch.cat(codes),
+            pixels=np.concatenate(pixels),
+            prompts=requests if from_prompts else None,
+            passes=passes,
         )
-
-    def _inputs(
-        self, labels: Any, prompts: Any, width: int | None, height: int | None
-    ) -> tuple[list[Any], list[Prompt] | None]:
-        """What the generator is conditioned on, one an image; and the prompts, for models that draw from prompts."""
-        name = self.name or "this model"
-        if prompts is None and _is_text(labels):
-            labels, prompts = None, labels
-        if not isinstance(self.generator, Lumina):
-            if prompts is not None:
-                raise UserError(f"{name} draws classes: give labels, it does not read prompts")
-            if width is not None or height is not None:
-                raise UserError(f"{name} draws images of one size, without width and height")
-            classes = as_ids(labels, "labels", self.generator.num_classes)
-            if classes.dim() != 1 or not len(classes):
-                raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
-            return classes.tolist(), None
-        if labels is not None:
-            raise UserError(f"{name} draws from prompts: give texts, it has no classes")
-        if self.prompt_reader is None:
-            raise UserError(f"{name} has no text tokenizer, so it cannot read prompts")
-        size = self.generator.config.image_size
-        shown = as_prompts(prompts, width or size, height or size)
-        return self.prompt_reader.read(shown, self.generator, self.tokenizer), shown
 
 
 def _check_cache_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in CACHES:
         raise UserError(f"kv_cache_dtype must be None or one of {', '.join(map(str, CACHES))}, got {dtype}")
-
-
-def _require_fit(generator: Generator, tokenizer: Tokenizer) -> None:
-    """Raise `UserError` unless `tokenizer` decodes what `generator` draws."""
-    if isinstance(generator, Lumina):
-        config = generator.config
-        drawn = (config.num_codes, config.cell_pixels // config.codes_per_cell)
-        if not tokenizer.any_size or drawn != (tokenizer.codebook_size, tokenizer.patch_size):
-            raise UserError(
-                f"the generator draws {drawn[0]} codes, {drawn[1]} pixels wide, for images of any size; the tokenizer "
-                "does not decode them"
-            )
-    elif (generator.num_tokens, generator.vocab_size) != (tokenizer.num_tokens, tokenizer.codebook_size):
-        raise UserError(
-            f"the generator draws {generator.num_tokens} tokens of {generator.vocab_size} codes, but the tokenizer "
-            f"reads {tokenizer.num_tokens} tokens of {tokenizer.codebook_size} codes"
-        )
-
-
-def _is_text(values: Any) -> bool:
-    """Whether these are prompts, not labels."""
-    return isinstance(values, (str, Prompt)) or (
-        isinstance(values, Sequence) and len(values) > 0 and isinstance(values[0], (str, Prompt))
-    )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softcfg.cli.main import main
-from softcfg.zoo import MODELS, ModelEntry, ModelFile, Part, registry
+from softcfg.zoo import MODELS, Component, ModelEntry, ModelFile, registry
 from tiny_models import ON_DRIVE, weights
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def downloads(tmp_path: Path) -> Path:
     path = tmp_path / "downloads"
     path.mkdir()
-    for part in ON_DRIVE.parts:
+    for part in ON_DRIVE.components:
         torch.save(weights(part), path / part.file.name)
     return path
 
@@ -107,7 +107,9 @@ def test_bundled_models_need_no_fetching(
 ) -> None:
     home = tmp_path / "bundled" / "shapes"
     home.mkdir(parents=True)
-    parts = [Part(part.family, part.config, ModelFile(part.file.name, folder=home)) for part in ON_DRIVE.parts]
+    parts = [
+        Component(part.family, part.config, ModelFile(part.file.name, folder=home)) for part in ON_DRIVE.components
+    ]
     for part in parts:
         torch.save(weights(part), home / part.file.name)
     monkeypatch.setattr(registry, "BUNDLED", home.parent)

@@ -99,6 +99,13 @@ def test_flags_win_over_overrides_and_these_over_the_file(xl: Path) -> None:
     assert (args.npz, args.num_samples, args.preset) == (False, 10, "paper")
 
 
+def test_another_perturbation_leaves_the_files_softcfg_aside(xl: Path) -> None:
+    args = parse(f"config={xl}", "--perturbation", "none")
+    assert (args.guidance_scale, args.softcfg_strength, args.step_norm, args.preset) == (13.0, None, None, None)
+    args = parse(f"config={xl}", "--perturbation", "none", "model.generator.softcfg_strength=1")
+    assert args.softcfg_strength == 1  # for which the command has an error
+
+
 def test_configurations_of_plain_guidance_mean_plain_guidance(tmp_path: Path) -> None:
     config = yaml.safe_load(ALITOK_XL)
     for name in ("softcfg_strength", "step_norm", "seed"):

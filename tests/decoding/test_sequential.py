@@ -1,11 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import softcfg
 from softcfg import CFG, Sampling, SoftCFG, UserError
-from softcfg.decoding import decode, draw, image_uniforms
+from softcfg.decoding import decode, draw, graphs, image_uniforms, throughput
+from softcfg.decoding.sequential import steps_are_static
 from softcfg.models.base import Generator
 
 
@@ -200,3 +203,59 @@ def test_arguments_that_do_not_fit(generator: Generator) -> None:
         decode(generator, [0], CFG(), uniforms=good, forced_tokens=tokens, forced_mask=tokens)
     with pytest.raises(UserError, match="forced_tokens, which are missing"):
         decode(generator, [0], CFG(), uniforms=good, forced_mask=tokens.bool())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("operation not permitted")])
+def test_a_step_that_cannot_be_captured_runs_as_it_is(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    method, uniforms = SoftCFG(guidance_scale=3.0), image_uniforms(11, range(5), generator.num_tokens)
+    wanted = decode(generator, LABELS, method, uniforms=uniforms, static=False)
+    tried = []
+
+    def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        tried.append(device.type)
+        raise error
+
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", capture)
+    with pytest.warns(RuntimeWarning, match=f"could not be captured .* slower: {error}") as caught:
+        drawn = decode(generator, LABELS, method, uniforms=uniforms, static=True)
+    assert len(caught) == 1
+    assert tried == ["cpu"]
+    assert drawn.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("guidance", METHODS[:2], ids=lambda m: type(m).__name__)
+def test_what_is_timed_is_the_step_of_decoding(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, guidance: CFG
+) -> None:
+    captured = []
+
+    def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        captured.append(device.type)
+        return step
+
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", capture)
+    for static in (False, True):
+        monkeypatch.setattr(throughput, "steps_are_static", lambda _, static=static: static)
+        drawn = throughput.decoding_step(generator, LABELS, guidance, 3)()
+        assert drawn.shape == (5,)
+    assert captured == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("device", "supports_row_positions", "layer_devices", "static"),
+    [
+        ("cuda", True, None, True),
+        ("cuda", False, None, False),
+        ("cuda", True, [torch.device("cuda", 0), torch.device("cuda", 1)], False),
+        ("cpu", True, None, False),
+    ],
+)
+def test_which_generators_decode_in_static_steps(
+    device: str, supports_row_positions: bool, layer_devices: list[torch.device] | None, static: bool
+) -> None:
+    generator = SimpleNamespace(
+        device=torch.device(device), supports_row_positions=supports_row_positions, layer_devices=layer_devices
+    )
+    assert steps_are_static(generator) is static  # type: ignore[arg-type]

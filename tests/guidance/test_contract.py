@@ -270,6 +270,18 @@ def test_what_is_not_registered_can_be_drawn_but_not_written(pipe: Pipeline, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_class_with_a_guide_of_its_own(pipe: Pipeline) -> None:
+    class Doubled(CFG):
+        def guide(self, cond: Tensor, uncond: Tensor, scale: Tensor | float) -> Tensor:
+            return super().guide(cond, uncond, 2 * scale)
+
+    doubled, expected = Doubled(3.0, schedule="constant"), CFG(6.0, schedule="constant")
+    assert torch.equal(pipe([0, 1], doubled).tokens, pipe([0, 1], expected).tokens)
+    traces = [softcfg.trace(pipe.generator, labels=[0], guidance=method) for method in (doubled, expected)]
+    assert torch.equal(traces[0].guided_logits, traces[1].guided_logits)
+    assert not doubled.is_plain
+
+
 def test_what_cannot_be_registered() -> None:
     with pytest.raises(ValueError, match="there is a rule named 'heavy' already"):
         register_rule("heavy")(type("Other", (Rule,), {}))
@@ -284,8 +296,8 @@ def test_what_cannot_be_registered() -> None:
         register_perturbation("guidance")(type("Taken", (Perturbation,), fields))
     assert "new" not in RULES
     assert "guidance" not in PERTURBATIONS
-    with pytest.raises(TypeError, match="overrides guide; write a Rule"):
-        type("Old", (CFG,), {"guide": lambda *_: None})
+    with pytest.raises(ValueError, match="Old has a rule of its own, guide, and takes no other"):
+        type("Old", (CFG,), {"guide": lambda *_: None})(rule="late")
     with pytest.raises(ValueError, match="rule must be a Rule, or one of cfg"):
         CFG(rule=3)  # type: ignore[arg-type]
 

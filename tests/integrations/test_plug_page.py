@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 PAGE = Path(__file__).parents[2] / "docs" / "plug.md"
 
 
-def test_every_block_runs() -> None:
+def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a run is drawn there
     text = PAGE.read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     shapes = {}

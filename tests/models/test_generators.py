@@ -7,6 +7,7 @@ from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGen, LlamaGenConfig
 from softcfg.models.rar import RAR, RARConfig, RobusTokConfig
+from softcfg.nn import Position
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": 24,
@@ -94,7 +95,7 @@ def test_an_int8_cache_moves_the_logits_a_little(generator: Generator) -> None:
     assert generator.cache_bytes(condition) == cache.nbytes < plain_bytes / 3
     logits = [generator(condition, tokens[:, :0], cache=cache)]
     for step in range(tokens.shape[1]):
-        by_row = torch.full((4,), generator.condition_slots + step)
+        by_row = Position.by_row(torch.full((4,), generator.condition_slots + step))
         slot = by_row if step % 2 else generator.condition_slots + step
         logits.append(generator(condition, tokens[:, step : step + 1], cache=cache, slot=slot))
     error = torch.cat(logits, 1) - exact
@@ -130,7 +131,7 @@ def test_rows_at_slots_of_their_own(generator: Generator, new: int, weighted: bo
         where = start[:, None] + torch.arange(new)
         if weighted:
             weights = {f"{name}_weights": table[i][rows, where + 1] for i, name in enumerate(("value", "key"))}
-        out = generator(condition, tokens[rows, where], cache=cache, slot=slots + start, **weights)
+        out = generator(condition, tokens[rows, where], cache=cache, slot=Position.by_row(slots + start), **weights)
         assert out.shape == (6, new, generator.vocab_size)
         for row in range(6):
             stop = min(int(fed[row] + pace[row]), total - 1)
@@ -223,8 +224,11 @@ def test_configurations_that_make_no_sense(change: dict, message: str) -> None:
         ({"block_size": 10}, "block_size 10 must be the square of a whole number"),
         ({"ffn_hidden_dim": 0}, "ffn_hidden_dim must be greater than 0, got 0"),
         ({"multiple_of": 0}, "multiple_of must be greater than 0, got 0"),
-        ({"model_type": "t2i", "cls_token_num": 120}, "only class-conditional LlamaGen .* got t2i with 120"),
-        ({"cls_token_num": 2}, "only class-conditional"),
+        (
+            {"model_type": "t2i", "cls_token_num": 120},
+            "model_type must be c2i, got t2i, .* family llamagen-t2i",
+        ),
+        ({"cls_token_num": 2}, "cls_token_num must be 1"),
     ],
 )
 def test_llamagen_configurations_that_make_no_sense(change: dict, message: str) -> None:

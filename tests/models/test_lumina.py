@@ -13,7 +13,9 @@ from goldens import Golden, golden
 from softcfg import CFG, SoftCFG, UserError
 from softcfg.configuration import load_config
 from softcfg.decoding import ImageStreams, Sampling, decode, image_uniforms, jacobi_decode
+from softcfg.models.geometry import Geometry
 from softcfg.models.lumina import Lumina, LuminaConfig, PromptCondition, TokenPrompt
+from softcfg.nn import Position
 
 # The reduced ids of the golden files, under the names of the configuration.
 IDS = {
@@ -59,9 +61,11 @@ def test_released_logits(name: str) -> None:
     case, generator = load(f"generator-forward-{name}")
     ids = case.arrays["input_ids"].long()
     # The first token as the condition, the others as image tokens.
-    condition = PromptCondition(ids[:, :1], None, (1, 22), torch.zeros(2, 0, 22, dtype=torch.int64))
+    condition = PromptCondition(
+        ids[:, :1], None, Geometry(1, 22, row_end=1, tail=1), torch.zeros(2, 0, 22, dtype=torch.int64)
+    )
     close(generator(condition, ids[:, 1:]), case.arrays["logits"])
-    for slots in (list(range(1, 24)), [torch.full((2,), slot) for slot in range(1, 24)]):
+    for slots in (list(range(1, 24)), [Position.by_row(torch.full((2,), slot)) for slot in range(1, 24)]):
         cache = generator.new_cache(condition)
         logits = [generator(condition, ids[:, :0], cache=cache)]
         for i, slot in enumerate(slots, start=1):

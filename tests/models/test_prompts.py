@@ -7,6 +7,7 @@ import softcfg
 from prompt_model import END_OF_LINE, LINE, PromptGenerator, prompt_generator
 from softcfg import CFG, SoftCFG
 from softcfg.decoding import decode, image_uniforms
+from softcfg.nn import Position
 
 PROMPTS = [[1, 2, 3, 4, 5], [6], [3, 1]]
 
@@ -16,7 +17,7 @@ def generator() -> PromptGenerator:
     return prompt_generator(12).double()
 
 
-@pytest.mark.parametrize("by_row", [False, True], ids=["one slot", "slots by row"])
+@pytest.mark.parametrize("by_row", [False, True], ids=["shared position", "position by row"])
 def test_padded_rows_are_those_without_padding(generator: PromptGenerator, by_row: bool) -> None:
     tokens = torch.randint(generator.vocab_size, (3, 11))
     weights = torch.rand(3, 7, 16)
@@ -26,7 +27,9 @@ def test_padded_rows_are_those_without_padding(generator: PromptGenerator, by_ro
         first = 16 - condition.cache_slots  # padding has weights, too, without effect
         cache = generator.new_cache(condition)
         head = generator(condition, tokens[rows, :4], cache=cache, value_weights=weights[rows, 0, first:])
-        slot = torch.full((condition.rows,), condition.slots + 4) if by_row else condition.slots + 4
+        slot = Position.shared(condition.slots + 4)
+        if by_row:
+            slot = Position.by_row(torch.full((condition.rows,), condition.slots + 4))
         tail = generator(condition, tokens[rows, 4:], cache=cache, slot=slot, value_weights=weights[rows, :, first:])
         return torch.cat((head, tail), 1)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softcfg.nn import AttentionContext, KVCache, weighted_attention
+from softcfg.nn import AttentionContext, KVCache, Position, Rotary, weighted_attention
 
 ROWS, HEADS, DIM = 3, 2, 8
 
@@ -103,14 +103,20 @@ def test_weights_may_be_differentiated() -> None:
 def test_layers_may_lie_on_several_devices() -> None:
     cache = KVCache(layers=2, rows=1, heads=1, slots=2, head_dim=4, device=[torch.device("cpu"), torch.device("meta")])
     assert [part.device.type for part in cache.values] == ["cpu", "meta"]
-    padding, mask = torch.tensor([1]), torch.ones(1, 2, dtype=torch.bool)
-    context = AttentionContext(slot=1, cache=cache, mask=mask, padding=padding)
-    assert context.on(torch.device("cpu")) is context
-    moved = context.on(torch.device("meta"))
-    assert moved.cache is cache
-    assert moved.mask is not None
-    assert moved.padding is not None
-    assert (moved.slot, moved.mask.device.type, moved.padding.device.type) == (1, "meta", "meta")
+    table = torch.zeros(1, 2)
+    for position in (Position.shared(1), Position.by_row(torch.tensor([1]))):
+        context = AttentionContext.create(
+            position, 1, cache, rotary=Rotary(table, table), value_weights=torch.ones(1, 3), padding=torch.tensor([1])
+        )
+        assert context.on(torch.device("cpu")) is context
+        moved = context.on(torch.device("meta"))
+        assert context.on(torch.device("meta")) is moved  # all layers of a device share the copy
+        assert moved.cache is cache
+        assert moved.slots == 2
+        tensors = [moved.mask, moved.padding, moved.value_weights, moved.rotary and moved.rotary.cos]
+        if position.row_slots is not None:
+            tensors.append(moved.position.row_slots)
+        assert [tensor.device.type for tensor in tensors if tensor is not None] == ["meta"] * len(tensors)
 
 
 @pytest.mark.parametrize("new", [1, 4])

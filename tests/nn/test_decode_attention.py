@@ -60,7 +60,7 @@ def check() -> None:
             else:
                 stored = torch.stack((keys, values))
                 wanted = reference(query, *stored, last, first, *weights)
-            for row, end in enumerate(last.tolist()):  # what lies behind a row's position must not matter
+            for row, end in enumerate(last.tolist()):  # what lies after a row's position must not matter
                 for behind in scales if rounded else stored:
                     behind[row, :, end + 1 :] = float("nan")
             by_query = None if weights[0] is None else weights[0][:, None]
@@ -71,6 +71,11 @@ def check() -> None:
             )  # fmt: skip
             torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
             assert out.dtype == dtype
+    # Positions that all rows share come as one number, expanded.
+    shared = torch.tensor([3]).expand(rows)
+    out = decode_attention(query, keys, values, shared, first=torch.tensor([1]).expand(rows))
+    wanted = reference(query, keys, values, shared, torch.ones_like(shared), None, None)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
 
 
 def test_kernel_is_attention_over_the_visible_slots():

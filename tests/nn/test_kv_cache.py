@@ -1,9 +1,17 @@
 import pytest
 import torch
+from torch import Tensor
 
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
+from softcfg.nn.position import Position
 
 ROWS, HEADS, DIM = 3, 2, 8
+
+
+def update(cache: KVCache, layer: int, keys: Tensor, values: Tensor, position: Position) -> tuple[Tensor, Tensor]:
+    """Write and read back what attention then covers."""
+    cache.write(layer, keys, values, position)
+    return cache.read(layer, position.covered(keys.shape[2], cache.slots))
 
 
 def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
@@ -11,12 +19,12 @@ def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
     key, value = torch.randn(2, ROWS, HEADS, 6, DIM)
     pointers = [part.data_ptr() for part in (*cache.keys, *cache.values)]
     for layer in range(2):
-        cache.update(layer, key[:, :, :2], value[:, :, :2], 0)
+        update(cache, layer, key[:, :, :2], value[:, :, :2], Position.start())
     for slot in range(2, 6):
         for layer in range(2):
-            keys, values = cache.update(
-                layer, (layer + 1) * key[:, :, slot : slot + 1], value[:, :, slot : slot + 1], slot
-            )
+            new = slice(slot, slot + 1)
+            scaled = (layer + 1) * key[:, :, new]
+            keys, values = update(cache, layer, scaled, value[:, :, new], Position.shared(slot))
             assert keys.shape == values.shape == (ROWS, HEADS, slot + 1, DIM)
     assert torch.equal(cache.values[0], value)
     assert torch.equal(keys[:, :, 2:], 2 * key[:, :, 2:])
@@ -29,7 +37,7 @@ def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
 def test_cache_refuses_to_overflow(kind: type[KVCache]) -> None:
     cache = kind(layers=1, rows=1, heads=1, slots=2, head_dim=4)
     with pytest.raises(ValueError, match="2 slots"):
-        cache.update(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 1)
+        cache.write(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), Position.shared(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -42,9 +50,12 @@ def test_int8_is_off_by_half_a_step_at_most(dtype: torch.dtype, by_row: bool) ->
     written[..., 4, :] = 0
     for layer, (keys, values) in enumerate(written):
         for slots in (slice(0, 3), slice(3, 4), slice(4, 6)):
-            slot = torch.full((ROWS,), slots.start) if by_row else slots.start
-            read = cache.update(layer, keys[:, :, slots], values[:, :, slots], slot)
-        assert [part.shape[2] for part in cache.update(layer, keys[:, :, :2], values[:, :, :2], 0)] == [2, 2]
+            position = Position.shared(slots.start)
+            if by_row:
+                position = Position.by_row(torch.full((ROWS,), slots.start))
+            read = update(cache, layer, keys[:, :, slots], values[:, :, slots], position)
+        again = update(cache, layer, keys[:, :, :2], values[:, :, :2], Position.start())
+        assert [part.shape[2] for part in again] == [2, 2]
         for found, wanted in zip(read, (keys, values), strict=True):
             assert found.dtype == dtype
             step = wanted.double().abs().amax(-1, keepdim=True) / 127
@@ -60,7 +71,7 @@ def test_int8_rows_write_where_they_stand() -> None:
     torch.manual_seed(0)
     cache = Int8KVCache(layers=1, rows=2, heads=1, slots=5, head_dim=DIM)
     vectors = torch.randn(2, 1, 2, DIM)
-    keys, values = cache.update(0, vectors, -vectors, torch.tensor([0, 3]))
+    keys, values = update(cache, 0, vectors, -vectors, Position.by_row(torch.tensor([0, 3])))
     for row, slot in ((0, 0), (1, 3)):
         torch.testing.assert_close(keys[row, :, slot : slot + 2], vectors[row], atol=0.02, rtol=0)
         torch.testing.assert_close(values[row, :, slot : slot + 2], -vectors[row], atol=0.02, rtol=0)
@@ -73,7 +84,7 @@ def test_a_part_shares_the_memory(kind: type[KVCache]) -> None:
     cache = kind(layers=1, rows=1, heads=1, slots=6, head_dim=DIM)
     part = cache.up_to(4)
     vectors = torch.randn(1, 1, 2, DIM)
-    part.update(0, vectors, vectors, torch.tensor([1]))
+    part.write(0, vectors, vectors, Position.by_row(torch.tensor([1])))
     assert part.slots == 4
     assert torch.equal(cache.read(0, 4)[0], part.read(0, 4)[0])
     assert cache.read(0, 6)[1].count_nonzero(-1).flatten().tolist() == [0, DIM, DIM, 0, 0, 0]

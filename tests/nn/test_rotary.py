@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from softcfg.nn.rotary import angles_1d, angles_2d, rotate
+from softcfg.nn.rotary import Rotary, angles_1d, angles_2d, rotate
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 0.03)])
@@ -19,6 +19,15 @@ def test_pairs_turn_by_their_angles(dtype: torch.dtype, tolerance: float) -> Non
             cos, sin = math.cos(angles[n, i]), math.sin(angles[n, i])
             torch.testing.assert_close(got[..., n, 2 * i].double(), a * cos - b * sin, rtol=0, atol=tolerance)
             torch.testing.assert_close(got[..., n, 2 * i + 1].double(), b * cos + a * sin, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_tables_of_a_generator_that_was_cast(halves: bool) -> None:
+    """`generator.to(bfloat16)` casts the tables, too; the rotation is then that of the rounded tables, in float32."""
+    x, angles = torch.randn(2, 3, 4, 8).bfloat16(), torch.rand(4, 4) * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    got = Rotary(cos, sin, halves)(x)
+    assert torch.equal(got, Rotary(cos.float(), sin.float(), halves)(x.float()).bfloat16())
 
 
 def test_a_zero_row_makes_zero_vectors() -> None:

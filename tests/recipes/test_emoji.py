@@ -28,14 +28,6 @@ NAMES = """\
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def square(name: str, colour: tuple[int, int, int], word: str, *, recoloured: bool = False) -> Picture:
     pixels = np.full((32, 32, 3), 255, np.uint8)
     pixels[8:24, 8:24] = colour

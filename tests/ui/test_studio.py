@@ -18,9 +18,9 @@ from PIL import Image
 
 import softcfg
 from softcfg import CFG, SoftCFG, UserError
-from softcfg.models.base import ClassCondition
+from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline
-from softcfg.ui.studio import METHODS, Canvas, Drawing, Grid, Limits, Model, Panel, Settings, Studio
+from softcfg.ui.studio import METHODS, Canvas, Drawing, Limits, Model, Panel, Settings, Studio
 
 
 @pytest.fixture
@@ -361,7 +361,7 @@ class TestPrompts:
         assert np.array_equal(picture.pixels, expected.pixels[0])
         # Where all tokens are there, the sketch is the image; where one is missing, its place is clear.
         canvas = Canvas(studio.models["words"], "a red star")
-        assert canvas.grid == Grid(front=0, rows=4, columns=4, stride=5, total=21)
+        assert canvas.grid == Geometry(4, 4, row_end=1, tail=1)
         assert np.array_equal(canvas.sketch(picture.tokens)[..., :3], picture.pixels)
         assert (canvas.sketch(picture.tokens)[..., 3] == 255).all()
         clear = canvas.sketch(picture.tokens[:12])[..., 3] == 0
@@ -386,22 +386,3 @@ class TestPrompts:
         studio = Studio({"words": words}, Limits(prompt=20))
         with pytest.raises(UserError, match=said):
             studio.settings(subject=subject)
-
-
-class TestGrid:
-    def test_tokens_in_front_have_no_place(self, pipeline: Pipeline) -> None:
-        condition = ClassCondition(torch.tensor([0]), slots=1, num_tokens=273)
-        grid = Grid.of(pipeline.generator, condition)
-        assert (grid.front, grid.rows, grid.columns, grid.total) == (17, 16, 16, 273)
-        assert grid.place(16) is None
-        assert grid.place(17) == (0, 0)
-        assert grid.place(272) == (15, 15)
-        assert grid.place(273) is None
-        assert np.array_equal(grid.arranged(np.arange(273)), np.arange(17, 273).reshape(16, 16))
-
-    def test_ends_of_lines_have_no_place(self) -> None:
-        # Two rows of three places, each with an end, then the end of the image.
-        grid = Grid(front=0, rows=2, columns=3, stride=4, total=9)
-        places = [grid.place(token) for token in range(9)]
-        assert places == [(0, 0), (0, 1), (0, 2), None, (1, 0), (1, 1), (1, 2), None, None]
-        assert np.array_equal(grid.arranged(np.arange(9)), [[0, 1, 2], [4, 5, 6]])

@@ -17,7 +17,7 @@ from torch import Tensor
 import softcfg
 from softcfg import CheckpointError, UserError
 from softcfg.files import hash_file
-from softcfg.zoo import GENERATORS, MODELS, TOKENIZERS, ModelFile, Part, fetch, read_state_dict
+from softcfg.zoo import GENERATORS, MODELS, TOKENIZERS, Component, ModelFile, fetch, read_state_dict
 from tiny_models import ALITOK, ON_DRIVE, VQ, on_hub, weights
 
 RAR_PART = on_hub("someone/tiny", "tiny_rar.bin").generator
@@ -180,7 +180,7 @@ def test_a_bare_pickle_with_code_is_not_run(tmp_path: Path, protocol: int) -> No
 
 ROBUSTOK = {"codebook_size": 8, "codebook_embed_dim": 4, "vit_embed_dim": 8, "vit_depth": 1, "vit_num_heads": 2,
             "image_size": 8, "patch_size": 4}  # fmt: skip
-ROBUSTOK_PART = Part(TOKENIZERS["robustok"], ROBUSTOK, ModelFile("post-train.pt", "someone/tiny"))
+ROBUSTOK_PART = Component(TOKENIZERS["robustok"], ROBUSTOK, ModelFile("post-train.pt", "someone/tiny"))
 UNNEEDED = {
     "semantic_model.cls_token": torch.zeros(1, 1, 8),
     "quantize.ema_vocab_hit_SV": torch.zeros(8),
@@ -242,7 +242,7 @@ def test_other_objects_beside_the_arguments_are_refused(tmp_path: Path) -> None:
 
 
 LLAMAGEN = {"dim": 8, "n_layer": 1, "n_head": 2, "num_classes": 2, "vocab_size": 4, "block_size": 4, "multiple_of": 8}
-LLAMAGEN_PART = Part(GENERATORS["llamagen"], LLAMAGEN, ModelFile("c2i.pt", "someone/tiny"))
+LLAMAGEN_PART = Component(GENERATORS["llamagen"], LLAMAGEN, ModelFile("c2i.pt", "someone/tiny"))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_foreign_weights_get_no_guess() -> None:
 def test_a_full_size_file_is_checked_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTCFG_CHECKPOINTS", str(tmp_path / "checkpoints"))
     entry = MODELS["rar-xxl"]
-    for part in entry.parts:
+    for part in entry.components:
         tensors = {name: torch.empty(tensor.shape) for name, tensor in weights(part, "meta").items()}
         # A file whose tensors were skipped is sparse: of full size, but it takes neither disk space nor time.
         with torch.serialization.skip_data():

@@ -27,7 +27,7 @@ def downloads(tmp_path: Path) -> Path:
     """A folder with the files of a model that has to be downloaded by hand."""
     path = tmp_path / "downloads"
     path.mkdir()
-    for part in ON_DRIVE.parts:
+    for part in ON_DRIVE.components:
         torch.save(weights(part), path / part.file.name)
     return path
 
@@ -39,7 +39,7 @@ def test_files_on_drive_are_asked_for(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         fetch("alitok-xl")
     text = str(caught.value)
-    for part in MODELS["alitok-xl"].parts:
+    for part in MODELS["alitok-xl"].components:
         assert f"{part.file.name} (https://drive.google.com/file/d/{part.file.drive_id}/view)" in text
     assert str(folder) in text
     assert "softcfg fetch alitok-xl --from" in text
@@ -85,7 +85,7 @@ def test_a_file_whose_name_another_model_has(folder: Path, tmp_path: Path) -> No
     for entry in (first, second):
         downloads = tmp_path / entry.name
         downloads.mkdir()
-        for part in entry.parts:
+        for part in entry.components:
             torch.save(weights(part), downloads / part.file.name)
     assert fetch(first, tmp_path / first.name) == [folder / "rar_b.bin", folder / "tiny_vq.bin"]
     assert files.find_file(second.generator.file) is None
@@ -161,7 +161,7 @@ def saved(tensors: dict[str, torch.Tensor]) -> bytes:
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     entry = on_hub("someone/tiny", "tiny_rar.bin")
-    generator, tokenizer = (saved(weights(part)) for part in entry.parts)
+    generator, tokenizer = (saved(weights(part)) for part in entry.components)
     server = Hub()
     server.add("someone/tiny", "tiny_rar.bin", generator)
     server.add("someone/tiny", "tiny_vq.bin", tokenizer)
@@ -231,7 +231,7 @@ def test_the_hub(hub: Hub, tmp_path: Path, folder: Path) -> None:
 
 def test_files_of_the_hub_may_be_put_in_place_by_hand(folder: Path, tmp_path: Path) -> None:
     entry = on_hub("someone/tiny", "tiny_rar.bin")
-    for part in entry.parts:
+    for part in entry.components:
         torch.save(weights(part), tmp_path / part.file.name)
     assert fetch(entry, tmp_path) == [folder / "tiny_rar.bin", folder / "tiny_vq.bin"]
     assert fetch(entry) == [folder / "tiny_rar.bin", folder / "tiny_vq.bin"]

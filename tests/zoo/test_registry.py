@@ -34,9 +34,9 @@ description: two shapes
 def test_models_have_exactly_the_released_tensors(name: str) -> None:
     entry = MODELS[name]
     released = entry.generator.family.needed(json.loads(KEYS[name].read_text())["tensors"])
-    generator, tokenizer = (module(part, "meta") for part in entry.parts)
+    generator, tokenizer = (module(part, "meta") for part in entry.components)
     assert {key: list(tensor.shape) for key, tensor in generator.state_dict().items()} == released
-    for part, half in zip(entry.parts, (generator, tokenizer), strict=True):
+    for part, half in zip(entry.components, (generator, tokenizer), strict=True):
         assert part.parameters == sum(tensor.numel() for tensor in half.state_dict().values())
     if entry.text is None:
         assert (generator.num_tokens, generator.vocab_size) == (tokenizer.num_tokens, tokenizer.codebook_size)

@@ -210,9 +210,20 @@ def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to draw, for text-to-image models; may be repeated"
     )
-    group.add_argument("--prompts", metavar="FILE", help="texts to draw, one a line")
+    group.add_argument("--prompts", metavar="FILE", help="texts to draw, one per line")
+    group.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what the unconditional branch reads, for models that read one there"
+    )
+    add_size_arguments(group)
+
+
+def add_size_arguments(group: argparse._ArgumentGroup) -> None:
+    """The size of what text-to-image models draw."""
     group.add_argument("--width", type=int, metavar="W", help="of the images, in pixels (default: the model's own)")
     group.add_argument("--height", type=int, metavar="H", help="of the images, in pixels (default: the model's own)")
+    group.add_argument(
+        "--ratio", metavar="W:H", help="such as 16:9, in place of a size, for models that choose the number of pixels"
+    )
 
 
 def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | None:
@@ -221,9 +232,9 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
     Raises:
         UserError: no prompts for a text-to-image model, labels for one, or prompts or a size for another.
     """
-    flags = ("prompt", "prompts", "width", "height", "images_per_prompt")
+    flags = ("prompt", "prompts", "negative_prompt", "width", "height", "ratio", "images_per_prompt")
     given = [f"--{name.replace('_', '-')}" for name in flags if getattr(args, name, None) is not None]
-    if pipeline.prompt_reader is None:
+    if not pipeline.conditioning.takes_prompts:
         if given:
             raise UserError(f"{given[0]}: {pipeline.name} draws classes, not texts; choose them with --labels")
         return None
@@ -246,32 +257,37 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
 
 
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
-    """What the generator is conditioned on, one an image: class ids or prompts; and a short name for each."""
-    from softcfg.images import short_title
-    from softcfg.prompts import as_prompts
+    """What the generator is conditioned on, one input per image: class ids or prompts; and a short name for each."""
+    from softcfg.prompts import Prompt
 
-    prompts = parse_prompts(args, pipeline)
-    if prompts is not None:
-        assert pipeline.prompt_reader is not None
+    conditioning = pipeline.conditioning
+    texts = parse_prompts(args, pipeline)
+    if texts is not None:
+        prompts = [Prompt(text, negative_text=args.negative_prompt) for text in texts]
         width, height = image_size(args, pipeline)
-        asked = as_prompts(prompts, width, height)
-        read = pipeline.prompt_reader.read(asked, pipeline.generator, pipeline.tokenizer)
-        return list(read), [short_title(prompt) for prompt in prompts]
-    if args.labels is None:
+        requests = conditioning.requests(prompts=prompts, width=width, height=height)
+    elif args.labels is None:
         raise UserError(f"{pipeline.name} draws classes: give them with --labels")
-    labels = parse_labels(args.labels, pipeline)
-    return labels, [pipeline.classes[label] if pipeline.classes else f"class {label}" for label in labels]
+    else:
+        requests = conditioning.requests(parse_labels(args.labels, pipeline))
+    return conditioning.inputs(requests), [conditioning.title(request) for request in requests]
 
 
 def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
-    """Width and height in pixels of what a text-to-image model is to draw.
+    """Width and height, in pixels, of what a text-to-image model is to draw.
 
     Raises:
         UserError: the model does not draw images of this size.
     """
-    pipeline.num_tokens(args.width, args.height)
-    side = pipeline.generator.config.image_size
-    return args.width or side, args.height or side
+    from softcfg.models.conditioning import PromptConditioning
+
+    conditioning = pipeline.conditioning
+    if args.ratio is None:
+        return conditioning.image_size(args.width, args.height)
+    if args.width is not None or args.height is not None:
+        raise UserError("give --ratio, or --width and --height")
+    assert isinstance(conditioning, PromptConditioning)  # others were refused
+    return conditioning.image_size(*conditioning.size_of_ratio(args.ratio))
 
 
 def parse_labels(text: str, pipeline: Pipeline) -> list[int]:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     import torch
 
-    from softcfg.decoding.throughput import example_inputs, time_steps
+    from softcfg.decoding.throughput import time_steps
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
         raise UserError("--batch-sizes and --repeats must be at least 1")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     speed: dict[int, float] = {}
     for batch in sorted(set(args.batch_sizes)):
         step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats)
-        condition = generator.condition(example_inputs(generator, batch), guided=guidance.is_active)
+        condition = generator.condition(generator.example_inputs(batch), guided=guidance.is_active)
         pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, condition, batch) / batch
         seconds = (set_up + step * condition.num_tokens) / batch + pixels
         speed[batch] = 1 / seconds

@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     try:
         for command in COMMANDS:
             command.add_parser(commands)
-        for command in commands.choices.values():
-            command.add_argument(
+        for each in commands.choices.values():
+            each.add_argument(
                 plugins.OPTION,
                 action="append",
                 metavar="MODULE",

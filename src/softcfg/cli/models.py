@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from softcfg.cli import arguments
 
 if TYPE_CHECKING:
-    from softcfg.zoo.registry import ModelEntry, Part
+    from softcfg.zoo.registry import Component, ModelEntry
 
 EXAMPLES = """\
 examples:
@@ -51,32 +51,33 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
     """What there is to know about a model, ready for JSON; a file that is missing has the `path` None."""
     from softcfg.zoo.files import find_file, missing_files
 
-    def part(part: Part) -> dict[str, Any]:
-        missing = missing_files(part.files)
+    def described(component: Component) -> dict[str, Any]:
+        missing = missing_files(component.files)
         return {
-            "family": part.family.name,
-            "parameters": part.parameters,
-            "config": dict(part.config),
-            "file": part.file.name,
-            "published": part.file.published,
-            "path": None if missing else str(find_file(part.file)),
+            "family": component.family.name,
+            "parameters": component.parameters,
+            "config": dict(component.config),
+            "file": component.file.name,
+            "published": component.file.published,
+            "path": None if missing else str(find_file(component.file)),
             "missing": [file.name for file in missing],
         }
 
     text = None
     if entry.text is not None:
-        path = find_file(entry.text.file)
+        files = list(entry.text.files.values())
+        missing = missing_files(files)
         text = {
-            "file": entry.text.file.name,
-            "published": entry.text.file.published,
-            "path": None if path is None else str(path),
-            "missing": [entry.text.file.name] if path is None else [],
+            "file": files[0].name,
+            "published": files[0].published,
+            "path": None if missing else str(find_file(files[0])),
+            "missing": [file.name for file in missing],
         }
     return {
         "name": entry.name,
         "description": entry.description,
-        "generator": part(entry.generator),
-        "tokenizer": part(entry.tokenizer),
+        "generator": described(entry.generator),
+        "tokenizer": described(entry.tokenizer),
         "text": text,
         "sampling": dict(entry.sampling),
         "fid": entry.fid,

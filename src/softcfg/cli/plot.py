@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if len(inputs) > MAX_IMAGES:
         raise UserError(f"these are {len(inputs)} images; a figure holds at most {MAX_IMAGES}")
     condition = pipeline.generator.condition(inputs, guided=False)
-    h, w = condition.grid or (1, 1)
-    if h != w:
-        raise UserError(f"figures show square images, got --width {args.width} --height {args.height}")
+    geometry = condition.geometry.codes_only()
     codes = pipeline.generator.is_code(torch.arange(condition.num_tokens), condition)
     total = condition.num_codes
     step = total - 1 if args.step is None else args.step
@@ -116,14 +114,14 @@ def run(args: argparse.Namespace) -> int:
     main = of_codes(drawn)
     for name in figures:
         if name == "confidence":
-            figure = plots.plot_confidence(main, pixels, names=names)
+            figure = plots.plot_confidence(main, pixels, names=names, geometry=geometry)
         elif name == "gap":
             curves = {"CFG": main if guidance.is_plain else of_codes(traced(guidance.plain()))}
             figure = plots.plot_gap(curves if guidance.is_plain else {**curves, guidance.title: main})
         elif name == "budget":
             figure = plots.plot_budget(main)
         elif name == "weights":
-            figure = plots.plot_weights(main, step=step, pixels=pixels[0])
+            figure = plots.plot_weights(main, step=step, pixels=pixels[0], geometry=geometry)
         else:
             figure = plots.plot_candidates(main, token=token)
         path = folder / f"{name}.{args.format}"
@@ -140,7 +138,7 @@ def _encode(path: str, pipeline: Pipeline, count: int) -> Tensor:
 
     from softcfg.images import read_picture
 
-    if pipeline.prompt_reader is not None:
+    if pipeline.conditioning.takes_prompts:
         raise UserError(f"--image: {pipeline.name} draws texts; only pictures of classes can be traced")
     if count != 1:
         raise UserError(f"--image is one picture and needs one label, got {count}")

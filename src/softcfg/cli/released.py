@@ -18,10 +18,12 @@ from typing import Any
 from softcfg.configuration import dotted, parse_yaml, read_yaml
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
-from softcfg.guidance import SoftCFG, settings_of
-from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, ModelEntry, Part, resolve
+from softcfg.guidance import ConfidenceWeights, SoftCFG, settings_of
+from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
 
 NUM_SAMPLES = 50_000
+SOFTCFG = "softcfg"  # the perturbation
+OF_SOFTCFG = {setting.dest for setting in settings_of(ConfidenceWeights).values()}
 # Released name -> the argument that it sets.
 SAMPLING = {
     f"model.generator.{setting.released}": setting.dest
@@ -76,6 +78,8 @@ def apply(args: argparse.Namespace) -> None:
     """
     config = read_yaml(args.config) if args.config else {}
     values = dotted(config)
+    if args.perturbation not in (None, SOFTCFG):  # what the file says of SoftCFG is not meant
+        values = {name: value for name, value in values.items() if SAMPLING.get(name) not in OF_SOFTCFG}
     known = {*values, *SAMPLING, *_sizes()}
     for override in args.set:
         name, equals, text = override.partition("=")
@@ -110,6 +114,8 @@ def _fill_as_released(args: argparse.Namespace) -> None:
         "seed": args.model.sampling.get("seed", 42),
         "npz": True,
     }
+    if args.perturbation not in (None, SOFTCFG):
+        del defaults["preset"], defaults["softcfg_strength"]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -149,7 +155,7 @@ def _entry(model: str | None, values: Mapping[str, Any], config: str | None) -> 
     )
 
 
-def _resized(part: Part, sizes: Mapping[str, Any]) -> Part:
+def _resized(part: Component, sizes: Mapping[str, Any]) -> Component:
     fields = {field.name for field in dataclasses.fields(part.family.classes()[1])}
     return dataclasses.replace(
         part, config={**part.config, **{name: value for name, value in sizes.items() if name in fields}}

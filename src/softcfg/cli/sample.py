@@ -69,8 +69,8 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")
     group.add_argument(
         "--task",
-        help="a picture in two halves: an image above its depth, canny, hed or openpose map; or with --image depth, "
-        "canny or subject, which say what that is",
+        help="for models with tasks (Lumina-mGPT 2.0), a picture in two halves: an image above its depth, canny, hed "
+        "or openpose map; or with --image depth, canny or subject, which say what that is",
     )
     group.add_argument("--image", metavar="FILE", help="the upper half, from which the lower one is drawn")
     group.add_argument("--num-samples", type=int, metavar="N", help=f"images in all (default: {PER_LABEL} a label)")
@@ -169,7 +169,9 @@ def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
             raise UserError("give --images-per-prompt or --num-samples, not both")
         each = args.images_per_prompt or (PER_PROMPT if args.prompts is None else 1)
         return {
-            "prompts": Prompts(tuple(texts), *arguments.image_size(args, pipeline), args.task, args.image),
+            "prompts": Prompts(
+                tuple(texts), *arguments.image_size(args, pipeline), args.task, args.image, args.negative_prompt
+            ),
             "num_samples": args.num_samples or each * len(texts),
         }
     if args.task is not None or args.image is not None:

@@ -25,8 +25,9 @@ Search for the settings of guidance and sampling that give the best metric, with
   --search NAME=A,B,...         one of these                   confidence=max,entropy  step_norm=on,off
 
 NAME is a flag of 'softcfg sample' (without --), a field of SoftCFG or Sampling, or preset. Flags fix the other
-settings. Every trial is a run folder, DIR/trials/0000 and so on, of the same seed; results.csv and results.json
-hold its settings, its metrics and the command that draws it again; settings.png and front.png show them.
+settings. Settings of a rule or perturbation are for the trials that have it. Every trial is a run folder,
+DIR/trials/0000 and so on, of the same seed; results.csv and results.json hold its settings, its metrics and the
+command that draws it again; settings.png and front.png show them.
 
 The same command continues a sweep that was stopped or killed. Several processes, also on several machines, share
 one sweep: start the same command in each, with one --storage. See docs/tuning.md."""

@@ -49,8 +49,7 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument("--suite", choices=SUITES, required=True, help="the benchmark")
     group.add_argument("--prompts", metavar="PROMPTS", required=True, help="folder of its prompts")
-    group.add_argument("--width", type=int, metavar="W", help="of the images, in pixels (default: the model's own)")
-    group.add_argument("--height", type=int, metavar="H", help="of the images, in pixels (default: the model's own)")
+    arguments.add_size_arguments(group)
     group.add_argument(
         "--batch-size",
         type=int,
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = Path(args.output_dir).absolute()
 
     def subjects(pipeline: Pipeline) -> dict[str, Any]:
-        if pipeline.prompt_reader is None:
+        if not pipeline.conditioning.takes_prompts:
             raise UserError(f"{pipeline.name} draws classes, not texts; t2i-bench is for text-to-image models")
         width, height = arguments.image_size(args, pipeline)
         if args.suite == "dpg" and width != height:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         value_weights=args.value_weights,
     )
-    result.save(output, **({} if pipeline.prompt_reader is None else {"prompts": names}))
+    result.save(output, **({"prompts": names} if pipeline.conditioning.takes_prompts else {}))
     for name, tensor in result.tensors().items():
         print(f"{name:16} {str(tensor.dtype).removeprefix('torch.'):8} {list(tensor.shape)}")
     print(f"saved to {output}")

@@ -6,6 +6,7 @@ as the GPU runs them. A CUDA graph launches all of them at once, and replays the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,13 +39,31 @@ def repeat(step: Callable[[Tensor], None], steps: range, device: torch.device) -
 def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """What repeats `step`: on a GPU a CUDA graph of it, which keeps its tensors; elsewhere the step itself.
 
-    The step has run before, so that kernels are compiled and libraries are set up.
+    The step has run before, so that kernels are compiled and libraries are set up. If it cannot be captured, because
+    the memory is not enough for example, it is repeated as it is, with a warning.
     """
-    if device.type != "cuda":
+    capture = CAPTURES.get(device.type)
+    if capture is None:
         return step
+    try:
+        return capture(step, device)
+    except RuntimeError as error:
+        warnings.warn(
+            f"the decoding step could not be captured as a graph, so every step launches its kernels anew, which is "
+            f"slower: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return step
+
+
+def _cuda_graph(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):  # records, and runs nothing
             step()
     return graph.replay
+
+
+CAPTURES = {"cuda": _cuda_graph}  # by type of device: what turns a step into something that replays it

@@ -26,9 +26,10 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.randomness import ImageStreams
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, guide_steps
+from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.linear import prepared_linear_layers
+from softcfg.nn.position import Position
 
 
 @torch.inference_mode()
@@ -174,30 +175,29 @@ class JacobiDecoder:
     def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Conditional and guided logits [B, n, V] of the window; `state` is the rule's before it."""
         if self._passes == 0:
-            slot: int | Tensor = 0
+            position = Position.start()
             inputs = self.tokens[:, : self.window - 1]
         else:
-            slot = self.condition.slots - 1 + steps[:, 0]
+            position = Position.by_row(self.condition.slots - 1 + steps[:, 0])
             inputs = self.tokens.gather(1, steps - 1)
-        cond = self._forward(0, inputs, slot)
+        cond = self._forward(0, inputs, position)
         if not self.guidance.is_active:
             return cond, cond
         if not self.guidance.perturbs:
             cond, uncond = cond.chunk(2)
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
-            uncond = self._forward(1, inputs, slot, **self._weights(steps))
-        guided, self._rule_states = guide_steps(self.guidance.rule, cond, uncond, self._scales[steps], steps, state)
+            uncond = self._forward(1, inputs, position, **self._weights(steps))
+        guided, self._rule_states = self.guidance.guide_steps(cond, uncond, self._scales[steps], steps, state)
         return cond, guided
 
-    def _forward(self, part: int, inputs: Tensor, slot: int | Tensor, **weights: Tensor) -> Tensor:
+    def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:
         condition = self._parts[part]
         copies = condition.rows // self.batch
-        if isinstance(slot, Tensor):
-            slot = slot.repeat(copies)
         # What is fed last stands before the last position of the window; attention need not look further.
         cache = self._caches[part].up_to(condition.slots - 1 + self._end)
-        return self.generator(condition, inputs.repeat(copies, 1), cache=cache, slot=slot, **weights).float()
+        rows, slot = inputs.repeat(copies, 1), position.repeated(copies)
+        return self.generator(condition, rows, cache=cache, slot=slot, **weights).float()
 
     def _record(self, steps: Tensor, cond_logits: Tensor, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` at `steps`, both [B, n]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,7 @@ from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
+from softcfg.nn.position import Position
 
 
 @torch.inference_mode()
@@ -38,7 +40,7 @@ def decode(
     Args:
         labels: B class ids, or what else the generator is conditioned on.
         guidance: `CFG`, `SoftCFG` or one of another rule; inactive (scale 0 or 1) it skips the unconditional rows.
-        uniforms: [B, T] in [0, 1), one number a token (see `image_uniforms`).
+        uniforms: [B, T] in [0, 1), one number per token (see `image_uniforms`).
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
@@ -65,19 +67,17 @@ def decode(
     uniforms = uniforms.to(device)
     tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
 
-    def advance(step: int | Tensor) -> None:
-        at = decoder.index(step)
-        drawn = draw(decoder.predict(step, tokens), uniforms[:, at].squeeze(1))
-        if forced is not None and mask is not None:
-            drawn = torch.where(mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
-        decoder.record(step, drawn)
-        tokens[:, at] = drawn[:, None]
+    def advance(step: Step) -> None:
+        decoder.advance(step, tokens, uniforms, forced, mask)
 
     if static is None:
-        static = device.type == "cuda" and generator.slots_by_row and generator.layer_devices is None
+        static = steps_are_static(generator)
     with prepared_linear_layers(generator, condition.rows):
-        advance(0)
-        steps = repeat(advance, range(1, total), device) if static else map(advance, range(1, total))
+        advance(decoder.step(0))
+        if static:
+            steps = repeat(lambda index: advance(Step(index)), range(1, total), device)
+        else:
+            steps = map(advance, map(decoder.step, range(1, total)))
         for done, _ in enumerate(chain([None], steps), start=1):
             if on_step is not None:
                 on_step(done)
@@ -86,13 +86,44 @@ def decode(
     return tokens
 
 
+def steps_are_static(generator: Generator) -> bool:
+    """Whether `decode` runs steps of constant shapes by default: on a GPU, for generators that can."""
+    return generator.device.type == "cuda" and generator.supports_row_positions and generator.layer_devices is None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step that draws one token of every image.
+
+    Attributes:
+        index: int64 [1], the index of the token, on the device.
+        number: the same as a number. None if the device alone knows it: no shape may depend on it then, and it is
+            above 0.
+    """
+
+    index: Tensor
+    number: int | None = None
+
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """What is fed of `tokens` int64 [B, T]: the token before, [B, 1]; for the first step none, [B, 0]."""
+        if self.number is None:
+            return tokens[:, self.index - 1]
+        return tokens[:, max(self.number - 1, 0) : self.number]
+
+    def position(self, condition: Condition) -> Position:
+        """Where the pass starts that feeds these inputs; the first step feeds the condition."""
+        if self.number is None:
+            return Position.by_row((condition.slots - 1 + self.index).expand(condition.rows))
+        return Position.shared(condition.slots - 1 + self.number) if self.number else Position.start()
+
+
 class Decoder:
     """A batch that is decoded token by token: its key/value cache, the guidance's state, and one step.
 
     Attributes:
         batch: B, images.
         cache: keys and values of all rows.
-        confidence: float32 [B, T], zero for tokens that are not there yet or are no image codes.
+        confidence: float32 [B, T], zero for tokens that are not drawn yet or are no image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
     """
@@ -119,40 +150,52 @@ class Decoder:
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
 
-    def index(self, step: int | Tensor) -> Tensor:
-        """A step as an index of one element, int64 [1]."""
-        return self._steps[step : step + 1] if isinstance(step, int) else step.reshape(1)
+    def step(self, number: int) -> Step:
+        """The step that draws token `number`."""
+        return Step(self._steps[number : number + 1], number)
 
-    def predict(self, step: int | Tensor, tokens: Tensor) -> Tensor:
-        """Feed the token before token `step`, of `tokens` int64 [B, T]; return what to draw from, [B, V].
+    def advance(
+        self,
+        step: Step,
+        tokens: Tensor,
+        uniforms: Tensor,
+        forced: Tensor | None = None,
+        forced_mask: Tensor | None = None,
+    ) -> None:
+        """Draw the token of a step and write it into `tokens`.
 
         Args:
-            step: 0 feeds the condition. As an int64 tensor of one element, above 0, the shapes do not depend on it.
+            tokens: int64 [B, T].
+            uniforms: [B, T] in [0, 1).
+            forced, forced_mask: int64 and bool [B, T], tokens that take the place of drawn ones, and where.
         """
-        at = self.index(step)
-        slot: int | Tensor
-        if isinstance(step, int):
-            inputs = tokens[:, max(step - 1, 0) : step]
-            slot = self.condition.slots + step - 1 if step else 0
-        else:
-            inputs = tokens[:, at - 1]
-            slot = (self.condition.slots - 1 + at).expand(self.condition.rows)
+        at = step.index
+        drawn = draw(self.predict(step, tokens), uniforms[:, at].squeeze(1))
+        if forced is not None and forced_mask is not None:
+            drawn = torch.where(forced_mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
+        self.record(step, drawn)
+        tokens[:, at] = drawn[:, None]
+
+    def predict(self, step: Step, tokens: Tensor) -> Tensor:
+        """Feed the token before that of the step, of `tokens` int64 [B, T]; return what to draw from, [B, V]."""
+        at, position = step.index, step.position(self.condition)
+        inputs = step.inputs(tokens)
         rows = inputs.repeat(self.condition.rows // self.batch, 1)
-        logits = self.generator(self.condition, rows, cache=self.cache, slot=slot, **self._row_weights())
+        logits = self.generator(self.condition, rows, cache=self.cache, slot=position, **self._row_weights())
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
-            guided, state = self.guidance.rule.guide(
+            guided, state = self.guidance.guide_step(
                 guided, logits[self.batch :], self._scales[at], step=at, state=self.rule_state
             )
             self._keep(state)
         guided = self.generator.constrain(guided[:, None], at, self.condition)[:, 0]
         return self.sampling.probabilities(guided)
 
-    def record(self, step: int | Tensor, tokens: Tensor) -> None:
+    def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
         if self.guidance.perturbs:
-            at = self.index(step)
+            at = step.index
             confidence = self.guidance.weak_branch.token_confidence(
                 self._cond_logits, tokens, self.sampling.temperature
             )
@@ -166,7 +209,7 @@ class Decoder:
             return {}
         perturbation = self.guidance.weak_branch
         self._weights[self.batch :, self.condition.slots :] = perturbation.weights(self.confidence)
-        return targeted(perturbation, self._weights)
+        return attention_weights(perturbation, self._weights)
 
     def _keep(self, state: Tensor | None) -> None:
         """Keep the rule's state in one place: a CUDA graph writes where it read."""
@@ -198,11 +241,11 @@ def query_weights(
         from_start: the pass starts with the condition, whose slots, as queries and as keys, are not weighted.
     """
     leading = condition.slots - 1 if from_start else 0
-    return targeted(perturbation, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
+    return attention_weights(perturbation, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
 
 
-def targeted(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
-    """Hand `weights` to the generator's values, keys or both, as the perturbation's target says."""
+def attention_weights(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments that hand `weights` to values, keys or both, as the target of the perturbation says."""
     names = {"value": ["value"], "key": ["key"], "both": ["value", "key"]}[perturbation.target]
     return {f"{name}_weights": weights for name in names}
 

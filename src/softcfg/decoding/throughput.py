@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.filtering import Sampling
 from softcfg.decoding.graphs import WARM_UP, captured
-from softcfg.decoding.sequential import Decoder
+from softcfg.decoding.sequential import Decoder, Step, steps_are_static
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.kv_cache import KVCache
@@ -20,16 +20,6 @@ from softcfg.nn.linear import prepared_linear_layers
 
 # A step's cost grows with the filled part of the cache; the mean over these parts of the sequence stands for all of it.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-PROMPT_TOKENS = 64
-
-
-def example_inputs(generator: Generator, batch: int) -> list[Any]:
-    """What a batch could be conditioned on: the classes in turn, or prompts of 64 tokens."""
-    if generator.num_classes:
-        return [row % generator.num_classes for row in range(batch)]
-    from softcfg.models.lumina import TokenPrompt
-
-    return [TokenPrompt([0] * PROMPT_TOKENS)] * batch
 
 
 def filled_cache(generator: Generator, condition: Condition) -> KVCache:
@@ -56,20 +46,17 @@ def decoding_step(
     batch = decoder.batch
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
-    uniforms = torch.rand(batch, device=generator.device)
+    uniforms = torch.rand(batch, condition.num_tokens, device=generator.device)
 
-    # As `decode` does it: on a GPU the position is a tensor, and the step a CUDA graph.
-    on_gpu = generator.device.type == "cuda" and generator.layer_devices is None
-    at = torch.tensor([position], device=generator.device) if on_gpu else position
-    drawn = tokens.new_zeros(batch)
+    static = steps_are_static(generator)
+    at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)
 
     @torch.inference_mode()
     def step() -> Tensor:
-        drawn.copy_(draw(decoder.predict(at, tokens), uniforms))
-        decoder.record(at, drawn)
-        return drawn
+        decoder.advance(at, tokens, uniforms)
+        return tokens[:, position]
 
-    if not on_gpu:
+    if not static:
         return step
     for _ in range(WARM_UP):
         step()
@@ -77,7 +64,7 @@ def decoding_step(
 
     def replayed() -> Tensor:
         replay()
-        return drawn
+        return tokens[:, position]
 
     return replayed
 
@@ -103,7 +90,7 @@ def time_steps(
     repeats: int = 3,
 ) -> StepTimes:
     """Time the steps of a batch at `positions` (parts of the sequence)."""
-    inputs = example_inputs(generator, batch)
+    inputs = generator.example_inputs(batch)
     condition = generator.condition(inputs, guided=guidance.is_active)
     means, set_up = [], 0.0
     started = time.perf_counter()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softcfg.errors import UserError
+from softcfg.evaluation.emoji_judge import EmojiJudge, load_judge
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.evaluation.features import Extractor, Features
 from softcfg.evaluation.inception import InceptionV3
@@ -81,5 +82,20 @@ def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> 
     return Extractor("fashion", describe, digest, device, dtype, classifies=True)
 
 
+def _emoji(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
+    judge, _, digest = load_judge(weights or BUNDLED / "emoji-styles" / "judge.safetensors", device, dtype)
+
+    def describe(pixels: Tensor) -> Features:
+        side = EmojiJudge.image_size
+        if pixels.shape[2:] != (side, side):
+            size = f"{pixels.shape[2]} x {pixels.shape[3]}"
+            raise UserError(f"the extractor emoji takes images of {side} x {side} pixels, these have {size}")
+        pooled = judge.features(pixels.to(dtype) / 255)
+        return Features(pooled, logits=judge.heads[0](pooled))
+
+    return Extractor("emoji", describe, digest, device, dtype)
+
+
 register_extractor("inception", _inception)
 register_extractor("fashion", _fashion)
+register_extractor("emoji", _emoji)

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -44,7 +45,7 @@ INCEPTION_WEIGHTS = PublishedFile(
 
 
 def load_network(
-    network: type[Network], path: str | Path, device: torch.device, dtype: torch.dtype
+    network: Callable[[], Network], path: str | Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Network, str]:
     """Build `network()` with the weights at `path`, for inference; return it and the SHA-256 of the file.
 

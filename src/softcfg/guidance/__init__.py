@@ -18,7 +18,7 @@ from softcfg.guidance.perturbation import (
     perturbation_weights,
 )
 from softcfg.guidance.registry import Registry, View
-from softcfg.guidance.rules import RULES, Rule, guide_steps
+from softcfg.guidance.rules import RULES, Rule
 from softcfg.guidance.schedule import SCHEDULES, guidance_scales, ramp, register_schedule
 from softcfg.guidance.settings import Setting, setting, settings_of
 
@@ -42,7 +42,6 @@ __all__ = [
     "compose",
     "describe",
     "guidance_scales",
-    "guide_steps",
     "perturbation_weights",
     "ramp",
     "register_confidence",

@@ -138,7 +138,8 @@ def _registering(kind: str, base: type, name: str, label: str, description: str)
             raise ValueError(f"a {kind} is a subclass of {base.__name__}, which {part.__name__} is not")
         if "__dataclass_fields__" not in vars(part):
             dataclasses.dataclass(frozen=True)(part)
-        without = [field.name for field in dataclasses.fields(part) if field.default is dataclasses.MISSING]
+        fields = dataclasses.fields(part)  # type: ignore[arg-type]
+        without = [field.name for field in fields if field.default is dataclasses.MISSING]
         if without:
             raise ValueError(f"the settings of a {kind} need defaults; {part.__name__}.{without[0]} has none")
         PARTS[kind].register(name, label=label, description=description)(part)

@@ -76,6 +76,8 @@ class CFG:
             object.__setattr__(self, "interval", tuple(self.interval))
         object.__setattr__(self, "rule", _part("rule", self.rule, Rule, RULES))
         object.__setattr__(self, "perturbation", _part("perturbation", self.perturbation, Perturbation, PERTURBATIONS))
+        if type(self).guide is not CFG.guide and type(self.rule) is not Rule:
+            raise ValueError(f"{type(self).__name__} has a rule of its own, guide, and takes no other")
 
     def __repr__(self) -> str:
         shown = [f for f in dataclasses.fields(self) if not (f.kw_only and getattr(self, f.name) == f.default)]
@@ -104,7 +106,7 @@ class CFG:
     @property
     def is_plain(self) -> bool:
         """Whether it is plain CFG, whatever its class."""
-        return not self.perturbs and type(self.rule) is Rule
+        return not self.perturbs and type(self.rule) is Rule and type(self).guide is CFG.guide
 
     def plain(self) -> CFG:
         """Plain CFG with the same scales."""
@@ -114,19 +116,50 @@ class CFG:
         """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
         return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
 
-    def guide(
-        self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float, step: Tensor | int = 0
-    ) -> Tensor:
+    def guide(self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float) -> Tensor:
         """Guided logits from both branches' logits [..., V] at the scale s_t of the step.
 
-        For rules with a state, which this leaves at its start, see `Rule.guide` and `guide_steps`.
+        A rule that looks at the step, or has a state, takes this for the first one; see `guide_step`.
         """
-        return self.rule.guide(cond_logits, uncond_logits, scale, step=step)[0]
+        return self.rule.guide(cond_logits, uncond_logits, scale, step=0)[0]
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "guide" in vars(cls):
-            raise TypeError(f"{cls.__name__} overrides guide; write a Rule instead, so that every loop applies it")
+    def guide_step(
+        self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor, *, step: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Guided logits [..., V] of a step, and the state of the rule after it; arguments as of `Rule.guide`."""
+        if type(self.rule) is Rule:
+            return self.guide(cond_logits, uncond_logits, scale), None
+        return self.rule.guide(cond_logits, uncond_logits, scale, step=step, state=state)
+
+    def guide_steps(
+        self, cond_logits: Tensor, uncond_logits: Tensor, scales: Tensor, steps: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Guide n neighbouring steps: at once if the rule has no state, else one after the other.
+
+        Args:
+            cond_logits, uncond_logits: [B, n, V].
+            scales, steps: s_t and the 0-based steps, [n] or [B, n].
+            state: the rule's after the step before the first, [B, *]; None at the start of the sequence.
+
+        Returns:
+            Guided logits [B, n, V], and the states before the first and after every step, [B, n + 1, *] (before the
+            start of the sequence: zeros); None for rules without a state.
+        """
+        if not self.rule.stateful:
+            return self.guide_step(cond_logits, uncond_logits, scales[..., None], step=steps[..., None])
+        import torch
+
+        guided, states = [], [state]
+        for i in range(cond_logits.shape[1]):
+            logits, state = self.guide_step(
+                cond_logits[:, i], uncond_logits[:, i], scales[..., i, None], step=steps[..., i, None], state=state
+            )
+            guided.append(logits)
+            states.append(state)
+        if state is None:
+            raise TypeError(f"{type(self.rule).__name__} is stateful, but returned no state")
+        known = [torch.zeros_like(state) if each is None else each for each in states]
+        return torch.stack(guided, dim=1), torch.stack(known, dim=1)
 
 
 @dataclass(frozen=True, repr=False)

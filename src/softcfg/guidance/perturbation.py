@@ -84,7 +84,7 @@ class NoPerturbation(Perturbation):
 class ConfidenceWeights(Perturbation):
     """The weights of SoftCFG (arXiv 2510.00996); the attributes are those of `SoftCFG`."""
 
-    confidence: str = setting("max", choices=CONFIDENCES, help="how sure the conditional branch is of a token")  # type: ignore[assignment]
+    confidence: str = setting("max", choices=CONFIDENCES, help="how sure the conditional branch is of a token")
     step_norm: bool = setting(True, help="Step Normalisation: spend a fixed budget at every step", released="step_norm")
     strength: float = setting(
         1.0,
@@ -97,7 +97,7 @@ class ConfidenceWeights(Perturbation):
     )
     floor: float = setting(0.0, low=0, high=1, help="least weight, in [0, 1]", flag="--softcfg-floor", metavar="W")
     eps: float = setting(0.0, low=0, help="added to the sum of confidences", flag="--softcfg-eps", metavar="E")
-    target: str = setting("value", choices=TARGETS, help="what the weights scale")  # type: ignore[assignment]
+    target: str = setting("value", choices=TARGETS, help="what the weights scale")
     alignment: str = setting("own", choices=ALIGNMENTS, help="whose confidence the slot of a token carries")
 
     @property

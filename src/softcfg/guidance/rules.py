@@ -50,32 +50,3 @@ class Rule:
 
 RULES: Registry[type[Rule]] = Registry("rule")
 RULES.register("cfg", label="CFG", description="uncond + scale * (cond - uncond)")(Rule)
-
-
-def guide_steps(
-    rule: Rule, cond: Tensor, uncond: Tensor, scales: Tensor, steps: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Guide n neighbouring steps: at once if the rule has no state, else one after the other.
-
-    Args:
-        cond, uncond: logits [B, n, V].
-        scales, steps: s_t and the 0-based steps, [n] or [B, n].
-        state: what the rule returned for the step before the first, [B, *]; None at the start of the sequence.
-
-    Returns:
-        Guided logits [B, n, V], and the states before the first and after every step, [B, n + 1, *] (before the start
-        of the sequence: zeros); None for rules without a state.
-    """
-    if not rule.stateful:
-        return rule.guide(cond, uncond, scales[..., None], step=steps[..., None])
-    import torch
-
-    guided, states = [], [state]
-    for i in range(cond.shape[1]):
-        at = {"scale": scales[..., i, None], "step": steps[..., i, None]}
-        logits, state = rule.guide(cond[:, i], uncond[:, i], **at, state=state)
-        guided.append(logits)
-        states.append(state)
-    assert state is not None, f"{type(rule).__name__} is stateful, but returned no state"
-    known = [torch.zeros_like(state) if each is None else each for each in states]
-    return torch.stack(guided, dim=1), torch.stack(known, dim=1)

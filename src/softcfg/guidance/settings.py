@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,24 +103,27 @@ def setting(default: Any, *, kw_only: bool = False, **known: Any) -> Any:
     return dataclasses.field(default=default, kw_only=kw_only, metadata={_METADATA: known})
 
 
-@functools.cache
-def settings_of(owner: type) -> dict[str, Setting]:
+def settings_of(owner: type) -> Mapping[str, Setting]:
     """The settings of a dataclass by name; fields of other kinds are left out."""
+    return _settings_of(owner)
+
+
+@functools.cache
+def _settings_of(owner: type) -> Mapping[str, Setting]:
     found = {}
     for field in dataclasses.fields(owner):
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
         if kind not in _KINDS and not isinstance(field.type, str):
             kind = str(field.type)
         if kind in _KINDS:
-            known = {"flag": "--" + field.name.replace("_", "-"), **field.metadata.get(_METADATA, {})}
+            known = {"flag": "--" + field.name.replace("_", "-")} | field.metadata.get(_METADATA, {})
             found[field.name] = Setting(field.name, _KINDS[kind], field.default, **known)
     return found
 
 
 def check(owner: Any) -> None:
     """Raise `ValueError` for the first setting of a dataclass that is out of its range."""
-    kind: type = type(owner)
-    for name, known in settings_of(kind).items():
+    for name, known in settings_of(type(owner)).items():
         known.check(getattr(owner, name))
 
 

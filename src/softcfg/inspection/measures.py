@@ -11,6 +11,7 @@ from torch import Tensor
 from softcfg.decoding.sequential import step_weights
 from softcfg.guidance import settings_of
 from softcfg.inspection.trace import Trace
+from softcfg.models.geometry import Geometry
 
 
 def normalised_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -57,11 +58,14 @@ def has_step_norm(trace: Trace) -> bool:
 
 def grid_of(num_tokens: int) -> tuple[int, int]:
     """The largest square grid of the last tokens of an image: (tokens in front of it, its side); 273 -> (17, 16)."""
-    side = math.isqrt(num_tokens)
-    return num_tokens - side * side, side
+    geometry = Geometry.square(num_tokens)
+    return geometry.front, geometry.rows
 
 
-def on_grid(per_token: Tensor) -> Tensor:
-    """Arrange values per token [..., T] as the image's grid [..., side, side]; tokens in front of it are left out."""
-    front, side = grid_of(per_token.shape[-1])
-    return per_token[..., front:].unflatten(-1, (side, side))
+def on_grid(per_token: Tensor, geometry: Geometry | None = None) -> Tensor:
+    """Arrange values per token [..., T] as the image's grid [..., rows, columns]; tokens without a place are left out.
+
+    Args:
+        geometry: where the tokens stand; by default the largest square of the last of them.
+    """
+    return (geometry or Geometry.square(per_token.shape[-1])).on_grid(per_token)

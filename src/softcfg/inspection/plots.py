@@ -14,6 +14,7 @@ from softcfg.decoding.sequential import step_weights
 from softcfg.guidance import CONFIDENCES
 from softcfg.inspection import measures
 from softcfg.inspection.trace import Trace
+from softcfg.models.geometry import Geometry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,17 +25,20 @@ HEAT = "viridis"
 SMOOTHING = 9  # steps, of curves over the sequence
 
 
-def plot_confidence(trace: Trace, pixels: np.ndarray, *, names: list[str] | None = None) -> Figure:
+def plot_confidence(
+    trace: Trace, pixels: np.ndarray, *, names: list[str] | None = None, geometry: Geometry | None = None
+) -> Figure:
     """The images, and over them the confidence in each token (the paper's Fig. 5).
 
     Args:
         pixels: uint8 [B, H, W, 3], the images of the trace's tokens.
         names: what to write above each image.
+        geometry: where the tokens stand in the image; see `measures.on_grid`.
     """
     count = len(pixels)
     figure = Figure(figsize=(1.9 * count + 0.9, 4.2), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
-    maps = measures.on_grid(trace.confidence).cpu()
+    maps = measures.on_grid(trace.confidence, geometry).cpu()
     shown: Any = None
     for column in range(count):
         label = "" if trace.labels is None else f"class {int(trace.labels[column])}"
@@ -81,12 +85,20 @@ def plot_budget(trace: Trace) -> Figure:
     return figure
 
 
-def plot_weights(trace: Trace, image: int = 0, *, step: int | None = None, pixels: np.ndarray | None = None) -> Figure:
+def plot_weights(
+    trace: Trace,
+    image: int = 0,
+    *,
+    step: int | None = None,
+    pixels: np.ndarray | None = None,
+    geometry: Geometry | None = None,
+) -> Figure:
     """The weight that every step puts on every earlier token of an image, and one step's weights over the picture.
 
     Args:
         step: the step shown over the picture; the last by default.
         pixels: uint8 [H, W, 3], the picture; without it the heat map stands alone.
+        geometry: where the tokens stand in the picture; see `measures.on_grid`.
     """
     total = trace.confidence.shape[1]
     step = total - 1 if step is None else step
@@ -103,7 +115,7 @@ def plot_weights(trace: Trace, image: int = 0, *, step: int | None = None, pixel
     if pixels is not None:
         axes[0].axhline(step, color=COLOURS[1], linewidth=1)
         at_step = np.where(future[step], np.nan, weights[step])
-        grid = measures.on_grid(torch.from_numpy(at_step)).numpy()
+        grid = measures.on_grid(torch.from_numpy(at_step), geometry).numpy()
         _overlay(axes[1], pixels, grid, lowest, 1.0)
         axes[1].set_title(f"at step {step}")
     figure.colorbar(shown, ax=axes.tolist(), label="weight", shrink=0.85)

@@ -15,8 +15,9 @@ from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
-from softcfg.guidance import CFG, Perturbation, describe, guide_steps
+from softcfg.guidance import CFG, Perturbation, describe
 from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
+from softcfg.nn.position import Position
 from softcfg.version import __version__
 
 WEIGHTS_BY_DEFAULT_UP_TO = 1024  # tokens; beyond, [B, T, T] is hundreds of megabytes
@@ -158,7 +159,7 @@ def trace(
     scales = guidance.scales(total, condition.num_codes).to(generator.device)
     guided_logits = cond_logits
     if guidance.is_active:
-        guided_logits, _ = guide_steps(guidance.rule, cond_logits, uncond_logits, scales, steps)
+        guided_logits, _ = guidance.guide_steps(cond_logits, uncond_logits, scales, steps)
     guided_logits = generator.constrain(guided_logits, steps, cond)
     return Trace(
         guidance=guidance,
@@ -193,5 +194,5 @@ class _Piece:
         weights = {}
         if perturbation is not None and step_weights is not None:
             weights = query_weights(perturbation, step_weights, condition, from_start=self.start == 0)
-        slot = condition.slots + self.start - 1 if self.start else 0
+        slot = Position.shared(condition.slots + self.start - 1) if self.start else Position.start()
         return self.generator(condition, self.inputs, cache=cache, slot=slot, **weights).float()

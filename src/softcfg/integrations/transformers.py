@@ -1,11 +1,12 @@
 """CFG and SoftCFG for image-token models of Hugging Face transformers, without changing their code.
 
 Importing this module registers the attention implementation "softcfg": the model's usual `sdpa`, and weighted
-attention wherever a forward call passes `value_weights` or `key_weights`. Two ways to draw with it:
+attention wherever a forward call passes `value_weights` or `key_weights`. Three ways to draw with it:
 
     model.set_attn_implementation("softcfg")
     tokens = decode(model, input_ids, SoftCFG(), num_tokens=..., unconditional_ids=...)
     sequences = model.generate(input_ids, custom_generate=generate, guidance=SoftCFG(), unconditional_ids=..., ...)
+    images = Pipeline(ImageGenerator(model, ImageTokens(...), encode), tokenizer, name=...)(prompts=[...]).images
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ from softcfg.decoding import Sampling, draw, image_uniforms
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
-from softcfg.models.base import Condition, Generator, as_ids
-from softcfg.nn.attention import pass_slots, weighted_attention
+from softcfg.models.base import Condition, Generator
+from softcfg.models.conditioning import PromptConditioning
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids
+from softcfg.nn.attention import weighted_attention
+from softcfg.nn.position import Position
+from softcfg.prompts import Prompt
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
@@ -156,6 +162,25 @@ class Prompts:
     attention_mask: Tensor | None = None
     unconditional_mask: Tensor | None = None
 
+    @classmethod
+    def batch(cls, prompts: Sequence[Prompts], pad_token_id: int) -> Prompts:
+        """One batch of prompts of one row each, padded on the left to one length."""
+        input_ids, attention_mask = _padded([prompt.input_ids for prompt in prompts], pad_token_id)
+        unconditional = [prompt.unconditional_ids for prompt in prompts if prompt.unconditional_ids is not None]
+        if len(unconditional) < len(prompts):
+            return cls(input_ids, attention_mask=attention_mask)
+        unconditional_ids, unconditional_mask = _padded(unconditional, pad_token_id)
+        return cls(input_ids, unconditional_ids, attention_mask, unconditional_mask)
+
+
+def _padded(rows: Sequence[Any], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids [L] or [1, L] of several rows as one batch [B, L], padded on the left, and its mask."""
+    ids = [torch.as_tensor(row).flatten() for row in rows]
+    longest = max(map(len, ids))
+    padded = torch.stack([F.pad(row, (longest - len(row), 0), value=pad_token_id) for row in ids])
+    mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in ids])
+    return padded, mask
+
 
 class PromptCondition(Condition):
     """Prompts of all rows in one left-padded batch, and behind them the tokens that were fed.
@@ -167,16 +192,18 @@ class PromptCondition(Condition):
 
     padding: Tensor
 
-    def __init__(self, ids: Tensor, padding: Tensor, prompt_slots: int, num_tokens: int) -> None:
-        super().__init__(len(ids), ids.shape[1], num_tokens, padding)
+    def __init__(
+        self, ids: Tensor, padding: Tensor, prompt_slots: int, num_tokens: int, geometry: Geometry | None = None
+    ) -> None:
+        super().__init__(len(ids), ids.shape[1], num_tokens, padding, geometry)
         self.padded = bool(padding.any())
         self.prompt_slots = prompt_slots
         self.sequence = F.pad(ids, (0, num_tokens))
 
     def __getitem__(self, rows: slice) -> PromptCondition:
         """See `Condition.__getitem__`; no token was fed yet."""
-        ids = self.sequence[rows, : self.slots]
-        return PromptCondition(ids, self.padding[rows], self.prompt_slots, self.num_tokens)
+        ids, geometry = self.sequence[rows, : self.slots], self.geometry if self.grid else None
+        return PromptCondition(ids, self.padding[rows], self.prompt_slots, self.num_tokens, geometry)
 
     def conditional(self, batch: int, fed: int = 0) -> Tensor:
         """The conditional prompts as they were given and the first `fed` tokens behind them, [batch, L + fed]."""
@@ -202,7 +229,8 @@ class TransformersGenerator(Generator):
         UserError: `cache` or `code_steps` are none of these.
     """
 
-    slots_by_row = False
+    supports_row_positions = False
+    geometry: Geometry | None = None
 
     def __init__(
         self,
@@ -233,8 +261,8 @@ class TransformersGenerator(Generator):
         self._arguments = {parameter.name for parameter in parameters}
         self._takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
-    def condition(self, inputs: Prompts, *, guided: bool) -> PromptCondition:
-        """See `Generator.condition`.
+    def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
+        """See `Generator.condition`; `inputs` are `Prompts`, of all rows.
 
         Raises:
             UserError: ids or masks do not fit, or the unconditional prompts are missing.
@@ -255,7 +283,7 @@ class TransformersGenerator(Generator):
             short = slots - ids.shape[1]
             rows.append(F.pad(ids, (short, 0), value=self.pad_token_id).expand(batch, -1))
             padding.append((leading + short).expand(batch))
-        return PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens)
+        return PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens, self.geometry)
 
     def forward(
         self,
@@ -263,7 +291,7 @@ class TransformersGenerator(Generator):
         tokens: Tensor,
         *,
         cache: Any = None,
-        slot: int | Tensor = 0,
+        slot: Position | int = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
@@ -273,11 +301,13 @@ class TransformersGenerator(Generator):
             UserError: no attention layer sees the weights, or rows have slots of their own.
         """
         assert isinstance(condition, PromptCondition)
-        if isinstance(slot, Tensor):
+        position = Position.of(slot)
+        start = position.slot
+        if start is None:
             raise UserError(
                 "caches of transformers have one length for all rows: steps cannot be static or speculative"
             )
-        first = max(slot, condition.slots)  # slot of the first token
+        first = max(start, condition.slots)  # slot of the first token
         filled = first + tokens.shape[1]
         condition.sequence[:, first:filled] = tokens
         weights = {}
@@ -291,9 +321,10 @@ class TransformersGenerator(Generator):
             slots = torch.arange(filled, device=tokens.device)
             inputs["attention_mask"] = (slots >= condition.padding[:, None]).long()
         if "position_ids" in self._arguments:
-            inputs["position_ids"] = pass_slots(slot, filled - slot, condition.padding)
+            inputs["position_ids"] = position.index(filled - start, condition.padding)
         before = _weighted_layers.get()
-        logits = self._logits(condition.sequence[:, slot:first], tokens, condition.first_predicting(slot), inputs)
+        predicting = position.first_predicting(condition.slots)
+        logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
         if weights and _weighted_layers.get() == before:
             raise UserError(
                 f"no attention layer of {type(self.model).__name__} saw the weights of SoftCFG: call "
@@ -322,7 +353,9 @@ class TransformersGenerator(Generator):
 
     def is_code(self, steps: Tensor, condition: Condition) -> Tensor | None:
         """See `Generator.is_code`."""
-        return None if self.code_steps is None else self.code_steps.to(steps.device)[steps]
+        if self.code_steps is None:
+            return super().is_code(steps, condition)
+        return self.code_steps.to(steps.device)[steps]
 
     def _prompts(self, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
         """Checked ids [B, L] on the device of the model, and the number of leading slots [B] that are padding."""
@@ -346,6 +379,135 @@ class TransformersGenerator(Generator):
         parts += [self.head.embed(tokens)] if tokens.shape[1] else []
         hidden = self.head.backbone(inputs_embeds=torch.cat(parts, dim=1), **inputs).last_hidden_state
         return self.head.logits(hidden[:, first:])
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens of an image in the vocabulary of a model: rows of codes, which may end with structure tokens.
+
+    Attributes:
+        rows, columns: (h, w), the grid of codes.
+        num_codes: the number of image codes.
+        first_code_id: image code c is the token `first_code_id` + c.
+        row_end: ids of the tokens after each row, such as the end of a line.
+        tail: ids of the tokens after the last row, such as the end of the image.
+    """
+
+    rows: int
+    columns: int
+    num_codes: int
+    first_code_id: int = 0
+    row_end: tuple[int, ...] = ()
+    tail: tuple[int, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the tokens stand."""
+        return Geometry(self.rows, self.columns, row_end=len(self.row_end), tail=len(self.tail))
+
+    @property
+    def structure(self) -> Tensor:
+        """The id of each structure token, int64 [T]; -1 where a code is drawn."""
+        return torch.tensor((*(*[-1] * self.columns, *self.row_end) * self.rows, *self.tail))
+
+
+class TextPrompts(PromptConditioning):
+    """Prompts of an `ImageGenerator`, which its `encode` turns into ids; images have one size."""
+
+    generator: ImageGenerator
+
+    @property
+    def options(self) -> Sequence[str]:  # type: ignore[override]
+        """See `PromptConditioning`."""
+        return self.generator.options
+
+    def check_tokenizer(self) -> None:
+        """See `Conditioning.check_tokenizer`."""
+        config, tokenizer = self.generator.config, self.tokenizer
+        codes = config.rows * config.columns
+        if config.num_codes != tokenizer.codebook_size or not (tokenizer.any_size or codes == tokenizer.num_tokens):
+            raise UserError(
+                f"the model draws {codes} codes out of {config.num_codes} for an image, but the tokenizer reads "
+                f"{tokenizer.num_tokens} out of {tokenizer.codebook_size}"
+            )
+
+    def inputs(self, requests: Sequence[Prompt]) -> list[Prompts]:
+        """See `Conditioning.inputs`."""
+        return [self.generator.encode(prompt) for prompt in requests]
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """See `PromptConditioning.default_size`."""
+        if not self.tokenizer.any_size:
+            return super().default_size
+        config, pixels = self.generator.config, self.tokenizer.patch_size
+        return config.columns * pixels, config.rows * pixels
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`."""
+        own = self.default_size
+        if (width or own[0], height or own[1]) != own:
+            raise UserError(f"{self.name} draws images of {own[0]} x {own[1]} pixels, without other sizes")
+        return self.generator.config.geometry
+
+
+class ImageGenerator(TransformersGenerator):
+    """A model of transformers as the generator of a `softcfg.Pipeline`, and so of runs, traces and the web page.
+
+    Its inputs are `Prompts` of one row each. What may stand where is a rule: codes in the rows, structure elsewhere.
+    A run knows it by the name of the pipeline, by `tokens` and by the hash of its weights; that `encode` has stayed
+    the same is the user's business.
+
+    Args:
+        model, head, cache, pad_token_id: see `TransformersGenerator`.
+        tokens: the tokens of an image.
+        encode: turns a `softcfg.prompts.Prompt` into `Prompts` of one row: the ids of its text, with the template and
+            the special tokens of the model, and those of the unconditional branch.
+        options: which of the `softcfg.prompts.PROMPT_OPTIONS` `encode` reads; prompts with others are refused.
+
+    Raises:
+        UserError: tokens outside of the model's vocabulary, or an unknown cache.
+    """
+
+    conditioning_type = TextPrompts
+    config: ImageTokens
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: ImageTokens,
+        encode: Callable[[Prompt], Prompts],
+        *,
+        head: ImageHead | None = None,
+        options: Sequence[str] = (),
+        cache: str = "dynamic",
+        pad_token_id: int = 0,
+    ) -> None:
+        super().__init__(model, tokens.geometry.num_tokens, head=head, cache=cache, pad_token_id=pad_token_id)
+        ends = (tokens.first_code_id + tokens.num_codes - 1, tokens.first_code_id, *tokens.row_end, *tokens.tail)
+        as_ids(ends, "image tokens", self.vocab_size)
+        self.config = tokens
+        self.geometry = tokens.geometry
+        self.encode = encode
+        self.options = tuple(options)
+        self.requires_grad_(False).eval()
+
+    def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
+        """See `Generator.condition`; `inputs` are `Prompts` of one row each."""
+        if not inputs:
+            raise UserError("there must be at least one prompt")
+        return super().condition(Prompts.batch(inputs, self.pad_token_id), guided=guided)
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """See `Generator.constrain`."""
+        config, token = self.config, torch.arange(self.vocab_size, device=logits.device)
+        codes = (token >= config.first_code_id) & (token < config.first_code_id + config.num_codes)
+        structure = config.structure.to(logits.device)[steps][..., None]
+        return logits.masked_fill(~torch.where(structure < 0, codes, token == structure), float("-inf"))
+
+    def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """See `Generator.image_codes`."""
+        return self.config.geometry.on_grid(tokens).flatten(1) - self.config.first_code_id
 
 
 @torch.no_grad()  # not inference_mode: the tokens may go on into the caller's autograd
@@ -416,8 +578,9 @@ def decode(
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):
-        drawn = draw(decoder.predict(step, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
-        decoder.record(step, drawn)
+        at = decoder.step(step)
+        drawn = draw(decoder.predict(at, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
+        decoder.record(at, drawn)
         if codes is not None and not by_step:
             decoder.confidence[:, step] *= torch.isin(drawn, codes)
         tokens[:, step] = drawn

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
-from softcfg.nn.attention import AttentionContext, SelfAttention, pass_slots
-from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
-from softcfg.nn.rotary import angles_1d, angles_2d, tables_behind_condition
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary, angles_1d, angles_2d, tables_after_condition
 
 
 @dataclass(frozen=True)
@@ -116,35 +116,30 @@ class AliTok(ClassGenerator):
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
 
-    def forward(
-        self,
-        condition: Condition,
-        tokens: Tensor,
-        *,
-        cache: KVCache | None = None,
-        slot: int | Tensor = 0,
-        value_weights: Tensor | None = None,
-        key_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See `Generator.forward`."""
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """See `Generator.embed_condition`."""
         assert isinstance(condition, ClassCondition)
-        ids = tokens
-        if isinstance(slot, int) and slot == 0:
-            ids = torch.cat((condition.classes[:, None] + self.vocab_size + 1, tokens), dim=1)
-        new = ids.shape[1]
-        where = pass_slots(slot, new)
-        rotary = (self.rotary_cos[where], self.rotary_sin[where])
-        context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights)
-        x = self.embeddings(ids)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, context)
-        return self.output(self.norm(x[:, condition.first_predicting(slot) :]))
+        return self.embeddings(condition.classes[:, None] + self.vocab_size + 1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """See `Generator.embed_tokens`."""
+        return self.embeddings(tokens)
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
+        """See `Generator.rotary`."""
+        where = position.index(new)
+        return Rotary(self.rotary_cos[where], self.rotary_sin[where])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Generator.logits`."""
+        return self.output(self.norm(x))
 
 
 def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 [1 + T, head_dim / 2], of the condition and the T tokens.
 
-    Prefix tokens turn with their position; grid tokens with row and column, counted on from the last prefix position.
+    Prefix tokens are rotated by their position; grid tokens by row and column, counted on from the last prefix
+    position.
     """
     pairs = config.hidden_size // config.num_attention_heads // 2
     prefix, side = config.prefix, config.grid_size
@@ -155,4 +150,4 @@ def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:
             angles_2d(prefix + grid // side, prefix + grid % side, pairs, config.rope_base),
         )
     )
-    return tables_behind_condition(angles)
+    return tables_after_condition(angles)

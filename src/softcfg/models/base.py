@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
+from softcfg.models.conditioning import Conditioning, LabelConditioning
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids as as_ids
+from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary
 
 LabelsLike = Any  # a tensor, array or sequence of class ids
 
@@ -27,16 +31,24 @@ class Condition(ABC):
         slots: slots in front of the first image token, the same for all rows.
         num_tokens: T, image tokens to decode.
         padding: int64 [rows], leading slots of each row that no query sees (left-padded prompts); None for none.
-        grid: lines and columns (h, w) of the images' codes, where the condition can choose; None for the model's.
+        geometry: how the T tokens make up an image; by default the largest square of the last of them.
+        grid: rows and columns (h, w) of the images' codes, where `geometry` is given; None for the image tokenizer's.
     """
 
-    grid: tuple[int, int] | None = None
-
-    def __init__(self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        num_tokens: int,
+        padding: Tensor | None = None,
+        geometry: Geometry | None = None,
+    ) -> None:
         self.rows = rows
         self.slots = slots
         self.num_tokens = num_tokens
         self.padding = padding
+        self.geometry = Geometry.square(num_tokens) if geometry is None else geometry
+        self.grid = None if geometry is None else geometry.grid
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> Condition:
@@ -45,16 +57,12 @@ class Condition(ABC):
     @property
     def num_codes(self) -> int:
         """How many of the T image tokens are image codes, not structure like the ends of lines."""
-        return self.num_tokens
+        return self.geometry.num_codes
 
     @property
     def cache_slots(self) -> int:
-        """Slots that are ever fed: the last token is drawn alone."""
+        """Slots that the cache needs: all but that of the last token, which is drawn and never fed."""
         return self.slots + self.num_tokens - 1
-
-    def first_predicting(self, slot: int | Tensor) -> int:
-        """Index, within a pass that starts at `slot`, of the first input from which an image token is predicted."""
-        return max(0, self.slots - 1 - slot) if isinstance(slot, int) else 0
 
 
 class ClassCondition(Condition):
@@ -76,6 +84,10 @@ class ClassCondition(Condition):
 class Generator(nn.Module, ABC):
     """A decoder-only transformer that predicts image tokens under a condition.
 
+    A family implements `condition`, `embed_condition`, `embed_tokens`, `logits` and, as its positions need,
+    `add_positions` or `rotary`; `forward` puts them together. A model that computes its logits in another way, such as
+    one of another library, implements `forward` instead.
+
     Attributes:
         config: the family's configuration, a dataclass.
         num_tokens: T, image tokens per image; where the condition can choose, the most.
@@ -83,18 +95,26 @@ class Generator(nn.Module, ABC):
         num_classes: classes are 0 .. num_classes - 1; 0 for models that are conditioned on something else.
         cache_shape: (layers, heads, head_dim) of the key/value cache.
         cache_dtype: what the key/value cache stores, of `nn.kv_cache.CACHES`; None for the dtype of the weights.
-        slots_by_row: whether a pass may start at a slot of each row's own.
+        supports_row_positions: whether a pass may start at a slot of its own in each row (`Position.by_row`).
         layer_devices: where each layer computes, if they are spread over several devices.
+        blocks: the transformer blocks in order; each is called as `block(x, layer, context)`.
+        conditioning_type: how what users ask for becomes what `condition` takes; None for a generator that is used
+            without a `Pipeline`.
+        no_split_modules: names of the classes of the layers, for a generator whose layers can be spread over several
+            devices; each layer stays whole.
     """
 
     config: Any
+    conditioning_type: type[Conditioning] | None = None
+    no_split_modules: tuple[str, ...] = ()
     num_tokens: int
     vocab_size: int
     num_classes: int = 0
     cache_shape: tuple[int, int, int]
     cache_dtype: torch.dtype | None = None
-    slots_by_row: bool = True
+    supports_row_positions: bool = True
     layer_devices: list[torch.device] | None = None
+    blocks: Any
 
     @abstractmethod
     def condition(self, inputs: Any, *, guided: bool) -> Condition:
@@ -107,14 +127,21 @@ class Generator(nn.Module, ABC):
             UserError: the inputs do not fit the model.
         """
 
-    @abstractmethod
+    def example_inputs(self, count: int) -> list[Any]:
+        """Inputs that `condition` takes, one per image, of a usual length: for measuring speed and memory.
+
+        Raises:
+            UserError: the family has none.
+        """
+        raise UserError(f"{type(self).__name__} does not say what it could be conditioned on, so it cannot be timed")
+
     def forward(
         self,
         condition: Condition,
         tokens: Tensor,
         *,
         cache: KVCache | None = None,
-        slot: int | Tensor = 0,
+        slot: Position | int = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
     ) -> Tensor:
@@ -126,15 +153,61 @@ class Generator(nn.Module, ABC):
                 them (n may be 0); a later pass starts at the slot of its first token, `condition.slots + i`.
             cache: keys and values of the slots before `slot`; those of this pass are written into it. Without
                 it the pass must start at slot 0.
-            slot: where the pass starts; or int64 [rows], where each row's pass does (behind the condition, all
-                of it inside the cache). Shapes then do not depend on the slots: attention runs over the whole cache.
+            slot: where the pass starts; `Position.by_row` if each row starts at a slot of its own (after the condition,
+                and all of the pass inside the cache). Shapes then do not depend on the slots: attention covers the
+                whole cache.
             value_weights, key_weights: weights on the cached values or keys of every slot, [rows, slots] or
                 [rows, n, slots]; None for none.
 
         Returns:
             One row of logits for every input from which an image token is predicted: `tokens` [rows, T - 1] at
             slot 0 give [rows, T, V], the condition alone or one token give [rows, 1, V].
+
+        Raises:
+            ValueError: the pass needs a cache and there is none, or it does not fit into the cache.
         """
+        position = Position.of(slot)
+        x = self.embed_tokens(tokens)
+        if position.is_start:
+            x = torch.cat((self.embed_condition(condition), x), dim=1)
+        x = self.add_positions(x, condition, position)
+        context = AttentionContext.create(
+            position,
+            x.shape[1],
+            cache,
+            rotary=self.rotary(condition, position, x.shape[1]),
+            value_weights=value_weights,
+            key_weights=key_weights,
+            padding=condition.padding,
+        )
+        x = self.run_blocks(x, condition, context)
+        return self.logits(x[:, position.first_predicting(condition.slots) :]).to(tokens.device)
+
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """The inputs for the slots of the condition, [rows, condition.slots, width]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement embed_condition (or forward as a whole)")
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """The inputs for image tokens int64 [rows, n], [rows, n, width]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement embed_tokens (or forward as a whole)")
+
+    def add_positions(self, x: Tensor, condition: Condition, position: Position) -> Tensor:
+        """The inputs `x` [rows, n, width] of a pass with learned positions added; by default as they are."""
+        return x
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary | None:
+        """The rotary embedding of the `new` slots of a pass; by default none."""
+        return None
+
+    def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
+        """The inputs [rows, n, width] through all blocks; to be overridden where a block takes more than that."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, context)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits [rows, m, V] from what leaves the blocks, [rows, m, width]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement logits (or forward as a whole)")
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +252,7 @@ class Generator(nn.Module, ABC):
 
         Only codes get a confidence in SoftCFG.
         """
-        return None
+        return condition.geometry.is_code(steps) if condition.geometry.has_structure else None
 
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """What the image tokenizer decodes, int64 [B, h w] in [0, codebook_size), of the drawn `tokens` [B, T]."""
@@ -193,6 +266,7 @@ class ClassGenerator(Generator):
         condition_slots: slots that the class takes in front of the first image token.
     """
 
+    conditioning_type = LabelConditioning
     condition_slots: int
 
     def condition(self, labels: LabelsLike, *, guided: bool) -> ClassCondition:
@@ -208,25 +282,10 @@ class ClassGenerator(Generator):
             classes = torch.cat((classes, torch.full_like(classes, self.num_classes)))
         return self.class_condition(classes)
 
+    def example_inputs(self, count: int) -> list[int]:
+        """See `Generator.example_inputs`: the classes in turn."""
+        return [row % self.num_classes for row in range(count)]
+
     def class_condition(self, classes: Tensor) -> ClassCondition:
         """The condition of rows given as int64 class ids, where `num_classes` stands for the null class."""
         return ClassCondition(classes, self.condition_slots, self.num_tokens)
-
-
-def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:
-    """Turn a tensor, array or list of ids into an int64 tensor and check that all lie in 0 .. count - 1.
-
-    Raises:
-        UserError: naming `name` and the first value that is no id.
-    """
-    try:
-        ids = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got {values!r}") from None
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got values of type {ids.dtype}")
-    ids = ids.long()
-    outside = ids[(ids < 0) | (ids >= count)]
-    if outside.numel():
-        raise UserError(f"{name} holds {int(outside[0])}, which is outside of 0..{count - 1}")
-    return ids

@@ -1,4 +1,4 @@
-"""The LlamaGen generator, class-conditional: a Llama decoder over a square grid of image tokens.
+"""The LlamaGen generators: a Llama decoder over a square grid of image tokens.
 
 LlamaGen (https://arxiv.org/abs/2406.06525, https://github.com/FoundationVision/LlamaGen). Parameter names are those of
 the released checkpoints (`c2i_B_256.pt` to `c2i_3B_384.pt`); the models for 256 and 384 px differ in their grid alone.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
-from softcfg.models.base import ClassCondition, ClassGenerator, Condition
-from softcfg.nn.attention import AttentionContext, attend, pass_slots, split_heads
-from softcfg.nn.kv_cache import KVCache
+from softcfg.models.base import ClassCondition, ClassGenerator, Condition, Generator
+from softcfg.nn.attention import AttentionContext, attend, split_heads
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
-from softcfg.nn.rotary import angles_2d, tables_behind_condition
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary, angles_2d, tables_after_condition
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class LlamaGenConfig:
         vocab_size: V, image codes.
         block_size: T, image tokens of a square grid: 256 at 256 px, 576 at 384 px.
         ffn_hidden_dim: width of the SwiGLU; by default 8/3 of `dim`, rounded up to a multiple of `multiple_of`.
-        cls_token_num, model_type: 1 and "c2i", the class-conditional models.
+        cls_token_num: slots in front of the image, 1 for the class.
+        model_type: "c2i", the class-conditional models.
     """
+
+    kind: ClassVar[str] = "c2i"
 
     dim: int
     n_layer: int
@@ -52,11 +56,11 @@ class LlamaGenConfig:
         )  # fmt: skip
         if self.ffn_hidden_dim is not None:
             require_positive(self, "ffn_hidden_dim")
-        if (self.model_type, self.cls_token_num) != ("c2i", 1):
-            raise ValueError(
-                "only class-conditional LlamaGen is supported, model_type c2i with cls_token_num 1, "
-                f"got {self.model_type} with {self.cls_token_num}"
-            )
+        if self.model_type != self.kind:
+            other = {"c2i": "llamagen", "t2i": "llamagen-t2i"}.get(self.model_type, "another one")
+            raise ValueError(f"model_type must be {self.kind}, got {self.model_type}, which is the family {other}")
+        if self.kind == "c2i" and self.cls_token_num != 1:
+            raise ValueError(f"cls_token_num must be 1, the class, got {self.cls_token_num}")
         if self.dim % (4 * self.n_head):
             raise ValueError(
                 f"dim {self.dim} must be a multiple of 4 x n_head ({self.n_head}), for the rotary embedding"
@@ -107,13 +111,10 @@ class LlamaGenBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class LlamaGen(ClassGenerator):
-    """The LlamaGen generator.
+class LlamaGenBody(Generator):
+    """What the LlamaGen generators share: all but the condition."""
 
-    The sequence is: class, image tokens in raster order. The table of classes ends with the null class.
-    """
-
-    condition_slots = 1
+    config: LlamaGenConfig
     rotary_cos: Tensor
     rotary_sin: Tensor
 
@@ -122,41 +123,52 @@ class LlamaGen(ClassGenerator):
         self.config = config
         self.num_tokens = config.block_size
         self.vocab_size = config.vocab_size
-        self.num_classes = config.num_classes
         head_dim, side = config.dim // config.n_head, config.grid_size
         self.cache_shape = (config.n_layer, config.n_head, head_dim)
 
-        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.dim)})
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(LlamaGenBlock(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size, bias=False)
         position = torch.arange(side * side, device="cpu")
-        cos, sin = tables_behind_condition(
-            angles_2d(position // side, position % side, head_dim // 2, config.rope_base)
-        )
+        angles = angles_2d(position // side, position % side, head_dim // 2, config.rope_base)
+        cos, sin = tables_after_condition(angles, config.cls_token_num)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
 
-    def forward(
-        self,
-        condition: Condition,
-        tokens: Tensor,
-        *,
-        cache: KVCache | None = None,
-        slot: int | Tensor = 0,
-        value_weights: Tensor | None = None,
-        key_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See `Generator.forward`."""
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, under the name of the released checkpoints."""
+        return self.layers
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """See `Generator.embed_tokens`."""
+        return self.tok_embeddings(tokens)
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
+        """See `Generator.rotary`."""
+        where = position.index(new)
+        return Rotary(self.rotary_cos[where], self.rotary_sin[where])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Generator.logits`."""
+        return self.output(self.norm(x))
+
+
+class LlamaGen(LlamaGenBody, ClassGenerator):
+    """The class-conditional LlamaGen generator.
+
+    The sequence is: class, image tokens in raster order. The table of classes ends with the null class.
+    """
+
+    condition_slots = 1
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__(config)
+        self.num_classes = config.num_classes
+        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, config.dim)})
+
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """See `Generator.embed_condition`."""
         assert isinstance(condition, ClassCondition)
-        x = self.tok_embeddings(tokens)
-        if isinstance(slot, int) and slot == 0:
-            x = torch.cat((self.cls_embedding["embedding_table"](condition.classes)[:, None], x), dim=1)
-        new = x.shape[1]
-        where = pass_slots(slot, new)
-        rotary = (self.rotary_cos[where], self.rotary_sin[where])
-        context = AttentionContext.create(slot, new, cache, rotary, value_weights, key_weights)
-        for layer, block in enumerate(self.layers):
-            x = block(x, layer, context)
-        return self.output(self.norm(x[:, condition.first_predicting(slot) :]))
+        return self.cls_embedding["embedding_table"](condition.classes)[:, None]

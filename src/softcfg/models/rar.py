@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
-from softcfg.nn.attention import AttentionContext, SelfAttention, pass_slots
-from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import MLP
+from softcfg.nn.position import Position
 
 EPS = 1e-6  # of every layer norm
 WINDOW_ROWS = 256  # rows of a product at which it runs near full speed
@@ -163,45 +163,50 @@ class RAR(ClassGenerator):
         self.adaln_before_head = HeadNorm(width)
         self.lm_head = Linear(width, config.codebook_size)
 
-    def forward(
-        self,
-        condition: Condition,
-        tokens: Tensor,
-        *,
-        cache: KVCache | None = None,
-        slot: int | Tensor = 0,
-        value_weights: Tensor | None = None,
-        key_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See `Generator.forward`."""
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """See `Generator.embed_condition`."""
         assert isinstance(condition, RARCondition)
-        x = self.embeddings(tokens)
-        if isinstance(slot, int) and slot == 0:
-            label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
-            x = torch.cat((self.cls_token.expand(condition.rows, -1, -1), label, x), dim=1)
+        label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
+        return torch.cat((self.cls_token.expand(condition.rows, -1, -1), label), dim=1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """See `Generator.embed_tokens`."""
+        return self.embeddings(tokens)
+
+    def add_positions(self, x: Tensor, condition: Condition, position: Position) -> Tensor:
+        """See `Generator.add_positions`: each slot's position, and that of the token which it predicts."""
         new = x.shape[1]
-        x = x + self._positions(slot, new)
-        context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights)
+        target = self.target_aware_pos_embed[0, position.shifted(1).index(new)]
+        if position.is_start:  # the cls token predicts nothing
+            target = torch.cat((torch.zeros_like(target[:1]), target[1:]))
+        return x + (self.pos_embed[0, position.index(new)] + target)
+
+    def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
+        """See `Generator.run_blocks`: every block, and the norm after the last one, takes its modulation."""
+        assert isinstance(condition, RARCondition)
+        position, new = context.position, x.shape[1]
         for layer, block in enumerate(self.blocks):
-            assert isinstance(block, RARBlock)
-            x = block(x, self._modulation(condition, layer, block, slot, new), layer, context)
-        head = self._modulation(condition, len(self.blocks), self.adaln_before_head, slot, new)
-        first = condition.first_predicting(slot)
-        return self.lm_head(self.adaln_before_head(x[:, first:], head[:, first:]))
+            x = block(x, self._modulation(condition, layer, block, position, new), layer, context)
+        head = self.adaln_before_head
+        return head(x, self._modulation(condition, len(self.blocks), head, position, new))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Generator.logits`."""
+        return self.lm_head(x.contiguous())  # else product and bias are two operations
 
     def class_condition(self, classes: Tensor) -> RARCondition:
         """See `Generator.class_condition`."""
         return RARCondition(classes, self.condition_slots, self.num_tokens, self.num_classes)
 
     def _modulation(
-        self, condition: RARCondition, layer: int, module: Modulation, slot: int | Tensor, new: int
+        self, condition: RARCondition, layer: int, module: Modulation, position: Position, new: int
     ) -> Tensor:
         """The modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size]."""
-        window = condition.windows.get(layer)
-        if isinstance(slot, Tensor):
+        window, slot = condition.windows.get(layer), position.slot
+        if slot is None:
             if window is None or window[1].shape[1] < condition.cache_slots:
                 window = condition.windows[layer] = (0, self._modulate(condition, module, 0, condition.cache_slots))
-            return window[1][condition.source[:, None], pass_slots(slot, new)]
+            return window[1][condition.source[:, None], position.index(new)]
         if new > 1:  # many slots as it is
             return self._modulate(condition, module, slot, new)[condition.source]
         if window is None or not window[0] <= slot < window[0] + window[1].shape[1]:
@@ -214,10 +219,3 @@ class RAR(ClassGenerator):
         """Modulations of the distinct rows for at most `count` slots, [U, slots, parts * hidden_size]."""
         label = self.embeddings(condition.distinct + self.vocab_size + 1)[:, None]
         return module.adaLN_modulation(label + self.timesteps_embeddings[:, slot : slot + count])
-
-    def _positions(self, slot: int | Tensor, new: int) -> Tensor:
-        """What is added to the inputs of a pass: [new, hidden_size] or, for slots by row, [rows, new, hidden_size]."""
-        target = self.target_aware_pos_embed[0, pass_slots(slot + 1, new)]
-        if isinstance(slot, int) and slot == 0:  # the cls token predicts nothing
-            target = torch.cat((torch.zeros_like(target[:1]), target[1:]))
-        return self.pos_embed[0, pass_slots(slot, new)] + target

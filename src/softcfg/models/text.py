@@ -5,12 +5,14 @@ What a user writes is text, whatever it looks like: the name of a special token 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from softcfg.errors import CheckpointError
 from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
+
+TOKENIZER = "tokenizer"  # the role of tokenizer.json among the files of a model
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class TextTokenizer:
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({error!r})") from error
         self._plain = text_tokenizer(content, path)
+
+    @classmethod
+    def of(cls, files: Mapping[str, Path]) -> TextTokenizer | None:
+        """The one in a model's files, by their role; None if it is not among them."""
+        return cls(files[TOKENIZER]) if TOKENIZER in files else None
 
     def special_id(self, name: str) -> int:
         """Return the id of a special token.

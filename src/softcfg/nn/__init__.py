@@ -1,6 +1,20 @@
-"""Parts that the generators share: weighted attention, the key/value cache, rotary embedding."""
+"""Parts that the generators share: weighted attention, positions, the key/value cache, rotary embedding."""
 
 from softcfg.nn.attention import AttentionContext, SelfAttention, weighted_attention
+from softcfg.nn.backends import AttentionBackend, AttentionCall, register_backend, use_backend
 from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary
 
-__all__ = ["AttentionContext", "KVCache", "SelfAttention", "weighted_attention"]
+__all__ = [
+    "AttentionBackend",
+    "AttentionCall",
+    "AttentionContext",
+    "KVCache",
+    "Position",
+    "Rotary",
+    "SelfAttention",
+    "register_backend",
+    "use_backend",
+    "weighted_attention",
+]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcfg.nn.position import Position
+
 
 class KVCache:
     """Keys and values, allocated once: for each layer [rows, heads, slots, head_dim].
@@ -18,10 +20,10 @@ class KVCache:
 
     Args:
         dtype: of what is written and read.
-        device: of all layers, or one a layer.
+        device: of all layers, or one per layer.
 
     Attributes:
-        stored: the dtype of the contents, where it is not that of what is written.
+        stored: the dtype of the contents, if it differs from that of what is written.
     """
 
     stored: torch.dtype | None = None
@@ -50,7 +52,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes, in bytes."""
+        """Its memory in bytes."""
         return sum(contents.nbytes for contents in (*self.keys, *self.values))
 
     def up_to(self, slots: int) -> KVCache:
@@ -60,34 +62,26 @@ class KVCache:
         part.values = [values[:, :, :slots] for values in self.values]
         return part
 
-    def update(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Write `keys` and `values` [rows, heads, n, head_dim] at `slot` and return the filled part.
+    def write(self, layer: int, keys: Tensor, values: Tensor, position: Position) -> None:
+        """Write `keys` and `values` [rows, heads, n, head_dim] of the n slots from `position` on.
 
-        Args:
-            slot: of all rows, or int64 [rows], one a row.
-
-        Returns:
-            The layer's keys and values [rows, heads, slot + n, head_dim]; for slots by row, of all slots.
+        Raises:
+            ValueError: they do not fit into the cache.
         """
-        self.write(layer, keys, values, slot)
-        return self.read(layer, self.slots if isinstance(slot, Tensor) else slot + keys.shape[2])
-
-    def write(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> None:
-        """Write `keys` and `values` [rows, heads, n, head_dim] at `slot`, of all rows or [rows]."""
-        _put(self.keys[layer], keys, slot)
-        _put(self.values[layer], values, slot)
+        position.write(self.keys[layer], keys)
+        position.write(self.values[layer], values)
 
     def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, heads, slots, head_dim] of the layer's first slots: here views of the cache."""
+        """The layer's keys and values [rows, heads, slots, head_dim] of the first slots: here views of the cache."""
         return self.keys[layer][:, :, :slots], self.values[layer][:, :, :slots]
 
     def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """What the layer's stored keys and values are to be multiplied with, [rows, heads, slots, 1]; None for 1."""
+        """Factors [rows, heads, slots, 1] on the layer's stored keys and on its stored values; None for 1."""
         return None, None
 
 
 class Int8KVCache(KVCache):
-    """Keys and values as 8-bit integers, each vector of head_dim with a scale of its own: its largest entry is 127."""
+    """Keys and values as 8-bit integers: each vector of head_dim has its own scale, and its largest entry is 127."""
 
     stored = torch.int8
 
@@ -95,7 +89,7 @@ class Int8KVCache(KVCache):
         """See `KVCache`."""
         super().__init__(*size, **settings)
         rows, heads, slots, _ = self.keys[0].shape
-        # The scales are a cache of vectors of one.
+        # The scales are kept in a cache whose vectors have one entry.
         self._scales = KVCache(len(self.keys), rows, heads, slots, 1, device=[keys.device for keys in self.keys])
 
     @property
@@ -110,12 +104,12 @@ class Int8KVCache(KVCache):
         part._scales = self._scales.up_to(slots)
         return part
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, slot: int | Tensor) -> None:
+    def write(self, layer: int, keys: Tensor, values: Tensor, position: Position) -> None:
         """See `KVCache.write`; the vectors are rounded."""
         rounded_keys, key_scales = _round(keys)
         rounded_values, value_scales = _round(values)
-        super().write(layer, rounded_keys, rounded_values, slot)
-        self._scales.write(layer, key_scales, value_scales, slot)
+        super().write(layer, rounded_keys, rounded_values, position)
+        self._scales.write(layer, key_scales, value_scales, position)
 
     def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
         """See `KVCache.read`; here new tensors."""
@@ -128,22 +122,10 @@ class Int8KVCache(KVCache):
         return self._scales.keys[layer], self._scales.values[layer]
 
 
-CACHES: dict[torch.dtype, type[KVCache]] = {torch.int8: Int8KVCache}  # of reduced precision, by what they store
-
-
-def _put(contents: Tensor, new: Tensor, slot: int | Tensor) -> None:
-    """Write `new` [rows, heads, n, ...] into `contents` [rows, heads, slots, ...] at `slot`, of all rows or [rows]."""
-    count = new.shape[2]
-    if isinstance(slot, Tensor):
-        where = (slot[:, None] + torch.arange(count, device=slot.device))[:, None, :, None]
-        contents.scatter_(2, where.expand_as(new), new)
-        return
-    if slot + count > contents.shape[2]:
-        raise ValueError(f"the cache has {contents.shape[2]} slots, writing up to slot {slot + count} does not fit")
-    contents[:, :, slot : slot + count] = new
+CACHES: dict[torch.dtype, type[KVCache]] = {torch.int8: Int8KVCache}  # by the reduced dtype that they store
 
 
 def _round(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [..., head_dim] as int8, and the float32 scales [..., 1] that they are to be multiplied with."""
+    """Vectors [..., head_dim] rounded to int8, and the float32 scales [..., 1] that turn them back."""
     scales = vectors.abs().amax(dim=-1, keepdim=True).float() / 127
     return (vectors / torch.where(scales > 0, scales, 1)).round_().to(torch.int8), scales

@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """The rotations of the positions of a pass, and which channels form a pair.
+
+    Attributes:
+        cos, sin: float32 [n, head_dim / 2], or [rows, n, head_dim / 2] if rows have positions of their own.
+        halves: pairs are (i, head_dim / 2 + i), as in `rotate_halves`, rather than (2i, 2i+1), as in `rotate`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    halves: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate queries or keys [rows, heads, n, head_dim]."""
+        return (rotate_halves if self.halves else rotate)(x, self.cos, self.sin)
+
+    def on(self, device: torch.device) -> Rotary:
+        """The same rotations on `device`."""
+        return Rotary(self.cos.to(device), self.sin.to(device), self.halves)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (2i, 2i+1) of `x` [..., n, head_dim] by the angles of each position.
+    """Rotate the channel pairs (2i, 2i+1) of `x` [..., n, head_dim] by the angles of each position.
 
     Args:
-        cos, sin: float32 [n, head_dim / 2], or [rows, n, head_dim / 2] for `x` [rows, heads, n, head_dim] whose
-            rows have positions of their own; low-precision inputs are turned in float32.
+        cos, sin: [n, head_dim / 2], or [rows, n, head_dim / 2] for `x` [rows, heads, n, head_dim] whose rows have
+            positions of their own, float32. Inputs (and tables) of lower precision are rotated in float32.
     """
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]
-    dtype = torch.promote_types(x.dtype, cos.dtype)
+    dtype = _at_least_float32(x, cos)
     # As complex numbers, (a + ib)(cos + i sin), it is one operation rather than six.
     pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
-    turned = pairs * torch.complex(cos.to(dtype), sin.to(dtype))
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    rotated = pairs * torch.complex(cos.to(dtype), sin.to(dtype))
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Like `rotate`, for the channel pairs (i, head_dim / 2 + i)."""
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    first, second = x.to(_at_least_float32(x, cos)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def tables_behind_condition(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [1 + T, pairs] of the angles [T, pairs] of the tokens, behind one slot of the condition.
+def _at_least_float32(x: Tensor, cos: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
 
-    The condition's row is zero in both, which makes its query and key zero vectors.
+
+def tables_after_condition(angles: Tensor, slots: int = 1) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [slots + T, pairs] of the angles [T, pairs] of the tokens, after the slots of the condition.
+
+    The rows of the condition are zero in both, which makes zero vectors of its queries and keys.
     """
-    zero = angles.new_zeros(1, angles.shape[1])
-    return torch.cat((zero, angles.cos())), torch.cat((zero, angles.sin()))
+    cos, sin = (F.pad(table, (0, 0, slots, 0)) for table in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 def angles_1d(positions: Tensor, pairs: int, base: float) -> Tensor:
@@ -46,6 +75,6 @@ def angles_1d(positions: Tensor, pairs: int, base: float) -> Tensor:
 
 
 def angles_2d(rows: Tensor, columns: Tensor, pairs: int, base: float) -> Tensor:
-    """Angles [len(rows), pairs]: the first half of the pairs turn with the row, the second with the column."""
+    """Angles [len(rows), pairs]: the first half of the pairs rotate with the row, the second half with the column."""
     half = pairs // 2
     return torch.cat((angles_1d(rows, half, base), angles_1d(columns, half, base)), dim=1)

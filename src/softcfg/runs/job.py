@@ -29,7 +29,7 @@ from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_sh
 from softcfg.zoo.files import require_file
 from softcfg.zoo.loading import load_tokenizer
 from softcfg.zoo.registry import resolve
-from softcfg.zoo.source import describe_part
+from softcfg.zoo.source import describe_component
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RunRequest:
 
     Attributes:
         model: a name or folder as in `Pipeline.from_pretrained`, which every process loads onto its own device; or
-            a pipeline that was loaded from files.
+            a pipeline.
         labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index. By
             default all classes. Where there are prompts, their numbers.
         prompts: texts for models that draw from prompts, or `Prompts`, which have a size.
@@ -133,15 +133,15 @@ class RunRequest:
 
     def _prompts(self, pipeline: Pipeline) -> Prompts | None:
         prompts = self.prompts
-        if pipeline.prompt_reader is None:
+        if not pipeline.conditioning.takes_prompts:
             if prompts is not None:
                 raise UserError(f"{pipeline.name} draws classes: give labels, it does not read prompts")
             return None
         if prompts is None or not (isinstance(prompts, Prompts) or len(prompts)):
             raise UserError(f"{pipeline.name} draws from prompts: give at least one text")
         if not isinstance(prompts, Prompts):
-            side = pipeline.generator.config.image_size
-            prompts = Prompts((prompts,) if isinstance(prompts, str) else tuple(prompts), side, side)
+            texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+            prompts = Prompts(texts, *pipeline.conditioning.image_size())
         prompts.check(pipeline)
         return prompts
 
@@ -266,7 +266,7 @@ def decode_run(
         def settings() -> dict[str, Any]:
             return {
                 **source.settings,
-                "tokenizer": {**describe_part(entry.tokenizer, entry, checkpoint), "config": dict(config)},
+                "tokenizer": {**describe_component(entry.tokenizer, entry, checkpoint), "config": dict(config)},
                 "decoded_from": str(source.path.resolve()),
                 "command": command,
             }

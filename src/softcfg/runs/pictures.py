@@ -11,7 +11,7 @@ from PIL import Image
 
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, SoftCFG, settings_of
-from softcfg.images import grid, png_bytes, short_title, side_by_side
+from softcfg.images import grid, png_bytes, side_by_side
 from softcfg.runs.export import first_images
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.worker import BatchDrawer
@@ -78,7 +78,7 @@ def write_comparison(run: RunFolder, drawer: BatchDrawer) -> tuple[Path, str]:
 def label_names(drawer: BatchDrawer) -> Sequence[str]:
     """What labels stand for, short enough for the title of a row: the names of classes, or prompts."""
     if drawer.prompts is not None:
-        return [short_title(text) for text in drawer.prompts.texts]
+        return [drawer.prompts[label].title for label in range(len(drawer.prompts.texts))]
     return drawer.pipeline.classes or [str(label) for label in range(drawer.pipeline.generator.num_classes)]
 
 

@@ -31,7 +31,7 @@ class Prompts:
 
     Attributes:
         width, height: of the images, in pixels.
-        task, image: of pictures in two halves, and of those that are drawn from an image; see `Prompt`.
+        task, image, negative_text: of all prompts; see `Prompt`.
     """
 
     texts: tuple[str, ...]
@@ -39,14 +39,21 @@ class Prompts:
     height: int
     task: str | None = None
     image: str | None = None
+    negative_text: str | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Prompts | None:
         """The prompts in the settings of a run, None where classes are drawn."""
         if "prompts" not in settings:
             return None
-        image = settings.get("image", {}).get("path")
-        return cls(tuple(settings["prompts"]), settings["width"], settings["height"], settings.get("task"), image)
+        return cls(
+            tuple(settings["prompts"]),
+            settings["width"],
+            settings["height"],
+            settings.get("task"),
+            settings.get("image", {}).get("path"),
+            settings.get("negative_text"),
+        )
 
     def facts(self) -> dict[str, Any]:
         """The prompts as fields of the settings of a run."""
@@ -55,18 +62,19 @@ class Prompts:
             facts["task"] = self.task
         if self.image is not None:
             facts["image"] = {"path": str(Path(self.image).absolute()), "sha256": hash_file(self.image)}
+        if self.negative_text is not None:
+            facts["negative_text"] = self.negative_text
         return facts
 
     def check(self, pipeline: Pipeline) -> None:
         """Raise `UserError` for prompts that the model of `pipeline` cannot draw."""
-        assert pipeline.prompt_reader is not None
         for label in range(len(self.texts)):
-            read = pipeline.prompt_reader.read([self[label]], pipeline.generator, pipeline.tokenizer)
-            pipeline.generator.condition(read, guided=False)
+            inputs = pipeline.conditioning.inputs(pipeline.conditioning.requests(prompts=[self[label]]))
+            pipeline.generator.condition(inputs, guided=False)
 
     def __getitem__(self, label: int) -> Prompt:
         """The prompt that a label stands for."""
-        return Prompt(self.texts[label], self.width, self.height, self.task, self.image)
+        return Prompt(self.texts[label], self.width, self.height, self.task, self.image, self.negative_text)
 
 
 @dataclass(frozen=True)

@@ -75,15 +75,18 @@ class ProgressWatch:
             self._done += len(self.run.plan.indices(number))
 
     def look(self) -> int:
-        """Look for shards that were written since; returns the images done."""
+        """Look for shards that were written since, and report them; returns the images done."""
+        self._count()
+        self._reported = max(self._reported, self._done)
+        self._report()
+        return self._done
+
+    def _count(self) -> None:
         self._looked = time.monotonic()
         # A file may be there from before, torn or too short for a run that grew.
         new = {number for number in self._open & self.run.present() if self.run.is_whole(number)}
         self._open -= new
         self._done += sum(len(self.run.plan.indices(number)) for number in new)
-        self._reported = max(self._reported, self._done)
-        self._report()
-        return self._done
 
     @property
     def seconds(self) -> float:
@@ -98,7 +101,7 @@ class ProgressWatch:
     def close(self) -> None:
         """Make the last report, of whole shards alone."""
         with contextlib.suppress(UserError):  # the folder may be what went wrong
-            self.look()
+            self._count()
         self._reported = self._done
         self._report(ended=True)
 

@@ -12,9 +12,11 @@ import torch
 from softcfg.decoding import Sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, describe
+from softcfg.models.conditioning import Conditioning
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.version import __version__
+from softcfg.zoo.source import describe_module, hash_files
 
 
 def run_settings(
@@ -32,6 +34,10 @@ def run_settings(
 ) -> dict[str, Any]:
     """Describe a run for `RunFolder.claim`.
 
+    A model that was loaded from files is identified by its families, configurations and the hashes of its files. A
+    pipeline that was made in memory, such as one around a model of transformers, is identified by the classes of its
+    halves, their configurations and the hashes of their weights; its name stands for where it came from.
+
     Args:
         labels: class ids, or numbers of prompts, that the images take in turn; or "random".
         prompts: what labels stand for, for text-to-image models.
@@ -39,17 +45,20 @@ def run_settings(
         command: the words that draw the run.
 
     Raises:
-        UserError: the pipeline was not loaded from files, or one of them is missing.
+        UserError: a file of the model is missing.
     """
-    source = pipeline.source
+    source, generator = pipeline.source, pipeline.generator
     if source is None:
-        raise UserError("a run needs a pipeline that was loaded from files, with Pipeline.from_pretrained")
-    generator = pipeline.generator
-    rounded = [] if source.quantize is None else [source.quantize]
+        model, quantize = pipeline.name or type(generator).__name__, None
+        facts = {"generator": describe_module(generator), "tokenizer": describe_module(pipeline.tokenizer)}
+    else:
+        model, quantize, facts = source.model, source.quantize, source.facts
+    rounded = [] if quantize is None else [quantize]
     cache_dtype = generator.cache_dtype
     return {
-        "model": source.model,
-        **source.facts,
+        "model": model,
+        **facts,
+        **_read_with(pipeline.conditioning),
         "guidance": guidance_settings(guidance),
         "sampling": dataclasses.asdict(sampling),
         "seed": seed,
@@ -72,6 +81,13 @@ def guidance_settings(guidance: CFG) -> dict[str, Any]:
         return describe(guidance)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _read_with(conditioning: Conditioning) -> dict[str, Any]:
+    """What texts are read with, where they are."""
+    if not conditioning.files:
+        return {}
+    return {"text": {**conditioning.settings, "sha256": hash_files(conditioning.files.values())}}
 
 
 def _environment(pipeline: Pipeline) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from softcfg.errors import UserError
+from softcfg.models.geometry import Geometry
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.plan import Prompts
 from softcfg.runs.progress import ProgressWatch
@@ -129,8 +130,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def decoded_shards(source: RunFolder, tokenizer: Tokenizer, run: RunFolder) -> ShardMaker:
     """What makes the shards of `run`: those of `source` with pixels that `tokenizer` decodes."""
     grid = None
-    if (prompts := Prompts.of(run.settings)) is not None:
-        grid = (prompts.height // tokenizer.patch_size, prompts.width // tokenizer.patch_size)
+    if tokenizer.any_size and (prompts := Prompts.of(run.settings)) is not None:
+        grid = Geometry.of_image(prompts.width, prompts.height, tokenizer.patch_size).grid
 
     def decode(number: int, on_step: Callable[[float], None]) -> Shard:
         shard = source.require(number)

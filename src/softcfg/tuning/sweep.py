@@ -199,6 +199,8 @@ class Sweep:
         )
         self.pipeline = request.load()
         generator = self.pipeline.generator
+        if self.pipeline.source is None:
+            raise UserError("a sweep needs a pipeline that was loaded from files, with Pipeline.from_pretrained")
         if not generator.num_classes:
             raise UserError(f"{self.pipeline.name} draws from prompts; a sweep needs a model that draws classes")
         self.space.check_parts(self.fixed)
@@ -517,7 +519,7 @@ def _rungs(num_samples: int, batch_size: int, early_stop: float | None, given: S
 def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
     """The command that draws a run, up to its guidance, sampling and folder."""
     source = pipeline.source
-    assert source is not None  # `RunRequest.settings` has refused it
+    assert source is not None  # `Sweep` has refused it
     words = ["softcfg", "sample", source.model, *plugins.options()]
     for flag, given in (
         ("--generator-checkpoint", source.generator_checkpoint),

@@ -114,7 +114,7 @@ def inspector(picture: Picture, inspection: Inspection, token: int) -> str:
     facts = [
         ("Confidence", f"{confidence:.3f}", CONFIDENCES.description(inspection.guidance.weak_branch.confidence)),
         ("Guidance scale", f"{float(inspection.scale[token]):.2f}", "at this step"),
-        ("Code", str(drawn), f"step {token + 1} of {grid.total}"),
+        ("Code", str(drawn), f"step {token + 1} of {grid.num_tokens}"),
     ]
     cells = "".join(
         f"<div><dt>{name}</dt><dd>{value}<small>{escape(note)}</small></dd></div>" for name, value, note in facts

@@ -401,11 +401,11 @@ class Shown:
         if mode not in MAPS or mode == "none" or not pictures:
             return {}, ""
         values: dict[int, np.ndarray] = {}
-        step = session.chosen[1] if session.chosen else pictures[0].grid.total - 1
+        step = session.chosen[1] if session.chosen else pictures[0].grid.num_tokens - 1
         for picture in pictures:
             inspection = self.studio.inspect(picture)
             per_token = inspection.confidence.numpy() if mode == "confidence" else inspection.weights_on_earlier(step)
-            values[picture.number] = picture.grid.arranged(per_token)
+            values[picture.number] = picture.grid.on_grid(per_token)
         low = 0.0
         if mode == "weights":
             known = np.concatenate([grid[~np.isnan(grid)] for grid in values.values()])

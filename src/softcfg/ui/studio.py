@@ -26,11 +26,9 @@ from softcfg.decoding import Sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, PERTURBATIONS, RULES, SoftCFG, View, compose, settings_of, titled
 from softcfg.inspection import trace
-from softcfg.inspection.measures import grid_of
 from softcfg.inspection.trace import step_weights
-from softcfg.models.base import Condition, Generator
+from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline
-from softcfg.prompts import as_prompts
 from softcfg.version import __version__
 
 
@@ -120,47 +118,6 @@ RANGES: dict[str, tuple[float, float]] = {  # of the settings that are numbers
 }
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Where an image's tokens stand.
-
-    Attributes:
-        front: tokens in front of the rows, which have no place in the image.
-        rows, columns: of the places.
-        stride: tokens a row; those behind the last column (the ends of lines) have no place.
-        total: T, all tokens.
-    """
-
-    front: int
-    rows: int
-    columns: int
-    stride: int
-    total: int
-
-    @classmethod
-    def of(cls, generator: Generator, condition: Condition) -> Grid:
-        """Where the tokens stand that `generator` draws under `condition`."""
-        total = condition.num_tokens
-        codes = generator.is_code(torch.arange(total, device=generator.device), condition)
-        if condition.grid is None or codes is None:
-            # The largest square of the last tokens.
-            front, side = grid_of(total)
-            return cls(front, side, side, side, total)
-        rows, columns = condition.grid
-        places = codes.nonzero()[:, 0].tolist()
-        return cls(places[0], rows, columns, places[columns] - places[0] if rows > 1 else columns, total)
-
-    def place(self, token: int) -> tuple[int, int] | None:
-        """Row and column of a token; None for one without a place."""
-        row, column = divmod(token - self.front, self.stride)
-        return (row, column) if 0 <= row < self.rows and column < self.columns else None
-
-    def arranged(self, per_token: np.ndarray) -> np.ndarray:
-        """Values per token [T] as [rows, columns]."""
-        placed = per_token[self.front : self.front + self.rows * self.stride]
-        return placed.reshape(self.rows, self.stride)[:, : self.columns]
-
-
 @dataclass
 class Inspection:
     """What a trace says about the tokens of one picture, without its logits [T, V].
@@ -205,7 +162,7 @@ class Picture:
     settings: Settings
     method: str
     subject: str
-    grid: Grid
+    grid: Geometry
     tokens: Tensor
     pixels: np.ndarray
     inspection: Inspection | None = None
@@ -291,7 +248,9 @@ class Session:
         if self.drawing is not None and self.drawing.active:
             raise UserError("A drawing is under way; stop it first or wait for it.")
         shot = [other for other in self.pictures.values() if other.shot == picture.shot]
-        self.panels = [Panel(other.method, other.grid.total, other.grid.total, picture=other) for other in shot]
+        self.panels = [
+            Panel(other.method, other.grid.num_tokens, other.grid.num_tokens, picture=other) for other in shot
+        ]
         self.shown, self.chosen, self.note = picture.settings, None, ""
         return picture.settings
 
@@ -321,7 +280,7 @@ class Model:
     @property
     def takes_prompts(self) -> bool:
         """Whether the subject is a prompt rather than a class."""
-        return self.pipeline.prompt_reader is not None
+        return self.pipeline.conditioning.takes_prompts
 
     @property
     def subjects(self) -> list[str]:
@@ -335,10 +294,8 @@ class Model:
 
     def inputs(self, subject: int | str) -> list[Any]:
         """The subject as the generator takes it."""
-        pipeline = self.pipeline
-        if pipeline.prompt_reader is None:
-            return [subject]
-        return pipeline.prompt_reader.read(as_prompts(subject), pipeline.generator, pipeline.tokenizer)
+        conditioning = self.pipeline.conditioning
+        return conditioning.inputs(conditioning.requests([subject]))
 
     def defaults(self, name: str) -> Settings:
         """The settings that suit the model."""
@@ -358,18 +315,18 @@ class Canvas:
     def __init__(self, model: Model, subject: int | str) -> None:
         self.pipeline = model.pipeline
         self.condition = self.pipeline.generator.condition(model.inputs(subject), guided=False)
-        self.grid = Grid.of(self.pipeline.generator, self.condition)
+        self.grid = self.condition.geometry
 
     def sketch(self, tokens: Tensor) -> np.ndarray:
         """The image of the first n tokens [n], n >= 1, as uint8 [H, W, 4], clear where tokens are missing."""
         grid, tokenizer = self.grid, self.pipeline.tokenizer
         # What is missing takes the newest code: the decoder looks beyond the edge of what is drawn.
         newest = max((token for token in range(len(tokens)) if grid.place(token)), default=0)
-        filled = torch.cat((tokens, tokens[newest : newest + 1].expand(grid.total - len(tokens))))
+        filled = torch.cat((tokens, tokens[newest : newest + 1].expand(grid.num_tokens - len(tokens))))
         codes = self.pipeline.generator.image_codes(filled[None], self.condition)
         pixels = tokenizer.to_uint8(tokenizer.decode(codes, self.condition.grid))[0].cpu().numpy()
         height, width = pixels.shape[:2]
-        drawn = grid.arranged(np.arange(grid.total) < len(tokens))
+        drawn = grid.on_grid(np.arange(grid.num_tokens) < len(tokens))
         mask = drawn.repeat(height // grid.rows, axis=0).repeat(width // grid.columns, axis=1)
         return np.dstack((pixels, np.uint8(255) * mask.astype(np.uint8)))
 
@@ -559,7 +516,7 @@ class Studio:
             if session.drawing is not None and session.drawing.active:
                 raise UserError("This page is drawing already; stop that first or wait for it.")
             session.drawing, session.shown, session.chosen = drawing, settings, None
-            session.panels = panels = [Panel(method, canvas.grid.total) for method in settings.methods]
+            session.panels = panels = [Panel(method, canvas.grid.num_tokens) for method in settings.methods]
             session.shots += 1
             shot = session.shots
         try:

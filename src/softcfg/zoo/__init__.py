@@ -1,22 +1,44 @@
 """Known models: the registry, and finding, fetching, checking and loading their weights."""
 
+from typing import Any
+
+from softcfg.zoo import registry
 from softcfg.zoo.fetching import fetch
 from softcfg.zoo.loading import load_generator, load_tokenizer, load_weights
 from softcfg.zoo.reading import read_state_dict
-from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Family, ModelEntry, ModelFile, Part, resolve
+from softcfg.zoo.registry import (
+    GENERATORS,
+    MODELS,
+    TOKENIZERS,
+    Component,
+    Family,
+    ModelEntry,
+    ModelFile,
+    TextComponent,
+    register_generator,
+    register_tokenizer,
+    resolve,
+)
 
 __all__ = [
     "GENERATORS",
     "MODELS",
     "TOKENIZERS",
+    "Component",
     "Family",
     "ModelEntry",
     "ModelFile",
-    "Part",
+    "TextComponent",
     "fetch",
     "load_generator",
     "load_tokenizer",
     "load_weights",
     "read_state_dict",
+    "register_generator",
+    "register_tokenizer",
     "resolve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(registry, name)  # names that have changed, with a warning

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from softcfg.errors import CheckpointError, UserError
 from softcfg.files import TEMPORARY, hash_file, is_file, is_folder, open_atomically, open_regular
-from softcfg.prompts import PromptReader
 from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
-from softcfg.zoo.loading import blank_module, read_weights, require_fit
+from softcfg.zoo.loading import blank_module, config_of_texts, read_weights, require_fit
 from softcfg.zoo.reading import is_index, read_json, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile, resolve
 
@@ -62,14 +61,15 @@ def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
 
     No tensor is allocated.
     """
-    for part in entry.parts:
-        if part.config_file is not None and part.config_file in found:
-            part = replace(part, config={**part.config, **read_json(found[part.config_file])})
-        if part.file in found:
-            path = found[part.file]
-            require_fit(blank_module(part), read_weights(part.family, path), str(path), extras=part.family.extras)
-    if entry.text is not None and entry.text.file in found:
-        PromptReader(found[entry.text.file])
+    for component in entry.components:
+        if component.config_file is not None and component.config_file in found:
+            component = replace(component, config={**component.config, **read_json(found[component.config_file])})
+        if component.file in found:
+            path = found[component.file]
+            require_fit(
+                blank_module(component), read_weights(component.family, path), str(path), extras=component.family.extras
+            )
+    config_of_texts(entry, found)
 
 
 def _download(file: ModelFile) -> Path:

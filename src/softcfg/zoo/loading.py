@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError, clean, quote
-from softcfg.prompts import PromptReader
 from softcfg.zoo.files import find_file, require_file
 from softcfg.zoo.reading import read_json, read_state_dict, unwrap
-from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Family, ModelEntry, Part, find, resolve
+from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from softcfg.models.base import Generator
+    from softcfg.models.conditioning import Conditioning
     from softcfg.tokenizers.base import Tokenizer
 
 MOST_TENSORS = 4_000  # of a model
@@ -67,17 +67,27 @@ def load_tokenizer(
     return _load(TOKENIZERS, family, config, checkpoint, device, dtype)
 
 
-def load_prompt_reader(model: str | Path | ModelEntry) -> PromptReader:
-    """Load what turns the prompts of a text-to-image model into tokens.
+def load_conditioning(
+    entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, *, with_files: bool = True
+) -> Conditioning:
+    """What turns labels or prompts into what the generator of a model is conditioned on.
+
+    Args:
+        with_files: whether to read the files that texts are read with; without them no prompt can be read.
 
     Raises:
-        CheckpointError: its file is missing or damaged.
-        UserError: the model does not read prompts.
+        CheckpointError: a file is missing or damaged.
+        UserError: the tokenizer does not decode what the generator draws.
     """
-    entry = resolve(model)
-    if entry.text is None:
-        raise UserError(f"{entry.name} does not read prompts")
-    return PromptReader(require_file(entry.text.file, entry), entry.text.template)
+    conditioning_type = generator.conditioning_type
+    if conditioning_type is None:
+        raise UserError(f"the {entry.generator.family.name} generator does not say what it is conditioned on")
+    text: dict[str, Any] = {}
+    if entry.text is not None:
+        text["settings"] = entry.text.settings
+        if with_files:
+            text["files"] = {role: require_file(file, entry) for role, file in entry.text.files.items()}
+    return conditioning_type(generator, tokenizer, name=entry.name, classes=entry.classes, **text)
 
 
 def _load(
@@ -99,11 +109,11 @@ def _load(
         if isinstance(name, str) and not os.path.exists(name):
             find({**families, **MODELS}, name, f"there is no {kind} family or model named")
         entry = resolve(name)
-        part = entry.generator if families is GENERATORS else entry.tokenizer
-        family = part.family
-        config = published_config(entry, part) if config is None else config
-        checkpoint = require_file(part.file, entry) if checkpoint is None else checkpoint
-        dtype = getattr(torch, part.dtype) if dtype is None else dtype
+        component = entry.generator if families is GENERATORS else entry.tokenizer
+        family = component.family
+        config = published_config(entry, component) if config is None else config
+        checkpoint = require_file(component.file, entry) if checkpoint is None else checkpoint
+        dtype = getattr(torch, component.dtype) if dtype is None else dtype
     module_class, config_class = family.classes()
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     if isinstance(checkpoint, Mapping):
@@ -115,17 +125,34 @@ def _load(
     return load_weights(module_class, settings, state, device=device, dtype=dtype, source=source, extras=family.extras)
 
 
-def published_config(entry: ModelEntry, part: Part) -> dict[str, Any]:
-    """The configuration of a part, with what the files that were published beside its weights say, where they are here.
+def published_config(entry: ModelEntry, component: Component) -> dict[str, Any]:
+    """The configuration of a component, completed by the files published beside its weights, where they are here.
 
-    That is `config.json`, and the ids of special tokens in the text tokenizer.
+    That is `config.json`, and what the family finds in the files that it reads texts with.
     """
-    config = dict(part.config)
-    if part.config_file is not None and (path := find_file(part.config_file)) is not None:
+    config = dict(component.config)
+    if component.config_file is not None and (path := find_file(component.config_file)) is not None:
         config.update(read_json(path))
-    if entry.text is not None and part is entry.generator and find_file(entry.text.file) is not None:
-        config.update(load_prompt_reader(entry).special_ids())
+    if entry.text is not None and component is entry.generator:
+        config.update(config_of_texts(entry, {file: find_file(file) for file in entry.text.files.values()}))
     return config
+
+
+def config_of_texts(entry: ModelEntry, found: Mapping[ModelFile, Path | None]) -> dict[str, Any]:
+    """Fields of the generator's configuration that the files say with which a model reads texts.
+
+    Args:
+        found: where files are; those that are not there, or not named, are left out.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if entry.text is None:
+        return {}
+    module_class: Any = entry.generator.family.classes()[0]
+    conditioning_type: type[Conditioning] | None = module_class.conditioning_type
+    files = {role: path for role, file in entry.text.files.items() if (path := found.get(file)) is not None}
+    return {} if conditioning_type is None else conditioning_type.published_config(files)
 
 
 def read_weights(family: Family, path: str | Path) -> dict[str, Tensor]:
@@ -170,20 +197,21 @@ def load_weights(
 
 
 def random_weights(
-    part: Part, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
+    component: Component, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
 ) -> Any:
-    """The module of `part` with random weights, for measuring speed without its file; in eval mode."""
+    """The module of `component` with random weights, for measuring speed without its file; in eval mode."""
     import torch
 
-    module_class, config_class = part.family.classes()
-    config: Any = load_config(config_class, part.config, part.family.sections)
+    module_class, config_class = component.family.classes()
+    config: Any = load_config(config_class, component.config, component.family.sections)
     _on_meta(module_class, config)  # what is too large is refused before it takes memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             module = module_class(config)
         except (RuntimeError, MemoryError) as error:
-            raise UserError(f"there is no memory for the {part.family.name} {part.family.kind} here") from error
+            family = component.family
+            raise UserError(f"there is no memory for the {family.name} {family.kind} here") from error
     return module.to(device, dtype).requires_grad_(False).eval()
 
 
@@ -227,10 +255,10 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
         raise CheckpointError(f"the configured {module_class.__name__} cannot be built: {problem}") from error
 
 
-def blank_module(part: Part) -> nn.Module:
-    """The module of `part` as it should be, without memory for its weights."""
-    module_class, config_class = part.family.classes()
-    return _on_meta(module_class, load_config(config_class, part.config, part.family.sections))
+def blank_module(component: Component) -> nn.Module:
+    """The module of `component` as it should be, without memory for its weights."""
+    module_class, config_class = component.family.classes()
+    return _on_meta(module_class, load_config(config_class, component.config, component.family.sections))
 
 
 def require_fit(module: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, extras: bool = False) -> None:
@@ -274,14 +302,14 @@ def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> st
     """Guess whose weights these are: those of a known model, or at least of another family."""
     anatomy = _anatomy(found)
     likeness = {"": 0.8}  # the least for a guess
-    seen: list[Part] = []
-    for name, part in ((entry.name, part) for entry in MODELS.values() for part in entry.parts):
-        if part in seen:  # models share tokenizers
+    seen: list[Component] = []
+    for name, component in ((entry.name, component) for entry in MODELS.values() for component in entry.components):
+        if component in seen:  # models share tokenizers
             continue
-        seen.append(part)
-        known = blank_module(part)
-        fits = not _differences(known.state_dict(), part.family.needed(found))
-        label = f"{part.family.name} {part.family.kind}"
+        seen.append(component)
+        known = blank_module(component)
+        fits = not _differences(known.state_dict(), component.family.needed(found))
+        label = f"{component.family.name} {component.family.kind}"
         if isinstance(known, module_class):
             if fits:
                 return f"; it fits {name}"

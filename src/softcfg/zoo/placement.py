@@ -79,9 +79,7 @@ def spread(
     """
     import torch
 
-    from softcfg.models.lumina import Lumina, LuminaBlock
-
-    if not isinstance(generator, Lumina):
+    if not generator.no_split_modules:
         raise UserError(f"{type(generator).__name__} generators fit on one device: leave out device_map")
     try:
         from accelerate import dispatch_model, infer_auto_device_map
@@ -90,7 +88,7 @@ def spread(
     if not isinstance(device_map, str):
         placed = dict(device_map)
     elif device_map == "auto":
-        placed = infer_auto_device_map(generator, max_memory, no_split_module_classes=[LuminaBlock.__name__])
+        placed = infer_auto_device_map(generator, max_memory, no_split_module_classes=list(generator.no_split_modules))
     else:
         raise UserError(f"device_map must be 'auto' or a mapping of modules to devices, got {device_map!r}")
     if set(placed.values()) == {"cpu"}:
@@ -99,8 +97,7 @@ def spread(
         dispatch_model(generator, placed, offload_dir=offload_folder, force_hooks=True)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"device_map does not fit: {' '.join(str(error).split())}") from error
-    hooks: list[Any] = [block._hf_hook for block in generator.model.layers]
-    generator.layer_devices = [torch.device(hook.execution_device) for hook in hooks]
+    generator.layer_devices = [torch.device(block._hf_hook.execution_device) for block in generator.blocks]
     for name, buffer in generator.named_buffers(recurse=False):
         generator.register_buffer(name, buffer.to(generator.device), persistent=False)
     return generator

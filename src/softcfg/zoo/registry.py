@@ -1,7 +1,8 @@
 """What softcfg knows by name: families of generators and tokenizers, and the models built from them.
 
-A new family is one file under `models/` or `tokenizers/` and one entry here. Importing this module does
-not import torch.
+A new family is one file under `models/` or `tokenizers/` and one entry here. Models are described in YAML: bundled ones
+in the `model.yaml` of their folder, published ones in `published/FAMILY.yaml`, both in the format of
+`read_model_folder`. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import argparse
 import difflib
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
+
 from softcfg.configuration import read_yaml
 from softcfg.errors import UserError, quote
 from softcfg.files import is_file, is_folder
-from softcfg.prompts import TEXT_TO_IMAGE
 
 if TYPE_CHECKING:
     from torch import nn
 
 BUNDLED = Path(__file__).parent / "bundled"
+PUBLISHED = Path(__file__).parent / "published"
 
 LARGEST_SETTING = 1e9  # of the default sampling
 
@@ -31,6 +35,7 @@ LARGEST_SETTING = 1e9  # of the default sampling
 TRAINING_ARGUMENTS = (argparse.Namespace,)
 
 Named = TypeVar("Named")
+ModuleClass = TypeVar("ModuleClass", bound=type)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Family:
     module: str
     model: str
     config: str
-    sections: tuple[str, ...]
+    sections: tuple[str, ...] = ()
     entries: tuple[str, ...] = ("model", "state_dict")
     ignored: tuple[str, ...] = ()
     allowed_types: tuple[type, ...] = ()
@@ -109,7 +114,7 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """A model's generator or tokenizer: family, configuration (released names), weights and their number.
 
     Attributes:
@@ -131,11 +136,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Text:
-    """How a text-to-image model reads prompts: its `tokenizer.json`, and the sentence around a prompt."""
+class TextComponent:
+    """What a text-to-image model reads prompts with; its family says what files and settings it needs.
 
-    file: ModelFile
-    template: str = TEXT_TO_IMAGE
+    Attributes:
+        files: by their role, such as "tokenizer".
+        settings: such as "template", the sentence around a prompt; the family's own by default.
+    """
+
+    files: Mapping[str, ModelFile]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,24 +161,24 @@ class ModelEntry:
     """
 
     name: str
-    generator: Part
-    tokenizer: Part
+    generator: Component
+    tokenizer: Component
     description: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
     fid: float | None = None
     classes: tuple[str, ...] = ()
-    text: Text | None = None
+    text: TextComponent | None = None
 
     @property
-    def parts(self) -> tuple[Part, Part]:
+    def components(self) -> tuple[Component, Component]:
         """The generator and the tokenizer."""
         return self.generator, self.tokenizer
 
     @property
     def files(self) -> list[ModelFile]:
         """The files of the model; of weights in several files, the index."""
-        files = [file for part in self.parts for file in part.files]
-        return files if self.text is None else [*files, self.text.file]
+        files = [file for component in self.components for file in component.files]
+        return files if self.text is None else [*files, *self.text.files.values()]
 
     @property
     def folder(self) -> Path | None:
@@ -207,6 +217,17 @@ GENERATORS: dict[str, Family] = _by_name(
             ignored=("freqs_cis",),
             allowed_types=TRAINING_ARGUMENTS,
         ),
+        _generator(
+            "llamagen-t2i",
+            "softcfg.models.llamagen_t2i",
+            "LlamaGenT2I",
+            "LlamaGenT2IConfig",
+            entries=("model", "module", "state_dict"),
+            ignored=("freqs_cis",),
+            allowed_types=TRAINING_ARGUMENTS,
+        ),
+        _generator("janus-pro", "softcfg.models.janus", "Janus", "JanusConfig", layouts="from_published"),
+        _generator("emu3", "softcfg.models.emu3", "Emu3", "Emu3Config", layouts="from_published"),
         _generator("lumina-mgpt-2", "softcfg.models.lumina", "Lumina", "LuminaConfig", ignored=("model.vqmodel.",)),
     ]
 )
@@ -245,230 +266,35 @@ TOKENIZERS: dict[str, Family] = _by_name(
     ]
 )
 
-ALITOK_TOKENIZER = Part(
-    TOKENIZERS["alitok"],
-    {
-        "image_size": 256,
-        "patch_size": 16,
-        "aux_tokens": 17,
-        "num_latent_tokens": 273,
-        "num_buffer_tokens": 32,
-        "token_size": 32,
-        "codebook_size": 4096,
-        "encoder_width": 768,
-        "encoder_num_layers": 12,
-        "encoder_num_heads": 12,
-        "decoder_width": 1024,
-        "decoder_num_layers": 24,
-        "decoder_num_heads": 16,
-        "mlp_ratio": 4,
-        "layer_norm_eps": 1e-5,
-    },
-    ModelFile("AliTok.pth", drive_id="1Rir4QEJ_HTvZkhcnw9MTfWlSFemcGVIW"),
-    389_899_308,
-)
 
-MASKGIT_VQ_TOKENIZER = Part(
-    TOKENIZERS["maskgit-vq"],
-    {
-        "channel_mult": [1, 1, 2, 2, 4],
-        "hidden_channels": 128,
-        "num_channels": 3,
-        "num_res_blocks": 2,
-        "resolution": 256,
-        "z_channels": 256,
-        "codebook_size": 1024,
-    },
-    ModelFile("maskgit-vqgan-imagenet-f16-256.bin", repository="fun-research/TiTok"),
-    54_515_587,
-)
+def register_generator(name: str, config: type, **layout: Any) -> Callable[[ModuleClass], ModuleClass]:
+    """Class decorator that makes a family of generators known by `name`, to everything that takes a family or a model.
 
-ROBUSTOK_TOKENIZER = Part(
-    TOKENIZERS["robustok"],
-    {
-        "codebook_size": 4096,
-        "codebook_embed_dim": 64,
-        "codebook_l2_norm": True,
-        "vit_embed_dim": 768,
-        "vit_depth": 12,
-        "vit_num_heads": 12,
-        "mlp_ratio": 4,
-        "image_size": 256,
-        "patch_size": 16,
-        "num_latent_tokens": 256,
-    },
-    ModelFile("post-train.pt", repository="qiuk6/RobusTok"),
-    172_288_064,
-)
+    Args:
+        config: the family's configuration, a dataclass.
+        layout: how its released files look; see `Family`.
+
+    Raises:
+        UserError: another family has this name.
+    """
+    return _registering(GENERATORS, "generator", name, config, layout)
 
 
-MOVQ_TOKENIZER = Part(
-    TOKENIZERS["movq"],
-    {
-        "ch": 256,
-        "ch_mult": [1, 2, 2, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [32],
-        "resolution": 256,
-        "z_channels": 4,
-        "n_embed": 16384,
-        "embed_dim": 4,
-    },
-    ModelFile("movqgan_270M.ckpt", repository="ai-forever/MoVQGAN"),
-    270_669_103,
-)
+def register_tokenizer(name: str, config: type, **layout: Any) -> Callable[[ModuleClass], ModuleClass]:
+    """Class decorator that makes a family of image tokenizers known by `name`; see `register_generator`."""
+    return _registering(TOKENIZERS, "tokenizer", name, config, layout)
 
 
-def _llamagen_tokenizer(image_size: int) -> Part:
-    return Part(
-        TOKENIZERS["llamagen-vq"],
-        {
-            "ch": 128,
-            "ch_mult": [1, 1, 2, 2, 4],
-            "num_res_blocks": 2,
-            "z_channels": 256,
-            "codebook_size": 16384,
-            "codebook_embed_dim": 8,
-            "codebook_l2_norm": True,
-            "num_groups": 32,
-            "norm_eps": 1e-6,
-            "image_size": image_size,
-        },
-        ModelFile("vq_ds16_c2i.pt", repository="FoundationVision/LlamaGen"),
-        71_883_403,
-    )
+def _registering(
+    families: dict[str, Family], kind: str, name: str, config: type, layout: Mapping[str, Any]
+) -> Callable[[ModuleClass], ModuleClass]:
+    def register(model: ModuleClass) -> ModuleClass:
+        family = Family(kind, name, model.__module__, model.__name__, config.__name__, **layout)
+        if families.setdefault(name, family) != family:
+            raise UserError(f"there is a {kind} family named {name!r} already, in {families[name].module}")
+        return model
 
-
-def _alitok(
-    name: str, hidden_size: int, layers: int, parameters: int, drive_id: str,
-    scale: float, power: float, seed: int, fid: float,
-) -> ModelEntry:  # fmt: skip
-    config = {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "codebook_size": 4096,
-        "condition_num_classes": 1000,
-        "image_seq_len": 273,
-    }
-    file = ModelFile(name.replace("-", "_") + ".bin", drive_id=drive_id)
-    return ModelEntry(
-        name,
-        Part(GENERATORS["alitok"], config, file, parameters),
-        ALITOK_TOKENIZER,
-        "AliTok, ImageNet 256 x 256, 273 tokens",
-        {"temperature": 1.0, "guidance_scale": scale, "guidance_scale_pow": power, "seed": seed},
-        fid,
-    )
-
-
-def _rar_config(hidden_size: int, layers: int, mlp: int, codes: int) -> dict[str, int]:
-    return {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "intermediate_size": mlp,
-        "codebook_size": codes,
-        "condition_num_classes": 1000,
-        "image_seq_len": 256,
-    }
-
-
-def _rar(
-    name: str, hidden_size: int, layers: int, mlp: int, parameters: int,
-    temperature: float, scale: float, power: float, fid: float,
-) -> ModelEntry:  # fmt: skip
-    file = ModelFile(name.replace("-", "_") + ".bin", repository="yucornetto/RAR")
-    return ModelEntry(
-        name,
-        Part(GENERATORS["rar"], _rar_config(hidden_size, layers, mlp, 1024), file, parameters),
-        MASKGIT_VQ_TOKENIZER,
-        "RAR, ImageNet 256 x 256, 256 tokens in raster order",
-        {"temperature": temperature, "guidance_scale": scale, "guidance_scale_pow": power, "seed": 42},
-        fid,
-    )
-
-
-def _robustok(
-    size: str, hidden_size: int, layers: int, mlp: int, parameters: int,
-    temperature: float, scale: float, power: float, fid: float,
-) -> ModelEntry:  # fmt: skip
-    # RAR publishes files of the same names.
-    file = ModelFile(f"rar_{size}.bin", repository="qiuk6/RobusTok", alias=f"robustok_rar_{size}.bin")
-    return ModelEntry(
-        f"robustok-{size}",
-        Part(GENERATORS["robustok"], _rar_config(hidden_size, layers, mlp, 4096), file, parameters),
-        ROBUSTOK_TOKENIZER,
-        "RobusTok, ImageNet 256 x 256, 256 tokens in raster order "
-        "(for the tokenizer before post-training: --tokenizer-checkpoint main-train.pt)",
-        {"temperature": temperature, "guidance_scale": scale, "guidance_scale_pow": power},
-        fid,
-    )
-
-
-def _llamagen(
-    size: str, image_size: int, dim: int, layers: int, heads: int, parameters: int, scale: float, fid: float
-) -> ModelEntry:
-    side = image_size // 16
-    config = {
-        "dim": dim,
-        "n_layer": layers,
-        "n_head": heads,
-        "num_classes": 1000,
-        "vocab_size": 16384,
-        "block_size": side * side,
-        "multiple_of": 256,
-        "norm_eps": 1e-5,
-        "rope_base": 10000,
-        "cls_token_num": 1,
-        "model_type": "c2i",
-    }
-    name = f"{size}_{image_size}"
-    file = ModelFile(f"c2i_{name}.pt", repository="FoundationVision/LlamaGen")
-    return ModelEntry(
-        f"llamagen-{name.replace('_', '-').lower()}",
-        Part(GENERATORS["llamagen"], config, file, parameters),
-        _llamagen_tokenizer(image_size),
-        f"LlamaGen, ImageNet {image_size} x {image_size}, {side * side} tokens in raster order"
-        + (", FID at 256 x 256" if image_size != 256 else ""),
-        {"temperature": 1.0, "guidance_scale": scale, "schedule": "constant"},
-        fid,
-    )
-
-
-def _lumina(name: str, description: str) -> ModelEntry:
-    def published(file: str) -> ModelFile:
-        repository = f"Alpha-VLLM/{name.replace('lumina-mgpt-2', 'Lumina-mGPT-2.0').replace('-omni', '-Omni')}"
-        return ModelFile(file, repository=repository, alias=f"{name}/{file}")
-
-    config = {
-        "vocab_size": 171385,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 10240,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "model_parallel_size": 1,
-        "swin_norm": False,
-    }
-    return ModelEntry(
-        name,
-        Part(
-            GENERATORS["lumina-mgpt-2"],
-            config,
-            published("model.safetensors.index.json"),
-            7_880_273_920,
-            published("config.json"),
-            "bfloat16",
-        ),
-        MOVQ_TOKENIZER,
-        description,
-        {"temperature": 1.0, "guidance_scale": 4.0, "schedule": "constant", "top_k": 4096},
-        text=Text(published("tokenizer.json")),
-    )
+    return register
 
 
 def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
@@ -487,7 +313,22 @@ def read_model_folder(folder: Path) -> ModelEntry:
         UserError: the file is missing or malformed; the field is named.
     """
     path = folder / "model.yaml"
-    content = read_yaml(path)
+    return _read_entry(path, {"name": folder.name, **read_yaml(path)}, folder)
+
+
+def read_published(path: Path) -> list[ModelEntry]:
+    """Read the `models` of a YAML file, each as in a `model.yaml`, but with files that are published somewhere."""
+    # The package's own files go through the parser in C, which is ten times as fast and sets no limits.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = yaml.load(path.read_text(encoding="utf-8"), loader)
+    return [_read_entry(path, entry, None) for entry in content["models"]]
+
+
+def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> ModelEntry:
+    """The entry that `content` of the file `path` describes.
+
+    A file is its name in `folder`, or a mapping of the fields of `ModelFile`.
+    """
     kinds: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number"}
 
     def expect(kind: type, where: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -496,14 +337,30 @@ def read_model_folder(folder: Path) -> ModelEntry:
             raise UserError(f"{path}: {key} must be {kinds[kind]}, got {quote(value)}")
         return value
 
-    def part(key: str, families: Mapping[str, Family]) -> Part:
+    def file(where: Mapping[str, Any], key: str, default: str | None = None) -> ModelFile:
+        if isinstance(where.get(key), dict) and folder is None:
+            return ModelFile(**where[key])
+        return ModelFile(expect(str, where, key, default), folder=folder)
+
+    def component(key: str, families: Mapping[str, Family]) -> Component:
         section = expect(dict, content, key)
-        return Part(
+        return Component(
             find(families, expect(str, section, "family"), f"{path}: unknown {key} family"),
             expect(dict, section, "config", {}),
-            ModelFile(expect(str, section, "checkpoint", f"{key}.safetensors"), folder=folder),
+            file(section, "checkpoint", f"{key}.safetensors"),
             expect(int, section, "parameters", 0) or None,
+            file(section, "config_file") if "config_file" in section else None,
+            expect(str, section, "dtype", "float32"),
         )
+
+    def text() -> TextComponent:
+        settings = dict(expect(dict, content, "text"))
+        files = {role: file(settings["files"], role) for role in expect(dict, settings, "files", {})}
+        if "tokenizer" in settings or not files:
+            files = {"tokenizer": file(settings, "tokenizer", "tokenizer.json"), **files}
+        if "template" in settings:
+            expect(str, settings, "template")
+        return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
@@ -511,51 +368,29 @@ def read_model_folder(folder: Path) -> ModelEntry:
             expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
         elif not isinstance(value, (int, float)) or not abs(value) <= LARGEST_SETTING:
             raise UserError(f"{path}: sampling.{key} must be a number, got {quote(value)}")
-    text = None
-    if "text" in content:
-        section = expect(dict, content, "text")
-        file = ModelFile(expect(str, section, "tokenizer", "tokenizer.json"), folder=folder)
-        text = Text(file, expect(str, section, "template", TEXT_TO_IMAGE))
     return ModelEntry(
-        expect(str, content, "name", folder.name),
-        part("generator", GENERATORS),
-        part("tokenizer", TOKENIZERS),
+        expect(str, content, "name"),
+        component("generator", GENERATORS),
+        component("tokenizer", TOKENIZERS),
         expect(str, content, "description", ""),
         sampling,
-        classes=tuple(str(name) for name in expect(list, content, "classes", [])),
-        text=text,
+        content.get("fid"),
+        tuple(str(name) for name in expect(list, content, "classes", [])),
+        text() if "text" in content else None,
     )
 
 
-# fmt: off
 MODELS: dict[str, ModelEntry] = _by_name(
     [
         *(read_model_folder(file.parent) for file in sorted(BUNDLED.glob("*/model.yaml"))),
-        #       name       hidden layers parameters                                   scale  power seed  FID
-        _alitok("alitok-b",   768, 24, 177_048_064, "1PNVX9wqePxRjuOKpt4iw6CpIYLlyJWlX", 16.0, 1.8, 42, 1.50),
-        _alitok("alitok-l",  1024, 24, 317_851_648, "1tmwAa724pNY4FgUsLne2VJVGoK_TBuMa",  6.0, 0.7, 42, 1.42),
-        _alitok("alitok-xl", 1280, 32, 662_141_696, "1Vu0UsQfqzZ8HMKFqE2tIGdAcJ6zPXvFd", 13.0, 1.4,  2, 1.35),
-        #    name    hidden layers  mlp  parameters  temperature  scale  power   FID
-        _rar("rar-b",   768, 24, 3072,   260_923_648,  1.0,  16.0, 2.75, 1.95),
-        _rar("rar-l",  1024, 24, 4096,   461_668_352,  1.02, 15.5, 2.5,  1.70),
-        _rar("rar-xl", 1280, 32, 5120,   955_425_024,  1.02,  6.9, 1.5,  1.50),
-        _rar("rar-xxl", 1408, 40, 6144, 1_498_520_704, 1.02,  8.0, 1.2,  1.48),
-        #    size hidden layers mlp  parameters temperature scale power FID
-        _robustok("b",  768, 24, 3072, 265_645_312, 1.02, 6.0,  1.15, 1.60),
-        _robustok("l", 1024, 24, 4096, 467_962_880, 1.04, 6.75, 1.01, 1.36),
-        #        size pixels dim layers heads  parameters  scale  FID
-        _llamagen("B",   256,  768, 12, 12,   110_888_448, 2.0,  5.46),
-        _llamagen("L",   256, 1024, 24, 16,   342_910_976, 1.75, 3.80),
-        _llamagen("B",   384,  768, 12, 12,   110_888_448, 2.25, 6.09),
-        _llamagen("L",   384, 1024, 24, 16,   342_910_976, 2.0,  3.07),
-        _llamagen("XL",  384, 1280, 36, 20,   774_699_520, 1.75, 2.62),
-        _llamagen("XXL", 384, 1536, 48, 24, 1_410_972_672, 1.75, 2.34),
-        _llamagen("3B",  384, 3200, 24, 32, 3_096_659_200, 1.65, 2.18),
-        _lumina("lumina-mgpt-2", "Lumina-mGPT 2.0, text to image, 768 x 768 and other sizes"),
-        _lumina("lumina-mgpt-2-omni", "Lumina-mGPT 2.0 Omni, also pairs of image and map, and images to draw from"),
+        *(
+            entry
+            for family in GENERATORS
+            if (path := PUBLISHED / f"{family}.yaml").is_file()
+            for entry in read_published(path)
+        ),
     ]
 )
-# fmt: on
 
 
 def resolve(model: str | Path | ModelEntry) -> ModelEntry:
@@ -577,3 +412,11 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
         if path.parent != Path():
             raise UserError(f"{path} does not exist; give the name of a model or the path of a model folder")
     return find(MODELS, str(model), "there is no model named")
+
+
+def __getattr__(name: str) -> Any:
+    renamed = {"Part": "Component", "Text": "TextComponent"}
+    if name not in renamed:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now called {renamed[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[renamed[name]]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softcfg.zoo.files import require_file
 from softcfg.zoo.reading import hash_weights
-from softcfg.zoo.registry import ModelEntry, Part
+from softcfg.zoo.registry import Component, ModelEntry
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -34,23 +40,50 @@ class ModelSource:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Family, configuration and SHA-256 of each half, and of the text tokenizer; the files are read once."""
+        """Family, configuration and SHA-256 of each half; the files are read once."""
         entry = self.entry
-        facts = {
-            "generator": describe_part(entry.generator, entry, self.generator_checkpoint),
-            "tokenizer": describe_part(entry.tokenizer, entry, self.tokenizer_checkpoint),
+        return {
+            "generator": describe_component(entry.generator, entry, self.generator_checkpoint),
+            "tokenizer": describe_component(entry.tokenizer, entry, self.tokenizer_checkpoint),
         }
-        if entry.text is not None:
-            path = require_file(entry.text.file, entry)
-            facts["text"] = {"template": entry.text.template, "sha256": hash_weights(path)}
-        return facts
 
 
-def describe_part(part: Part, entry: ModelEntry, checkpoint: str | Path | None) -> dict[str, Any]:
+def describe_component(component: Component, entry: ModelEntry, checkpoint: str | Path | None) -> dict[str, Any]:
     """Family, configuration and SHA-256 of one half of a model.
 
     Args:
         checkpoint: the file that was read in place of the model's own.
     """
-    path = checkpoint or require_file(part.file, entry)
-    return {"family": part.family.name, "config": dict(part.config), "sha256": hash_weights(path)}
+    path = checkpoint or require_file(component.file, entry)
+    return {"family": component.family.name, "config": dict(component.config), "sha256": hash_weights(path)}
+
+
+def describe_module(module: nn.Module) -> dict[str, Any]:
+    """Class, configuration and SHA-256 of one half of a model that was made in memory.
+
+    The hash is over names, dtypes, shapes and values of the weights. A configuration that is no dataclass is left out.
+    """
+    import torch
+
+    config: Any = getattr(module, "config", None)
+    is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {
+        "family": type(module).__name__,
+        "config": dataclasses.asdict(config) if is_dataclass else {},
+        "sha256": digest.hexdigest(),
+    }
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """The SHA-256 of a file; of several, that of their hashes in order. Each file is read once."""
+    hashes = [_hash_once(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+@cache
+def _hash_once(path: Path) -> str:
+    return hash_weights(path)

@@ -9,18 +9,37 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from softcfg.errors import UserError
+from softcfg.models.conditioning import PromptConditioning
+from softcfg.models.geometry import Geometry
 from softcfg.models.text import Piece, Special, TextTokenizer
+from softcfg.prompts import Prompt
+
+if TYPE_CHECKING:
+    from softcfg.models.emu3.generator import Emu3
 
 BEGIN_OF_SENTENCE = Special("<|extra_203|>")
 IMAGE_START = Special("<|image start|>")
 IMAGE_TOKEN = Special("<|image token|>")
-# Names of the other special tokens that an image is made of.
-END_OF_LINE = Special("<|extra_200|>")
-END_OF_FRAME = Special("<|extra_201|>")
-IMAGE_END = Special("<|image end|>")
-END_OF_SENTENCE = Special("<|extra_204|>")
-FIRST_CODE = Special("<|visual token 000000|>")
+# Key of `Emu3Config.special_ids` -> the name of the token.
+SPECIAL_TOKENS = {
+    "pad": "<|endoftext|>",
+    "bos": BEGIN_OF_SENTENCE.name,
+    "boi": IMAGE_START.name,
+    "img": IMAGE_TOKEN.name,
+    "eol": "<|extra_200|>",
+    "eof": "<|extra_201|>",
+    "eoi": "<|image end|>",
+    "eos": "<|extra_204|>",
+    "visual0": "<|visual token 000000|>",
+}
 
 # What the released program adds to every prompt, and its negative prompt.
 POSITIVE_PROMPT = " masterpiece, film grained, best quality."
@@ -70,3 +89,78 @@ def prompt_pieces(text: str, grid: tuple[int, int]) -> list[Piece]:
 def prompt_ids(tokenizer: TextTokenizer, text: str, grid: tuple[int, int]) -> list[int]:
     """Return the token ids of `prompt_pieces`; the text is brought into Unicode's form NFC first."""
     return tokenizer.ids(prompt_pieces(unicodedata.normalize("NFC", text), grid))
+
+
+@dataclass(frozen=True)
+class Emu3Prompt:
+    """A prompt as the generator reads it.
+
+    Attributes:
+        ids: token ids, from the begin of the sentence to the image token.
+        negative: token ids of the prompt of the unconditional row; by default the prompt without its text.
+        grid: rows and columns (h, w) of the image's codes, as the ids say as well; by default the model's.
+    """
+
+    ids: Sequence[int] | Tensor
+    negative: Sequence[int] | Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+
+class Emu3Prompts(PromptConditioning):
+    """The prompts of an Emu3 model: texts and negative texts, for images of any size.
+
+    Its one file is "tokenizer", the `tokenizer.json`. Its settings are "positive_text", which is put after every text,
+    and "negative_text", what the unconditional branch reads where a prompt does not say; as released by default.
+    """
+
+    generator: Emu3
+    options = ("negative_text",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = {"positive_text": POSITIVE_PROMPT, "negative_text": NEGATIVE_PROMPT, **self.settings}
+        self.reader = TextTokenizer.of(self.files)
+
+    @classmethod
+    def published_config(cls, files: Mapping[str, Path]) -> dict[str, Any]:
+        """See `Conditioning.published_config`: the ids of the special tokens."""
+        reader = TextTokenizer.of(files)
+        if reader is None:
+            return {}
+        return {"special_ids": {key: reader.special_id(name) for key, name in SPECIAL_TOKENS.items()}}
+
+    def check_tokenizer(self) -> None:
+        """See `Conditioning.check_tokenizer`: it decodes images of any size, of the generator's codes."""
+        codes = self.generator.config.code_count
+        decoded = (self.tokenizer.codebook_size, getattr(self.tokenizer, "patch_size", None))
+        if not self.tokenizer.any_size or decoded != (codes, PIXELS_PER_CODE):
+            raise UserError(
+                f"the generator draws {codes} codes, {PIXELS_PER_CODE} pixels wide, for images of any size; the "
+                "tokenizer does not decode them"
+            )
+
+    def inputs(self, requests: Sequence[Prompt]) -> list[Emu3Prompt]:
+        """See `Conditioning.inputs`."""
+        if self.reader is None:
+            raise UserError(f"{self.name} has no text tokenizer, so it cannot read prompts")
+        read = []
+        for prompt in requests:
+            grid = self.geometry(prompt.width, prompt.height).grid
+            text = prompt.text + self.settings["positive_text"]
+            negative = self.settings["negative_text"] if prompt.negative_text is None else prompt.negative_text
+            read.append(Emu3Prompt(prompt_ids(self.reader, text, grid), prompt_ids(self.reader, negative, grid), grid))
+        return read
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`."""
+        default_width, default_height = self.default_size
+        size = Geometry.of_image(width or default_width, height or default_height, PIXELS_PER_CODE)
+        try:
+            return self.generator.config.geometry(*size.grid)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """See `PromptConditioning.default_size`."""
+        return self.generator.config.image_size, self.generator.config.image_size

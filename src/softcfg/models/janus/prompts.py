@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from softcfg.models.text import Piece, Special
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softcfg.errors import UserError
+from softcfg.models.conditioning import PromptConditioning
+from softcfg.models.geometry import Geometry
+from softcfg.models.text import Piece, Special, TextTokenizer
+from softcfg.prompts import Prompt
+
+if TYPE_CHECKING:
+    from softcfg.models.janus.generator import Janus
 
 BEGIN_OF_SENTENCE = Special("<｜begin▁of▁sentence｜>")
 PAD = Special("<｜▁pad▁｜>")
@@ -16,3 +27,39 @@ def prompt_pieces(caption: str) -> list[Piece]:
     caption = caption.strip()
     said = f": {caption}\n\n" if caption else ":"
     return [USER, said, ASSISTANT, ":", BEGIN_OF_IMAGE]
+
+
+class JanusPrompts(PromptConditioning):
+    """The prompts of a Janus-Pro model: texts, for images of one size.
+
+    Its one file is "tokenizer", the `tokenizer.json`.
+    """
+
+    generator: Janus
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reader = TextTokenizer.of(self.files)
+
+    @classmethod
+    def published_config(cls, files: Mapping[str, Path]) -> dict[str, Any]:
+        """See `Conditioning.published_config`: the ids of the special tokens, which differ between the models."""
+        reader = TextTokenizer.of(files)
+        if reader is None:
+            return {}
+        named = {"bos": BEGIN_OF_SENTENCE, "pad": PAD, "boi": BEGIN_OF_IMAGE}
+        return {"special_ids": {name: reader.special_id(token.name) for name, token in named.items()}}
+
+    def inputs(self, requests: Sequence[Prompt]) -> list[list[int]]:
+        """See `Conditioning.inputs`."""
+        if self.reader is None:
+            raise UserError(f"{self.name} has no text tokenizer, so it cannot read prompts")
+        begin = self.generator.config.special_ids["bos"]
+        return [[begin, *self.reader.ids(prompt_pieces(prompt.text))] for prompt in requests]
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`; there is one size."""
+        size = self.default_size
+        if (width or size[0], height or size[1]) != size:
+            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
+        return self.generator.config.geometry

@@ -1,4 +1,4 @@
-"""Cleaning captions for the text encoder of LlamaGen's text-to-image models.
+"""How LlamaGen's text-to-image models read captions: cleaned, and encoded by the encoder of a T5.
 
 The models were trained on captions cleaned by `language/t5.py` of https://github.com/FoundationVision/LlamaGen, a
 cleaner of web captions that comes from DeepFloyd IF. What it does is kept to the letter, oddities included.
@@ -11,8 +11,20 @@ import html
 import re
 import urllib.parse
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError
+import torch
+from torch import Tensor
+
+from softcfg.errors import CheckpointError, UserError
+from softcfg.models.conditioning import PromptConditioning
+from softcfg.models.geometry import Geometry
+from softcfg.prompts import Prompt
+
+if TYPE_CHECKING:
+    from softcfg.models.llamagen_t2i.generator import LlamaGenT2I
 
 PASSES = 2  # the released code cleans twice, and the second pass may find more
 MOST_CHARACTERS = 10_000  # some patterns take time that grows with the square of the length
@@ -129,3 +141,89 @@ def _apply(steps: list[Step], text: str) -> str:
     for pattern, replacement in steps:
         text = pattern.sub(replacement, text)
     return text
+
+
+class CaptionEncoder:
+    """The encoder of flan-T5 (https://arxiv.org/abs/2210.11416), by the transformers library.
+
+    Captions are encoded one by one, so what becomes of one does not depend on the others.
+
+    Args:
+        folder: holds `config.json`, `tokenizer.json` and the weights.
+        most: tokens of a caption, the end of the text included; longer ones are cut.
+        dtype, device: of the encoder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        UserError: transformers is not installed.
+    """
+
+    def __init__(self, folder: Path, most: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        try:
+            from transformers import T5EncoderModel
+        except ImportError as error:
+            raise UserError(
+                "encoding captions needs transformers: install it with pip install 'softcfg[llamagen-t2i]'"
+            ) from error
+        from tokenizers import Tokenizer
+
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.tokenizer.no_padding()
+            self.tokenizer.enable_truncation(most)
+            model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        except Exception as error:  # the libraries raise plain exceptions
+            raise CheckpointError(f"the text encoder in {folder} is incomplete or damaged ({error})") from error
+        self.model = model.to(device).eval()
+
+    @torch.no_grad()
+    def encode(self, caption: str) -> Tensor:
+        """Return the features [n, width] of a cleaned caption of n tokens."""
+        ids = torch.tensor([self.tokenizer.encode(caption).ids], device=self.model.device)
+        features: Tensor = self.model(input_ids=ids).last_hidden_state[0]
+        return features
+
+
+class LlamaGenCaptions(PromptConditioning):
+    """The captions of a text-to-image LlamaGen model, for images of one size.
+
+    Its files are "encoder", the weights of the text encoder, "encoder_config" and "tokenizer", in one folder. The
+    encoder is loaded with the first caption, in the generator's dtype and on its device.
+    """
+
+    generator: LlamaGenT2I
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._encoder: CaptionEncoder | None = None
+
+    @property
+    def encoder(self) -> CaptionEncoder:
+        """The text encoder.
+
+        Raises:
+            UserError: the model has none.
+        """
+        if self._encoder is None:
+            if "encoder" not in self.files:
+                raise UserError(f"{self.name} has no text encoder, so it cannot read prompts")
+            generator = self.generator
+            self._encoder = CaptionEncoder(
+                self.files["encoder"].parent,
+                generator.config.cls_token_num,
+                dtype=generator.dtype,
+                device=generator.device,
+            )
+        return self._encoder
+
+    def inputs(self, requests: Sequence[Prompt]) -> list[Tensor]:
+        """See `Conditioning.inputs`; a text that occurs several times is encoded once."""
+        features = {text: self.encoder.encode(clean_caption(text)) for text in {prompt.text for prompt in requests}}
+        return [features[prompt.text] for prompt in requests]
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`; there is one size."""
+        size = self.default_size
+        if (width or size[0], height or size[1]) != size:
+            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
+        return Geometry.square(self.generator.num_tokens)

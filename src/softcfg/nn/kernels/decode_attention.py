@@ -1,9 +1,9 @@
-"""Split-KV attention for decoding: one query a row against a static cache, with weights on values and keys.
+"""Split-KV attention for decoding: one query per row against a static cache, with weights on values and keys.
 
 A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. A row
 and a head alone are too few programs to reach it: the slots are split into chunks, every program attends to one
 chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
-one launch, and one captured CUDA graph, serves every step; chunks behind the position cost nothing.
+one launch, and one captured CUDA graph, serves every step; chunks after the position cost nothing.
 
 A value weight is one multiplication of a probability in a register: SoftCFG costs nothing next to reading the cache.
 """
@@ -108,16 +108,16 @@ def decode_attention(
     value_weights: Tensor | None = None,
     key_weights: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query a row to the slots first .. last of a static cache.
+    """Attention of one query per row to the slots first .. last of a static cache.
 
     Args:
         query: [rows, heads, 1, head_dim].
         keys, values: [rows, key_value_heads, slots, head_dim] of the same strides, the last dimension contiguous;
-            every `heads / key_value_heads` consecutive heads share one. What lies behind `last` may be anything.
+            every `heads / key_value_heads` consecutive heads share one. Slots after `last` may hold anything.
         last: int64 [rows], the slot of the query itself, on the device.
         first: int64 [rows], slots before it are padding; None for none.
-        key_scales, value_scales: float32 [rows, key_value_heads, slots, 1], of the same strides: what the stored keys
-            and values are to be multiplied with (`nn.kv_cache.Int8KVCache`); None for 1.
+        key_scales, value_scales: float32 [rows, key_value_heads, slots, 1], of the same strides: factors on
+            the stored keys and values (`nn.kv_cache.Int8KVCache`); None for 1.
         value_weights, key_weights: [rows, slots] or [rows, 1, slots], factors on the values or keys of each slot. The
             attention row is not renormalised (SoftCFG, arXiv 2510.00996).
 
@@ -127,13 +127,14 @@ def decode_attention(
     rows, heads, new, dim = query.shape
     slots = keys.shape[2]
     if new != 1:
-        raise ValueError(f"decode_attention takes one query a row, got {new}")
+        raise ValueError(f"decode_attention takes one query per row, got {new}")
     if keys.stride() != values.stride() or keys.stride(-1) != 1:
         raise ValueError("keys and values must have the same strides and contiguous head dimensions")
     if (key_scales is None) != (value_scales is None):
         raise ValueError("keys and values must both have scales, or neither")
     scales_row, scales_head = (0, 0) if key_scales is None else key_scales.stride()[:2]
-    query = query.contiguous()
+    query, last = query.contiguous(), last.contiguous()
+    first = None if first is None else first.contiguous()
     weights = [
         None if given is None else given.to(torch.float32).reshape(-1, slots).expand(rows, slots)
         for given in (value_weights, key_weights)

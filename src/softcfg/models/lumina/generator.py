@@ -7,7 +7,7 @@ those of the released checkpoints, and the ids of the special tokens are theirs 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.errors import UserError
-from softcfg.models.base import Condition, Generator, as_ids
-from softcfg.nn.attention import AttentionContext, attend, pass_slots
-from softcfg.nn.kv_cache import KVCache
+from softcfg.models.base import Condition, Generator
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids
+from softcfg.models.lumina.prompts import LuminaPrompts, TokenPrompt
+from softcfg.nn.attention import AttentionContext, attend
 from softcfg.nn.linear import Linear
-from softcfg.nn.rotary import angles_1d, rotate_halves
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary, angles_1d
 
 HEAD_NORM_EPS = 1e-5
-
-Rotary = tuple[Tensor, Tensor]  # cosines and sines of the positions of a pass
+EXAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ class LuminaConfig:
             raise ValueError(
                 f"{self.num_codes} image codes from {self.first_code_id} on do not fit into {self.vocab_size} tokens"
             )
-        self.grid(self.image_size, self.image_size)
+        self.geometry(self.image_size, self.image_size)
 
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """The lines and columns (h, w) of codes of an image of `width` x `height` pixels.
+    def geometry(self, width: int, height: int) -> Geometry:
+        """The tokens of an image of `width` x `height` pixels: lines of codes with an end each, and the image's end.
 
         Raises:
             ValueError: a side is no multiple of a grid cell, or there is no token for its size.
@@ -114,29 +116,8 @@ class LuminaConfig:
             token = self.size_id + side // self.cell_pixels
             if token >= self.vocab_size or self.first_code_id <= token < self.first_code_id + self.num_codes:
                 raise ValueError(f"{name} {side} is too large: the vocabulary has no token for this size")
-        return tuple(side // self.cell_pixels * self.codes_per_cell for side in (height, width))  # type: ignore[return-value]
-
-
-def tokens_of_grid(lines: int, columns: int) -> int:
-    """The tokens of an image: its codes, the end of every line, and the end of the image."""
-    return lines * (columns + 1) + 1
-
-
-@dataclass(frozen=True)
-class TokenPrompt:
-    """A prompt as the generator reads it.
-
-    Attributes:
-        ids: the tokens of the text, from the first prompt token to the separator. None at all make the prompt an
-            unconditional one.
-        width, height: of the image, in pixels; by default the model's.
-        given: int64 [k, w], codes of the image's first k lines, where they are not to be drawn.
-    """
-
-    ids: Sequence[int] | Tensor
-    width: int | None = None
-    height: int | None = None
-    given: Tensor | None = None
+        rows, columns = (side // self.cell_pixels * self.codes_per_cell for side in (height, width))
+        return Geometry(rows, columns, row_end=1, tail=1)
 
 
 class PromptCondition(Condition):
@@ -144,28 +125,19 @@ class PromptCondition(Condition):
 
     Attributes:
         ids: int64 [rows, slots], padding in front.
-        grid: lines and columns (h, w) of codes of the whole images.
         given: int64 [B, k, w], codes of the first k lines, which stand in the prompt.
     """
 
-    grid: tuple[int, int]
-
-    def __init__(self, ids: Tensor, padding: Tensor | None, grid: tuple[int, int], given: Tensor) -> None:
+    def __init__(self, ids: Tensor, padding: Tensor | None, geometry: Geometry, given: Tensor) -> None:
         rows, slots = ids.shape
-        super().__init__(rows, slots, tokens_of_grid(grid[0] - given.shape[1], grid[1]), padding)
+        super().__init__(rows, slots, geometry.num_tokens, padding, geometry)
         self.ids = ids
-        self.grid = grid
         self.given = given
-
-    @property
-    def num_codes(self) -> int:
-        """See `Condition.num_codes`."""
-        return (self.grid[0] - self.given.shape[1]) * self.grid[1]
 
     def __getitem__(self, rows: slice) -> PromptCondition:
         """See `Condition.__getitem__`."""
         padding = None if self.padding is None else self.padding[rows]
-        return PromptCondition(self.ids[rows], padding, self.grid, self.given)
+        return PromptCondition(self.ids[rows], padding, self.geometry, self.given)
 
 
 class HeadNorm(nn.Module):
@@ -196,14 +168,13 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(groups, width // self.heads)
         self.k_norm = HeadNorm(groups, width // self.heads)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query = rotate_halves(self.q_norm(query).transpose(1, 2), *rotary)
-        key = rotate_halves(self.k_norm(key).transpose(1, 2), *rotary)
-        return self.o_proj(attend(query, key, value.transpose(1, 2), layer, context.on(x.device)))
+        query, key, value = (heads.transpose(1, 2) for heads in (self.q_norm(query), self.k_norm(key), value))
+        return self.o_proj(attend(query, key, value, layer, context))
 
 
 class MLP(nn.Module):
@@ -231,30 +202,23 @@ class LuminaBlock(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape."""
         if self.swin_norm:
-            x = x + self.input_layernorm(self.self_attn(x, layer, context, rotary))
+            x = x + self.input_layernorm(self.self_attn(x, layer, context))
             return x + self.post_attention_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), layer, context, rotary)
+        x = x + self.self_attn(self.input_layernorm(x), layer, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LuminaDecoder(nn.Module):
-    """Token embedding, blocks and the last norm."""
+    """Token embedding, blocks and the last norm, under the names of the released checkpoints."""
 
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LuminaBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, ids: Tensor, context: AttentionContext, rotary: Rotary) -> Tensor:
-        """Ids int64 [rows, n] -> [rows, n, hidden_size], before the last norm."""
-        x = self.embed_tokens(ids)
-        for layer, block in enumerate(self.layers):
-            x = block(x, layer, context, rotary)
-        return x
 
 
 class Lumina(Generator):
@@ -266,13 +230,16 @@ class Lumina(Generator):
     image, as ids of the whole vocabulary; what may stand where is a rule.
     """
 
+    config: LuminaConfig
+    conditioning_type = LuminaPrompts
+    no_split_modules = ("LuminaBlock",)
     rotary_cos: Tensor
     rotary_sin: Tensor
 
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_tokens = tokens_of_grid(*config.grid(config.image_size, config.image_size))
+        self.num_tokens = config.geometry(config.image_size, config.image_size).num_tokens
         self.vocab_size = config.vocab_size
         head_dim = config.hidden_size // config.num_attention_heads
         self.cache_shape = (config.num_hidden_layers, config.num_attention_heads, head_dim)
@@ -299,12 +266,12 @@ class Lumina(Generator):
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
             raise UserError(f"all images of a batch must have one size, got {listed}")
         try:
-            grid = config.grid(*sizes.pop())
+            geometry = config.geometry(*sizes.pop())
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(str(error)) from error
 
-        given = self._given(prompts, grid)
-        opening = [config.image_start_id, *(config.size_id + side // config.codes_per_cell for side in grid)]
+        given = self._given(prompts, geometry.grid)
+        opening = [config.image_start_id, *(config.size_id + side // config.codes_per_cell for side in geometry.grid)]
         lines = F.pad(given + config.first_code_id, (0, 1), value=config.new_line_id).flatten(1)
         opened = torch.cat((torch.tensor([opening]).expand(len(prompts), -1), lines), dim=1)
         texts = [as_ids(prompt.ids, "prompt ids", self.vocab_size).flatten() for prompt in prompts]
@@ -316,13 +283,18 @@ class Lumina(Generator):
         padded = [F.pad(text, (longest - len(text), 0), value=config.prompt_start_id) for text in texts]
         padding = (longest - lengths).to(self.device) if (lengths < longest).any() else None
         ids = torch.cat((torch.stack(padded), opened), dim=1).to(self.device)
-        condition = PromptCondition(ids, padding, grid, given.to(self.device))
+        geometry = replace(geometry, given_rows=given.shape[1])
+        condition = PromptCondition(ids, padding, geometry, given.to(self.device))
         if condition.cache_slots > config.max_position_embeddings:
             raise UserError(
                 f"prompt and image take {condition.cache_slots} positions, but the model has "
                 f"{config.max_position_embeddings}; give a shorter prompt or a smaller image"
             )
         return condition
+
+    def example_inputs(self, count: int) -> list[TokenPrompt]:
+        """See `Generator.example_inputs`: prompts of 64 tokens."""
+        return [TokenPrompt([0] * EXAMPLE_TOKENS)] * count
 
     def _given(self, prompts: Sequence[TokenPrompt], grid: tuple[int, int]) -> Tensor:
         """The lines of codes that the prompts bring along, int64 [B, k, w]."""
@@ -335,49 +307,42 @@ class Lumina(Generator):
             raise UserError("all prompts of a batch must give as many lines of codes")
         return as_ids(torch.stack([lines.cpu() for lines in given]), "given codes", self.config.num_codes)
 
-    def forward(
-        self,
-        condition: Condition,
-        tokens: Tensor,
-        *,
-        cache: KVCache | None = None,
-        slot: int | Tensor = 0,
-        value_weights: Tensor | None = None,
-        key_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See `Generator.forward`; the logits are float32 or better."""
-        assert isinstance(condition, PromptCondition)
-        ids = tokens
-        if isinstance(slot, int) and slot == 0:
-            ids = torch.cat((condition.ids, tokens), dim=1)
-        new = ids.shape[1]
-        context = AttentionContext.create(slot, new, cache, None, value_weights, key_weights, padding=condition.padding)
-        x = self.model(ids, context, self._rotary(condition, slot, new))[:, condition.first_predicting(slot) :]
-        logits = self.lm_head(self.model.norm(x))
-        return logits.to(tokens.device, torch.promote_types(logits.dtype, torch.float32))
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, under the name of the released checkpoints."""
+        return self.model.layers
 
-    def _rotary(self, condition: Condition, slot: int | Tensor, new: int) -> Rotary:
-        """Cosines and sines of the positions of a pass, [n, pairs] or [rows, n, pairs]."""
-        where = pass_slots(slot, new, condition.padding)
-        return self.rotary_cos[where], self.rotary_sin[where]
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """See `Generator.embed_condition`."""
+        assert isinstance(condition, PromptCondition)
+        return self.model.embed_tokens(condition.ids)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """See `Generator.embed_tokens`."""
+        return self.model.embed_tokens(tokens)
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
+        """See `Generator.rotary`; positions count from the first token after the padding."""
+        where = position.index(new, condition.padding)
+        return Rotary(self.rotary_cos[where], self.rotary_sin[where], halves=True)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Generator.logits`; they are float32 or better."""
+        logits = self.lm_head(self.model.norm(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Codes inside of a line, a new line behind it, the end behind the last: see `Generator.constrain`."""
-        code, last = self.is_code(steps, condition), steps == condition.num_tokens - 1
+        code, last = condition.geometry.is_code(steps), steps == condition.num_tokens - 1
         token = torch.arange(self.vocab_size, device=logits.device)
         codes = (token >= self.config.first_code_id) & (token < self.config.first_code_id + self.config.num_codes)
         structure = torch.where(last, self.config.image_end_id, self.config.new_line_id)
         allowed = torch.where(code[..., None], codes, token == structure[..., None])
         return logits.masked_fill(~allowed, float("-inf"))
 
-    def is_code(self, steps: Tensor, condition: Condition) -> Tensor:
-        """See `Generator.is_code`."""
-        assert isinstance(condition, PromptCondition)
-        return ((steps + 1) % (condition.grid[1] + 1) != 0) & (steps != condition.num_tokens - 1)
-
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """See `Generator.image_codes`; the lines that the prompts gave come first."""
         assert isinstance(condition, PromptCondition)
         steps = torch.arange(condition.num_tokens, device=tokens.device)
-        drawn = tokens[:, self.is_code(steps, condition)] - self.config.first_code_id
+        drawn = tokens[:, condition.geometry.is_code(steps)] - self.config.first_code_id
         return torch.cat((condition.given.flatten(1), drawn), dim=1)

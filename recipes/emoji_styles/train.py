@@ -1,0 +1,83 @@
+"""Train tokenizer, generator and judge of `emoji-styles` one after the other and complete the model folder.
+
+Killed and started again with the same options, it continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from recipes.commands import run_command
+from recipes.emoji_styles import data, train_generator, train_judge, train_tokenizer
+from recipes.training import Budget, parameters
+from softcfg.files import write_atomically
+
+NOTICE = Path(__file__).with_name("NOTICE.txt")
+SHARES = {"tokenizer": 0.15, "generator": 0.7, "judge": 0.15}
+SAMPLING = {"temperature": 0.7, "guidance_scale": 2.0, "schedule": "constant"}
+
+
+def write_model_card(folder: Path) -> None:
+    """Write model.yaml, which makes the folder of the weights a model folder, and the notice of the pictures."""
+    codec = train_tokenizer.CONFIG
+    card = {
+        "name": "emoji-styles",
+        "description": "emoji by nine artists from name, colour and style, 96 x 96 pixels, 144 codes; for a CPU",
+        "generator": {
+            "family": "lumina-mgpt-2",
+            "config": asdict(train_generator.CONFIG),
+            "checkpoint": "generator.safetensors",
+            "parameters": parameters(folder / "generator.safetensors"),
+        },
+        "tokenizer": {
+            "family": "movq",
+            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(codec).items()},
+            "checkpoint": "tokenizer.safetensors",
+            "parameters": parameters(folder / "tokenizer.safetensors"),
+        },
+        "text": {"tokenizer": "tokenizer.json", "template": "{prompt}"},
+        "sampling": SAMPLING,
+    }
+    write_atomically(folder / "model.yaml", yaml.safe_dump(card, sort_keys=False).encode())
+    write_atomically(folder / NOTICE.name, NOTICE.read_bytes())
+
+
+def main() -> None:
+    """Read the options and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--pictures", type=Path, help="the cache of the pictures [$SOFTCFG_PICTURES]")
+    parser.add_argument("--names", type=int, help="learn this many names only, for a quick try")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/emoji-styles"), help="the model folder, with logs, checkpoints"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=80, help="training time in all; the schedules follow the clock"
+    )
+    parser.add_argument("--steps", type=int, help="train each part for this many steps instead (reproducible)")
+    parser.add_argument("--only", choices=SHARES, help="train this part alone, with all of the minutes")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the generator; on a CPU this needs a C++ compiler"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    run_command(parser, train)
+
+
+def train(given: argparse.Namespace) -> None:
+    """Train what is asked for and write model.yaml."""
+    collection = data.load(given.pictures, names=given.names)
+    for part, share in ({given.only: 1.0} if given.only else SHARES).items():
+        budget = Budget(given.minutes * share, given.steps, given.seed)
+        if part == "generator":
+            train_generator.train(given.out, budget, collection, compiled=given.compile)
+        else:
+            {"tokenizer": train_tokenizer, "judge": train_judge}[part].train(given.out, budget, collection)
+    if all((given.out / f"{part}.safetensors").exists() for part in ("tokenizer", "generator")):
+        write_model_card(given.out)
+
+
+if __name__ == "__main__":
+    main()

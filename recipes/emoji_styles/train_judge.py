@@ -1,0 +1,93 @@
+"""Train the judge: a classifier of names, styles and colours, on real pictures and apart from the generator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recipes.emoji_styles.colours import COLOURS
+from recipes.emoji_styles.data import Collection, Picture
+from recipes.emoji_styles.sources import STYLES
+from recipes.emoji_styles.train_tokenizer import pixels_of
+from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from softcfg.evaluation.emoji_judge import UNKNOWN, EmojiJudge, agreement
+from softcfg.files import write_atomically
+
+BATCH_SIZE = 64
+TURN, SCALE, SHIFT = 12, 0.15, 0.06  # degrees, shares of the size: bounds of what moves in training
+SMOOTHING = 0.1
+PER_HEAD = (1.0, 0.3, 0.3)
+
+
+def judge_of(collection: Collection) -> EmojiJudge:
+    """Return a network for the names of a collection."""
+    return EmojiJudge(len(collection.names), len(STYLES), len(COLOURS))
+
+
+def wanted(picture: Picture) -> tuple[int, int, int]:
+    """Return name, style and colour as numbers."""
+    style = next(i for i, style in enumerate(STYLES) if style.word == picture.style)
+    return picture.subject, style, COLOURS.index(picture.colour) if picture.colour else UNKNOWN
+
+
+def train(
+    out: Path, budget: Budget, collection: Collection, *, batch_size: int = BATCH_SIZE, stop_at: int | None = None
+) -> Path:
+    """Train on the pictures that are not held out and return the path of the averaged weights."""
+    torch.manual_seed(budget.seed)
+    device = accelerator()
+    model = judge_of(collection).to(device.device, memory_format=torch.channels_last)
+    average = Average(model, 0.995)
+    averaged = judge_of(collection).to(device.device).eval()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3)
+    training = Training(out / "judge", device, {"model": model, "average": average}, [optimizer])
+    labels = torch.tensor([wanted(picture) for picture in collection.pictures])
+    known = torch.tensor(collection.where())
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
+        chosen = known[batch_index(budget.seed, step, batch_size, len(known))]
+        pixels = moved(pixels_of(collection, chosen.tolist()), randomness(budget.seed, step)).to(device.device)
+        heads = model(pixels.contiguous(memory_format=torch.channels_last))
+        value = torch.zeros(())
+        for logits, target, share in zip(heads, labels[chosen].to(device.device).T, PER_HEAD, strict=True):
+            entropy = F.cross_entropy(logits.float(), target, ignore_index=UNKNOWN, label_smoothing=SMOOTHING)
+            value = value + share * entropy
+        return value, {"names_right": (heads[0].argmax(1).cpu() == labels[chosen, 0]).float().mean()}
+
+    def evaluate() -> dict[str, float]:
+        averaged.load_state_dict(average.weights())
+        weights = {name: t.half() if t.is_floating_point() else t for name, t in average.weights().items()}
+        save_weights(out / "judge.safetensors", weights)
+        numbers = {}
+        for kind in ("style", "colour"):
+            chosen = [
+                i for i in collection.where(held_out=kind) if kind == "colour" or not collection.pictures[i].recoloured
+            ]
+            if chosen:
+                found = agreement(averaged, pixels_of(collection, chosen), labels[chosen])
+                numbers |= {f"held_out_{kind}_{key}": value for key, value in found.items()}
+        return numbers
+
+    words = {"names": collection.names, "styles": [style.word for style in STYLES], "colours": COLOURS}
+    write_atomically(out / "judge.json", json.dumps(words).encode())
+    plan = Plan(warmup_steps=100, decay_share=0.5)
+    training.fit(budget, plan, loss, after_step=average.update, evaluate=evaluate, stop_at=stop_at)
+    return out / "judge.safetensors"
+
+
+def moved(pixels: Tensor, numbers: torch.Generator) -> Tensor:
+    """Turn, scale and shift each picture of [B, 3, S, S] a little, at random; white comes in from outside."""
+    angle, scale, across, down = torch.rand(4, len(pixels), generator=numbers).mul(2).sub(1)
+    angle, scale = torch.deg2rad(TURN * angle), 1 + SCALE * scale
+    cosine, sine = angle.cos() * scale, angle.sin() * scale
+    rows = torch.stack([cosine, -sine, 2 * SHIFT * across, sine, cosine, 2 * SHIFT * down], 1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(pixels.shape), align_corners=False)
+    return 1 - F.grid_sample(1 - pixels, grid, align_corners=False)

@@ -1,0 +1,176 @@
+"""A small network that says of an emoji what it shows, in which style and colour, to compare with the prompt."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.errors import CheckpointError, UserError
+from softcfg.evaluation.weights import load_network
+
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words that the judge knows; logit c of a head is that of word c.
+
+    Attributes:
+        names: what pictures show: "red apple".
+        styles: words for styles: "flat".
+        colours: words for the main colour.
+    """
+
+    names: tuple[str, ...]
+    styles: tuple[str, ...]
+    colours: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """Read it from a JSON file.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(*(tuple(map(str, content[key])) for key in ("names", "styles", "colours")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} does not hold the vocabulary of a judge: {error}") from None
+
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """Return what prompts ask for, int64 [N, 3]: name, style and colour, -1 for what a prompt does not say.
+
+        A prompt is "[colour] name[, style style]". The colour of "red apple", which is in the name, counts as well.
+
+        Raises:
+            UserError: a prompt without a name that the judge knows.
+        """
+        return torch.tensor([self._read(prompt) for prompt in prompts], dtype=torch.int64).view(-1, 3)
+
+    def _read(self, prompt: str) -> tuple[int, int, int]:
+        words = " ".join(re.findall(r"[^\W_]+", prompt.lower().replace("'", "").replace("’", "")))
+        style = UNKNOWN
+        if found := re.fullmatch(rf"(.*?) ({'|'.join(self.styles)}) style", words):
+            words, style = found[1], self.styles.index(found[2])
+        first, _, rest = words.partition(" ")
+        colour = self.colours.index(first) if first in self.colours else UNKNOWN
+        for name in (words, rest if colour != UNKNOWN else ""):
+            if name in self.names:
+                return self.names.index(name), style, colour
+        if colour != UNKNOWN:  # "blue apple" is a "red apple" of another colour
+            for number, name in enumerate(self.names):
+                if " ".join(word for word in name.split() if word not in self.colours) == rest:
+                    return number, style, colour
+        raise UserError(f"the judge does not know what {prompt!r} shows; its names are those of the model's pictures")
+
+
+class EmojiJudge(nn.Module):
+    """A residual convolutional network over 96 x 96 images, with heads for name, style and colour."""
+
+    image_size = 96
+    num_features = 256
+
+    def __init__(self, names: int, styles: int, colours: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            _convolution(3, 32, 2),  # 48 x 48
+            _convolution(32, 64, 2),  # 24 x 24
+            Residual(64),
+            _convolution(64, 128, 2),  # 12 x 12
+            Residual(128),
+            _convolution(128, self.num_features, 2),  # 6 x 6
+            Residual(self.num_features),
+        )
+        self.heads = nn.ModuleList(nn.Linear(self.num_features, count) for count in (names, styles, colours))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Describe images.
+
+        Args:
+            pixels: float `[B, 3, 96, 96]` in [0, 1].
+
+        Returns:
+            float `[B, 256]`, the channel means of the last block.
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"images must be [B, 3, {self.image_size}, {self.image_size}], got {list(pixels.shape)}")
+        return self.blocks(2 * pixels - 1).mean(dim=(2, 3))
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Return logits of names, styles and colours for images `[B, 3, 96, 96]` in [0, 1]."""
+        features = self.features(pixels)
+        return [head(features) for head in self.heads]
+
+
+class Residual(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _convolution(channels, channels)
+        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, h, w] -> the same shape."""
+        return F.relu(x + self.second(self.first(x)))
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+def load_judge(
+    weights: str | Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[EmojiJudge, Vocabulary, str]:
+    """Return the judge for inference, its words, which lie beside the weights as .json, and the SHA-256 of the weights.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit.
+    """
+    words = Vocabulary.load(Path(weights).with_suffix(".json"))
+    counts = len(words.names), len(words.styles), len(words.colours)
+    judge, digest = load_network(lambda: EmojiJudge(*counts), weights, device or torch.device("cpu"), dtype)
+    return judge, words, digest
+
+
+@torch.inference_mode()
+def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int = 250) -> dict[str, float]:
+    """Return the shares of images in which the judge sees what was asked for.
+
+    Args:
+        judge: the network.
+        pixels: uint8 `[N, 3, 96, 96]`, or float in [0, 1].
+        wanted: int64 `[N, 3]`, see `Vocabulary.read`.
+
+    Returns:
+        "name", "style", "colour": of the images whose prompts say it; "all": everything that the prompt says is right.
+
+    Raises:
+        UserError: there are not as many prompts as images.
+    """
+    if wanted.shape != (len(pixels), 3):
+        raise UserError(f"agreement needs one prompt an image, got {len(wanted)} for {len(pixels)} images")
+    scale = 1 if pixels.is_floating_point() else 255
+    seen = torch.cat(
+        [torch.stack([logits.argmax(1) for logits in judge(part / scale)], 1) for part in pixels.split(batch_size)]
+    ).cpu()
+    said, right = wanted != UNKNOWN, seen == wanted
+    shares = {
+        key: float(right[said[:, i], i].float().mean())
+        for i, key in enumerate(("name", "style", "colour"))
+        if said[:, i].any()
+    }
+    return {**shares, "all": float((right | ~said).all(1).float().mean())}

@@ -1,0 +1,217 @@
+"""What the images of a model are conditioned on: the part of a family that reads what users give.
+
+Class-conditional families share `LabelConditioning`. A text-to-image family derives its own from `PromptConditioning`
+and names it in its generator's `conditioning_type`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from softcfg.errors import UserError
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids
+from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text
+
+if TYPE_CHECKING:
+    from softcfg.models.base import Generator
+    from softcfg.tokenizers.base import Tokenizer
+
+
+class Conditioning(ABC):
+    """Turns what a user asks for into what a generator is conditioned on.
+
+    It takes two steps. `requests` checks what was given and completes it with defaults: one class id or `Prompt` per
+    image. `inputs` turns those into what `Generator.condition` takes: one object per image, of the family's own kind.
+
+    Args:
+        generator, tokenizer: the model.
+        name: the model's name, for messages.
+        classes: names of the classes, where the model has them.
+        files: where the files lie that the family reads texts with, by their role in the model's entry.
+        settings: how texts are read, from the model's entry, such as its template.
+
+    Attributes:
+        takes_prompts: whether images are drawn from texts rather than from class ids.
+        settings: `settings`, completed with the family's defaults; a run keeps them.
+
+    Raises:
+        UserError: the image tokenizer does not decode what the generator draws.
+    """
+
+    takes_prompts: ClassVar[bool]
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "this model",
+        classes: Sequence[str] = (),
+        files: Mapping[str, Path] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.name = name
+        self.classes = tuple(classes)
+        self.files = dict(files or {})
+        self.settings = dict(settings or {})
+        self.check_tokenizer()
+
+    @classmethod
+    def published_config(cls, files: Mapping[str, Path]) -> dict[str, Any]:
+        """Fields of the generator's configuration that the family's text files say, such as ids of special tokens.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        return {}
+
+    def check_tokenizer(self) -> None:
+        """Raise `UserError` unless the image tokenizer decodes what the generator draws."""
+        drawn = (self.generator.num_tokens, self.generator.vocab_size)
+        read = (self.tokenizer.num_tokens, self.tokenizer.codebook_size)
+        if drawn != read:
+            raise UserError(
+                f"the generator draws {drawn[0]} tokens of {drawn[1]} codes, but the tokenizer reads {read[0]} tokens "
+                f"of {read[1]} codes"
+            )
+
+    @abstractmethod
+    def requests(
+        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+    ) -> list[Any]:
+        """What to draw, one request per image: class ids, or `Prompt`s with a size.
+
+        Args:
+            labels: class ids; prompts may be given here too.
+            prompts: texts or `Prompt`s.
+            width, height: of the images of prompts that do not say, in pixels; the model's by default.
+
+        Raises:
+            UserError: something that the model does not draw.
+        """
+
+    @abstractmethod
+    def inputs(self, requests: Sequence[Any]) -> list[Any]:
+        """What `Generator.condition` takes for `requests`, one per image.
+
+        Raises:
+            UserError: a request that cannot be read, or files that are missing.
+        """
+
+    @abstractmethod
+    def title(self, request: Any) -> str:
+        """A short name of a request, to stand above its images."""
+
+    @abstractmethod
+    def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+        """Width and height, in pixels, of the images; the model's own where they are not given.
+
+        Raises:
+            UserError: the model does not draw images of this size.
+        """
+
+    @abstractmethod
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """How an image of this size, by default the model's, is laid out in tokens.
+
+        Raises:
+            UserError: the model does not draw images of this size.
+        """
+
+
+class LabelConditioning(Conditioning):
+    """Images of classes: requests and inputs are class ids."""
+
+    takes_prompts = False
+
+    def requests(
+        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+    ) -> list[int]:
+        """See `Conditioning.requests`."""
+        if prompts is not None or is_text(labels):
+            raise UserError(f"{self.name} draws classes: give labels, it does not read prompts")
+        self.image_size(width, height)
+        classes = as_ids(labels, "labels", self.generator.num_classes)
+        if classes.dim() != 1 or not len(classes):
+            raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
+        return classes.tolist()
+
+    def inputs(self, requests: Sequence[int]) -> list[int]:
+        """The class ids themselves."""
+        return list(requests)
+
+    def title(self, request: int) -> str:
+        """The name of the class, where it has one."""
+        return self.classes[request] if self.classes else f"class {request}"
+
+    def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+        """See `Conditioning.image_size`; there is one size."""
+        if width is not None or height is not None:
+            raise UserError(f"{self.name} draws images of one size, without width and height")
+        return self.tokenizer.image_size, self.tokenizer.image_size
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`; there is one."""
+        return Geometry.square(self.generator.num_tokens)
+
+
+class PromptConditioning(Conditioning):
+    """Images from texts: requests are `Prompt`s, and a family says what its generator reads in their place.
+
+    A family defines `inputs` and `geometry`; where its images have one size only, `geometry` refuses all others.
+
+    Attributes:
+        options: which of the `softcfg.prompts.PROMPT_OPTIONS` the model reads.
+    """
+
+    takes_prompts = True
+    options: Sequence[str] = ()
+
+    def requests(
+        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+    ) -> list[Prompt]:
+        """See `Conditioning.requests`."""
+        if prompts is None and is_text(labels):
+            labels, prompts = None, labels
+        if labels is not None:
+            raise UserError(f"{self.name} draws from prompts: give texts, it has no classes")
+        completed = as_prompts(prompts, *self.image_size(width, height))
+        for prompt in completed:
+            self.check(prompt)
+        return completed
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise `UserError` for a prompt with something that the model does not read."""
+        for option in PROMPT_OPTIONS:
+            if getattr(prompt, option) is not None and option not in self.options:
+                raise UserError(f"{self.name} takes no {option.replace('_', ' ')} with a prompt: leave it out")
+
+    def title(self, request: Prompt) -> str:
+        """The text, shortened."""
+        return request.title
+
+    def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+        """See `Conditioning.image_size`."""
+        default_width, default_height = self.default_size
+        size = width or default_width, height or default_height
+        self.geometry(*size)
+        return size
+
+    def size_of_ratio(self, ratio: str) -> tuple[int, int]:
+        """Width and height, in pixels, of images whose sides are as WIDTH:HEIGHT, for families that choose the area.
+
+        Raises:
+            UserError: the family does not, or draws no such images.
+        """
+        raise UserError(f"{self.name} takes a width and a height, not the ratio {ratio}")
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Width and height, in pixels, of images whose prompt does not say."""
+        return self.tokenizer.image_size, self.tokenizer.image_size

@@ -1,0 +1,187 @@
+"""What the generators share that are Llama decoders and read prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.configuration import require_positive
+from softcfg.errors import UserError
+from softcfg.models.base import Condition, Generator
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids
+from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary, angles_1d
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Sizes of a Llama decoder, under the names of the published `config.json`.
+
+    Attributes:
+        vocab_size: rows of the table of text tokens.
+        num_key_value_heads: by default `num_attention_heads`.
+        max_position_embeddings: the longest sequence, prompt and image together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "rms_norm_eps", "rope_theta",
+        )  # fmt: skip
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads ({heads}), for the "
+                "rotary embedding"
+            )
+        if self.key_heads < 1 or heads % self.key_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} must be a multiple of num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of the keys and values."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def check_ids(self, ids: dict[str, int], names: Sequence[str], limit: int) -> None:
+        """Raise `ValueError` unless `ids` has a token id below `limit` for each of `names`."""
+        for name in names:
+            if not 0 <= ids.get(name, -1) < limit:
+                raise ValueError(f"special_ids must have {name} in 0..{limit - 1}, got {ids.get(name)}")
+
+
+class PromptIds(Condition):
+    """Prompts of token ids, left-padded to one length.
+
+    Attributes:
+        ids: int64 [rows, slots], padding in front.
+    """
+
+    def __init__(self, ids: Tensor, padding: Tensor | None, geometry: Geometry) -> None:
+        rows, slots = ids.shape
+        super().__init__(rows, slots, geometry.num_tokens, padding, geometry)
+        self.ids = ids
+
+    def __getitem__(self, rows: slice) -> PromptIds:
+        """See `Condition.__getitem__`."""
+        padding = None if self.padding is None else self.padding[rows]
+        return PromptIds(self.ids[rows], padding, self.geometry)
+
+
+def left_pad(prompts: Sequence[Tensor], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Put prompts int64 [n] of different lengths into one batch.
+
+    Returns:
+        int64 [rows, longest] with `pad` in front of the shorter ones, and how much of it, int64 [rows]; None for the
+        latter if all have one length.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    ids = torch.stack([F.pad(prompt, (longest - len(prompt), 0), value=pad) for prompt in prompts])
+    padding = (longest - lengths).to(device) if (lengths < longest).any() else None
+    return ids.to(device), padding
+
+
+def prompt_ids(prompt: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
+    """A prompt of token ids as int64 [n].
+
+    Raises:
+        UserError: it is empty, or holds what is no token id.
+    """
+    ids = as_ids(prompt, "prompt ids", vocab_size)
+    if ids.dim() != 1 or not len(ids):
+        raise UserError(f"a prompt must be a flat list of at least one token id, got shape {list(ids.shape)}")
+    return ids
+
+
+class LlamaGenerator(Generator):
+    """A generator whose body is a Llama decoder; positions count from 0 at the first token after the padding.
+
+    A family makes its modules, with `make_decoder`, and says what the inputs and the logits are.
+    """
+
+    no_split_modules = ("LlamaBlock",)
+
+    config: LlamaConfig
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cache_shape = (config.num_hidden_layers, config.key_heads, config.head_dim)
+        positions = torch.arange(config.max_position_embeddings, device="cpu")
+        angles = angles_1d(positions, config.head_dim // 2, config.rope_theta)
+        self.register_buffer("rotary_cos", angles.cos(), persistent=False)
+        self.register_buffer("rotary_sin", angles.sin(), persistent=False)
+
+    @property
+    def decoder(self) -> LlamaDecoder:
+        """The body, wherever the published names have it."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        """The transformer blocks."""
+        return self.decoder.layers
+
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """See `Generator.embed_condition`."""
+        assert isinstance(condition, PromptIds)
+        return self.decoder.embed_tokens(condition.ids)
+
+    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
+        """See `Generator.rotary`."""
+        where = position.index(new, condition.padding)
+        return Rotary(self.rotary_cos[where], self.rotary_sin[where], halves=True)
+
+    def check_length(self, condition: Condition) -> None:
+        """Raise `UserError` for a condition that is longer than the model's positions."""
+        most = self.config.max_position_embeddings
+        if condition.cache_slots > most:
+            raise UserError(
+                f"prompt and image take {condition.cache_slots} positions, but the model has {most}; give a shorter "
+                "prompt or a smaller image"
+            )
+
+
+def make_decoder(config: LlamaConfig) -> LlamaDecoder:
+    """The body of a Llama of these sizes."""
+    width = config.hidden_size
+    blocks = [
+        LlamaBlock(
+            LlamaAttention(width, config.num_attention_heads, config.key_heads),
+            width,
+            config.intermediate_size,
+            config.rms_norm_eps,
+        )
+        for _ in range(config.num_hidden_layers)
+    ]
+    return LlamaDecoder(config.vocab_size, width, blocks, config.rms_norm_eps)
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Logits in float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

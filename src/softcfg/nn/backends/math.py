@@ -1,0 +1,48 @@
+"""Attention as plain products: it serves every call, on every device, with a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softcfg.nn.backends.registry import AttentionBackend, AttentionCall, register_backend
+
+
+@register_backend
+class Math(AttentionBackend):
+    """Scores, softmax and the weighted sum, one after the other; the softmax is in float32 (or float64)."""
+
+    name = "math"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        """See `AttentionBackend.why_not`."""
+        return None
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        query, context = call.query, call.context
+        key, value = call.keys_and_values()
+        rows, heads, new, head_dim = query.shape
+        key_heads, slots = key.shape[1], key.shape[2]
+        # The query heads of a group stand side by side, so that their keys and values are not repeated.
+        grouped = (query * head_dim**-0.5).reshape(rows, key_heads, -1, head_dim)
+        scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, new, slots)
+        if context.key_weights is not None:
+            scores = scores * _per_score(context.key_weights)
+        visible = call.visible()
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        accumulate = torch.promote_types(scores.dtype, torch.float32)
+        probabilities = scores.softmax(dim=-1, dtype=accumulate)
+        if context.value_weights is not None:
+            # In place where no gradient needs the softmax: for long sequences a copy costs more than the products.
+            weigh = torch.mul if torch.is_grad_enabled() else Tensor.mul_
+            probabilities = weigh(probabilities, _per_score(context.value_weights))
+        out = probabilities.to(value.dtype).view(rows, key_heads, -1, slots) @ value
+        out = out.view(rows, heads, new, -1)
+        return out if context.mask is None else out.nan_to_num(0.0)  # queries in the padding see nothing
+
+
+def _per_score(weights: Tensor) -> Tensor:
+    """[rows, S] or [rows, n, S] -> a shape that broadcasts against scores [rows, heads, n, S]."""
+    return weights[:, None, None, :] if weights.dim() == 2 else weights[:, None]

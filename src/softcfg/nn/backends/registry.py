@@ -1,0 +1,154 @@
+"""The contract of attention backends, their registry, and the choice of one for a call.
+
+A backend is a class with a name that says which calls it can serve and serves them. `@register_backend` makes it
+known; nothing else has to change, so a backend may live in a file outside of this package. The backend that was
+registered last is asked first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softcfg.errors import UserError
+from softcfg.nn.context import AttentionContext
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The attention of one layer in one pass.
+
+    Attributes:
+        query: [rows, heads, n, head_dim], rotated.
+        key, value: [rows, key_heads, m, head_dim]. With a cache the m = n new ones, which it holds already; without a
+            cache all m = S of them (see `keys_and_values`). Each key head serves heads / key_heads neighbouring query
+            heads (grouped-query attention).
+        context: position, cache, weights and mask.
+        layer: which layer of the cache to read.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    context: AttentionContext
+    layer: int = 0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether values or keys have weights."""
+        return self.context.value_weights is not None or self.context.key_weights is not None
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """All keys and values [rows, key_heads, S, head_dim], in the dtype of the query."""
+        cache = self.context.cache
+        return (self.key, self.value) if cache is None else cache.read(self.layer, self.context.slots)
+
+    def visible(self) -> Tensor | None:
+        """Which slots each query sees, bool [1 or rows, 1, 1 or n, S]; None if it is all of them."""
+        mask, new, slots = self.context.mask, self.query.shape[2], self.context.slots
+        if mask is not None and mask.dim() == 3:
+            return mask[:, None]
+        padded = None if mask is None else mask[:, None, None, :]
+        if new == 1:
+            return padded
+        causal = torch.ones(new, slots, dtype=torch.bool, device=self.query.device).tril_(slots - new)
+        causal = causal[None, None]
+        return causal if padded is None else causal & padded
+
+
+class BackendUnavailableError(RuntimeError):
+    """Raised by a backend that turns out not to run on this machine."""
+
+
+class AttentionBackend(ABC):
+    """A way to compute attention. Register a subclass without arguments by `@register_backend`.
+
+    Attributes:
+        name: for `use_backend`.
+        unavailable: why it does not run, for devices where it has failed.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self.unavailable: dict[torch.device, str] = {}
+
+    @abstractmethod
+    def why_not(self, call: AttentionCall) -> str | None:
+        """Why it cannot serve the call, as the end of a sentence; None if it can."""
+
+    def preferred(self, call: AttentionCall) -> bool:
+        """Whether it serves the call faster than the backends that were registered before it; asked if it can."""
+        return True
+
+    @abstractmethod
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The attention [rows, heads, n, head_dim], in the dtype of the values; zeros for queries that see nothing.
+
+        Raises:
+            BackendUnavailableError: it does not run on this machine. The next backend then serves the call.
+        """
+
+
+BACKENDS: dict[str, AttentionBackend] = {}
+
+_forced: ContextVar[str | None] = ContextVar("forced_attention_backend", default=None)
+
+
+def register_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+    """Class decorator that makes a backend known. It is asked before those that are registered already."""
+    BACKENDS.pop(backend.name, None)
+    BACKENDS[backend.name] = backend()
+    return backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute all attention of this thread with the named backend while the context is open.
+
+    A call that the backend cannot serve then raises a `UserError`. Graphs that were captured before are not affected.
+
+    Raises:
+        UserError: there is no backend of this name.
+    """
+    if name not in BACKENDS:
+        raise UserError(f"there is no attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def attention(call: AttentionCall) -> Tensor:
+    """The attention of a call, [rows, heads, n, head_dim], by the backend that is forced or else the best one."""
+    forced, device = _forced.get(), call.query.device
+    if forced is not None:
+        return _attend_forced(BACKENDS[forced], call)
+    for backend in reversed(BACKENDS.values()):
+        if device in backend.unavailable or backend.why_not(call) is not None or not backend.preferred(call):
+            continue
+        try:
+            return backend.attend(call)
+        except BackendUnavailableError as error:
+            backend.unavailable[device] = str(error)
+            message = f"the attention backend {backend.name!r} does not run on {device}, a slower one takes its place"
+            warnings.warn(f"{message}: {error}", RuntimeWarning, stacklevel=2)
+    raise RuntimeError("no attention backend can serve the call")
+
+
+def _attend_forced(backend: AttentionBackend, call: AttentionCall) -> Tensor:
+    reason = backend.why_not(call)
+    if reason is not None:
+        raise UserError(f"the attention backend {backend.name!r} of use_backend cannot serve this call: {reason}")
+    try:
+        return backend.attend(call)
+    except BackendUnavailableError as error:
+        raise UserError(f"the attention backend {backend.name!r} of use_backend does not run here: {error}") from error

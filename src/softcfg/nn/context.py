@@ -1,0 +1,95 @@
+"""What the attention layers of one pass share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.position import Position
+from softcfg.nn.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What all attention layers of one pass share; n is the number of slots that the pass feeds.
+
+    Attributes:
+        position: where the pass starts, the slot of the first query.
+        slots: S; every query attends to the first S slots of its row, but for what the mask or causality hides.
+        cache: keys and values of the S slots; None if the pass feeds all of them.
+        rotary: rotates the queries and keys of the new slots; None if the positions are not rotary.
+        value_weights, key_weights: factors on the values or keys of each slot, [rows, S] or, if each query has its own,
+            [rows, n, S]; None for ones. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
+        mask: bool [rows, S], False for slots that no query may see, or None: the queries are then the last n of the S
+            slots, and causal. Or bool [rows, n, S], True for the slots that each query sees, causality included.
+        padding: int64 [rows], leading slots of each row that no query sees. The mask hides them as well.
+    """
+
+    position: Position
+    slots: int
+    cache: KVCache | None = None
+    rotary: Rotary | None = None
+    value_weights: Tensor | None = None
+    key_weights: Tensor | None = None
+    mask: Tensor | None = None
+    padding: Tensor | None = None
+
+    @classmethod
+    def create(
+        cls,
+        position: Position,
+        new: int,
+        cache: KVCache | None = None,
+        *,
+        rotary: Rotary | None = None,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> AttentionContext:
+        """The context of a pass that feeds `new` slots: weights are cut to the slots that it covers.
+
+        Args:
+            value_weights, key_weights: of at least these slots.
+
+        Raises:
+            ValueError: the pass needs the cache of the slots before it, and there is none.
+        """
+        slots = position.covered(new, None if cache is None else cache.slots)
+        return cls(
+            position,
+            slots,
+            cache,
+            rotary,
+            value_weights=None if value_weights is None else value_weights[..., :slots],
+            key_weights=None if key_weights is None else key_weights[..., :slots],
+            mask=position.mask(new, slots, padding),
+            padding=padding,
+        )
+
+    def on(self, device: torch.device) -> AttentionContext:
+        """The context for layers on `device`: itself, or a copy that all layers there share."""
+        if self._devices <= {device}:
+            return self
+        if device not in self._copies:
+            moved: dict[str, Any] = {
+                name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            }
+            rotary = None if self.rotary is None else self.rotary.on(device)
+            self._copies[device] = replace(self, position=self.position.on(device), rotary=rotary, **moved)
+        return self._copies[device]
+
+    @cached_property
+    def _devices(self) -> set[torch.device]:
+        tensors = [self.position.row_slots, self.value_weights, self.key_weights, self.mask, self.padding]
+        if self.rotary is not None:
+            tensors += [self.rotary.cos, self.rotary.sin]
+        return {tensor.device for tensor in tensors if tensor is not None}
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, AttentionContext]:
+        return {}

@@ -1,0 +1,77 @@
+"""The decoder of Llama (https://arxiv.org/abs/2302.13971), under the parameter names of its published weights."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.nn.attention import attend
+from softcfg.nn.context import AttentionContext
+from softcfg.nn.linear import Linear
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention without biases, in which `key_heads` serve neighbouring query heads each.
+
+    `q_norm` and `k_norm` act on queries and keys [rows, n, heads, head_dim]; without them they stay as they are.
+    """
+
+    def __init__(
+        self, width: int, heads: int, key_heads: int, q_norm: nn.Module | None = None, k_norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.head_dim = width // heads
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, key_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(width, key_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
+        self.q_norm = nn.Identity() if q_norm is None else q_norm
+        self.k_norm = nn.Identity() if k_norm is None else k_norm
+
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key, value = (heads.transpose(1, 2) for heads in (self.q_norm(query), self.k_norm(key), value))
+        return self.o_proj(attend(query, key, value, layer, context))
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate x) * up x), without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, attention: LlamaAttention, width: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = LlamaMLP(width, hidden)
+        self.input_layernorm = nn.RMSNorm(width, eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps)
+
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """[rows, n, width] -> the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), layer, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaDecoder(nn.Module):
+    """Token embedding, blocks and the last norm."""
+
+    def __init__(self, vocab_size: int, width: int, blocks: list[LlamaBlock], eps: float) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(width, eps)

@@ -1,0 +1,165 @@
+"""Prompts of Janus-Pro, Emu3-Gen and LlamaGen T2I: from text to what the generator is conditioned on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from softcfg import UserError
+from softcfg.errors import CheckpointError
+from softcfg.models.emu3 import Emu3, Emu3Config, Emu3Prompts
+from softcfg.models.emu3.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT, SPECIAL_TOKENS
+from softcfg.models.janus import Janus, JanusConfig, JanusPrompts
+from softcfg.models.llamagen_t2i import LlamaGenCaptions, LlamaGenT2I, LlamaGenT2IConfig
+from softcfg.prompts import Prompt
+from softcfg.tokenizers import Emu3VQ, Emu3VQConfig, JanusVQ, JanusVQConfig, LlamaGenVQ, LlamaGenVQConfig
+
+LLAMA: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+JANUS_TOKENS = ["<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>", "<|User|>"]
+
+
+def byte_tokenizer(folder: Path, special: list[str]) -> Path:
+    """A text tokenizer of bytes, whose special tokens come last."""
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def janus(folder: Path) -> JanusPrompts:
+    file = byte_tokenizer(folder, JANUS_TOKENS)
+    config = JanusConfig(
+        **LLAMA, vocab_size=300, code_count=16, grid_size=2, **JanusPrompts.published_config({"tokenizer": file})
+    )
+    vq = JanusVQConfig(base_channels=32, channel_multiplier=(1, 1), code_count=16, grid_size=2)
+    return JanusPrompts(Janus(config), JanusVQ(vq), name="tiny", files={"tokenizer": file})
+
+
+def emu3(folder: Path, **settings: str) -> Emu3Prompts:
+    file = byte_tokenizer(folder, list(SPECIAL_TOKENS.values()))
+    published = Emu3Prompts.published_config({"tokenizer": file})
+    config = Emu3Config(**LLAMA, vocab_size=300, code_count=16, image_size=32, **published)
+    vq = Emu3VQConfig(codebook_size=16, ch=32, ch_mult=(1, 1, 1, 1), attn_resolutions=(), image_size=32)
+    return Emu3Prompts(Emu3(config), Emu3VQ(vq), name="tiny", files={"tokenizer": file}, settings=settings)
+
+
+def test_janus(tmp_path: Path) -> None:
+    prompts = janus(tmp_path)
+    bos, pad, boi, user = range(256, 260)
+    assert prompts.generator.config.special_ids == {"bos": bos, "pad": pad, "boi": boi}
+    requests = prompts.requests(prompts=["a <begin_of_image> cat", "dog"])
+    assert (requests[0].width, requests[0].height) == (4, 4)
+    ids, short = prompts.inputs(requests)
+    assert (ids[0], ids[1], ids[-1], ids.count(boi)) == (bos, user, boi, 1)
+    assert len(ids) == 3 + len(": a <begin_of_image> cat\n\n<|Assistant|>:")
+    condition = prompts.generator.condition([ids, short], guided=True)
+    assert condition.ids[2].tolist() == [bos, *[pad] * (len(ids) - 2), boi]
+    with pytest.raises(UserError, match="4 x 4 pixels only"):
+        prompts.requests(prompts="a cat", width=8)
+    with pytest.raises(UserError, match="no negative text"):
+        prompts.requests(prompts=[Prompt("a cat", negative_text="blurry")])
+    with pytest.raises(UserError, match="no text tokenizer"):
+        JanusPrompts(prompts.generator, prompts.tokenizer, name="tiny").inputs(requests)
+
+
+def test_a_text_tokenizer_of_another_model(tmp_path: Path) -> None:
+    file = byte_tokenizer(tmp_path, JANUS_TOKENS)
+    with pytest.raises(CheckpointError, match=r"has no token <\|endoftext\|>"):
+        Emu3Prompts.published_config({"tokenizer": file})
+
+
+def test_emu3(tmp_path: Path) -> None:
+    prompts = emu3(tmp_path)
+    special = prompts.generator.config.special_ids
+    (prompt,) = prompts.inputs(prompts.requests(prompts=["a cat"], width=40, height=24))
+    header = f"{chr(3 + 48)}*{chr(5 + 48)}"
+    assert prompt.grid == (3, 5)
+    for ids, text in ((prompt.ids, "a cat" + POSITIVE_PROMPT), (prompt.negative, NEGATIVE_PROMPT)):
+        assert ids is not None
+        assert (ids[0], ids[-1], ids[-len(header) - 2]) == (special["bos"], special["img"], special["boi"])
+        assert len(ids) == len(text) + len(header) + 3
+    condition = prompts.generator.condition([prompt], guided=True)
+    assert condition.geometry == prompts.geometry(40, 24)
+    assert condition.num_tokens == 3 * (5 + 1) + 3
+    plain = emu3(tmp_path, positive_text="").inputs([Prompt("a cat", negative_text="")])[0]
+    assert len(plain.ids) == len("a cat") + len("4*4") + 3
+    assert plain.negative == [special["bos"], *list(plain.ids)[-len("4*4") - 2 :]]
+    for size, message in ((20, "width must be a multiple of 8"), (16, "3 columns")):
+        with pytest.raises(UserError, match=message):
+            prompts.requests(prompts="a cat", width=size, height=32)
+
+
+def test_emu3_needs_the_tokenizer_of_its_codes(tmp_path: Path) -> None:
+    prompts = emu3(tmp_path)
+    with pytest.raises(UserError, match="16 codes, 8 pixels wide"):
+        Emu3Prompts(prompts.generator, janus(tmp_path).tokenizer)
+
+
+class TestLlamaGen:
+    """Captions, encoded by a small T5."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        pytest.importorskip("ftfy")
+        pytest.importorskip("bs4")
+        from transformers import T5Config, T5EncoderModel
+
+        folder = tmp_path_factory.mktemp("t5")
+        words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "cat", "and", "dog"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        torch.manual_seed(0)
+        config = T5Config(vocab_size=8, d_model=12, d_kv=4, d_ff=8, num_layers=2, num_heads=3)
+        T5EncoderModel(config).save_pretrained(folder)
+        return folder
+
+    def captions(self, folder: Path) -> LlamaGenCaptions:
+        config = LlamaGenT2IConfig(
+            dim=16, n_layer=1, n_head=2, vocab_size=16, block_size=4, ffn_hidden_dim=8, cls_token_num=6, caption_dim=12
+        )
+        vq = LlamaGenVQConfig(ch=32, ch_mult=(1, 1), codebook_size=16, grid_size=2)
+        files = {"encoder": folder / "model.safetensors"}
+        return LlamaGenCaptions(LlamaGenT2I(config).eval(), LlamaGenVQ(vq), name="tiny", files=files)
+
+    def test_captions(self, folder: Path) -> None:
+        captions = self.captions(folder)
+        texts = ["A red CAT http://cats.com", "cat.png", "a red cat and a dog and a cat"]
+        features = captions.inputs(captions.requests(prompts=texts))
+        assert [len(feature) for feature in features] == [4, 1, 6]  # with the end of the text, cut at the sixth
+        again = captions.inputs(captions.requests(prompts=texts[:1]))
+        assert torch.equal(again[0], features[0])
+        condition = captions.generator.condition(features, guided=True)
+        assert condition.padding is not None
+        assert condition.padding.tolist() == [2, 5, 0] * 2
+        logits = captions.generator(condition, torch.zeros(6, 3, dtype=torch.int64))
+        assert logits.shape == (6, 4, 16)
+        assert logits.isfinite().all()
+
+    def test_padded_encoding_gives_the_same(self, folder: Path) -> None:
+        """The released program pads captions to the most tokens and masks what it added."""
+        encoder = self.captions(folder).encoder
+        ids = torch.tensor([[3, 4, 5, 1, 0, 0]])
+        padded = encoder.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[0, :4]
+        torch.testing.assert_close(encoder.encode("a red cat"), padded, rtol=0, atol=1e-5)
+
+    def test_encoders_that_are_incomplete(self, folder: Path, tmp_path: Path) -> None:
+        captions = self.captions(tmp_path)
+        (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+        with pytest.raises(CheckpointError, match="incomplete or damaged"):
+            captions.inputs([Prompt("a cat")])
+        without = LlamaGenCaptions(captions.generator, captions.tokenizer, name="tiny")
+        with pytest.raises(UserError, match="no text encoder"):
+            without.inputs([Prompt("a cat")])
+        with pytest.raises(UserError, match="4 x 4 pixels only"):
+            captions.requests(prompts="a cat", width=8)

@@ -1,0 +1,247 @@
+"""Attention backends: each serves what it says, the best one is chosen, and what fails is replaced."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softcfg
+from softcfg import CFG, Pipeline, SoftCFG, UserError, plugins
+from softcfg.cli.main import main
+from softcfg.decoding import decode, image_uniforms
+from softcfg.nn import AttentionContext, KVCache, Position, register_backend, use_backend, weighted_attention
+from softcfg.nn.attention import attend
+from softcfg.nn.backends import BACKENDS, AttentionBackend, AttentionCall, BackendUnavailableError
+from softcfg.nn.backends.triton_decode import TritonDecode
+from softcfg.nn.kv_cache import Int8KVCache
+
+ROWS, HEADS, DIM, SLOTS = 3, 4, 8, 7
+METHODS = [CFG(3.0), SoftCFG(3.0), SoftCFG(3.0, target="both")]
+
+
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[dict[str, AttentionBackend]]:
+    """Backends that a test registers are gone after it."""
+    before = dict(BACKENDS)
+    yield BACKENDS
+    BACKENDS.clear()
+    BACKENDS.update(before)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backends that served a call, in turn."""
+    names: list[str] = []
+    for backend in BACKENDS.values():
+
+        def watch(call: AttentionCall, name: str = backend.name, attend: Any = backend.attend) -> Tensor:
+            names.append(name)
+            return attend(call)
+
+        monkeypatch.setattr(backend, "attend", watch)
+    return names
+
+
+def toy() -> Any:
+    sys.modules.pop("toy_attention", None)
+    importlib.import_module("toy_attention")
+    return BACKENDS["toy"]
+
+
+def layer(new: int, weighted: str, by_row: bool = False, padded: bool = False, int8: bool = False) -> Tensor:
+    """One layer's attention of a pass that ends with the last slot of a filled cache."""
+    torch.manual_seed(new)
+    cache = (Int8KVCache if int8 else KVCache)(1, ROWS, HEADS // 2, SLOTS, DIM)
+    cache.write(0, *torch.randn(2, ROWS, HEADS // 2, SLOTS, DIM), Position.start())
+    position = Position.shared(SLOTS - new)
+    if by_row:
+        position = Position.by_row(torch.full((ROWS,), SLOTS - new))
+    weights = {f"{name}_weights": torch.rand(ROWS, new, SLOTS) for name in weighted.split()}
+    padding = torch.tensor([0, 1, SLOTS - 1]) if padded else None
+    context = AttentionContext.create(position, new, cache, padding=padding, **weights)
+    query, key, value = (torch.randn(ROWS, heads, new, DIM) for heads in (HEADS, HEADS // 2, HEADS // 2))
+    return attend(query, key, value, 0, context)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "toy"])
+@pytest.mark.parametrize("new", [1, 3, SLOTS])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("weighted", ["", "value"])
+def test_a_backend_computes_what_the_products_do(
+    name: str, new: int, by_row: bool, padded: bool, int8: bool, weighted: str
+) -> None:
+    toy()
+    with use_backend("math"):
+        wanted = layer(new, weighted, by_row, padded, int8)
+    with use_backend(name):
+        if name == "sdpa" and weighted:
+            with pytest.raises(UserError, match="'sdpa' of use_backend cannot serve this call: it has no weights"):
+                layer(new, weighted, by_row, padded, int8)
+            return
+        torch.testing.assert_close(layer(new, weighted, by_row, padded, int8), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(
+    ("new", "weighted", "name"),
+    [(1, "", "math"), (1, "value", "math"), (3, "", "sdpa"), (3, "value", "math"), (3, "key", "math"), (7, "", "sdpa")],
+)
+def test_the_choice_on_a_cpu(served: list[str], new: int, weighted: str, name: str, by_row: bool) -> None:
+    layer(new, weighted, by_row)
+    assert served == [name]
+
+
+def test_a_forced_backend_serves_until_the_context_closes(served: list[str]) -> None:
+    elsewhere = threading.Thread(target=layer, args=(3, ""))
+    with use_backend("math"):
+        layer(3, "")
+        with use_backend("sdpa"):
+            layer(1, "")
+        layer(3, "")
+        elsewhere.start()
+        elsewhere.join()
+    with pytest.raises(ZeroDivisionError), use_backend("math"):
+        raise ZeroDivisionError
+    layer(3, "")
+    assert served == ["math", "sdpa", "math", "sdpa", "sdpa"]
+
+
+def test_a_forced_backend_that_cannot_serve_says_why() -> None:
+    cases = [
+        ("triton_decode", (1, "", True), "runs on GPUs alone"),
+        ("triton_decode", (3, "", True), "one query per row"),
+        ("sdpa", (3, "key"), "no weights on values or keys"),
+    ]
+    for name, arguments, reason in cases:
+        with pytest.raises(UserError, match=f"{name}.*{reason}"), use_backend(name):
+            layer(*arguments)
+    with (
+        pytest.raises(UserError, match="no attention backend 'flash'; there are math, sdpa, triton_decode"),
+        use_backend("flash"),
+    ):
+        pass
+
+
+def test_a_backend_that_does_not_run_is_replaced_with_one_warning() -> None:
+    @register_backend
+    class Broken(AttentionBackend):
+        name = "broken"
+
+        def why_not(self, call: AttentionCall) -> str | None:
+            return None
+
+        def attend(self, call: AttentionCall) -> Tensor:
+            raise BackendUnavailableError("no driver")
+
+    with use_backend("math"):
+        wanted = layer(1, "value")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(layer(1, "value"), wanted)
+    assert [str(warning.message) for warning in caught] == [
+        "the attention backend 'broken' does not run on cpu, a slower one takes its place: no driver"
+    ]
+    with pytest.raises(UserError, match="'broken' of use_backend does not run here: no driver"), use_backend("broken"):
+        layer(1, "value")
+
+
+def test_errors_of_a_backend_are_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="size"):
+        weighted_attention(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Failed to find C compiler"), ValueError("unsupported GPU"), ImportError("no driver")]
+)
+def test_decoding_goes_on_without_a_kernel_that_does_not_compile(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: CFG, error: Exception
+) -> None:
+    def decode_attention(*_: Any, **__: Any) -> Tensor:
+        raise error
+
+    generator = softcfg.load_generator(model_folder)
+    uniforms = image_uniforms(3, range(2), generator.num_tokens)
+    wanted = decode(generator, [0, 2], method, uniforms=uniforms)
+
+    kernel = types.ModuleType("softcfg.nn.kernels.decode_attention")
+    kernel.decode_attention = decode_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+
+    @register_backend
+    class OnCPU(TritonDecode):
+        """The Triton backend as if the CPU were a GPU."""
+
+        def why_not(self, call: AttentionCall) -> str | None:
+            fits = call.query.shape[2] == 1 and call.context.position.row_slots is not None
+            return None if fits else "it takes one query per row"
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(decode(generator, [0, 2], method, uniforms=uniforms, static=True), wanted)
+    (warning,) = caught
+    assert f"'triton_decode' does not run on cpu, a slower one takes its place: {type(error).__name__}: {error}" in str(
+        warning.message
+    )
+
+
+def test_out_of_memory_is_no_reason_to_take_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode_attention(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("all memory is taken")
+
+    kernel = types.ModuleType("softcfg.nn.kernels.decode_attention")
+    kernel.decode_attention = decode_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+    monkeypatch.setattr(TritonDecode, "why_not", lambda self, call: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer(1, "", by_row=True)
+    assert BACKENDS["triton_decode"].unavailable == {}
+
+
+def test_a_backend_of_one_file_outside_draws_and_traces(model_folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(model_folder)
+    wanted = [pipe([0, 2], guidance=method, seed=1).tokens for method in METHODS]
+    backend = toy()
+    for method, tokens in zip(METHODS, wanted, strict=True):
+        backend.served = 0
+        assert torch.equal(pipe([0, 2], guidance=method, seed=1).tokens, tokens)
+        with_keys = getattr(method, "target", "") == "both"  # the next backend serves these
+        assert (backend.served == 0) is with_keys
+        backend.served = 0
+        with use_backend("math"):
+            expected = softcfg.trace(pipe.generator, labels=[0, 2], guidance=method, tokens=tokens)
+        assert backend.served == 0
+        traced = softcfg.trace(pipe.generator, labels=[0, 2], guidance=method, tokens=tokens)
+        assert backend.served > 0
+        torch.testing.assert_close(traced.guided_logits, expected.guided_logits, rtol=0, atol=1e-4)
+    cannot = pytest.raises(UserError, match="'toy' of use_backend cannot serve this call: it has no weights on keys")
+    with cannot, use_backend("toy"):
+        pipe([0, 2], guidance=SoftCFG(3.0, target="key"))
+
+
+def test_a_backend_of_one_file_outside_draws_on_the_command_line(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "_loaded", {})
+    monkeypatch.delitem(sys.modules, "toy_attention", raising=False)
+    words = ["sample", str(model_folder), "--labels", "0,2", "--num-samples", "2", "--batch-size", "2", "--no-compare"]
+    assert main([*words, "--output-dir", str(tmp_path / "without")]) == 0
+    plugin = Path(__file__).parents[1] / "toy_attention.py"
+    assert main([*words, "--output-dir", str(tmp_path / "with"), "--plugin", str(plugin)]) == 0
+    assert getattr(BACKENDS["toy"], "served") > 0  # noqa: B009  # a class of the plugin's
+    images = [sorted(path.read_bytes() for path in (tmp_path / run).rglob("*.png")) for run in ("without", "with")]
+    assert images[0] == images[1] != []
