@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg import plugins
 from softcfg.decoding.randomness import check_word
-from softcfg.errors import UserError
+from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import make_folder
@@ -45,6 +46,9 @@ from softcfg.runs.progress import ProgressBar
 from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
 from softcfg.zoo.registry import find
 
+# What Optuna raises where a storage holds what it did not write.
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, AssertionError)
+CHECKSUM = "sha256"  # the attribute of a finished trial
 TRIALS = "trials"  # the folder of the run folders
 DATABASE = "study.db"
 RUNGS = (8, 4, 2)  # the shares of the samples, one in so many, at which a trial may be stopped
@@ -267,6 +271,8 @@ class Sweep:
         Raises:
             UserError: a trial cannot be drawn or measured; it is taken up by the next start.
         """
+        from sqlalchemy.exc import SQLAlchemyError
+
         limit = DEFAULT_TRIALS if trials is None else trials
         if self.points is not None:
             limit = self.points if trials is None else min(trials, self.points)
@@ -288,28 +294,48 @@ class Sweep:
             else:
                 trial, lock = claim
                 with lock, contextlib.suppress(UpdateFinishedTrialError):  # another machine was faster
-                    self._work(trial, lock, progress=progress)
+                    try:
+                        self._work(trial, lock, progress=progress)
+                    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+                        raise UserError(f"the study is damaged or out of reach: {clean(error, 200)}") from error
             tell()
 
     def rows(self) -> list[Row]:
         """The finished trials by number."""
-        rows = []
-        for trial in self.study.get_trials(deepcopy=False):
-            samples = trial.last_step
-            stopped = trial.state == TrialState.PRUNED
-            if samples is not None and (stopped or trial.state == TrialState.COMPLETE):
-                value = trial.intermediate_values[samples]
-                rows.append(
-                    Row(
-                        trial.number,
-                        stopped,
-                        samples,
-                        self.space.settings(trial.params),
-                        {self.objective: value} if stopped else trial.user_attrs["metrics"],
-                        trial.user_attrs["command"],
-                    )
-                )
-        return rows
+        with self._reading_study():
+            finished = (TrialState.PRUNED, TrialState.COMPLETE)
+            return [self._row(trial) for trial in self._trials() if trial.last_step and trial.state in finished]
+
+    def _row(self, trial: FrozenTrial) -> Row:
+        samples, stopped = trial.last_step, trial.state == TrialState.PRUNED
+        assert samples is not None
+        if trial.user_attrs.get(CHECKSUM, _checksum(trial)) != _checksum(trial):  # older sweeps have none
+            raise UserError(f"trial {trial.number} of the study was altered: its checksum is wrong")
+        return Row(
+            trial.number,
+            stopped,
+            samples,
+            self.space.settings(trial.params),
+            {self.objective: trial.intermediate_values[samples]} if stopped else trial.user_attrs["metrics"],
+            trial.user_attrs["command"],
+        )
+
+    def _trials(self) -> list[FrozenTrial]:
+        """All trials as they are stored now."""
+        with self._reading_study():
+            return self.study.get_trials(deepcopy=False)
+
+    @contextlib.contextmanager
+    def _reading_study(self) -> Iterator[None]:
+        """Turn what goes wrong with a storage that is damaged or out of reach into one sentence."""
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except UserError:
+            raise
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, *DAMAGED) as error:
+            raise UserError(f"the study is damaged or out of reach: {clean(error, 200)}") from error
 
     def best(self) -> Row | None:
         """The trial with the best objective of those that were not stopped; the first of equal ones."""
@@ -329,12 +355,12 @@ class Sweep:
     # ---- which trial
 
     def _all_finished(self, limit: int) -> bool:
-        trials = self.study.get_trials(deepcopy=False)[:limit]
+        trials = self._trials()[:limit]
         return len(trials) == limit and all(trial.state.is_finished() for trial in trials)
 
     def _take(self, limit: int) -> tuple[Trial, Lock] | None:
         """A trial to work on: one that nobody works on any more, or a new one; None if there is none now."""
-        trials = self.study.get_trials(deepcopy=False)
+        trials = self._trials()
         for trial in trials[:limit]:
             if not trial.state.is_finished() and self._is_abandoned(trial) and (claim := self._claim(trial)):
                 return claim
@@ -343,7 +369,7 @@ class Sweep:
         owner = self._owner()
         self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"owner": owner}))
         trial = next(
-            trial for trial in reversed(self.study.get_trials(deepcopy=False)) if trial.user_attrs.get("owner") == owner
+            trial for trial in reversed(self._trials()) if trial.user_attrs.get("owner") == owner
         )
         # Several processes may begin the last trial at once. The surplus waits for a start with more trials.
         return self._claim(trial) if trial.number < limit else None
@@ -366,7 +392,7 @@ class Sweep:
                 raise
             return None
         claimed = Trial(self.study, trial._trial_id)
-        if self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+        if self._trials()[trial.number].state.is_finished():
             lock.release()
             return None
         return claimed, lock
@@ -402,7 +428,7 @@ class Sweep:
 
     def _work(self, trial: Trial, lock: Lock, *, progress: bool) -> None:
         with self._alive(trial):
-            found = self.study.get_trials(deepcopy=False)[trial.number]
+            found = self._trials()[trial.number]
             guidance, sampling = methods(self.pipeline, {**self.fixed, **self._settings_of(trial, found)})
             words = [*self._words, *sample_flags(guidance, sampling)]
             trial.set_user_attr("command", shlex.join(words))
@@ -431,6 +457,7 @@ class Sweep:
                     trial.report(value, samples)
                 if not last and self._is_hopeless(trial.number, samples, value):
                     break
+            trial.set_user_attr(CHECKSUM, _checksum(self._trials()[trial.number]))
             if self.config.discard_images:
                 shutil.rmtree(folder / SHARDS, ignore_errors=True)
         if last:
@@ -442,7 +469,7 @@ class Sweep:
         """The searched settings of a trial, proposed unless all are stored."""
         params = found.params
         if params.keys() != self.space.distributions.keys():
-            others = [other for other in self.study.get_trials(deepcopy=False) if other.number != trial.number]
+            others = [other for other in self._trials() if other.number != trial.number]
             sampler, seed = self.config.sampler, self.config.sampler_seed
             params = self.space.propose(sampler, seed, trial.number, others, minimize=self.minimize)
             self.space.store(trial, params)
@@ -454,11 +481,19 @@ class Sweep:
             return False
         rivals = [
             trial.intermediate_values[samples]
-            for trial in self.study.get_trials(deepcopy=False)
+            for trial in self._trials()
             if trial.number != number and samples in trial.intermediate_values
         ]
         better = sum(rival < value if self.minimize else rival > value for rival in rivals)
         return len(rivals) >= LEAST_RIVALS and better >= self.config.early_stop * (len(rivals) + 1)
+
+
+def _checksum(trial: FrozenTrial) -> str:
+    """SHA-256 over what a row shows of a trial."""
+    shown = {name: trial.user_attrs.get(name) for name in ("metrics", "command")}
+    numbers = [[samples, repr(value)] for samples, value in sorted(trial.intermediate_values.items())]
+    text = json.dumps([trial.number, trial.params, numbers, shown], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rungs(num_samples: int, batch_size: int, early_stop: float | None, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -514,7 +549,7 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
     try:
         url = make_url(storage)
     except ArgumentError as error:
-        raise UserError(f"{storage!r} is no storage URL such as sqlite:///study.db") from error
+        raise UserError(f"{quote(storage)} is no storage URL such as sqlite:///study.db") from error
     # SQLite's own patience of 5 s is short for many processes.
     engine = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
     for patience in (1, 2, 4, 0):
@@ -537,6 +572,8 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
                 shown = url.render_as_string(hide_password=True)
                 raise UserError(f"the storage {shown} cannot be used: {problem}") from error
             time.sleep(patience)
+        except DAMAGED as error:
+            raise UserError(f"the study in {quote(storage)} is damaged: {clean(error, 200)}") from error
     if found is not None and (differing := differences(found, settings)):
         raise UserError(f"{name} is a sweep with another {', '.join(differing)}; give another folder or study name")
     return study
