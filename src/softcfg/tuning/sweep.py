@@ -368,9 +368,7 @@ class Sweep:
             return None
         owner = self._owner()
         self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"owner": owner}))
-        trial = next(
-            trial for trial in reversed(self._trials()) if trial.user_attrs.get("owner") == owner
-        )
+        trial = next(trial for trial in reversed(self._trials()) if trial.user_attrs.get("owner") == owner)
         # Several processes may begin the last trial at once. The surplus waits for a start with more trials.
         return self._claim(trial) if trial.number < limit else None
 

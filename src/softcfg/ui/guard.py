@@ -196,7 +196,7 @@ def _seen(scope: Message, access: Access) -> Message:
         # The last entry is the one that the proxy wrote; what stands before it came from outside.
         said = {name: value.decode("latin-1").rpartition(",")[2].strip() for name, value in scope["headers"]}
         address = said.get(b"x-forwarded-for", address)
-        scheme = "https" if said.get(b"x-forwarded-proto", scheme).lower() == "https" else "http"
+        scheme = "https" if str(said.get(b"x-forwarded-proto", scheme)).lower() == "https" else "http"
         if b"x-forwarded-host" in said:
             headers = [pair for pair in headers if pair[0] != b"host"]
             headers.append((b"host", said[b"x-forwarded-host"].encode("latin-1")))

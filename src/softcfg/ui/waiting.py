@@ -52,10 +52,10 @@ class Waiting:
         while len(sessions) > self._kept:
             oldest, _ = sessions.popitem(last=False)
             queue, states = self._blocks._queue, self._blocks.state_holder
-            for kept in (queue.pending_messages_per_session, queue.pending_event_ids_session):
-                kept.pop(oldest, None)
-            for kept in (states.session_data, states.time_last_used):
-                kept.pop(oldest, None)
+            queue.pending_messages_per_session.pop(oldest, None)
+            queue.pending_event_ids_session.pop(oldest, None)
+            states.session_data.pop(oldest, None)
+            states.time_last_used.pop(oldest, None)
 
     def keep_no_records(self) -> None:
         """Gradio writes down every event, and sums all of them up again behind each; the page has no use for it."""
