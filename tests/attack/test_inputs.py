@@ -22,8 +22,8 @@ from softcfg.configuration import load_config, read_yaml
 from softcfg.evaluation import Extractor, Features, evaluate, extract, load_extractor, open_source, read_statistics
 from softcfg.images import read_picture
 from softcfg.models.alitok import AliTokConfig
+from softcfg.models.lumina import PromptReader
 from softcfg.models.text import TextTokenizer
-from softcfg.prompts import PromptReader
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.shards import glance, read_shard

@@ -1,4 +1,4 @@
-"""Float32 that is float32."""
+"""Products of float32 in full precision, without the rounding to TF32 that some GPUs do by default."""
 
 from __future__ import annotations
 
