@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.finite import FiniteLogits
 from softcfg.decoding.randomness import ImageStreams
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
@@ -62,7 +63,8 @@ def jacobi_decode(
         int64 [B, T], and the number of passes until the last image was done.
 
     Raises:
-        UserError: labels or streams do not fit the generator, or the window is less than 1.
+        UserError: labels or streams do not fit the generator, the window is less than 1, or the logits hold NaN or
+            infinity.
     """
     if window < 1:
         raise UserError(f"the window of speculative Jacobi decoding must be at least 1, got {window}")
@@ -74,8 +76,7 @@ def jacobi_decode(
     with prepared_linear_layers(generator, decoder.rows_at_once * decoder.window):
         while done < total:
             decoder.advance(streams.uniforms(3 * decoder.window).to(generator.device))
-            done = int(decoder.settled.min())
-            passes += 1
+            done, passes = decoder.done(), passes + 1
             if on_step is not None:
                 on_step(done)
             if on_tokens is not None:
@@ -115,6 +116,7 @@ class JacobiDecoder:
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         codes = generator.is_code(torch.arange(total, device=device), condition)
         self._codes = None if codes is None else codes.expand(self.batch, -1)
+        self._finite = FiniteLogits(self.batch, condition.rows // self.batch, total, generator.dtype, device)
 
         self._passes = 0
         self._end = 0  # of the farthest window
@@ -143,18 +145,30 @@ class JacobiDecoder:
         drawn_from, drafts = self._drafts(start, steps, drafting)
         self.tokens.scatter_(1, steps, drafts)
 
-        cond_logits, guided = self._logits(steps, state)
+        branches, guided = self._logits(steps, state)
         probabilities = self._distribution(guided, steps)
+        self._finite.note(steps, branches, probabilities[..., 0])
         kept, redrawn = keep_or_redraw(drafts, drawn_from, probabilities, keeping, redrawing)
         kept |= steps < self.settled[:, None]
         tokens = torch.where(kept, drafts, redrawn)
         self.tokens.scatter_(1, steps, tokens)
-        self._record(steps, cond_logits, tokens)
+        self._record(steps, branches[0], tokens)
 
         first_replaced = kept.cumprod(dim=1).sum(dim=1)
         self.settled = start + (first_replaced + 1).clamp(max=self.window)
         self._start, self._probabilities, self._last_logits = start, probabilities, guided[:, -1:]
         self._passes += 1
+
+    def done(self) -> int:
+        """How many tokens all rows have settled; it waits for the device.
+
+        Raises:
+            UserError: the logits hold NaN or infinity.
+        """
+        settled, sound = torch.stack((self.settled.min(), self._finite.sound().long())).tolist()
+        if not sound:
+            self._finite.check()
+        return settled
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts [B, n] of the window at `steps`, and what they were drawn from, [B, n, V].
@@ -172,8 +186,8 @@ class JacobiDecoder:
     def _distribution(self, guided: Tensor, steps: Tensor) -> Tensor:
         return self.sampling.probabilities(self.generator.constrain(guided, steps, self.condition))
 
-    def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Conditional and guided logits [B, n, V] of the window; `state` is the rule's before it."""
+    def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Logits [B, n, V] of the branches and guided ones of the window; `state` is the rule's before it."""
         if self._passes == 0:
             position = Position.start()
             inputs = self.tokens[:, : self.window - 1]
@@ -182,14 +196,14 @@ class JacobiDecoder:
             inputs = self.tokens.gather(1, steps - 1)
         cond = self._forward(0, inputs, position)
         if not self.guidance.is_active:
-            return cond, cond
+            return (cond,), cond
         if not self.guidance.perturbs:
             cond, uncond = cond.chunk(2)
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
             uncond = self._forward(1, inputs, position, **self._weights(steps))
         guided, self._rule_states = self.guidance.guide_steps(cond, uncond, self._scales[steps], steps, state)
-        return cond, guided
+        return (cond, uncond), guided
 
     def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:
         condition = self._parts[part]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.finite import FiniteLogits
 from softcfg.decoding.graphs import repeat
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
@@ -54,7 +55,8 @@ def decode(
         int64 [B, T].
 
     Raises:
-        UserError: labels, uniforms or forced tokens do not fit the generator.
+        UserError: labels, uniforms or forced tokens do not fit the generator; or the logits hold NaN or infinity, which
+            other devices than the CPU report after the last step.
     """
     condition = generator.condition(labels, guided=guidance.is_active)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling())
@@ -79,10 +81,14 @@ def decode(
         else:
             steps = map(advance, map(decoder.step, range(1, total)))
         for done, _ in enumerate(chain([None], steps), start=1):
+            if device.type == "cpu":
+                decoder.finite.check(done - 1)
             if on_step is not None:
                 on_step(done)
             if on_tokens is not None:
                 on_tokens(tokens[:, :done])
+    if device.type != "cpu":
+        decoder.finite.check()
     return tokens
 
 
@@ -126,6 +132,7 @@ class Decoder:
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are no image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
+        finite: whether the logits so far were numbers; `predict` notes it, and whoever steps must read it.
     """
 
     def __init__(
@@ -149,6 +156,7 @@ class Decoder:
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
+        self.finite = FiniteLogits(self.batch, condition.rows // self.batch, total, generator.dtype, device)
 
     def step(self, number: int) -> Step:
         """The step that draws token `number`."""
@@ -190,7 +198,10 @@ class Decoder:
             )
             self._keep(state)
         guided = self.generator.constrain(guided[:, None], at, self.condition)[:, 0]
-        return self.sampling.probabilities(guided)
+        probabilities = self.sampling.probabilities(guided)
+        # All of a row's are NaN where its logits are no numbers.
+        self.finite.note(at, (logits[:, None],), probabilities[:, :1])
+        return probabilities
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
+from softcfg.decoding.finite import FiniteLogits
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
@@ -118,7 +119,7 @@ def trace(
         steps_per_pass: tokens replayed at once; bounds the memory of attention, without effect on the result.
 
     Raises:
-        UserError: labels or tokens do not fit the generator.
+        UserError: labels or tokens do not fit the generator, or the logits hold NaN or infinity.
     """
     sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
@@ -161,6 +162,9 @@ def trace(
     if guidance.is_active:
         guided_logits, _ = guidance.guide_steps(cond_logits, uncond_logits, scales, steps)
     guided_logits = generator.constrain(guided_logits, steps, cond)
+    finite = FiniteLogits(batch, 2, total, generator.dtype, generator.device)
+    finite.note(steps, (cond_logits, uncond_logits), guided_logits.amax(dim=-1))
+    finite.check()
     return Trace(
         guidance=guidance,
         temperature=sampling.temperature,

@@ -104,9 +104,11 @@ class Tokenizer(nn.Module):
             float32 [B, 3, H, W], clamped to [0, 1], on the device of the tokenizer.
 
         Raises:
-            UserError: wrong shape, type, or a token outside the codebook.
+            UserError: wrong shape, type, or a token outside the codebook; or the decoder's output is NaN or infinite.
         """
-        return self.decode_raw(tokens, grid).float().clamp(0, 1)
+        pixels = self.decode_raw(tokens, grid).float()
+        self._require_finite(pixels, "pixels of its decoder")
+        return pixels.clamp(0, 1)
 
     @torch.no_grad()
     def decode_raw(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
@@ -129,13 +131,27 @@ class Tokenizer(nn.Module):
             int64 [B, T] in raster order, on the device of the tokenizer.
 
         Raises:
-            UserError: wrong shape or type, a value outside [0, 1] or not a number.
+            UserError: wrong shape or type, a value outside [0, 1] or not a number; or the encoder's output is NaN or
+                infinite.
         """
-        return self.quantize_latents(self.encode_latents(self._checked_pixels(pixels)))
+        latents = self.encode_latents(self._checked_pixels(pixels))
+        self._require_finite(latents, "latents of its encoder")
+        return self.quantize_latents(latents)
 
     def to_uint8(self, pixels: Tensor) -> Tensor:
         """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3], as the released code does."""
         return to_uint8(pixels, rounded=self.rounds)
+
+    def _require_finite(self, values: Tensor, name: str) -> None:
+        """Raise a `UserError` unless all `values` [B, ...] are numbers; a NaN would become a black pixel."""
+        sums = values.flatten(1).sum(dim=1, dtype=torch.float32)  # one pass, and no memory
+        if not sums.isfinite().all():
+            bad = int((~sums.isfinite()).nonzero()[0])
+            raise UserError(
+                f"image {bad}: the {name} are not finite, computed in {_dtype_name(self.quantize.embedding.weight)}; "
+                "the tokenizer's weights are damaged (get them again), or its numbers are too large for this dtype "
+                "(load it in float32)"
+            )
 
     def _checked_grid(self, grid: tuple[int, int] | None) -> tuple[int, int]:
         if grid is None or grid == self.latent_size:
