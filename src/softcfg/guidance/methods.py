@@ -127,8 +127,10 @@ class CFG:
         self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor, *, step: Tensor, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Guided logits [..., V] of a step, and the state of the rule after it; arguments as of `Rule.guide`."""
-        if type(self).guide is CFG.guide:
+        if type(self.rule) is not Rule:
             return self._ruled(cond_logits, uncond_logits, scale, step=step, state=state)
+        if type(self).guide is CFG.guide:
+            return self.guide(cond_logits, uncond_logits, scale), None
         guided = self.guide(*_without_ruled_out(cond_logits, uncond_logits), scale)
         return guided.masked_fill(cond_logits == RULED_OUT, RULED_OUT), None
 

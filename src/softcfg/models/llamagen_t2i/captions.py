@@ -21,7 +21,9 @@ from torch import Tensor
 from softcfg.errors import CheckpointError, UserError
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
+from softcfg.models.text import plain_tokenizer
 from softcfg.prompts import Prompt
+from softcfg.text_tokenizers import read_tokenizer_json, text_tokenizer
 
 if TYPE_CHECKING:
     from softcfg.models.llamagen_t2i.generator import LlamaGenT2I
@@ -165,11 +167,9 @@ class CaptionEncoder:
             raise UserError(
                 "encoding captions needs transformers: install it with pip install 'softcfg[llamagen-t2i]'"
             ) from error
-        from tokenizers import Tokenizer
-
+        path = folder / "tokenizer.json"
         try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self.tokenizer.no_padding()
+            self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path)), path)
             self.tokenizer.enable_truncation(most)
             model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         except Exception as error:  # the libraries raise plain exceptions
