@@ -31,9 +31,11 @@ from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 
 
 @torch.inference_mode()
+@own_dtype()
 def jacobi_decode(
     generator: Generator,
     labels: Any,
@@ -112,7 +114,8 @@ class JacobiDecoder:
         self._parts = [condition[: self.batch], condition[self.batch :]] if guidance.perturbs else [condition]
         self._caches = [generator.new_cache(part) for part in self._parts]
         self.rows_at_once = self._parts[0].rows
-        self._confidence = torch.zeros(self.batch, total, device=device)
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self._confidence = torch.zeros(self.batch, total, **kind)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         codes = generator.is_code(torch.arange(total, device=device), condition)
         self._codes = None if codes is None else codes.expand(self.batch, -1)
@@ -123,8 +126,8 @@ class JacobiDecoder:
         self._offsets = torch.arange(self.window, device=device)
         # As if a window in front of the sequence had been left behind, with equal logits at its end.
         self._start = self.settled - self.window
-        self._probabilities = torch.zeros(self.batch, self.window, generator.vocab_size, device=device)
-        self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, device=device)
+        self._probabilities = torch.zeros(self.batch, self.window, generator.vocab_size, **kind)
+        self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, **kind)
         # What the guidance's rule keeps over the steps, before the window and after each of its positions.
         self._rule_states: Tensor | None = None
 

@@ -20,9 +20,11 @@ from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 
 
 @torch.inference_mode()
+@own_dtype()
 def decode(
     generator: Generator,
     labels: Any,
@@ -150,9 +152,9 @@ class Decoder:
         self.batch = condition.rows // 2 if guidance.is_active else condition.rows
         self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
-        self.confidence = torch.zeros(self.batch, total, device=device)
+        self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
         self.rule_state: Tensor | None = None
-        self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
+        self._weights = torch.ones(condition.rows, condition.slots + total, dtype=torch.float32, device=device)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)

@@ -46,7 +46,7 @@ def decoding_step(
     batch = decoder.batch
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
-    uniforms = torch.rand(batch, condition.num_tokens, device=generator.device)
+    uniforms = torch.rand(batch, condition.num_tokens, dtype=torch.float32, device=generator.device)
 
     static = steps_are_static(generator)
     at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)

@@ -94,7 +94,7 @@ def guidance_scales(
     import torch
 
     if scale == 0:
-        return torch.ones(steps)
+        return torch.ones(steps, dtype=torch.float32)
     scales = SCHEDULES[schedule](steps, scale, power, steps if codes is None else codes)
     if interval is not None:
         step = torch.arange(steps)

@@ -19,6 +19,7 @@ from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, describe
 from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 from softcfg.version import __version__
 
 WEIGHTS_BY_DEFAULT_UP_TO = 1024  # tokens; beyond, [B, T, T] is hundreds of megabytes
@@ -90,6 +91,7 @@ class Trace:
 
 
 @torch.no_grad()
+@own_dtype()
 def trace(
     generator: Generator,
     *,
@@ -136,8 +138,8 @@ def trace(
 
     if value_weights is None:
         value_weights = total <= WEIGHTS_BY_DEFAULT_UP_TO
-    kept = torch.ones(batch, total, total) if value_weights else None
-    confidence = torch.zeros(batch, total, device=generator.device)
+    kept = torch.ones(batch, total, total, dtype=torch.float32) if value_weights else None
+    confidence = torch.zeros(batch, total, dtype=torch.float32, device=generator.device)
     logits: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
     caches = {"cond": generator.new_cache(cond), "uncond": generator.new_cache(uncond)}
     for start in range(0, total, steps_per_pass):

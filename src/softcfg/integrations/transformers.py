@@ -32,6 +32,7 @@ from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
 from softcfg.nn.attention import weighted_attention
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
 
 try:
@@ -545,6 +546,7 @@ class ImageGenerator(TransformersGenerator):
 
 
 @torch.no_grad()  # not inference_mode: the tokens may go on into the caller's autograd
+@own_dtype()
 def decode(
     model: Any,
     input_ids: Tensor,

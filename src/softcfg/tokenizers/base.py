@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
+from softcfg.nn.precision import KeepsTables, own_dtype
 
 # Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
 DISTANCES_AT_ONCE = 2**24
@@ -55,7 +56,7 @@ class Codebook(nn.Module):
         return torch.cat(codes).view(latents.shape[:-1])
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(KeepsTables):
     """Base of the image tokenizers: int64 tokens [B, T] to pixels [B, 3, H, W] in [0, 1] and back.
 
     A subclass sets the attributes below, gives `encode_latents` and `decode_latents`, and holds its codes in
@@ -92,6 +93,7 @@ class Tokenizer(nn.Module):
         return self.quantize.lookup(tokens).transpose(1, 2).unflatten(2, grid or self.latent_size)
 
     @torch.no_grad()
+    @own_dtype()
     def decode(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
         """Turn tokens into images.
 
@@ -111,6 +113,7 @@ class Tokenizer(nn.Module):
         return pixels.clamp(0, 1)
 
     @torch.no_grad()
+    @own_dtype()
     def decode_raw(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
         """Like `decode`, in the tokenizer's own dtype and before the clamp."""
         tokens = _as_tensor(tokens, "tokens")
@@ -121,6 +124,7 @@ class Tokenizer(nn.Module):
         return self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
 
     @torch.no_grad()
+    @own_dtype()
     def encode(self, pixels: Any) -> Tensor:
         """Turn images into tokens.
 

@@ -22,6 +22,7 @@ from softcfg.errors import CheckpointError, UserError
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
 from softcfg.models.text import plain_tokenizer
+from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
 from softcfg.text_tokenizers import read_tokenizer_json, text_tokenizer
 
@@ -177,6 +178,7 @@ class CaptionEncoder:
         self.model = model.to(device).eval()
 
     @torch.no_grad()
+    @own_dtype()
     def encode(self, caption: str) -> Tensor:
         """Return the features [n, width] of a cleaned caption of n tokens."""
         ids = torch.tensor([self.tokenizer.encode(caption).ids], device=self.model.device)

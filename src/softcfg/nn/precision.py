@@ -1,0 +1,43 @@
+"""The dtype of a model's weights is the dtype of its numbers, whatever is set around it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that have it
+
+
+@contextlib.contextmanager
+def own_dtype() -> Iterator[None]:
+    """Context (or decorator) in which no autocast is on."""
+    with contextlib.ExitStack() as stack:
+        for device in AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class KeepsTables(nn.Module):
+    """A module whose tables, buffers that no checkpoint has, keep their dtype when its weights get another one.
+
+    Angles of rotations in bfloat16 would tell few positions apart.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # what `to` and its kin call
+        tables: list[tuple[dict[str, Any], str, Tensor]] = [
+            (module._buffers, name, table)
+            for module in (self.modules() if recurse else [self])
+            for name in module._non_persistent_buffers_set
+            if (table := module._buffers.get(name)) is not None
+        ]
+        super()._apply(fn, recurse)
+        for buffers, name, table in tables:
+            moved = buffers[name]
+            if moved is not None and moved.dtype != table.dtype:
+                buffers[name] = table.to(moved.device)
+        return self
