@@ -24,7 +24,7 @@ from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits
-from softcfg.decoding.randomness import ImageStreams
+from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
 from softcfg.decoding.sequential import query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
@@ -77,7 +77,7 @@ def jacobi_decode(
     total, done, passes = condition.num_tokens, 0, 0
     with prepared_linear_layers(generator, decoder.rows_at_once * decoder.window):
         while done < total:
-            decoder.advance(streams.uniforms(3 * decoder.window).to(generator.device))
+            decoder.advance(on_device(streams.uniforms(3 * decoder.window), generator.device))
             done, passes = decoder.done(), passes + 1
             if on_step is not None:
                 on_step(done)
@@ -135,7 +135,7 @@ class JacobiDecoder:
         """Settle at least one more token of every row that is not done.
 
         Args:
-            uniforms: [B, 3 n] in [0, 1).
+            uniforms: [B, 3 n] in [0, 1), see `randomness.on_device`.
         """
         keeping, redrawing, drafting = uniforms.unflatten(1, (3, self.window)).unbind(1)
         # A row that is nearly done goes over its last n tokens; what is settled among them stays.
@@ -238,7 +238,7 @@ def keep_or_redraw(
     Args:
         drafts: int64 [...], drawn from `drawn_from`.
         drawn_from, probabilities: q and p, [..., V].
-        keeping, redrawing: uniform numbers [...] in [0, 1).
+        keeping, redrawing: uniform numbers [...] in [0, 1), see `randomness.on_device`.
 
     Returns:
         Bool [...], which drafts are kept, and int64 [...], what takes the place of the others.
@@ -247,4 +247,4 @@ def keep_or_redraw(
     rest = (probabilities - drawn_from).clamp_min(0)
     # Where rounding leaves no rest, p and q are the same.
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, probabilities)
-    return keeping * q < p, draw(rest, redrawing)
+    return as_fractions(keeping) * q < p, draw(rest, redrawing)

@@ -14,6 +14,7 @@ from torch import Tensor
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits
 from softcfg.decoding.graphs import repeat
+from softcfg.decoding.randomness import on_device
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
@@ -68,7 +69,7 @@ def decode(
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
     device = generator.device
-    uniforms = uniforms.to(device)
+    uniforms = on_device(uniforms, device)
     tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
 
     def advance(step: Step) -> None:

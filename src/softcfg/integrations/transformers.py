@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.decoding import Sampling, draw, image_uniforms
+from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
@@ -613,7 +614,8 @@ def decode(
         decoder.cache = cache
 
     batch = decoder.batch
-    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens).to(generator.device)
+    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens)
+    uniforms = on_device(uniforms, generator.device)
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):

@@ -1,4 +1,4 @@
-"""The dtype of a model's weights is the dtype of its numbers, whatever is set around it."""
+"""Dtypes: that of a model's weights is that of its numbers, whatever is set around it; float64 where there is one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that have it
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's GPUs do not."""
+    return device.type not in WITHOUT_FLOAT64
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64: on its device, or on the CPU where the device has none."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
 
 
 @contextlib.contextmanager
