@@ -20,6 +20,7 @@ from softcfg import UserError
 from softcfg.cli.main import main
 from softcfg.configuration import load_config, read_yaml
 from softcfg.evaluation import Extractor, Features, evaluate, extract, load_extractor, open_source, read_statistics
+from softcfg.evaluation.emoji_judge import Vocabulary
 from softcfg.images import read_picture
 from softcfg.models.alitok import AliTokConfig
 from softcfg.models.lumina import PromptReader
@@ -72,6 +73,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "shard": ("shard-000000.safetensors", read_shard),
     "header of a shard": ("shard-000000.safetensors", glance),
     "dpg": ("a.txt", lambda path: DPGBench(path.parent)),
+    "vocabulary": ("judge.json", Vocabulary.load),
     "geneval": ("evaluation_metadata.jsonl", lambda path: GenEval(path.parent)),
 }
 
@@ -432,6 +434,8 @@ tokenizer: {family: maskgit-vq, config: {}}
         "name: 3", f"name: [{'9, ' * 9999}]", "name: !!binary aaaa", "sampling: {temperature: [[[[1]]]]}", "classes: 7",
         "sampling: {temperature: .nan}", f"sampling: {{top_k: {'9' * 4000}}}", f"sampling: {{schedule: {[[1] * 999]}}}",
         "generator: {family: \"\\e[2J\"}",
+        "fid: best",
+        "generator: {family: alitok, dtype: load}",
         f"generator: {{family: {'x' * 9999}}}", "generator: {family: alitok, config: 3}",
     ],
 )  # fmt: skip
