@@ -325,10 +325,24 @@ def many_times(path: Path) -> None:
     torch.save({f"layer.{n}": one for n in range(1000)}, path)
 
 
+def nested(content: dict[str, Any], times: int) -> dict[str, Any]:
+    for _ in range(times):
+        content = {"model": content, "state_dict": content}
+    return content
+
+
+def in_itself() -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    return content
+
+
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "stride 0": ("a.pth", lambda path: torch.save({"w": Small(1 << 17, 1 << 17).tensor}, path)),
     "one tensor many times": ("a.pth", many_times),
     "sparse": ("a.pth", lambda path: torch.save({"w": torch.eye(9).to_sparse()}, path)),
+    "billion laughs": ("a.pth", lambda path: torch.save(nested({"w": torch.ones(1)}, 60), path)),
+    "a mapping in itself": ("a.pth", lambda path: torch.save(in_itself(), path)),
     "names that are no names": ("a.pth", lambda path: torch.save({"\x1b[2J" * 2000: 3}, path)),
     "numbers for names": ("a.pth", lambda path: torch.save({3: torch.ones(2)}, path)),
     "an index that names itself": (
