@@ -15,6 +15,7 @@ from recipes.emoji_styles.colours import COLOURS
 from recipes.emoji_styles.data import Collection, Picture
 from recipes.emoji_styles.sources import STYLES
 from recipes.emoji_styles.train_tokenizer import pixels_of
+from recipes.muon import Muon
 from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
 from softcfg.evaluation.emoji_judge import UNKNOWN, EmojiJudge, agreement
 from softcfg.files import write_atomically
@@ -45,11 +46,11 @@ def train(
     model = judge_of(collection).to(device.device)
     average = Average(model, 0.995)
     averaged = judge_of(collection).to(device.device).eval()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3)
-    training = Training(out / "judge", device, {"model": model, "average": average}, [optimizer])
+    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]
+    apart = {id(p) for p in kernels}
+    rest = [p for p in model.parameters() if id(p) not in apart]
+    optimizers = [Muon(kernels, lr=1e-2, weight_decay=0.1), torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01)]
+    training = Training(out / "judge", device, {"model": model, "average": average}, optimizers)
     labels = torch.tensor([wanted(picture) for picture in collection.pictures])
     known = torch.tensor(collection.where())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcfg.errors import CheckpointError
+from softcfg.errors import CheckpointError, quote
 from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
 
 TOKENIZER = "tokenizer"  # the role of tokenizer.json among the files of a model
@@ -41,22 +41,27 @@ def text_of(pieces: Iterable[Piece]) -> str:
     return "".join(piece if isinstance(piece, str) else piece.name for piece in pieces)
 
 
-def plain_tokenizer(content: Mapping[str, Any]) -> dict[str, Any]:
+def plain_tokenizer(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the content of a `tokenizer.json` for text: its special tokens get names that nobody can write.
 
     All ids stay as they are, and so do added tokens that are plain words.
+
+    Raises:
+        CheckpointError: it describes no tokenizer; `path` is where it came from.
     """
-    added = content.get("added_tokens") or []
-    special = [token["content"] for token in added if token.get("special") or MARK.fullmatch(token["content"])]
-    names = {name: secrets.token_hex(16) for name in special}
-    model, vocab = dict(content["model"]), content["model"]["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {names.get(name, name): token for name, token in vocab.items()}
-    else:  # pieces with their scores
-        model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
-    if "unk_token" in model:
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    renamed = [{**token, "content": names.get(token["content"], token["content"])} for token in added]
+    try:
+        added, model = content.get("added_tokens") or [], dict(content["model"])
+        special = [token["content"] for token in added if token.get("special") or MARK.fullmatch(token["content"])]
+        names = {name: secrets.token_hex(16) for name in special}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(name, name): token for name, token in model["vocab"].items()}
+        else:  # pieces with their scores
+            model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
+        if "unk_token" in model:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        renamed = [{**token, "content": names.get(token["content"], token["content"])} for token in added]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({quote(error)})") from error
     return {**content, "model": model, "added_tokens": renamed}
 
 
@@ -73,14 +78,11 @@ class TextTokenizer:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         content = read_tokenizer_json(path)
-        try:
-            self._added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-            vocab = content["model"]["vocab"]
-            self._vocab = vocab if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
-            content = {**plain_tokenizer(content), "post_processor": None, "truncation": None}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or no tokenizer.json; get it again ({error!r})") from error
-        self._plain = text_tokenizer(content, path)
+        plain = {**plain_tokenizer(content, path), "post_processor": None, "truncation": None}
+        self._plain = text_tokenizer(plain, path)
+        self._added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        vocab = content["model"]["vocab"]
+        self._vocab = vocab if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
 
     @classmethod
     def of(cls, files: Mapping[str, Path]) -> TextTokenizer | None:
