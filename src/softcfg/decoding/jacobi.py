@@ -24,7 +24,7 @@ from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.randomness import ImageStreams
-from softcfg.decoding.sequential import query_weights, step_weights
+from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -153,7 +153,9 @@ class JacobiDecoder:
 
         first_replaced = kept.cumprod(dim=1).sum(dim=1)
         self.settled = start + (first_replaced + 1).clamp(max=self.window)
-        self._start, self._probabilities, self._last_logits = start, probabilities, guided[:, -1:]
+        self._start, self._probabilities = start, probabilities
+        # Drafts may be drawn from anything; what is ruled out at one step need not be at the next.
+        self._last_logits = (cond_logits if self.guidance.rule.constrained else guided)[:, -1:]
         self._passes += 1
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +190,8 @@ class JacobiDecoder:
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
             uncond = self._forward(1, inputs, position, **self._weights(steps))
-        guided, self._rule_states = self.guidance.guide_steps(cond, uncond, self._scales[steps], steps, state)
+        branches = branches_for_rule(self.generator, self.condition, self.guidance, cond, uncond, steps)
+        guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)
         return cond, guided
 
     def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:

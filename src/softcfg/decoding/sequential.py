@@ -185,12 +185,14 @@ class Decoder:
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
-            guided, state = self.guidance.guide_step(
-                guided, logits[self.batch :], self._scales[at], step=at, state=self.rule_state
+            branches = guided[:, None], logits[self.batch :, None]
+            guided, states = guided_logits(
+                self.generator, self.condition, self.guidance, *branches, self._scales[at], at, self.rule_state
             )
-            self._keep(state)
-        guided = self.generator.constrain(guided[:, None], at, self.condition)[:, 0]
-        return self.sampling.probabilities(guided)
+            self._keep(None if states is None else states[:, -1])
+        else:
+            guided = self.generator.constrain(guided[:, None], at, self.condition)
+        return self.sampling.probabilities(guided[:, 0])
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
@@ -217,6 +219,43 @@ class Decoder:
             self.rule_state.copy_(state)
         elif state is not None:
             self.rule_state = state.clone()
+
+
+def guided_logits(
+    generator: Generator,
+    condition: Condition,
+    guidance: CFG,
+    cond_logits: Tensor,
+    uncond_logits: Tensor,
+    scales: Tensor,
+    steps: Tensor,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Guide n neighbouring steps and rule out what may not stand there, before the rule or after it, as it wants.
+
+    Args:
+        cond_logits, uncond_logits: [B, n, V].
+        scales, steps, state: as of `CFG.guide_steps`.
+
+    Returns:
+        Guided logits [B, n, V], -inf for tokens that are ruled out, and the states as of `CFG.guide_steps`.
+    """
+    branches = branches_for_rule(generator, condition, guidance, cond_logits, uncond_logits, steps)
+    guided, states = guidance.guide_steps(*branches, scales, steps, state)
+    return guided if guidance.rule.constrained else generator.constrain(guided, steps, condition), states
+
+
+def branches_for_rule(
+    generator: Generator, condition: Condition, guidance: CFG, cond_logits: Tensor, uncond_logits: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits [B, n, V] of the branches as the rule wants them: with what may not stand at `steps` at -inf, or not.
+
+    In a vocabulary of texts and image codes the norm of all logits would say little about those of the codes.
+    """
+    if not guidance.rule.constrained:
+        return cond_logits, uncond_logits
+    cond_logits = generator.constrain(cond_logits, steps, condition)
+    return cond_logits, generator.constrain(uncond_logits, steps, condition)
 
 
 def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:

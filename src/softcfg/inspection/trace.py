@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
-from softcfg.decoding.sequential import query_weights, step_weights
+from softcfg.decoding.sequential import guided_logits, query_weights, step_weights
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, describe
@@ -157,10 +157,10 @@ def trace(
 
     cond_logits, uncond_logits = (torch.cat(parts, dim=1) for parts in logits.values())
     scales = guidance.scales(total, condition.num_codes).to(generator.device)
-    guided_logits = cond_logits
     if guidance.is_active:
-        guided_logits, _ = guidance.guide_steps(cond_logits, uncond_logits, scales, steps)
-    guided_logits = generator.constrain(guided_logits, steps, cond)
+        guided, _ = guided_logits(generator, cond, guidance, cond_logits, uncond_logits, scales, steps)
+    else:
+        guided = generator.constrain(cond_logits, steps, cond)
     return Trace(
         guidance=guidance,
         temperature=sampling.temperature,
@@ -168,7 +168,7 @@ def trace(
         tokens=tokens,
         cond_logits=cond_logits,
         uncond_logits=uncond_logits,
-        guided_logits=guided_logits,
+        guided_logits=guided,
         guidance_scale=scales,
         confidence=guidance.weak_branch.carried(confidence),
         value_weights=kept,
