@@ -24,7 +24,7 @@ from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.randomness import ImageStreams
-from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights
+from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -176,12 +176,11 @@ class JacobiDecoder:
 
     def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Conditional and guided logits [B, n, V] of the window; `state` is the rule's before it."""
+        position = Position.by_row(self.condition.slots - 1 + steps[:, 0])
+        fed = steps - 1
         if self._passes == 0:
-            position = Position.start()
-            inputs = self.tokens[:, : self.window - 1]
-        else:
-            position = Position.by_row(self.condition.slots - 1 + steps[:, 0])
-            inputs = self.tokens.gather(1, steps - 1)
+            position, fed = Position.start(), fed[:, 1:]
+        inputs = self.tokens.gather(1, fed)
         cond = self._forward(0, inputs, position)
         if not self.guidance.is_active:
             return cond, cond
@@ -189,6 +188,7 @@ class JacobiDecoder:
             cond, uncond = cond.chunk(2)
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
+            inputs = weak_inputs(self.guidance.weak_branch, self.tokens, fed, self._codes)
             uncond = self._forward(1, inputs, position, **self._weights(steps))
         branches = branches_for_rule(self.generator, self.condition, self.guidance, cond, uncond, steps)
         guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)

@@ -181,7 +181,9 @@ class Decoder:
         at, position = step.index, step.position(self.condition)
         inputs = step.inputs(tokens)
         rows = inputs.repeat(self.condition.rows // self.batch, 1)
-        logits = self.generator(self.condition, rows, cache=self.cache, slot=position, **self._row_weights())
+        if self.guidance.perturbs and step.number != 0:
+            rows[self.batch :] = weak_inputs(self.guidance.weak_branch, tokens, at - 1, self._codes)
+        logits = self.generator(self.condition, rows, cache=self.cache, slot=position, **self._row_weights(at))
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
@@ -205,12 +207,12 @@ class Decoder:
                 confidence = confidence * self._codes[..., at].squeeze(-1)
             self.confidence[:, at] = confidence[:, None]
 
-    def _row_weights(self) -> dict[str, Tensor]:
+    def _row_weights(self, at: Tensor) -> dict[str, Tensor]:
         """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""
         if not self.guidance.perturbs:
             return {}
         perturbation = self.guidance.weak_branch
-        self._weights[self.batch :, self.condition.slots :] = perturbation.weights(self.confidence)
+        self._weights[self.batch :, self.condition.slots :] = perturbation.weights_at(self.confidence, at)
         return attention_weights(perturbation, self._weights)
 
     def _keep(self, state: Tensor | None) -> None:
@@ -266,8 +268,30 @@ def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) 
         steps: int64 [n] or [B, n].
     """
     token = torch.arange(confidence.shape[1], device=confidence.device)
-    so_far = confidence[:, None] * (token < steps.to(confidence.device)[..., None])
-    return perturbation.weights(so_far)
+    step = steps.to(confidence.device)[..., None]
+    return perturbation.weights_at(confidence[:, None] * (token < step), step)
+
+
+def weak_inputs(perturbation: Perturbation, tokens: Tensor, index: Tensor, codes: Tensor | None) -> Tensor:
+    """What the unconditional rows are fed in the slots of the tokens `index`, int64 [B, n].
+
+    Args:
+        tokens: int64 [B, T].
+        index: int64 [n] or [B, n].
+        codes: bool [T] or [B, T], which tokens are image codes; None: all.
+    """
+    source = perturbation.source(index)
+    if codes is not None and source is not index:
+        swapped = _taken(codes, index) & _taken(codes, source)
+        source = source.where(swapped, index)
+    return _taken(tokens, source)
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """The entries of `values` [T] or [B, T] at `index` [n] or [B, n]."""
+    if index.dim() == 1:
+        return values[..., index]
+    return values[index] if values.dim() == 1 else values.gather(1, index)
 
 
 def query_weights(
@@ -284,8 +308,10 @@ def query_weights(
 
 
 def attention_weights(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments that hand `weights` to values, keys or both, as the target of the perturbation says."""
-    names = {"value": ["value"], "key": ["key"], "both": ["value", "key"]}[perturbation.target]
+    """Keyword arguments that hand `weights` to values, keys, both or attention, as the target of the perturbation says."""
+    names = {"value": ["value"], "key": ["key"], "both": ["value", "key"], "attention": ["attention"], "none": []}[
+        perturbation.target
+    ]
     return {f"{name}_weights": weights for name in names}
 
 

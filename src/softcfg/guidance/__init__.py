@@ -21,6 +21,15 @@ from softcfg.guidance.registry import Registry, View
 from softcfg.guidance.rules import RULES, Rule
 from softcfg.guidance.schedule import SCHEDULES, guidance_scales, ramp, register_schedule
 from softcfg.guidance.settings import Setting, setting, settings_of
+from softcfg.guidance.weakened import (
+    CorruptedPrefix,
+    Decay,
+    LowConfidence,
+    OtherTokens,
+    SelfAttention,
+    Shuffled,
+    Window,
+)
 
 __all__ = [
     "CFG",
