@@ -376,7 +376,7 @@ def test_help_names_them(capsys: pytest.CaptureFixture[str]) -> None:
         "--heavy-decay HEAVY_DECAY of the rule heavy: what is left of the momentum after a step (default: 0.5)" in said
     )
     assert "--late-start LATE_START of the rule late (default: 6)" in said
-    assert "max, sampled, entropy, margin or collision" in said
+    assert "max, sampled, entropy, margin, unsure, uniform, random or collision" in said
     assert "cosine_power, lumina_released or odd" in said
 
 

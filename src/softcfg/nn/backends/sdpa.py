@@ -16,7 +16,7 @@ class SDPA(AttentionBackend):
 
     def why_not(self, call: AttentionCall) -> str | None:
         """See `AttentionBackend.why_not`."""
-        return "it has no weights" if call.weighted else None
+        return "it has no weights on values or keys" if call.weighted else None
 
     def preferred(self, call: AttentionCall) -> bool:
         """See `AttentionBackend.preferred`: for a single query on a CPU the plain products are faster."""
