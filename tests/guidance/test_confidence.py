@@ -6,7 +6,6 @@ import torch
 from softcfg import SoftCFG
 from softcfg.guidance import token_confidence
 
-
 KINDS = ["max", "sampled", "entropy", "margin"]  # those that ablate the confidence are in test_weakened.py
 
 

@@ -72,7 +72,11 @@ def test_decoding(pipe: Pipeline, name: str) -> None:
 def test_they_draw_different_images(pipe: Pipeline) -> None:
     """But for log-probabilities, which are logits less a constant, and a window over all of the image."""
     drawn = {name: tuple(pipe([0, 1, 2, 3], g).tokens.flatten().tolist()) for name, g in GUIDANCE.items()}
-    for name, same in (("none+log_softmax", "none+cfg"), ("softcfg+log_softmax", "softcfg"), ("window+cfg", "none+cfg")):
+    for name, same in (
+        ("none+log_softmax", "none+cfg"),
+        ("softcfg+log_softmax", "softcfg"),
+        ("window+cfg", "none+cfg"),
+    ):
         assert drawn.pop(name) == drawn[same]
     assert len(set(drawn.values())) == len(drawn)
 
@@ -144,7 +148,12 @@ def test_settings_files_flags_and_sweeps(pipe: Pipeline, name: str) -> None:
 @pytest.mark.parametrize("name", ["none+apg", "softcfg+tcfg", "pag+apg", "vpg+tcfg", "window+rescale"])
 def test_runs(pipe: Pipeline, model_folder: Path, tmp_path: Path, name: str) -> None:
     words, folder = sample_flags(GUIDANCE[name], Sampling(0.9)), tmp_path / "run"
-    assert main(["sample", str(model_folder), *words, "--labels", "0,1", "--num-samples", "2", "--output-dir", str(folder)]) == 0
+    assert (
+        main(
+            ["sample", str(model_folder), *words, "--labels", "0,1", "--num-samples", "2", "--output-dir", str(folder)]
+        )
+        == 0
+    )
     run = RunFolder.open(folder)
     assert restore(run.settings["guidance"]) == GUIDANCE[name]
     expected = pipe([0, 1], GUIDANCE[name]).pixels

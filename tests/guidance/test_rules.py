@@ -61,7 +61,13 @@ def by_hand(name: str, cond: Array, uncond: Array, scales: Array) -> Array:
                 z = share * z * c.std() / z.std() + (1 - share) * z
             case "apg":
                 z, last = projected(
-                    c, u, s, settings.get("eta", 0), settings.get("norm_threshold", 0), settings.get("momentum", 0), last
+                    c,
+                    u,
+                    s,
+                    settings.get("eta", 0),
+                    settings.get("norm_threshold", 0),
+                    settings.get("momentum", 0),
+                    last,
                 )
             case "zero_star":
                 best = np.linalg.lstsq(u[:, None], c, rcond=None)[0][0]

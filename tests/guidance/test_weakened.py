@@ -182,7 +182,12 @@ def test_the_branch_reads_other_tokens(pipe: Pipeline, name: str, settings: dict
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("low_confidence", {"share": 0.0}), ("tpg", {"window": 1}), ("vpg", {"rate": 0.0}), ("softcfg", {"strength": 0.0})],
+    [
+        ("low_confidence", {"share": 0.0}),
+        ("tpg", {"window": 1}),
+        ("vpg", {"rate": 0.0}),
+        ("softcfg", {"strength": 0.0}),
+    ],
 )
 def test_no_strength_is_cfg(pipe: Pipeline, name: str, settings: dict[str, Any]) -> None:
     guidance = CFG(3.0, perturbation=made(name, settings))

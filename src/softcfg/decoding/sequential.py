@@ -308,10 +308,9 @@ def query_weights(
 
 
 def attention_weights(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments that hand `weights` to values, keys, both or attention, as the target of the perturbation says."""
-    names = {"value": ["value"], "key": ["key"], "both": ["value", "key"], "attention": ["attention"], "none": []}[
-        perturbation.target
-    ]
+    """Keyword arguments that hand `weights` to what the target of the perturbation names."""
+    target = perturbation.target
+    names = {"both": ("value", "key"), "none": ()}.get(target, (target,))
     return {f"{name}_weights": weights for name in names}
 
 

@@ -206,8 +206,8 @@ class AdaptiveScale(Centred):
 
         s' = 1 + (s - 1) exp(-alpha r),    r = |z_c - z_u| / |z_u|,    guided = z_u + s' (z_c - z_u)
 
-    The paper's alpha of 8 is for the velocities of flows, of which r is a small fraction for most of the time. The logits
-    of the branches are often about as far apart as they are long, so the default here is 1.
+    The paper's alpha of 8 is for the velocities of flows, of which r is a small fraction for most of the time. The
+    logits of the branches are often about as far apart as they are long, so the default here is 1.
     """
 
     alpha: float = setting(1.0, low=0, help="how fast the scale falls with the distance; 0: CFG", shown=(0.0, 5.0))

@@ -37,8 +37,8 @@ class Trace:
         guidance_scale: float32 [T], the scale s_t = 1 + gamma_t.
         confidence: float32 [B, T], confidence in each token (plain CFG: p_max, without effect); 0 where no slot
             carries it, as the first token's with "successor" alignment.
-        value_weights: float32 [B, T, T]: step, slot of the generated token; the perturbation's weights, whether they act
-            on values or on something else. None where it was not asked for.
+        value_weights: float32 [B, T, T]: step, slot of the generated token; the perturbation's weights, whether they
+            act on values or on something else. None where it was not asked for.
     """
 
     guidance: CFG

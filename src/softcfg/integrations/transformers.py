@@ -1,7 +1,8 @@
 """CFG and SoftCFG for image-token models of Hugging Face transformers, without changing their code.
 
 Importing this module registers the attention implementation "softcfg": the model's usual `sdpa`, and weighted
-attention wherever a forward call passes `value_weights`, `key_weights` or `attention_weights`. Three ways to draw with it:
+attention wherever a forward call passes `value_weights`, `key_weights` or `attention_weights`. Three ways to draw with
+it:
 
     model.set_attn_implementation("softcfg")
     tokens = decode(model, input_ids, SoftCFG(), num_tokens=..., unconditional_ids=...)

@@ -25,8 +25,8 @@ class AttentionContext:
         rotary: rotates the queries and keys of the new slots; None if the positions are not rotary.
         value_weights, key_weights: factors on the values or keys of each slot, [rows, S] or, if each query has its own,
             [rows, n, S]; None for ones. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
-        attention_weights: factors >= 0 on the attention probabilities, which are renormalised; shaped likewise. A weight
-            of 0 hides a slot. Each query must see a slot with a weight above 0.
+        attention_weights: factors >= 0 on the attention probabilities, which are renormalised; shaped likewise. A
+            weight of 0 hides a slot. Each query must see a slot with a weight above 0.
         mask: bool [rows, S], False for slots that no query may see, or None: the queries are then the last n of the S
             slots, and causal. Or bool [rows, n, S], True for the slots that each query sees, causality included.
         padding: int64 [rows], leading slots of each row that no query sees. The mask hides them as well.
