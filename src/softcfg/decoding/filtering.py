@@ -95,7 +95,7 @@ class Sampling:
         return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
     def describe(self) -> dict[str, Any]:
-        """The settings by name, for files: temperature, top-k, top-p, and of the others those that are not the default."""
+        """The settings by name, for files: temperature, top-k, top-p, and what else is not the default."""
         fields = dataclasses.fields(self)
         return {
             field.name: getattr(self, field.name)

@@ -1,8 +1,8 @@
 """Perturbations beside SoftCFG: other ways to make the unconditional branch know less of the tokens so far.
 
 Most of their papers are about diffusion, where a pass sees the whole image at once and is perturbed anew at every
-step. Token by token, a pass sees the tokens so far, and what it has cached of them stays. The docstrings say what becomes
-of each method. Image codes alone are perturbed: the condition and the ends of lines are seen as they are.
+step. Token by token, a pass sees the tokens so far, and what it has cached of them stays. The docstrings say what
+becomes of each method. Image codes alone are perturbed: the condition and the ends of lines are seen as they are.
 """
 
 from __future__ import annotations
