@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ SHOWN = 10  # images of a method in the picture
 PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
 FIGURES = {"recall.png": ("recall", "fid"), "front.png": ("inception_score", "fid")}  # what is on which axis
 NONE = "none"
+KINDS: dict[str, Collection[str]] = {"preset": PRESETS, "rule": RULES, "perturbation": PERTURBATIONS}
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,7 @@ def method_named(name: str, pipeline: Pipeline, scale: float | None, settings: M
         return pipeline.default_guidance(CFG, guidance_scale=1.0)
     parts: dict[str, Any] = {}
     for word in name.split("+"):
-        kind = {"preset": PRESETS, "rule": RULES, "perturbation": PERTURBATIONS}
-        kinds = [each for each, registry in kind.items() if word in registry and word != NONE]
+        kinds = [kind for kind, names in KINDS.items() if word in names and word != NONE]
         if not kinds or kinds[0] in parts:
             known = [NONE, *RULES, *(p for p in PERTURBATIONS if p != NONE), *PRESETS]
             raise UserError(f"there is no method {name!r}; it is one of {', '.join(known)}, or PERTURBATION+RULE")
@@ -119,7 +119,8 @@ def entries(
             raise UserError(f"name each {what} once, got {', '.join(map(str, values)) or 'none'}")
     found = []
     for name in methods:
-        for scale in [None] if name == NONE else scales or [None]:
+        at: Sequence[float | None] = [None] if name == NONE or not scales else scales
+        for scale in at:
             guidance = method_named(name, pipeline, scale, settings)
             found.append(Entry(name, None if name == NONE else guidance.guidance_scale, guidance))
     return found
@@ -227,9 +228,9 @@ def plot(chosen: Sequence[Entry], x: str, y: str) -> Figure:
         at = {metric: [entry.mean(metric) for entry in line] for metric in (x, y)}
         errors = {metric: [entry.error(metric) or 0.0 for entry in line] for metric in (x, y)}
         axis.errorbar(at[x], at[y], xerr=errors[x], yerr=errors[y], marker="o", markersize=4, capsize=2, label=name)
-        for entry, *place in zip(line, at[x], at[y], strict=True):
+        for entry in line:
             if entry.scale is not None:
-                axis.annotate(f" {entry.scale:g}", tuple(place), fontsize=7)
+                axis.annotate(f" {entry.scale:g}", (entry.mean(x), entry.mean(y)), fontsize=7)
     axis.set(xlabel=TITLES[x], ylabel=TITLES[y])
     axis.legend(fontsize=8)
     return figure

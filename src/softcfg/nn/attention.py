@@ -48,8 +48,14 @@ def weighted_attention(
     """
     new, slots = query.shape[2], key.shape[2]
     position = Position.shared(slots - new)
-    weights = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
-    context = AttentionContext(position, slots, mask=mask, **weights)
+    context = AttentionContext(
+        position,
+        slots,
+        value_weights=value_weights,
+        key_weights=key_weights,
+        attention_weights=attention_weights,
+        mask=mask,
+    )
     return attention(AttentionCall(query, key, value, context))
 
 
