@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.finite import FiniteLogits
 from softcfg.decoding.graphs import repeat
+from softcfg.decoding.randomness import on_device
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 
 
 @torch.inference_mode()
+@own_dtype()
 def decode(
     generator: Generator,
     labels: Any,
@@ -54,7 +58,8 @@ def decode(
         int64 [B, T].
 
     Raises:
-        UserError: labels, uniforms or forced tokens do not fit the generator.
+        UserError: labels, uniforms or forced tokens do not fit the generator; or the logits hold NaN or infinity, which
+            other devices than the CPU report after the last step.
     """
     condition = generator.condition(labels, guided=guidance.is_active)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling())
@@ -64,7 +69,7 @@ def decode(
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
     device = generator.device
-    uniforms = uniforms.to(device)
+    uniforms = on_device(uniforms, device)
     tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
 
     def advance(step: Step) -> None:
@@ -79,10 +84,14 @@ def decode(
         else:
             steps = map(advance, map(decoder.step, range(1, total)))
         for done, _ in enumerate(chain([None], steps), start=1):
+            if device.type == "cpu":
+                decoder.finite.check(done - 1)
             if on_step is not None:
                 on_step(done)
             if on_tokens is not None:
                 on_tokens(tokens[:, :done])
+    if device.type != "cpu":
+        decoder.finite.check()
     return tokens
 
 
@@ -126,6 +135,7 @@ class Decoder:
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are no image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
+        finite: whether the logits so far were numbers; `predict` notes it, and whoever steps must read it.
     """
 
     def __init__(
@@ -143,12 +153,13 @@ class Decoder:
         self.batch = condition.rows // 2 if guidance.is_active else condition.rows
         self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
-        self.confidence = torch.zeros(self.batch, total, device=device)
+        self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
         self.rule_state: Tensor | None = None
-        self._weights = torch.ones(condition.rows, condition.slots + total, device=device)
+        self._weights = torch.ones(condition.rows, condition.slots + total, dtype=torch.float32, device=device)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
+        self.finite = FiniteLogits(self.batch, condition.rows // self.batch, total, generator.dtype, device)
 
     def step(self, number: int) -> Step:
         """The step that draws token `number`."""
@@ -194,7 +205,10 @@ class Decoder:
             self._keep(None if states is None else states[:, -1])
         else:
             guided = self.generator.constrain(guided[:, None], at, self.condition)
-        return self.sampling.probabilities(guided[:, 0])
+        probabilities = self.sampling.probabilities(guided[:, 0])
+        # All of a row's are NaN where its logits are no numbers.
+        self.finite.note(at, (logits[:, None],), probabilities[:, :1])
+        return probabilities
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.errors import CheckpointError, UserError, clean, quote
+from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.weights import load_network
 from softcfg.files import read_text
 
@@ -149,6 +150,7 @@ def load_judge(
 
 
 @torch.inference_mode()
+@full_float32()
 def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int = 250) -> dict[str, float]:
     """Return the shares of images in which the judge sees what was asked for.
 

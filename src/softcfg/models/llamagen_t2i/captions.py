@@ -22,6 +22,8 @@ from softcfg.errors import CheckpointError, UserError, quote
 from softcfg.files import is_file, is_folder
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
+from softcfg.models.text import plain_tokenizer
+from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
 from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
 
@@ -168,7 +170,7 @@ class CaptionEncoder:
                 "encoding captions needs transformers: install it with pip install 'softcfg[llamagen-t2i]'"
             ) from error
         path = folder / "tokenizer.json"
-        self.tokenizer = text_tokenizer(read_tokenizer_json(path), path)
+        self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path)), path)
         self.tokenizer.enable_truncation(most)
         # The library opens whatever has the name of a file that it looks for.
         if strange := [entry for entry in folder.iterdir() if not (is_file(entry) or is_folder(entry))]:
@@ -180,6 +182,7 @@ class CaptionEncoder:
         self.model = model.to(device).eval()
 
     @torch.no_grad()
+    @own_dtype()
     def encode(self, caption: str) -> Tensor:
         """Return the features [n, width] of a cleaned caption of n tokens."""
         ids = torch.tensor([text_ids(self.tokenizer, caption, specials=True)], device=self.model.device)
