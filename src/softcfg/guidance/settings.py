@@ -68,7 +68,7 @@ class Setting:
 
     def check(self, value: Any) -> None:
         """Raise `ValueError` unless `value` is of the kind and in the range; it says what it must be."""
-        if isinstance(value, numbers.Real) and LARGEST < abs(value) < math.inf:
+        if isinstance(value, (int, float)) and LARGEST < abs(value) < math.inf:
             raise ValueError(f"{self.name} must be at most {LARGEST:g}, the most that float32 holds")
         if not self._fits(value):
             off = "" if self.off is None else f" ({self.off}: off)"
