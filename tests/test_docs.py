@@ -53,6 +53,7 @@ REDUCED = {
     "trace": ["--device", "cpu"],
     "plot": ["--device", "cpu"],
     "eval": ["--device", "cpu"],
+    "compare": ["--num-samples", "4", "--device", "cpu"],
     "decode": ["--device", "cpu"],
     "runs": [],
     "models": [],

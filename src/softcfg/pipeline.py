@@ -211,13 +211,15 @@ class Pipeline:
         }
         return method(**{**suited, **settings})
 
-    def sampling(self, temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0) -> Sampling:
-        """Sampling settings, with the model's temperature and top-k by default."""
+    def sampling(
+        self, temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0, **settings: Any
+    ) -> Sampling:
+        """Sampling settings, with the model's temperature and top-k by default; `settings` are those of `Sampling`."""
         if temperature is None:
             temperature = self.sampling_defaults.get("temperature", 1.0)
         if top_k is None:
             top_k = self.sampling_defaults.get("top_k", 0)
-        return Sampling(temperature, top_k, top_p)
+        return Sampling(temperature, top_k, top_p, **settings)
 
     def num_tokens(self, width: int | None = None, height: int | None = None) -> int:
         """T, the tokens drawn for an image; of text-to-image models for one of this size, by default the model's.

@@ -38,6 +38,61 @@ def test_probabilities_against_brute_force(temperature: float, top_k: int, top_p
         assert torch.equal(row > 0, expected > 0)
 
 
+def entropy_of(p: list[float]) -> float:
+    return -sum(q * math.log(q) for q in p if q)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_temperature_by_entropy(top_k: int, top_p: float) -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(6, 17) * torch.tensor([0.1, 0.5, 1, 2, 4, 8])[:, None]
+    sampling = Sampling(0.8, top_k, top_p, entropy_gain=2.5, entropy_decay=1.5, entropy_base=0.3)
+    for row, exact in zip(sampling.probabilities(logits), logits.tolist(), strict=True):
+        entropy = entropy_of(brute_force(exact, 1.0, top_k, 1.0))
+        temperature = 0.8 * (2.5 * math.exp(-entropy / 1.5) + 0.3)
+        expected = torch.tensor(brute_force(exact, temperature, top_k, top_p))
+        torch.testing.assert_close(row, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [0, 6])
+@pytest.mark.parametrize("least", [1, 3])
+def test_candidates_by_entropy(top_k: int, least: int) -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(6, 17) * torch.tensor([0.01, 0.5, 1, 2, 4, 8])[:, None]
+    out = torch.full((6, 9), float("-inf"))  # codes that cannot be have no part in the greatest entropy
+    sampling = Sampling(0.8, top_k, 0.95, entropy_top_p=0.4, min_candidates=least)
+    got = sampling.probabilities(torch.cat((out, logits), dim=1))
+    assert (got[:, :9] == 0).all()
+    sizes = []
+    for row, exact in zip(got[:, 9:], logits.tolist(), strict=True):
+        p = brute_force(exact, 0.8, top_k, 1.0)
+        total = 0.4 + 0.55 * entropy_of(p) / math.log(17)
+        expected = brute_force(exact, 0.8, top_k, total)
+        if sum(q > 0 for q in expected) < least:
+            kept = sorted(p, reverse=True)[:least]
+            expected = [q / sum(kept) if q in kept else 0.0 for q in p]
+        torch.testing.assert_close(row, torch.tensor(expected), rtol=0, atol=1e-5)
+        sizes.append(int((row > 0).sum()))
+    assert sizes[0] > sizes[-1] == least
+
+
+def test_a_single_possible_code() -> None:
+    logits = torch.full((2, 5), float("-inf"))
+    logits[:, 3] = 1.0
+    for settings in ({"entropy_gain": 1.0}, {"entropy_top_p": 0.5}, {"top_p": 0.5, "min_candidates": 4}):
+        assert torch.equal(Sampling(**settings).probabilities(logits), (logits > 0).float())
+
+
+def test_files_hold_what_was_chosen() -> None:
+    assert Sampling(0.9, 5).describe() == {"temperature": 0.9, "top_k": 5, "top_p": 1.0}
+    chosen = Sampling(entropy_gain=2.5, min_candidates=3)
+    assert chosen.describe() == {
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "entropy_gain": 2.5, "min_candidates": 3,
+    }  # fmt: skip
+    assert Sampling(**chosen.describe()) == chosen
+
+
 def test_ties_with_the_kth_stay() -> None:
     p = Sampling(top_k=2).probabilities(torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]))
     assert (p > 0).tolist() == [[True, True, True, True, False]]
@@ -55,6 +110,11 @@ def test_ties_with_the_kth_stay() -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": math.nan}, "top_p"),
+        ({"entropy_gain": -1.0}, "entropy_gain"),
+        ({"entropy_decay": 0.0}, "entropy_decay"),
+        ({"entropy_base": 0.0}, "entropy_base"),
+        ({"entropy_top_p": 1.5}, "entropy_top_p"),
+        ({"min_candidates": 0}, "min_candidates"),
     ],
 )
 def test_invalid_settings(settings: dict, field: str) -> None:

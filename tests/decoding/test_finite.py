@@ -15,7 +15,7 @@ import softcfg
 from prompt_model import prompt_generator
 from softcfg import CFG, Sampling, SoftCFG, UserError
 from softcfg.decoding import ImageStreams, decode, image_uniforms, jacobi_decode
-from softcfg.guidance import Rule
+from softcfg.guidance import RULES, Rule
 from softcfg.models.base import Generator
 from softcfg.nn import use_backend, weighted_attention
 
@@ -130,7 +130,15 @@ class Own(CFG):
         return uncond_logits + scale * (cond_logits - uncond_logits)
 
 
-@pytest.mark.parametrize("method", [CFG(3.0), SoftCFG(3.0), CFG(3.0, rule=Norms()), Own(3.0)], ids=repr)
+RULES_AND_METHODS = [
+    SoftCFG(3.0),
+    CFG(3.0, rule=Norms()),
+    Own(3.0),
+    *(CFG(3.0, rule=rule()) for rule in RULES.values()),
+]
+
+
+@pytest.mark.parametrize("method", RULES_AND_METHODS, ids=repr)
 @pytest.mark.parametrize("way", WAYS)
 def test_codes_that_the_model_rules_out_stay_out(way: str, method: CFG) -> None:
     generator = prompt_generator(6)
@@ -143,7 +151,7 @@ def test_codes_that_the_model_rules_out_stay_out(way: str, method: CFG) -> None:
         assert not (drawn == 1).any()
 
 
-@pytest.mark.parametrize("rule", [Rule(), Norms()])
+@pytest.mark.parametrize("rule", [Norms(), *(rule() for rule in RULES.values() if not rule.stateful)], ids=repr)
 def test_the_other_codes_are_guided_as_if_those_were_not_there(rule: Rule) -> None:
     torch.manual_seed(0)
     cond, uncond, out = torch.randn(3, 9), torch.randn(3, 9), torch.arange(9) % 4 == 1

@@ -244,7 +244,7 @@ def test_settings_of_plain_methods_are_as_before() -> None:
     ("settings", "said"),
     [
         ({"method": "PAG"}, "method must be one of CFG, SoftCFG, got 'PAG'"),
-        ({"method": "CFG", "rule": "apg"}, "rule must be one of cfg, heavy, late, got 'apg'"),
+        ({"method": "CFG", "rule": "hvy"}, "rule must be one of cfg, .*, heavy, late, got 'hvy'"),
         ({"method": "CFG", "rule": "heavy", "heavy_mass": 3}, "no setting named 'heavy_mass'"),
         ({"method": "CFG", "rule": "late", "heavy_decay": 0.5}, "heavy_decay is a setting of the rule heavy"),
         ({"method": "CFG", "rule": "heavy", "heavy_decay": 2}, r"decay must be a number in \[0, 1\], got 2"),
@@ -351,7 +351,7 @@ def test_a_run_and_its_continuation(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--rule", "apg"], "rule must be one of cfg, heavy, late, got 'apg'"),
+        (["--rule", "hvy"], "heavy, late, got 'hvy'"),
         (["--heavy-decay", "0.5"], "heavy_decay is a setting of the rule heavy, which is not chosen"),
         (["--rule", "heavy", "--heavy-decay", "7"], "decay must be a number in [0, 1], got 7.0"),
         (["--perturbation", "dim", "--softcfg-strength", "1"], "strength is a setting of the perturbation softcfg"),
@@ -370,12 +370,13 @@ def test_help_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "how the logits of the branches are combined: cfg, heavy or late (default: cfg)" in said
+    assert "how the logits of the branches are combined: cfg, rescale" in said
+    assert ", heavy or late (default: cfg)" in said
     assert (
         "--heavy-decay HEAVY_DECAY of the rule heavy: what is left of the momentum after a step (default: 0.5)" in said
     )
     assert "--late-start LATE_START of the rule late (default: 6)" in said
-    assert "max, sampled, entropy, margin or collision" in said
+    assert "max, sampled, entropy, margin, unsure, uniform, random or collision" in said
     assert "cosine_power, lumina_released or odd" in said
 
 

@@ -50,7 +50,9 @@ def test_ranges_are_named() -> None:
         SoftCFG(floor=2)
     with pytest.raises(ValueError, match="strength must be a finite number >= 0, got -1"):
         SoftCFG(strength=-1)
-    with pytest.raises(ValueError, match="confidence must be one of max, sampled, entropy, margin, got 'x'"):
+    with pytest.raises(
+        ValueError, match="confidence must be one of max, sampled, entropy, margin, unsure, uniform, random, got 'x'"
+    ):
         SoftCFG(confidence="x")
 
 

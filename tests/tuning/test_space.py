@@ -79,11 +79,13 @@ def test_every_setting_can_be_searched_and_reaches_the_methods(pipeline: Pipelin
     values: dict[str, Any] = {
         "guidance_scale": 7, "guidance_scale_pow": 2.0, "schedule": "linear", "interval": (2, 9),
         "confidence": "margin", "step_norm": False, "strength": 0.1 + 0.2, "floor": 0.01, "eps": 1e-3, "target": "both",
-        "alignment": "successor", "temperature": 1.1, "top_k": 7, "top_p": 0.9,
+        "alignment": "successor", "temperature": 1.1, "top_k": 7, "top_p": 0.9, "entropy_gain": 2.5,
+        "entropy_decay": 4.0, "entropy_base": 0.5, "entropy_top_p": 0.6, "min_candidates": 3,
     }  # fmt: skip
     fields = [field.name for kind in (SoftCFG, Sampling) for field in dataclasses.fields(kind)]
     assert sorted(fields) == sorted([*values, "rule", "perturbation"])
-    assert sorted(SETTINGS) == sorted([*values, "preset", "rule", "perturbation"])
+    of_parts = [name for name, setting in SETTINGS.items() if setting.part and setting.part[1] != "softcfg"]
+    assert sorted(SETTINGS) == sorted([*values, *of_parts, "preset", "rule", "perturbation"])
     guidance, sampling = methods(pipeline, values)
     for name, value in values.items():
         assert getattr(guidance if hasattr(guidance, name) else sampling, name) == value

@@ -117,7 +117,7 @@ class TestSettings:
 
 class TestDraw:
     def test_pictures_are_those_of_the_pipeline(self, studio: Studio, pipeline: Pipeline) -> None:
-        panels = drawn(studio, subject=1, methods=list(METHODS), seed=5, scale=4)
+        panels = drawn(studio, subject=1, methods=["none", "cfg", "softcfg", "released"], seed=5, scale=4)
         for panel, guidance in zip(
             panels,
             (CFG(1.0), CFG(4.0, 0.5), SoftCFG(4.0, 0.5), SoftCFG.released(guidance_scale=4.0, guidance_scale_pow=0.5)),

@@ -59,22 +59,7 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     arguments.add_model_arguments(parser, required=False)
-    group = parser.add_argument_group("what to draw")
-    group.add_argument(
-        "--labels",
-        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one a line; "
-        "or random, from the seed",
-    )
-    arguments.add_prompt_arguments(group)
-    group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")
-    group.add_argument(
-        "--task",
-        help="for models with tasks (Lumina-mGPT 2.0), a picture in two halves: an image above its depth, canny, hed "
-        "or openpose map; or with --image depth, canny or subject, which say what that is",
-    )
-    group.add_argument("--image", metavar="FILE", help="the upper half, from which the lower one is drawn")
-    group.add_argument("--num-samples", type=int, metavar="N", help=f"images in all (default: {PER_LABEL} a label)")
-    group.add_argument("--batch-size", type=int, metavar="B", help="images drawn at once (default: at most 100)")
+    add_subject_arguments(parser)
     group = parser.add_argument_group("results")
     group.add_argument("--output-dir", metavar="DIR", help="folder for the results (default: out)")
     group.add_argument(
@@ -108,6 +93,26 @@ def add_parser(commands: Any) -> None:
     )
     released.add_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to draw, and how often; see `subjects`."""
+    group = parser.add_argument_group("what to draw")
+    group.add_argument(
+        "--labels",
+        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one a line; "
+        "or random, from the seed",
+    )
+    arguments.add_prompt_arguments(group)
+    group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")
+    group.add_argument(
+        "--task",
+        help="for models with tasks (Lumina-mGPT 2.0), a picture in two halves: an image above its depth, canny, hed "
+        "or openpose map; or with --image depth, canny or subject, which say what that is",
+    )
+    group.add_argument("--image", metavar="FILE", help="the upper half, from which the lower one is drawn")
+    group.add_argument("--num-samples", type=int, metavar="N", help=f"images in all (default: {PER_LABEL} a label)")
+    group.add_argument("--batch-size", type=int, metavar="B", help="images drawn at once (default: at most 100)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -151,7 +156,7 @@ def _draw(args: argparse.Namespace, processes: Processes) -> None:
         args,
         processes,
         folder,
-        lambda pipeline: {**_subjects(args, pipeline), "speculative_jacobi": args.speculative_jacobi},
+        lambda pipeline: {**subjects(args, pipeline), "speculative_jacobi": args.speculative_jacobi},
         on_start=start,
         on_shard=functools.partial(write_pngs, folder=folder) if args.png else None,
         on_progress=report,
@@ -159,7 +164,7 @@ def _draw(args: argparse.Namespace, processes: Processes) -> None:
     )
 
 
-def _subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
+def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """What is drawn and how often, as fields of a `RunRequest`."""
     from softcfg.runs.plan import RANDOM, Prompts
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softcfg.guidance.settings import check, setting
 
@@ -23,6 +24,14 @@ class Sampling:
         top_k: keep the k most likely codes (ties with the k-th stay); 0 keeps all.
         top_p: in (0, 1], keep the smallest set of most likely codes whose probability reaches p; 1 keeps all.
             Applied after top-k.
+        entropy_gain, entropy_decay, entropy_base: the temperature follows the entropy H of each step's distribution, in
+            nats: it is multiplied by gain * exp(-H / decay) + base (arXiv 2510.09012, there T_0, alpha and theta, with
+            2.5, 3 and 0.6 for LlamaGen). So sure steps become livelier and unsure ones calmer. H is of the logits
+            after top-k and before the temperature, as in the paper's code; a gain of 0 leaves the temperature alone.
+        entropy_top_p: in (0, 1], p for steps without entropy; from there to `top_p` it grows in proportion to the
+            entropy, divided by that of equally likely codes (after ENkG, arXiv 2601.19488: few candidates where the
+            model is sure, many where it is not; the straight line is this library's choice). 1: `top_p` at every step.
+        min_candidates: least number of codes that top-p keeps (the guard of ENkG).
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -41,26 +50,65 @@ class Sampling:
     top_p: float = setting(
         1.0, low=0, above=True, high=1, off=1, help="keep codes up to this total probability; 1: all", metavar="P"
     )
+    entropy_gain: float = setting(
+        0.0, low=0, off=0, help="temperature by entropy H: times GAIN exp(-H / DECAY) + BASE; 0: off", metavar="GAIN"
+    )
+    entropy_decay: float = setting(3.0, low=0, above=True, help="see --entropy-gain, in nats", metavar="DECAY")
+    entropy_base: float = setting(0.6, low=0, above=True, help="see --entropy-gain", metavar="BASE")
+    entropy_top_p: float = setting(
+        1.0, low=0, above=True, high=1, off=1, help="P of --top-p at no entropy, more with more; 1: off", metavar="P"
+    )
+    min_candidates: int = setting(1, low=1, off=1, help="codes that --top-p keeps at least", metavar="K")
 
     def __post_init__(self) -> None:
         check(self)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Distribution [..., V] that tokens are drawn from, float32, zero for codes that were filtered out."""
-        import torch
-
-        logits = logits.float() / self.temperature
+        given = logits
+        logits = given.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.entropy_gain:
+            entropy = _entropy((logits * self.temperature).softmax(dim=-1))
+            logits = logits / (self.entropy_gain * (-entropy / self.entropy_decay).exp() + self.entropy_base)
         probabilities = logits.softmax(dim=-1)
-        if self.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            # A code goes when those before it already exceed p, so the one that crosses p stays.
-            ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered > self.top_p, 0)
-            probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
-            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        if self.entropy_top_p < 1:
+            most = (given > float("-inf")).sum(dim=-1, keepdim=True).clamp_min(2).log()
+            share = (_entropy(probabilities) / most).clamp(0, 1)
+            probabilities = self._nucleus(probabilities, self.entropy_top_p + (self.top_p - self.entropy_top_p) * share)
+        elif self.top_p < 1:
+            probabilities = self._nucleus(probabilities, self.top_p)
         return probabilities
+
+    def _nucleus(self, probabilities: Tensor, total: Tensor | float) -> Tensor:
+        """The probabilities [..., V] of the likeliest codes up to `total`, a number or [..., 1]."""
+        import torch
+
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # A code goes when those before it already exceed p, so the one that crosses p stays.
+        beyond = ordered.cumsum(dim=-1) - ordered > total
+        beyond[..., : self.min_candidates] = False
+        ordered = ordered.masked_fill(beyond, 0)
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
+        return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings by name, for files: temperature, top-k, top-p, and what else is not the default."""
+        fields = dataclasses.fields(self)
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields
+            if field.name in ("temperature", "top_k", "top_p") or getattr(self, field.name) != field.default
+        }
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """The entropy of distributions [..., V] in nats, [..., 1]."""
+    import torch
+
+    return torch.special.entr(probabilities).sum(dim=-1, keepdim=True)
 
 
 def one_sampling(

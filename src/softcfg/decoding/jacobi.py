@@ -25,7 +25,7 @@ from torch import Tensor
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
-from softcfg.decoding.sequential import query_weights, step_weights
+from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -159,7 +159,9 @@ class JacobiDecoder:
 
         first_replaced = kept.cumprod(dim=1).sum(dim=1)
         self.settled = start + (first_replaced + 1).clamp(max=self.window)
-        self._start, self._probabilities, self._last_logits = start, probabilities, guided[:, -1:]
+        self._start, self._probabilities = start, probabilities
+        # Drafts may be drawn from anything; what is ruled out at one step need not be at the next.
+        self._last_logits = (branches[0] if self.guidance.rule.constrained else guided)[:, -1:]
         self._passes += 1
 
     def done(self) -> int:
@@ -191,12 +193,11 @@ class JacobiDecoder:
 
     def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Logits [B, n, V] of the branches and guided ones of the window; `state` is the rule's before it."""
+        position = Position.by_row(self.condition.slots - 1 + steps[:, 0])
+        fed = steps - 1
         if self._passes == 0:
-            position = Position.start()
-            inputs = self.tokens[:, : self.window - 1]
-        else:
-            position = Position.by_row(self.condition.slots - 1 + steps[:, 0])
-            inputs = self.tokens.gather(1, steps - 1)
+            position, fed = Position.start(), fed[:, 1:]
+        inputs = self.tokens.gather(1, fed)
         cond = self._forward(0, inputs, position)
         if not self.guidance.is_active:
             return (cond,), cond
@@ -204,8 +205,10 @@ class JacobiDecoder:
             cond, uncond = cond.chunk(2)
         else:
             self._record(steps, cond, self.tokens.gather(1, steps))
+            inputs = weak_inputs(self.guidance.weak_branch, self.tokens, fed, self._codes)
             uncond = self._forward(1, inputs, position, **self._weights(steps))
-        guided, self._rule_states = self.guidance.guide_steps(cond, uncond, self._scales[steps], steps, state)
+        branches = branches_for_rule(self.generator, self.condition, self.guidance, cond, uncond, steps)
+        guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)
         return (cond, uncond), guided
 
     def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:

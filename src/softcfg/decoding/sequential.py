@@ -192,16 +192,20 @@ class Decoder:
         at, position = step.index, step.position(self.condition)
         inputs = step.inputs(tokens)
         rows = inputs.repeat(self.condition.rows // self.batch, 1)
-        logits = self.generator(self.condition, rows, cache=self.cache, slot=position, **self._row_weights())
+        if self.guidance.perturbs and step.number != 0:
+            rows[self.batch :] = weak_inputs(self.guidance.weak_branch, tokens, at - 1, self._codes)
+        logits = self.generator(self.condition, rows, cache=self.cache, slot=position, **self._row_weights(at))
         logits = logits[:, -1].float()
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
-            guided, state = self.guidance.guide_step(
-                guided, logits[self.batch :], self._scales[at], step=at, state=self.rule_state
+            branches = guided[:, None], logits[self.batch :, None]
+            guided, states = guided_logits(
+                self.generator, self.condition, self.guidance, *branches, self._scales[at], at, self.rule_state
             )
-            self._keep(state)
-        guided = self.generator.constrain(guided[:, None], at, self.condition)[:, 0]
-        probabilities = self.sampling.probabilities(guided)
+            self._keep(None if states is None else states[:, -1])
+        else:
+            guided = self.generator.constrain(guided[:, None], at, self.condition)
+        probabilities = self.sampling.probabilities(guided[:, 0])
         # All of a row's are NaN where its logits are no numbers.
         self.finite.note(at, (logits[:, None],), probabilities[:, :1])
         return probabilities
@@ -217,12 +221,12 @@ class Decoder:
                 confidence = confidence * self._codes[..., at].squeeze(-1)
             self.confidence[:, at] = confidence[:, None]
 
-    def _row_weights(self) -> dict[str, Tensor]:
+    def _row_weights(self, at: Tensor) -> dict[str, Tensor]:
         """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""
         if not self.guidance.perturbs:
             return {}
         perturbation = self.guidance.weak_branch
-        self._weights[self.batch :, self.condition.slots :] = perturbation.weights(self.confidence)
+        self._weights[self.batch :, self.condition.slots :] = perturbation.weights_at(self.confidence, at)
         return attention_weights(perturbation, self._weights)
 
     def _keep(self, state: Tensor | None) -> None:
@@ -233,6 +237,43 @@ class Decoder:
             self.rule_state = state.clone()
 
 
+def guided_logits(
+    generator: Generator,
+    condition: Condition,
+    guidance: CFG,
+    cond_logits: Tensor,
+    uncond_logits: Tensor,
+    scales: Tensor,
+    steps: Tensor,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Guide n neighbouring steps and rule out what may not stand there, before the rule or after it, as it wants.
+
+    Args:
+        cond_logits, uncond_logits: [B, n, V].
+        scales, steps, state: as of `CFG.guide_steps`.
+
+    Returns:
+        Guided logits [B, n, V], -inf for tokens that are ruled out, and the states as of `CFG.guide_steps`.
+    """
+    branches = branches_for_rule(generator, condition, guidance, cond_logits, uncond_logits, steps)
+    guided, states = guidance.guide_steps(*branches, scales, steps, state)
+    return guided if guidance.rule.constrained else generator.constrain(guided, steps, condition), states
+
+
+def branches_for_rule(
+    generator: Generator, condition: Condition, guidance: CFG, cond_logits: Tensor, uncond_logits: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits [B, n, V] of the branches as the rule wants them: with what may not stand at `steps` at -inf, or not.
+
+    In a vocabulary of texts and image codes the norm of all logits would say little about those of the codes.
+    """
+    if not guidance.rule.constrained:
+        return cond_logits, uncond_logits
+    cond_logits = generator.constrain(cond_logits, steps, condition)
+    return cond_logits, generator.constrain(uncond_logits, steps, condition)
+
+
 def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:
     """Weights [B, n, T] that the given steps (0-based) put on every token, from those before it.
 
@@ -241,8 +282,30 @@ def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) 
         steps: int64 [n] or [B, n].
     """
     token = torch.arange(confidence.shape[1], device=confidence.device)
-    so_far = confidence[:, None] * (token < steps.to(confidence.device)[..., None])
-    return perturbation.weights(so_far)
+    step = steps.to(confidence.device)[..., None]
+    return perturbation.weights_at(confidence[:, None] * (token < step), step)
+
+
+def weak_inputs(perturbation: Perturbation, tokens: Tensor, index: Tensor, codes: Tensor | None) -> Tensor:
+    """What the unconditional rows are fed in the slots of the tokens `index`, int64 [B, n].
+
+    Args:
+        tokens: int64 [B, T].
+        index: int64 [n] or [B, n].
+        codes: bool [T] or [B, T], which tokens are image codes; None: all.
+    """
+    source = perturbation.source(index)
+    if codes is not None and source is not index:
+        swapped = _taken(codes, index) & _taken(codes, source)
+        source = source.where(swapped, index)
+    return _taken(tokens, source)
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """The entries of `values` [T] or [B, T] at `index` [n] or [B, n]."""
+    if index.dim() == 1:
+        return values[..., index]
+    return values[index] if values.dim() == 1 else values.gather(1, index)
 
 
 def query_weights(
@@ -259,8 +322,9 @@ def query_weights(
 
 
 def attention_weights(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments that hand `weights` to values, keys or both, as the target of the perturbation says."""
-    names = {"value": ["value"], "key": ["key"], "both": ["value", "key"]}[perturbation.target]
+    """Keyword arguments that hand `weights` to what the target of the perturbation names."""
+    target = perturbation.target
+    names = {"both": ("value", "key"), "none": ()}.get(target, (target,))
     return {f"{name}_weights": weights for name in names}
 
 

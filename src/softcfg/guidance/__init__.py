@@ -18,9 +18,18 @@ from softcfg.guidance.perturbation import (
     perturbation_weights,
 )
 from softcfg.guidance.registry import Registry, View
-from softcfg.guidance.rules import RULES, Rule
+from softcfg.guidance.rules import RULES, Centred, Rule
 from softcfg.guidance.schedule import SCHEDULES, guidance_scales, ramp, register_schedule
 from softcfg.guidance.settings import Setting, setting, settings_of
+from softcfg.guidance.weakened import (
+    CorruptedPrefix,
+    Decay,
+    LowConfidence,
+    OtherTokens,
+    SelfAttention,
+    Shuffled,
+    Window,
+)
 
 __all__ = [
     "CFG",
@@ -30,14 +39,22 @@ __all__ = [
     "PRESETS",
     "RULES",
     "SCHEDULES",
+    "Centred",
     "ConfidenceWeights",
+    "CorruptedPrefix",
+    "Decay",
+    "LowConfidence",
     "NoPerturbation",
+    "OtherTokens",
     "Perturbation",
     "Registry",
     "Rule",
+    "SelfAttention",
     "Setting",
+    "Shuffled",
     "SoftCFG",
     "View",
+    "Window",
     "all_settings",
     "compose",
     "describe",

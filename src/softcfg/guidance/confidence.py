@@ -55,6 +55,38 @@ def margin(probabilities: Tensor, tokens: Tensor) -> Tensor:
     return first - second
 
 
+@register_confidence("unsure", label="1 - p_max", description="one less the largest probability: the unsure first")
+def unsureness(probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """1 - p_max, for perturbing the tokens of which the model is least sure (as A-CFG does, arXiv 2505.20199)."""
+    return 1 - max_probability(probabilities, tokens)
+
+
+@register_confidence("uniform", label="constant", description="one half for every token, to ablate the confidence")
+def uniform(probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """One half, whatever the distribution; with Step Normalisation all tokens get the same weight."""
+    return probabilities.new_full(probabilities.shape[:-1], 0.5)
+
+
+@register_confidence("random", label="random", description="a random number for each code, to ablate the confidence")
+def random_number(probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """A number from (0, 1] that is fixed for each code and has nothing to do with the distribution.
+
+    A function of the code alone draws the same image in any batch, and again at every replay.
+    """
+    return (scrambled(tokens) + 1).to(probabilities.dtype) / SCRAMBLED
+
+
+SCRAMBLED = 1 << 24  # so that a float32 holds all of these numbers
+
+
+def scrambled(numbers: Tensor, salt: int = 0) -> Tensor:
+    """Integers that look random, int64 in 0 .. `SCRAMBLED` - 1: a fixed function of `numbers`, int64 >= 0."""
+    mixed = (numbers + 1 + 7919 * salt) * 2654435761 & 0xFFFFFFFF
+    for _ in range(2):
+        mixed = ((mixed >> 16) ^ mixed) * 73244475 & 0xFFFFFFFF
+    return ((mixed >> 16) ^ mixed) & (SCRAMBLED - 1)
+
+
 def token_confidence(cond_logits: Tensor, tokens: Tensor, kind: str = "max", temperature: float = 1.0) -> Tensor:
     """Confidence in `tokens` under p_c = softmax(cond_logits / temperature), before any top-k or top-p.
 

@@ -138,7 +138,7 @@ class CFG:
         self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What the rule makes of the logits; codes that the model rules out stay so under every rule."""
-        if type(self.rule) is Rule:  # it sees to that itself, with less work
+        if type(self.rule) is Rule or self.rule.constrained:  # they see to that themselves
             return self.rule.guide(cond, uncond, scale, step=step, state=state)
         guided, state = self.rule.guide(*_without_ruled_out(cond, uncond), scale, step=step, state=state)
         return guided.masked_fill(cond == RULED_OUT, RULED_OUT), state

@@ -1,4 +1,5 @@
-"""Perturbations: what the unconditional branch sees of the tokens generated so far.
+"""Perturbations: what the unconditional branch sees of the tokens generated so far. Here is what they have in common
+and SoftCFG; the others are in `softcfg.guidance.weakened`.
 
 The one state is the confidence buffer [..., T]: entry i is the confidence in generated token i, 0 where none
 was generated yet. A zero confidence is a weight of one, so the same formula with the same shapes serves every
@@ -23,9 +24,10 @@ ALIGNMENTS = ("own", "successor")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What a perturbation is: weights on what attention in the unconditional rows has cached of the tokens so far.
+    """What a perturbation is: weights on what attention in the unconditional rows has cached of the tokens so far, or
+    other tokens in their place.
 
-    Derive from it, override `weights` and what else differs, and register the class.
+    Derive from it, override `weights` (or `weights_at`, or `source`) and what else differs, and register the class.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -41,7 +43,8 @@ class Perturbation:
 
     @property
     def target(self) -> str:
-        """What the weights scale: "value", "key" or "both"."""
+        """What the weights scale: "value", "key", "both", or "attention", which is then renormalised, so that 0 hides a
+        token; "none" for a perturbation without weights."""
         return "value"
 
     @property
@@ -60,6 +63,22 @@ class Perturbation:
         account for `target` "value" and must be 1 for "key" and "both".
         """
         raise NotImplementedError
+
+    def weights_at(self, confidence: Tensor, step: Tensor) -> Tensor:
+        """Weights as of `weights`, for a perturbation that needs the number of the step; by default `weights`.
+
+        Args:
+            confidence: [..., T], 0 for tokens that are not drawn yet or are no image codes.
+            step: int64 [..., 1] or of a shape that broadcasts to it, 0-based: as many tokens are drawn.
+        """
+        return self.weights(confidence)
+
+    def source(self, index: Tensor) -> Tensor:
+        """Which token the unconditional branch reads in the place of token `index`, int64 [...]; by default the same.
+
+        It must not come after it. Tokens that are no image codes stay as they are, and take no other's place.
+        """
+        return index
 
     def carried(self, confidence: Tensor) -> Tensor:
         """The confidences [..., T] of a whole sequence, 0 where no slot carries them."""

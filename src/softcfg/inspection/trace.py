@@ -13,7 +13,7 @@ from torch import Tensor
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.finite import FiniteLogits
-from softcfg.decoding.sequential import query_weights, step_weights
+from softcfg.decoding.sequential import guided_logits, query_weights, step_weights, weak_inputs
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, describe
@@ -39,7 +39,8 @@ class Trace:
         guidance_scale: float32 [T], the scale s_t = 1 + gamma_t.
         confidence: float32 [B, T], confidence in each token (plain CFG: p_max, without effect); 0 where no slot
             carries it, as the first token's with "successor" alignment.
-        value_weights: float32 [B, T, T]: step, slot of the generated token; None where it was not asked for.
+        value_weights: float32 [B, T, T]: step, slot of the generated token; the perturbation's weights, whether they
+            act on values or on something else. None where it was not asked for.
     """
 
     guidance: CFG
@@ -144,7 +145,7 @@ def trace(
     caches = {"cond": generator.new_cache(cond), "uncond": generator.new_cache(uncond)}
     for start in range(0, total, steps_per_pass):
         stop = min(start + steps_per_pass, total)
-        piece = _Piece(generator, tokens, start, stop)
+        piece = _Piece(generator, tokens, start, stop, codes)
         cond_logits = piece.run(cond, caches["cond"])
         token_confidences = guidance.weak_branch.token_confidence(
             cond_logits, tokens[:, start:stop], sampling.temperature
@@ -160,12 +161,12 @@ def trace(
 
     cond_logits, uncond_logits = (torch.cat(parts, dim=1) for parts in logits.values())
     scales = guidance.scales(total, condition.num_codes).to(generator.device)
-    guided_logits = cond_logits
     if guidance.is_active:
-        guided_logits, _ = guidance.guide_steps(cond_logits, uncond_logits, scales, steps)
-    guided_logits = generator.constrain(guided_logits, steps, cond)
+        guided, _ = guided_logits(generator, cond, guidance, cond_logits, uncond_logits, scales, steps)
+    else:
+        guided = generator.constrain(cond_logits, steps, cond)
     finite = FiniteLogits(batch, 2, total, generator.dtype, generator.device)
-    finite.note(steps, (cond_logits, uncond_logits), guided_logits.amax(dim=-1))
+    finite.note(steps, (cond_logits, uncond_logits), guided.amax(dim=-1))
     finite.check()
     return Trace(
         guidance=guidance,
@@ -174,7 +175,7 @@ def trace(
         tokens=tokens,
         cond_logits=cond_logits,
         uncond_logits=uncond_logits,
-        guided_logits=guided_logits,
+        guided_logits=guided,
         guidance_scale=scales,
         confidence=guidance.weak_branch.carried(confidence),
         value_weights=kept,
@@ -184,10 +185,12 @@ def trace(
 class _Piece:
     """The pass that predicts tokens start .. stop - 1: from the condition on, or from token start - 1 on."""
 
-    def __init__(self, generator: Generator, tokens: Tensor, start: int, stop: int) -> None:
+    def __init__(self, generator: Generator, tokens: Tensor, start: int, stop: int, codes: Tensor | None) -> None:
         self.generator = generator
-        self.inputs = tokens[:, max(start - 1, 0) : stop - 1]
+        self.tokens = tokens
+        self.fed = torch.arange(max(start - 1, 0), stop - 1, device=tokens.device)
         self.start = start
+        self.codes = codes
 
     def run(
         self,
@@ -197,8 +200,9 @@ class _Piece:
         step_weights: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, stop - start, V] in float32."""
-        weights = {}
+        weights, inputs = {}, self.tokens[:, self.fed]
         if perturbation is not None and step_weights is not None:
             weights = query_weights(perturbation, step_weights, condition, from_start=self.start == 0)
+            inputs = weak_inputs(perturbation, self.tokens, self.fed, self.codes)
         slot = Position.shared(condition.slots + self.start - 1) if self.start else Position.start()
-        return self.generator(condition, self.inputs, cache=cache, slot=slot, **weights).float()
+        return self.generator(condition, inputs, cache=cache, slot=slot, **weights).float()

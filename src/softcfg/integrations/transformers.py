@@ -1,7 +1,8 @@
 """CFG and SoftCFG for image-token models of Hugging Face transformers, without changing their code.
 
 Importing this module registers the attention implementation "softcfg": the model's usual `sdpa`, and weighted
-attention wherever a forward call passes `value_weights` or `key_weights`. Three ways to draw with it:
+attention wherever a forward call passes `value_weights`, `key_weights` or `attention_weights`. Three ways to draw with
+it:
 
     model.set_attn_implementation("softcfg")
     tokens = decode(model, input_ids, SoftCFG(), num_tokens=..., unconditional_ids=...)
@@ -59,6 +60,7 @@ def attention(
     *,
     value_weights: Tensor | None = None,
     key_weights: Tensor | None = None,
+    attention_weights: Tensor | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -69,6 +71,7 @@ def attention(
         attention_mask: bool [rows or 1, 1, n, S], as `sdpa` takes it; None: causal.
         value_weights, key_weights: factors on the cached values or keys of the slots filled so far, [rows, filled] or
             [rows, n, filled]. S is smaller where a layer keeps a window, and larger in a static cache.
+        attention_weights: factors on the attention to these slots, which is renormalised; shaped likewise.
 
     Returns:
         [rows, n, heads, head_dim], and None for the attention probabilities.
@@ -77,7 +80,7 @@ def attention(
         UserError: the layer has sinks; or weights are given and it has anything else but queries, keys, values and a
             boolean mask.
     """
-    weighted = value_weights is not None or key_weights is not None
+    weighted = any(weights is not None for weights in (value_weights, key_weights, attention_weights))
     if (calls := _brought_weights.get()) is not None:
         calls.append(weighted)
     for name in ("s_aux", "softcap", "position_bias", "dropout") if weighted else ("s_aux",):  # sdpa drops sinks
@@ -100,6 +103,7 @@ def attention(
         value,
         value_weights=_fitted(value_weights, key),
         key_weights=_fitted(key_weights, key),
+        attention_weights=_fitted(attention_weights, key),
         mask=mask,
     )
     return out.transpose(1, 2).contiguous(), None
@@ -302,6 +306,7 @@ class TransformersGenerator(Generator):
         slot: Position | int = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
+        attention_weights: Tensor | None = None,
     ) -> Tensor:
         """See `Generator.forward`. A pass goes on where the cache ends.
 
@@ -320,7 +325,11 @@ class TransformersGenerator(Generator):
         condition.sequence[:, first:filled] = tokens
         weights = {}
         if tokens.shape[1]:  # prompts are never weighted
-            given = {"value_weights": value_weights, "key_weights": key_weights}
+            given = {
+                "value_weights": value_weights,
+                "key_weights": key_weights,
+                "attention_weights": attention_weights,
+            }
             weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
 
         inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}

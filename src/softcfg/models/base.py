@@ -145,6 +145,7 @@ class Generator(KeepsTables, ABC):
         slot: Position | int = 0,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
+        attention_weights: Tensor | None = None,
     ) -> Tensor:
         """Process the sequence from `slot` on and return logits [rows, m, V].
 
@@ -159,6 +160,7 @@ class Generator(KeepsTables, ABC):
                 whole cache.
             value_weights, key_weights: weights on the cached values or keys of every slot, [rows, slots] or
                 [rows, n, slots]; None for none.
+            attention_weights: weights on the attention to every slot, which is renormalised; shaped likewise.
 
         Returns:
             One row of logits for every input from which an image token is predicted: `tokens` [rows, T - 1] at
@@ -179,6 +181,7 @@ class Generator(KeepsTables, ABC):
             rotary=self.rotary(condition, position, x.shape[1]),
             value_weights=value_weights,
             key_weights=key_weights,
+            attention_weights=attention_weights,
             padding=condition.padding,
         )
         x = self.run_blocks(x, condition, context)

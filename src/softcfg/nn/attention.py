@@ -5,7 +5,8 @@ SoftCFG scales the cached value of slot i by a weight w_i. Because
     sum_i a_i (w_i v_i) = sum_i (a_i w_i) v_i,
 
 the weights multiply the attention probabilities after the softmax, and the cache is left as it is. A weight
-on keys multiplies the scores before the softmax, q . (w_i k_i) = w_i (q . k_i).
+on keys multiplies the scores before the softmax, q . (w_i k_i) = w_i (q . k_i). A weight on attention itself
+multiplies the probabilities before they are normalised, w_i a_i / sum_j (w_j a_j), and hides a slot where it is 0.
 
 How it is computed is the business of the backends (`softcfg.nn.backends`).
 """
@@ -27,6 +28,7 @@ def weighted_attention(
     *,
     value_weights: Tensor | None = None,
     key_weights: Tensor | None = None,
+    attention_weights: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Causal scaled dot-product attention; the n queries are the last n of the S slots, unless the mask says more.
@@ -37,6 +39,7 @@ def weighted_attention(
             neighbouring query heads (grouped-query attention).
         value_weights, key_weights: factors on the values or keys of each slot, [rows, S], or [rows, n, S] where
             each query has its own. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
+        attention_weights: factors >= 0 on the attention probabilities, which are renormalised; shaped likewise.
         mask: bool [rows, S], False for slots that no query may see (the padding of left-padded rows); or
             [rows, n, S], True for the slots that each query sees, causality included.
 
@@ -45,7 +48,14 @@ def weighted_attention(
     """
     new, slots = query.shape[2], key.shape[2]
     position = Position.shared(slots - new)
-    context = AttentionContext(position, slots, value_weights=value_weights, key_weights=key_weights, mask=mask)
+    context = AttentionContext(
+        position,
+        slots,
+        value_weights=value_weights,
+        key_weights=key_weights,
+        attention_weights=attention_weights,
+        mask=mask,
+    )
     return attention(AttentionCall(query, key, value, context))
 
 

@@ -25,6 +25,8 @@ class AttentionContext:
         rotary: rotates the queries and keys of the new slots; None if the positions are not rotary.
         value_weights, key_weights: factors on the values or keys of each slot, [rows, S] or, if each query has its own,
             [rows, n, S]; None for ones. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
+        attention_weights: factors >= 0 on the attention probabilities, which are renormalised; shaped likewise. A
+            weight of 0 hides a slot. Each query must see a slot with a weight above 0.
         mask: bool [rows, S], False for slots that no query may see, or None: the queries are then the last n of the S
             slots, and causal. Or bool [rows, n, S], True for the slots that each query sees, causality included.
         padding: int64 [rows], leading slots of each row that no query sees. The mask hides them as well.
@@ -36,6 +38,7 @@ class AttentionContext:
     rotary: Rotary | None = None
     value_weights: Tensor | None = None
     key_weights: Tensor | None = None
+    attention_weights: Tensor | None = None
     mask: Tensor | None = None
     padding: Tensor | None = None
 
@@ -49,12 +52,13 @@ class AttentionContext:
         rotary: Rotary | None = None,
         value_weights: Tensor | None = None,
         key_weights: Tensor | None = None,
+        attention_weights: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> AttentionContext:
         """The context of a pass that feeds `new` slots: weights are cut to the slots that it covers.
 
         Args:
-            value_weights, key_weights: of at least these slots.
+            value_weights, key_weights, attention_weights: of at least these slots.
 
         Raises:
             ValueError: the pass needs the cache of the slots before it, and there is none.
@@ -67,6 +71,7 @@ class AttentionContext:
             rotary,
             value_weights=None if value_weights is None else value_weights[..., :slots],
             key_weights=None if key_weights is None else key_weights[..., :slots],
+            attention_weights=None if attention_weights is None else attention_weights[..., :slots],
             mask=position.mask(new, slots, padding),
             padding=padding,
         )
@@ -85,7 +90,8 @@ class AttentionContext:
 
     @cached_property
     def _devices(self) -> set[torch.device]:
-        tensors = [self.position.row_slots, self.value_weights, self.key_weights, self.mask, self.padding]
+        weights = [self.value_weights, self.key_weights, self.attention_weights]
+        tensors = [self.position.row_slots, *weights, self.mask, self.padding]
         if self.rotary is not None:
             tensors += [self.rotary.cos, self.rotary.sin]
         return {tensor.device for tensor in tensors if tensor is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +59,7 @@ def run_settings(
         **facts,
         **_read_with(pipeline.conditioning),
         "guidance": guidance_settings(guidance),
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": sampling.describe(),
         "seed": seed,
         "dtype": "/".join([str(generator.dtype).removeprefix("torch."), *rounded]),
         **({} if cache_dtype is None else {"kv_cache_dtype": str(cache_dtype).removeprefix("torch.")}),

@@ -29,6 +29,8 @@ class Math(AttentionBackend):
         scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, new, slots)
         if context.key_weights is not None:
             scores = scores * _per_score(context.key_weights)
+        if context.attention_weights is not None:  # softmax(scores + log w) is w softmax(scores), renormalised
+            scores = scores + _per_score(context.attention_weights).log().to(scores.dtype)
         visible = call.visible()
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))

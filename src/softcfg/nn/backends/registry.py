@@ -42,8 +42,10 @@ class AttentionCall:
 
     @property
     def weighted(self) -> bool:
-        """Whether values or keys have weights."""
-        return self.context.value_weights is not None or self.context.key_weights is not None
+        """Whether values, keys or attention have weights."""
+        context = self.context
+        weights = (context.value_weights, context.key_weights, context.attention_weights)
+        return any(each is not None for each in weights)
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """All keys and values [rows, key_heads, S, head_dim], in the dtype of the query."""

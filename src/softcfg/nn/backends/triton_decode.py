@@ -27,6 +27,8 @@ class TritonDecode(AttentionBackend):
             return "it computes in float32, and the query is float64"
         if call.context.cache is None or call.context.position.row_slots is None:
             return "it needs a cache and a position by row"
+        if call.context.attention_weights is not None:
+            return "it has weights on values and keys alone"
         return None if _has_triton() else "Triton is not installed"
 
     def attend(self, call: AttentionCall) -> Tensor:

@@ -1,0 +1,130 @@
+"""`softcfg compare`: runs of every method, scale and seed; tables, pictures, continuation and refusals."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from softcfg import CFG, Pipeline, SoftCFG
+from softcfg.cli.main import main
+from softcfg.comparison import entries, run_folder
+from softcfg.evaluation import evaluate
+from softcfg.guidance import RULES, restore
+from softcfg.runs.folder import RunFolder
+from stand_in import extractor
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    np.savez(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    return path
+
+
+def words(model: Path, out: Path, *more: str) -> list[str]:
+    return ["compare", str(model), "--output-dir", str(out), "--num-samples", "8", "--batch-size", "4", *more]
+
+
+def test_it_draws_measures_and_continues(
+    model_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = ["--reference", str(reference), "--extractor", "stand_in:factory", "--cache-dir", str(tmp_path / "features")]
+    more += ["--seeds", "0,3", "--scales", "2,5", "--apg-eta", "0.25"]
+    assert main(words(model_folder, out, "--methods", "none,softcfg+apg", *more)) == 0
+    capsys.readouterr()
+    first = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/shards/*")}
+    assert len(first) == 3 * 2 * 2
+    assert main(words(model_folder, out, "--methods", "none,cfg,softcfg+apg", *more)) == 0
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+
+    found = json.loads((out / "comparison.json").read_text())
+    assert found["seeds"] == [0, 3]
+    names = [(entry["method"], entry["scale"]) for entry in found["entries"]]
+    assert names == [("none", None), *((name, scale) for name in ("cfg", "softcfg+apg") for scale in (2, 5))]
+    guidance = [restore(entry["guidance"]) for entry in found["entries"]]
+    assert guidance[0] == CFG(1.0, 0.5)
+    assert guidance[2] == CFG(5.0, 0.5)
+    assert guidance[4] == SoftCFG(5.0, 0.5, rule=RULES["apg"](eta=0.25))  # type: ignore[call-arg]
+
+    pipe = Pipeline.from_pretrained(model_folder)
+    run = RunFolder.open(out / "runs" / "softcfg+apg-5" / "seed-3")
+    expected = pipe([0, 1, 2, 3] * 2, guidance[4], seed=3, batch_size=4).pixels
+    assert np.array_equal(np.concatenate([shard.pixels for shard in run.shards()]), expected)
+    fids = []
+    for seed in (0, 3):
+        report = evaluate(out / "runs" / "softcfg+apg-5" / f"seed-{seed}", reference, extractor())
+        fids.append(report["fid"])
+    fid = found["entries"][4]["metrics"]["fid"]
+    assert fid["seeds"] == pytest.approx(fids)
+    assert fid["mean"] == pytest.approx(statistics.fmean(fids))
+    assert fid["error"] == pytest.approx(statistics.stdev(fids) / 2**0.5)
+
+    table = (out / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| softcfg+apg | 5 | {fid['mean']:.3f} ± {fid['error']:.3f} |" in table
+    for picture in ("grid.png", "recall.png", "front.png"):
+        with Image.open(out / picture) as image:
+            assert image.width > 300
+
+
+def test_without_metrics(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(model_folder, tmp_path / "out", "--methods", "cfg,pag,released")) == 0
+    assert "cfg, 3\npag, 3\nreleased, 3\n" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comparison.json", "grid.png", "runs", "table.md",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "table.md").read_text().splitlines()[2] == "| cfg | 3 |"
+
+
+def test_prompts(prompt_model_folder: Path, tmp_path: Path) -> None:
+    more = ["--methods", "cfg,tcfg", "--prompt", "a red house", "--num-samples", "2", "--output-dir", str(tmp_path)]
+    assert main(["compare", str(prompt_model_folder), *more]) == 0
+    assert RunFolder.open(tmp_path / "runs" / "tcfg-3" / "seed-0").settings["prompts"] == ["a red house"]
+
+
+def test_methods_by_name(model_folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(model_folder)
+    (released, both) = entries(pipe, ["released", "apg+pag"], [4.0], {"strength": 0.5, "apg_eta": 0.5})
+    assert released.guidance == SoftCFG.released(guidance_scale=4.0, guidance_scale_pow=0.5, strength=0.5)
+    assert both.guidance == CFG(4.0, 0.5, rule=RULES["apg"](eta=0.5), perturbation="pag")  # type: ignore[call-arg, arg-type]
+    assert run_folder(Path("out"), both, 7) == Path("out/runs/apg+pag-4/seed-7")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods", "cfg,apgg"], "there is no method 'apgg'; it is one of none, cfg, rescale"),
+        (["--methods", "cfg+apg"], "there is no method 'cfg+apg'"),
+        (["--methods", "pag+tpg"], "there is no method 'pag+tpg'"),
+        (["--methods", "cfg,cfg"], "name each method once, got cfg, cfg"),
+        (["--scales", "2,two"], "--scales must be numbers separated by commas"),
+        (["--scales", "-1"], "guidance_scale must be"),
+        (["--seeds", "1,1"], "name each seed once"),
+        (["--rule", "apg"], "--rule: a comparison takes these from --methods"),
+        (["--guidance-scale", "2"], "--guidance-scale: a comparison takes these from --scales"),
+        (["--preset", "released"], "name the method 'released'"),
+        (["--methods", "apg", "--apg-eta", "2"], "eta must be a number in [0, 1]"),
+        (["--extractor", "nonesuch"], "nonesuch"),
+        (["--extractor", "stand_in:factory", "--reference", "absent.npz"], "absent.npz"),
+    ],
+)
+def test_refusals(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    assert main(words(model_folder, tmp_path / "out", *more)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(model_folder, tmp_path / "out", "--methods", "apg")) == 0
+    assert main(words(model_folder, tmp_path / "out", "--methods", "apg", "--apg-eta", "0.5")) == 2
+    assert "another guidance.apg_eta (0.0 there, 0.5 here)" in capsys.readouterr().err
