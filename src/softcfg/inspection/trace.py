@@ -39,6 +39,7 @@ class Trace:
             carries it, as the first token's with "successor" alignment.
         value_weights: float32 [B, T, T]: step, slot of the generated token; the perturbation's weights, whether they
             act on values or on something else. None where it was not asked for.
+        perturbed_logits: like `cond_logits`, of the third branch; None where there is none.
     """
 
     guidance: CFG
@@ -51,6 +52,7 @@ class Trace:
     guidance_scale: Tensor
     confidence: Tensor
     value_weights: Tensor | None = None
+    perturbed_logits: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -59,10 +61,8 @@ class Trace:
     def at(self, chosen: Tensor) -> Trace:
         """The trace of some of the tokens alone, bool [T]; of image codes without the ends of lines, for example."""
         weights = None if self.value_weights is None else self.value_weights[:, chosen.cpu()][:, :, chosen.cpu()]
-        per_token = {
-            name: getattr(self, name)[:, chosen]
-            for name in ("tokens", "cond_logits", "uncond_logits", "guided_logits", "confidence")
-        }
+        names = ("tokens", "cond_logits", "uncond_logits", "guided_logits", "perturbed_logits", "confidence")
+        per_token = {name: tensor[:, chosen] for name, tensor in self.tensors().items() if name in names}
         scale = self.guidance_scale[chosen]
         return replace(self, **per_token, guidance_scale=scale, value_weights=weights)
 
@@ -138,8 +138,11 @@ def trace(
         value_weights = total <= WEIGHTS_BY_DEFAULT_UP_TO
     kept = torch.ones(batch, total, total) if value_weights else None
     confidence = torch.zeros(batch, total, device=generator.device)
-    logits: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
-    caches = {"cond": generator.new_cache(cond), "uncond": generator.new_cache(uncond)}
+    rows = {"cond": cond, "uncond": uncond}
+    if guidance.has_third_branch:
+        rows["perturbed"] = condition[:batch]
+    logits: dict[str, list[Tensor]] = {name: [] for name in rows}
+    caches = {name: generator.new_cache(part) for name, part in rows.items()}
     for start in range(0, total, steps_per_pass):
         stop = min(start + steps_per_pass, total)
         piece = _Piece(generator, tokens, start, stop, codes)
@@ -154,14 +157,18 @@ def trace(
             if kept is not None:
                 kept[:, start:stop] = weights.cpu()
         logits["cond"].append(cond_logits)
-        logits["uncond"].append(piece.run(uncond, caches["uncond"], guidance.weak_branch, weights))
+        for name in list(rows)[1:]:
+            perturbation = guidance.weak_branch if name == list(rows)[-1] else None
+            logits[name].append(piece.run(rows[name], caches[name], perturbation, weights))
 
-    cond_logits, uncond_logits = (torch.cat(parts, dim=1) for parts in logits.values())
+    cond_logits, uncond_logits, *perturbed = (torch.cat(parts, dim=1) for parts in logits.values())
     scales = guidance.scales(total, condition.num_codes).to(generator.device)
     if guidance.is_active:
         guided, _ = guided_logits(generator, cond, guidance, cond_logits, uncond_logits, scales, steps)
     else:
         guided = generator.constrain(cond_logits, steps, cond)
+    if perturbed:
+        guided = guidance.push_away(guided, cond_logits, perturbed[0], steps)
     return Trace(
         guidance=guidance,
         temperature=sampling.temperature,
@@ -173,6 +180,7 @@ def trace(
         guidance_scale=scales,
         confidence=guidance.weak_branch.carried(confidence),
         value_weights=kept,
+        perturbed_logits=perturbed[0] if perturbed else None,
     )
 
 
