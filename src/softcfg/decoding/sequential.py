@@ -226,9 +226,7 @@ class Decoder:
             self.confidence[:, at] = confidence[:, None]
 
     def _row_weights(self, at: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens; [B, slots]
-        for a third branch.
-        """
+        """Keyword arguments for the generator: weights [rows, slots], one but for the tokens of the perturbed rows."""
         if not self.guidance.perturbs:
             return {}
         perturbation = self.guidance.weak_branch

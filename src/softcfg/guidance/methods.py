@@ -40,9 +40,9 @@ class CFG:
         rule: how the logits of the branches are combined: a `Rule`, or the name of one in `softcfg.guidance.RULES`.
         perturbation: what the unconditional branch sees: a `Perturbation`, or the name of one in
             `softcfg.guidance.PERTURBATIONS`; None for the tokens as they are.
-        perturbation_scale: q >= 0. Above 0 it is not the unconditional branch that is perturbed, but the conditional one,
-            as a third branch whose logits z_p push away: q (z_cond - z_p) is added to the guided logits in the steps of
-            the interval (PAG, arXiv 2403.17377, equation 12). It takes a pass of its own. 0: no third branch.
+        perturbation_scale: q >= 0. Above 0 it is not the unconditional branch that is perturbed, but the conditional
+            one, as a third branch whose logits z_p push away: q (z_cond - z_p) is added to the guided logits in the
+            steps of the interval (as in PAG, arXiv 2403.17377). It takes a pass of its own. 0: no third branch.
 
     Raises:
         ValueError: a setting is out of its range; the message names the field, its value and the range.

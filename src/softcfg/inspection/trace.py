@@ -62,7 +62,9 @@ class Trace:
         """The trace of some of the tokens alone, bool [T]; of image codes without the ends of lines, for example."""
         weights = None if self.value_weights is None else self.value_weights[:, chosen.cpu()][:, :, chosen.cpu()]
         names = ("tokens", "cond_logits", "uncond_logits", "guided_logits", "perturbed_logits", "confidence")
-        per_token = {name: tensor[:, chosen] for name, tensor in self.tensors().items() if name in names}
+        per_token: dict[str, Any] = {
+            name: tensor[:, chosen] for name, tensor in self.tensors().items() if name in names
+        }
         scale = self.guidance_scale[chosen]
         return replace(self, **per_token, guidance_scale=scale, value_weights=weights)
 
