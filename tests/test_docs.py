@@ -35,6 +35,7 @@ from softcfg import plugins
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
 from softcfg.evaluation.extractors import EXTRACTORS
 from softcfg.guidance import CONFIDENCES, PERTURBATIONS, RULES, SCHEDULES
+from softcfg.nn.backends.registry import BACKENDS
 from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, ModelFile
 from tiny_models import module
 
@@ -148,7 +149,7 @@ def workplace(
         configuration = {"model": {"vq_model": {"codebook_size": 20}, "generator": {**TINY_GENERATOR, "seed": 2}}}
         Path("configs", f"{name}.yaml").write_text(yaml.safe_dump(configuration))
     tables: tuple[Any, ...] = (
-        GENERATORS, TOKENIZERS, RULES, PERTURBATIONS, SCHEDULES, CONFIDENCES, EXTRACTORS, plugins._loaded,
+        GENERATORS, TOKENIZERS, RULES, PERTURBATIONS, SCHEDULES, CONFIDENCES, EXTRACTORS, BACKENDS, plugins._loaded,
         sys.modules,
     )  # fmt: skip
     before = [dict(table) for table in tables]

@@ -111,7 +111,10 @@ class JacobiDecoder:
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
 
-        self._parts = [condition[: self.batch], condition[self.batch :]] if guidance.perturbs else [condition]
+        if guidance.has_third_branch:
+            self._parts = [condition, condition[: self.batch]]
+        else:
+            self._parts = [condition[: self.batch], condition[self.batch :]] if guidance.perturbs else [condition]
         self._caches = [generator.new_cache(part) for part in self._parts]
         self.rows_at_once = self._parts[0].rows
         kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -198,18 +201,18 @@ class JacobiDecoder:
         if self._passes == 0:
             position, fed = Position.start(), fed[:, 1:]
         inputs = self.tokens.gather(1, fed)
-        cond = self._forward(0, inputs, position)
-        if not self.guidance.is_active:
-            return (cond,), cond
-        if not self.guidance.perturbs:
-            cond, uncond = cond.chunk(2)
-        else:
+        cond, *others = self._forward(0, inputs, position).split(self.batch)
+        if self.guidance.perturbs:
             self._record(steps, cond, self.tokens.gather(1, steps))
             inputs = weak_inputs(self.guidance.weak_branch, self.tokens, fed, self._codes)
-            uncond = self._forward(1, inputs, position, **self._weights(steps))
-        branches = branches_for_rule(self.generator, self.condition, self.guidance, cond, uncond, steps)
-        guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)
-        return (cond, uncond), guided
+            others.append(self._forward(1, inputs, position, **self._weights(steps)))
+        guided = cond
+        if self.guidance.is_active:
+            branches = branches_for_rule(self.generator, self.condition, self.guidance, cond, others[0], steps)
+            guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)
+        if self.guidance.has_third_branch:
+            guided = self.guidance.push_away(guided, cond, others[-1], steps)
+        return (cond, *others)[: self.condition.rows // self.batch], guided
 
     def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:
         condition = self._parts[part]
@@ -228,7 +231,7 @@ class JacobiDecoder:
             self._confidence.scatter_(1, steps, confidence)
 
     def _weights(self, steps: Tensor) -> dict[str, Tensor]:
-        """Weights for the unconditional rows: each position of the window counts the tokens before it."""
+        """Weights for the rows that are perturbed: each position of the window counts the tokens before it."""
         weights = step_weights(self._confidence, self.guidance.weak_branch, steps)
         return query_weights(self.guidance.weak_branch, weights, self._parts[1], from_start=self._passes == 0)
 

@@ -132,6 +132,7 @@ class Decoder:
     Attributes:
         batch: B, images.
         cache: keys and values of all rows.
+        third: the condition of the third branch, which has a cache of its own; None where there is none.
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are no image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
@@ -150,12 +151,16 @@ class Decoder:
         self.condition = condition
         self.guidance = guidance
         self.sampling = sampling
-        self.batch = condition.rows // 2 if guidance.is_active else condition.rows
+        self._copies = 2 if guidance.is_active else 1
+        self.batch = condition.rows // self._copies
         self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
         self.rule_state: Tensor | None = None
-        self._weights = torch.ones(condition.rows, condition.slots + total, dtype=torch.float32, device=device)
+        self.third = condition[: self.batch] if guidance.has_third_branch else None
+        self._third_cache = None if self.third is None else generator.new_cache(self.third)
+        weighted = condition if self.third is None else self.third
+        self._weights = torch.ones(weighted.rows, condition.slots + total, dtype=torch.float32, device=device)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
@@ -189,13 +194,17 @@ class Decoder:
 
     def predict(self, step: Step, tokens: Tensor) -> Tensor:
         """Feed the token before that of the step, of `tokens` int64 [B, T]; return what to draw from, [B, V]."""
-        at, position = step.index, step.position(self.condition)
-        inputs = step.inputs(tokens)
-        rows = inputs.repeat(self.condition.rows // self.batch, 1)
+        at = step.index
+        inputs = weak = step.inputs(tokens)
+        weights = self._row_weights(at)
         if self.guidance.perturbs and step.number != 0:
-            rows[self.batch :] = weak_inputs(self.guidance.weak_branch, tokens, at - 1, self._codes)
-        logits = self.generator(self.condition, rows, cache=self.cache, slot=position, **self._row_weights(at))
-        logits = logits[:, -1].float()
+            weak = weak_inputs(self.guidance.weak_branch, tokens, at - 1, self._codes)
+        if self.third is None:
+            rows = torch.cat((inputs, weak)) if self.guidance.is_active else inputs
+            logits = self._forward(self.condition, rows, self.cache, step, weights)
+        else:
+            logits = self._forward(self.condition, inputs.repeat(self._copies, 1), self.cache, step, {})
+            perturbed = self._forward(self.third, weak, self._third_cache, step, weights)
         guided = self._cond_logits = logits[: self.batch]
         if self.guidance.is_active:
             branches = guided[:, None], logits[self.batch :, None]
@@ -205,10 +214,19 @@ class Decoder:
             self._keep(None if states is None else states[:, -1])
         else:
             guided = self.generator.constrain(guided[:, None], at, self.condition)
+        if self.third is not None:
+            guided = self.guidance.push_away(guided, self._cond_logits[:, None], perturbed[:, None], at)
         probabilities = self.sampling.probabilities(guided[:, 0])
         # All of a row's are NaN where its logits are no numbers.
         self.finite.note(at, (logits[:, None],), probabilities[:, :1])
         return probabilities
+
+    def _forward(
+        self, condition: Condition, rows: Tensor, cache: KVCache | None, step: Step, weights: dict[str, Tensor]
+    ) -> Tensor:
+        """Feed int64 [rows, 0 or 1] and return the logits of the step, float32 [rows, V]."""
+        logits = self.generator(condition, rows, cache=cache, slot=step.position(condition), **weights)
+        return logits[:, -1].float()
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
@@ -222,11 +240,11 @@ class Decoder:
             self.confidence[:, at] = confidence[:, None]
 
     def _row_weights(self, at: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments for the generator: weights [2B, slots], one but for the unconditional rows' tokens."""
+        """Keyword arguments for the generator: weights [rows, slots], one but for the tokens of the perturbed rows."""
         if not self.guidance.perturbs:
             return {}
         perturbation = self.guidance.weak_branch
-        self._weights[self.batch :, self.condition.slots :] = perturbation.weights_at(self.confidence, at)
+        self._weights[-self.batch :, self.condition.slots :] = perturbation.weights_at(self.confidence, at)
         return attention_weights(perturbation, self._weights)
 
     def _keep(self, state: Tensor | None) -> None:

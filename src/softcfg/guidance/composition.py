@@ -62,12 +62,13 @@ def all_settings() -> dict[str, Setting]:
 def describe(guidance: CFG) -> dict[str, Any]:
     """The settings of guidance by name, as files hold them: "method", the name of its class, and its fields.
 
-    Rule and perturbation are left out where they are those of plain CFG.
+    Rule, perturbation and its scale are left out where they are those of plain CFG.
 
     Raises:
         ValueError: its rule or its perturbation is not registered.
     """
-    names = [field.name for field in dataclasses.fields(guidance) if field.name not in PARTS]
+    fields = [field for field in dataclasses.fields(guidance) if field.name not in PARTS]
+    names = [field.name for field in fields if not (field.kw_only and getattr(guidance, field.name) == field.default)]
     found: dict[str, Any] = {"method": type(guidance).__name__, **{name: getattr(guidance, name) for name in names}}
     for kind, registry in PARTS.items():
         part = getattr(guidance, kind)

@@ -40,6 +40,9 @@ class CFG:
         rule: how the logits of the branches are combined: a `Rule`, or the name of one in `softcfg.guidance.RULES`.
         perturbation: what the unconditional branch sees: a `Perturbation`, or the name of one in
             `softcfg.guidance.PERTURBATIONS`; None for the tokens as they are.
+        perturbation_scale: q >= 0. Above 0 it is not the unconditional branch that is perturbed, but the conditional
+            one, as a third branch whose logits z_p push away: q (z_cond - z_p) is added to the guided logits in the
+            steps of the interval (as in PAG, arXiv 2403.17377). It takes a pass of its own. 0: no third branch.
 
     Raises:
         ValueError: a setting is out of its range; the message names the field, its value and the range.
@@ -67,6 +70,14 @@ class CFG:
     interval: tuple[int, int] | None = setting(
         None, help="guide in the steps START <= step < STOP alone, such as 32-192", metavar="START-STOP"
     )
+    perturbation_scale: float = setting(
+        0.0,
+        kw_only=True,
+        low=0,
+        off=0,
+        help="perturb the conditional branch instead, as a third one, and guide away from it by this scale; 0: off",
+        metavar="Q",
+    )
     rule: Rule = field(default=Rule(), kw_only=True)
     perturbation: Perturbation = field(default=NoPerturbation(), kw_only=True)
 
@@ -90,13 +101,18 @@ class CFG:
 
     @property
     def weak_branch(self) -> Perturbation:
-        """What the unconditional branch sees of the tokens so far."""
+        """What the unconditional branch, or the third one, sees of the tokens so far."""
         return self.perturbation
 
     @property
     def perturbs(self) -> bool:
-        """Whether there is an unconditional branch and it is perturbed."""
-        return self.is_active and self.weak_branch.acts
+        """Whether there is a branch that is perturbed: the unconditional one or a third."""
+        return self.weak_branch.acts and (self.is_active or self.perturbation_scale > 0)
+
+    @property
+    def has_third_branch(self) -> bool:
+        """Whether the conditional branch is perturbed, in a pass of its own."""
+        return self.weak_branch.acts and self.perturbation_scale > 0
 
     @property
     def title(self) -> str:
@@ -115,6 +131,18 @@ class CFG:
     def scales(self, steps: int, codes: int | None = None) -> Tensor:
         """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
         return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
+
+    def push_away(self, guided: Tensor, cond_logits: Tensor, perturbed_logits: Tensor, steps: Tensor) -> Tensor:
+        """The guided logits [..., n, V] with those of the third branch taken into account.
+
+        Args:
+            cond_logits, perturbed_logits: [..., n, V], of the conditional branch as it is and as it is perturbed.
+            steps: the 0-based steps, [n] or [..., n].
+        """
+        first, stop = self.interval or (0, None)
+        guides = steps >= first if stop is None else (steps >= first) & (steps < stop)
+        push = (cond_logits - perturbed_logits).nan_to_num(0.0, 0.0, 0.0)  # for what is ruled out in either
+        return guided + self.perturbation_scale * guides[..., None] * push
 
     def guide(self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor | float) -> Tensor:
         """Guided logits from both branches' logits [..., V] at the scale s_t of the step.

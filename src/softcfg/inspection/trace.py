@@ -41,6 +41,7 @@ class Trace:
             carries it, as the first token's with "successor" alignment.
         value_weights: float32 [B, T, T]: step, slot of the generated token; the perturbation's weights, whether they
             act on values or on something else. None where it was not asked for.
+        perturbed_logits: like `cond_logits`, of the third branch; None where there is none.
     """
 
     guidance: CFG
@@ -53,6 +54,7 @@ class Trace:
     guidance_scale: Tensor
     confidence: Tensor
     value_weights: Tensor | None = None
+    perturbed_logits: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -61,9 +63,9 @@ class Trace:
     def at(self, chosen: Tensor) -> Trace:
         """The trace of some of the tokens alone, bool [T]; of image codes without the ends of lines, for example."""
         weights = None if self.value_weights is None else self.value_weights[:, chosen.cpu()][:, :, chosen.cpu()]
-        per_token = {
-            name: getattr(self, name)[:, chosen]
-            for name in ("tokens", "cond_logits", "uncond_logits", "guided_logits", "confidence")
+        names = ("tokens", "cond_logits", "uncond_logits", "guided_logits", "perturbed_logits", "confidence")
+        per_token: dict[str, Any] = {
+            name: tensor[:, chosen] for name, tensor in self.tensors().items() if name in names
         }
         scale = self.guidance_scale[chosen]
         return replace(self, **per_token, guidance_scale=scale, value_weights=weights)
@@ -141,8 +143,11 @@ def trace(
         value_weights = total <= WEIGHTS_BY_DEFAULT_UP_TO
     kept = torch.ones(batch, total, total, dtype=torch.float32) if value_weights else None
     confidence = torch.zeros(batch, total, dtype=torch.float32, device=generator.device)
-    logits: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
-    caches = {"cond": generator.new_cache(cond), "uncond": generator.new_cache(uncond)}
+    rows = {"cond": cond, "uncond": uncond}
+    if guidance.has_third_branch:
+        rows["perturbed"] = condition[:batch]
+    logits: dict[str, list[Tensor]] = {name: [] for name in rows}
+    caches = {name: generator.new_cache(part) for name, part in rows.items()}
     for start in range(0, total, steps_per_pass):
         stop = min(start + steps_per_pass, total)
         piece = _Piece(generator, tokens, start, stop, codes)
@@ -157,14 +162,18 @@ def trace(
             if kept is not None:
                 kept[:, start:stop] = weights.cpu()
         logits["cond"].append(cond_logits)
-        logits["uncond"].append(piece.run(uncond, caches["uncond"], guidance.weak_branch, weights))
+        for name in list(rows)[1:]:
+            perturbation = guidance.weak_branch if name == list(rows)[-1] else None
+            logits[name].append(piece.run(rows[name], caches[name], perturbation, weights))
 
-    cond_logits, uncond_logits = (torch.cat(parts, dim=1) for parts in logits.values())
+    cond_logits, uncond_logits, *perturbed = (torch.cat(parts, dim=1) for parts in logits.values())
     scales = guidance.scales(total, condition.num_codes).to(generator.device)
     if guidance.is_active:
         guided, _ = guided_logits(generator, cond, guidance, cond_logits, uncond_logits, scales, steps)
     else:
         guided = generator.constrain(cond_logits, steps, cond)
+    if perturbed:
+        guided = guidance.push_away(guided, cond_logits, perturbed[0], steps)
     finite = FiniteLogits(batch, 2, total, generator.dtype, generator.device)
     finite.note(steps, (cond_logits, uncond_logits), guided.amax(dim=-1))
     finite.check()
@@ -179,6 +188,7 @@ def trace(
         guidance_scale=scales,
         confidence=guidance.weak_branch.carried(confidence),
         value_weights=kept,
+        perturbed_logits=perturbed[0] if perturbed else None,
     )
 
 

@@ -1,0 +1,139 @@
+"""The conditional branch, perturbed, as a third one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import softcfg
+from softcfg import CFG, Pipeline, Sampling, SoftCFG
+from softcfg.decoding import ImageStreams, decode, draw, image_uniforms, jacobi_decode
+from softcfg.guidance import PERTURBATIONS, describe, restore
+
+GUIDANCE = {
+    "pag": CFG(1.0, perturbation="pag", perturbation_scale=2.0),  # type: ignore[arg-type]
+    "cfg+pag": CFG(3.0, 0.5, perturbation="pag", perturbation_scale=2.0),  # type: ignore[arg-type]
+    "apg+vpg": CFG(3.0, 0.5, interval=(2, 11), rule="apg", perturbation="vpg", perturbation_scale=1.5),  # type: ignore[arg-type]
+    "tcfg+tpg": CFG(3.0, 0.5, rule="tcfg", perturbation="tpg", perturbation_scale=0.5),  # type: ignore[arg-type]
+    "softcfg": SoftCFG(3.0, 0.5, strength=2.0, perturbation_scale=3.0),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def prompt_pipe(prompt_model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(prompt_model_folder)
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_the_logits(pipe: Pipeline, name: str) -> None:
+    """Those of the rule, and the difference of the conditional branch as it is and as it is perturbed."""
+    guidance = GUIDANCE[name]
+    tokens = torch.randint(20, (2, 16), generator=torch.Generator().manual_seed(0))
+    trace = softcfg.trace(pipe.generator, labels=[1, 2], tokens=tokens, guidance=guidance, steps_per_pass=6)
+    parts = {"rule": guidance.rule, "interval": guidance.interval}
+    plain = softcfg.trace(
+        pipe.generator, labels=[1, 2], tokens=tokens, guidance=CFG(guidance.guidance_scale, 0.5, **parts)
+    )  # fmt: skip
+    for field in ("cond_logits", "uncond_logits"):
+        torch.testing.assert_close(getattr(trace, field), getattr(plain, field), rtol=0, atol=1e-5)
+    # The same perturbation of a model whose null class is the class that is drawn.
+    null, condition = pipe.generator.num_classes, pipe.generator.condition
+    for row, label in enumerate((1, 2)):
+        perturbed = CFG(2.0, perturbation=_perturbation(guidance))
+        with pytest.MonkeyPatch.context() as patch:
+
+            def swapped(labels: list[int], *, guided: bool, label: int = label) -> object:
+                made = condition(labels, guided=guided)
+                made.classes[made.classes == null] = label
+                return made
+
+            patch.setattr(pipe.generator, "condition", swapped)
+            expected = softcfg.trace(
+                pipe.generator, labels=[label], tokens=tokens[row : row + 1], guidance=perturbed
+            ).uncond_logits
+        assert trace.perturbed_logits is not None
+        torch.testing.assert_close(trace.perturbed_logits[row : row + 1], expected, rtol=0, atol=1e-4)
+    step = torch.arange(16)
+    first, stop = guidance.interval or (0, 16)
+    scale = guidance.perturbation_scale * ((step >= first) & (step < stop))[:, None]
+    guided = plain.guided_logits + scale * (trace.cond_logits - trace.perturbed_logits)
+    torch.testing.assert_close(trace.guided_logits, guided, rtol=0, atol=1e-4)
+
+
+def _perturbation(guidance: CFG) -> object:
+    return PERTURBATIONS["softcfg"](strength=2.0) if isinstance(guidance, SoftCFG) else guidance.perturbation  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_decoding(pipe: Pipeline, prompt_pipe: Pipeline, name: str) -> None:
+    guidance, sampling, greedy = GUIDANCE[name], Sampling(0.8, top_k=12), Sampling(top_k=1)
+    words = prompt_pipe.conditioning.inputs(prompt_pipe.conditioning.requests(["a red house", "a dog"]))
+    for generator, inputs in ((pipe.generator, [0, 1]), (prompt_pipe.generator, words)):
+        count = generator.condition(inputs, guided=False).num_tokens
+        uniforms = image_uniforms(5, range(2), count)
+        tokens = decode(generator, inputs, guidance, uniforms=uniforms, sampling=sampling)
+        trace = softcfg.trace(generator, labels=inputs, tokens=tokens, guidance=guidance, sampling=sampling)
+        assert torch.equal(tokens, draw(sampling.probabilities(trace.guided_logits), uniforms))
+        static = decode(generator, inputs, guidance, uniforms=uniforms, sampling=sampling, static=True)
+        assert torch.equal(static, tokens)
+        expected = decode(generator, inputs, guidance, uniforms=uniforms, sampling=greedy)
+        streams = ImageStreams(0, range(2))
+        drafted, _ = jacobi_decode(generator, inputs, guidance, streams=streams, window=5, sampling=greedy)
+        assert torch.equal(drafted, expected)
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_plug(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from softcfg.integrations import transformers as plug
+
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    model.set_attn_implementation("softcfg")
+    guidance, sampling = GUIDANCE[name], Sampling(top_k=10)
+    prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "unconditional_ids": torch.tensor([[1]])}
+    tokens = plug.decode(model, guidance=guidance, num_tokens=9, sampling=sampling, seed=3, **prompts)
+    trace = softcfg.trace(
+        plug.TransformersGenerator(model, 9), labels=plug.Prompts(**prompts), tokens=tokens, guidance=guidance
+    )
+    assert torch.equal(tokens, draw(sampling.probabilities(trace.guided_logits), image_uniforms(3, range(2), 9)))
+
+
+def test_settings_and_traces(pipe: Pipeline, tmp_path: Path) -> None:
+    for guidance in GUIDANCE.values():
+        settings = describe(guidance)
+        assert settings["perturbation_scale"] == guidance.perturbation_scale
+        assert restore(json.loads(json.dumps(settings))) == guidance
+    assert "perturbation_scale" not in describe(SoftCFG())
+    trace = softcfg.trace(pipe.generator, labels=[0], guidance=GUIDANCE["pag"])
+    trace.save(tmp_path / "trace.safetensors")
+    saved = load_file(tmp_path / "trace.safetensors")
+    assert torch.equal(saved["perturbed_logits"], trace.perturbed_logits)
+    assert trace.at(torch.arange(16) < 3).perturbed_logits.shape[1] == 3  # type: ignore[union-attr]
+
+
+def test_what_it_takes() -> None:
+    off = CFG(3.0, perturbation_scale=2.0)
+    assert not off.perturbs
+    assert off.is_plain
+    alone = GUIDANCE["pag"]
+    assert alone.perturbs
+    assert alone.has_third_branch
+    assert not alone.is_active
+    assert not SoftCFG(1.0).perturbs
+    assert not SoftCFG(3.0).has_third_branch
+    with pytest.raises(ValueError, match="perturbation_scale must be a finite number >= 0"):
+        CFG(perturbation_scale=-1.0)
