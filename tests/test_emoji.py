@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from softcfg import CFG, Pipeline
+from softcfg.prompts import Prompt
 from softcfg.zoo.registry import BUNDLED
 
 FOLDER = BUNDLED / "emoji"
@@ -51,6 +52,18 @@ def test_text_tokens_get_no_probability(pipe: Pipeline) -> None:
         probabilities = pipe.generator(condition, torch.zeros(2, 0, dtype=torch.int64)).softmax(-1)
     codes = slice(config.first_code_id, config.first_code_id + config.num_codes)
     assert (probabilities[..., codes].sum(-1) > 0.999).all()
+
+
+def test_its_special_token_in_a_prompt_is_text_and_ordinary_prompts_have_their_tokens(pipe: Pipeline) -> None:
+    from tokenizers import Tokenizer
+
+    reader = pipe.conditioning.reader  # type: ignore[attr-defined]
+    released = Tokenizer.from_file(str(reader.path))
+    for name in ("red apple", "man: medium skin tone", "Côte d’Ivoire", "a", "", "flag  [] <x>"):
+        assert reader.text_ids(Prompt(name), 32, 32) == released.encode(name, add_special_tokens=False).ids
+    assert reader.text_ids(Prompt("red <unknown> apple"), 32, 32) == reader.text_ids(
+        Prompt("red unknown apple"), 32, 32
+    )
 
 
 def right(pipe: Pipeline, count: int, guidance: CFG | None = None) -> tuple[float, float]:

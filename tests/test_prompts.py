@@ -110,6 +110,19 @@ def test_prompts_become_tokens(pipe: Pipeline, prompt_model_folder: Path) -> Non
     assert read.ids == [7, *[0] * words_of_the_sentence, 2, 4, 8]
 
 
+@pytest.mark.parametrize("name", ["<eoss>", "<|im_end|>", "<reserved08799>"])
+def test_the_name_of_a_special_token_in_a_prompt_is_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    text_tokenizer(RELEASED_SPECIAL).save(str(path))
+    for template in (TEXT_TO_IMAGE, "{prompt}"):
+        reader = PromptReader(path, template)
+        special = reader.tokenizer.special_id(name)
+        assert special not in reader.text_ids(Prompt(f"red {name} apple"), 8, 8)
+        assert special not in reader.text_ids(Prompt(f"red {name} apple", task="depth"), 8, 8)
+    assert PromptReader(path, f"a {name} {{prompt}}").text_ids(Prompt(f"red {name}"), 8, 8).count(special) == 1
+    assert PromptReader(path, "{prompt}").text_ids(Prompt("red apple"), 8, 8) == [2, 4]
+
+
 def test_damaged_text_tokenizers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         PromptReader(tmp_path / "tokenizer.json")

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from softcfg.errors import UserError
 
 TEMPORARY = ".tmp"
+A_LINK = "it is a link, not a regular file"
 LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\..+\.[^.]+\.\d+\.tmp")  # the latter by versions before 0.2
 
 KINDS = {
@@ -83,7 +84,9 @@ def open_own(path: str | Path) -> BinaryIO:
     Raises:
         OSError: a link or anything else that is no regular file has its name; nothing was changed.
     """
-    return io.BufferedRandom(_open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW))
+    if os.path.islink(path):  # for Windows, whose `open` does not refuse links
+        raise OSError(errno.ELOOP, A_LINK, str(path))
+    return io.BufferedRandom(_open(path, os.O_RDWR | os.O_CREAT | _flags("O_NOFOLLOW")))
 
 
 def hash_file(path: str | Path) -> str:
@@ -110,7 +113,7 @@ def is_folder(path: str | Path) -> bool:
 
 def _open(path: str | Path, flags: int) -> io.FileIO:
     def opener(name: str, _: int) -> int:
-        descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(name, flags | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"), 0o666)
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
         if kind != stat.S_IFREG:
             os.close(descriptor)
@@ -122,9 +125,14 @@ def _open(path: str | Path, flags: int) -> io.FileIO:
     except ValueError as error:
         raise OSError(errno.EINVAL, f"no file can have this name ({error})", str(path)) from error
     except OSError as error:
-        if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
-            raise OSError(errno.ELOOP, "it is a link, not a regular file", str(path)) from error
+        if error.errno == errno.ELOOP and flags & _flags("O_NOFOLLOW"):
+            raise OSError(errno.ELOOP, A_LINK, str(path)) from error
         raise
+
+
+def _flags(*names: str) -> int:
+    """The flags of `os.open` with these names, as far as the system has them."""
+    return sum(getattr(os, name, 0) for name in names)
 
 
 def _mode(path: str | Path) -> int:
@@ -167,13 +175,13 @@ def open_atomically(path: str | Path, *, durable: bool = True, replace: bool = F
     try:
         kind = stat.S_IFMT(_mode(path))
         if not replace and (kind not in (0, stat.S_IFREG, stat.S_IFDIR) or str(path).startswith(("/dev/", "/proc/"))):
-            with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "wb") as file:
+            with open(os.open(path, os.O_WRONLY | _flags("O_CLOEXEC", "O_BINARY")), "wb") as file:
                 yield file
             return
         target = Path(path) if replace else _behind_links(path)
         # Nobody can guess the name and plant a link there, and processes on several machines do not meet.
         temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}{TEMPORARY}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
         descriptor = os.open(temporary, flags, 0o666)
         try:
             with open(descriptor, "wb") as file:
@@ -208,8 +216,11 @@ def remove_temporary(folder: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename durable, where folders can be opened: on Windows they cannot."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:

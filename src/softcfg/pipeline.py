@@ -20,6 +20,7 @@ from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
 from softcfg.nn.kv_cache import CACHES
+from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
@@ -228,6 +229,7 @@ class Pipeline:
         """
         return self.conditioning.geometry(width, height).num_tokens
 
+    @own_dtype()
     def __call__(
         self,
         labels: LabelsLike = None,

@@ -63,8 +63,8 @@ def text_tokenizer(content: Mapping[str, Any], path: str | Path) -> Tokenizer:
         raise _damaged(path, error) from error
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the token ids of a text, without special tokens around it.
+def text_ids(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
+    """Return the token ids of a text; with `specials`, those that the tokenizer puts around it included.
 
     Raises:
         UserError: the text is too long or no text, or the tokenizer fails on it or does not come to an end.
@@ -78,7 +78,7 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     def encode() -> None:
         try:
             # Unlike `encode`, this lets other threads run, so that somebody can watch the clock.
-            found.append(tokenizer.encode_batch([text], add_special_tokens=False)[0].ids)
+            found.append(tokenizer.encode_batch([text], add_special_tokens=specials)[0].ids)
         except BaseException as error:  # a panic of the library is no Exception
             found.append(error)
 

@@ -20,6 +20,7 @@ from softcfg import UserError
 from softcfg.cli.main import main
 from softcfg.configuration import load_config, read_yaml
 from softcfg.evaluation import Extractor, Features, evaluate, extract, load_extractor, open_source, read_statistics
+from softcfg.evaluation.emoji_judge import Vocabulary
 from softcfg.images import read_picture
 from softcfg.models.alitok import AliTokConfig
 from softcfg.models.lumina import PromptReader
@@ -72,6 +73,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "shard": ("shard-000000.safetensors", read_shard),
     "header of a shard": ("shard-000000.safetensors", glance),
     "dpg": ("a.txt", lambda path: DPGBench(path.parent)),
+    "vocabulary": ("judge.json", Vocabulary.load),
     "geneval": ("evaluation_metadata.jsonl", lambda path: GenEval(path.parent)),
 }
 
@@ -323,10 +325,24 @@ def many_times(path: Path) -> None:
     torch.save({f"layer.{n}": one for n in range(1000)}, path)
 
 
+def nested(content: dict[str, Any], times: int) -> dict[str, Any]:
+    for _ in range(times):
+        content = {"model": content, "state_dict": content}
+    return content
+
+
+def in_itself() -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    return content
+
+
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "stride 0": ("a.pth", lambda path: torch.save({"w": Small(1 << 17, 1 << 17).tensor}, path)),
     "one tensor many times": ("a.pth", many_times),
     "sparse": ("a.pth", lambda path: torch.save({"w": torch.eye(9).to_sparse()}, path)),
+    "billion laughs": ("a.pth", lambda path: torch.save(nested({"w": torch.ones(1)}, 60), path)),
+    "a mapping in itself": ("a.pth", lambda path: torch.save(in_itself(), path)),
     "names that are no names": ("a.pth", lambda path: torch.save({"\x1b[2J" * 2000: 3}, path)),
     "numbers for names": ("a.pth", lambda path: torch.save({3: torch.ones(2)}, path)),
     "an index that names itself": (
@@ -432,6 +448,8 @@ tokenizer: {family: maskgit-vq, config: {}}
         "name: 3", f"name: [{'9, ' * 9999}]", "name: !!binary aaaa", "sampling: {temperature: [[[[1]]]]}", "classes: 7",
         "sampling: {temperature: .nan}", f"sampling: {{top_k: {'9' * 4000}}}", f"sampling: {{schedule: {[[1] * 999]}}}",
         "generator: {family: \"\\e[2J\"}",
+        "fid: best",
+        "generator: {family: alitok, dtype: load}",
         f"generator: {{family: {'x' * 9999}}}", "generator: {family: alitok, config: 3}",
     ],
 )  # fmt: skip

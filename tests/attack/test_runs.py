@@ -79,6 +79,8 @@ CHANGES: dict[str, Change] = {
     "no model": set_to(model=None),
     "an escape sequence": set_to(model=["\x1b[2J"]),
     "guidance of no kind": set_to(guidance=3),
+    "prompts of no kind": set_to(prompts=3),
+    "a tokenizer of no kind": set_to(tokenizer=[]),
     "a command of no kind": set_to(command={}),
 }
 
@@ -161,6 +163,11 @@ def test_shards_without_their_run_json(run: RunFolder) -> None:
         RunFolder.claim(run.path, settings(num_samples=12, seed=5))
     assert content(run.path) == before
     assert RunFolder.claim(run.path, settings(num_samples=12)).missing() == []
+
+
+def test_a_run_without_its_tokenizer_is_not_decoded(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["decode", str(run.path), "--output-dir", str(run.path.with_name("new"))]) == 2
+    assert "does not say with which tokenizer" in capsys.readouterr().err
 
 
 # ---- shards

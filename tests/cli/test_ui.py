@@ -56,6 +56,9 @@ def test_an_address_that_is_taken(model_folder: Path, capsys: pytest.CaptureFixt
         (["--max-seconds", "0"], "--max-seconds must be more than 0"),
         (["--max-seconds", "nan"], "--max-seconds must be more than 0"),
         (["--max-queue", "-1"], "--max-queue must be more than 0"),
+        (["--max-places", "0"], "--max-places must be more than 0"),
+        (["--allowed-host", "https://draw.example"], "--allowed-host must be a name without scheme and port"),
+        (["--allowed-host", "abc:80"], "got 'abc:80'"),
         (["fashoin"], "did you mean fashion"),
     ],
 )

@@ -154,3 +154,19 @@ def test_a_large_vocabulary_keeps_its_rare_codes() -> None:
     for code in (0, 1, 40_000, 65_535):
         u = torch.tensor([(code + 0.5) / 65_536], dtype=torch.float64)
         assert draw(p, u).item() == code
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 300.0])
+@pytest.mark.parametrize("codes", [1, 5, 16_384])
+def test_whole_numbers_draw_what_float64_draws(codes: int, scale: float) -> None:
+    torch.manual_seed(codes)
+    p = scale * (3 * torch.randn(400, codes)).softmax(-1)
+    p[torch.rand_like(p) < 0.3] = 0
+    p[:, codes // 2] += 1e-9 * scale
+    u = image_uniforms(0, range(400), 3)
+    u[0], u[1] = 0, 1 - 2**-53
+    units = (u * 2**53).long()
+    for i in range(3):
+        drawn = draw(p, units[:, i])
+        assert torch.equal(drawn, draw(p, u[:, i]))
+        assert (p.gather(1, drawn[:, None]) > 0).all()

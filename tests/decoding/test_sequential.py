@@ -60,6 +60,14 @@ def by_hand(generator: Generator, method: CFG, label: int, uniforms: torch.Tenso
     return tokens
 
 
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.0, float("inf")])
+def test_uniforms_that_are_none(generator: Generator, value: float) -> None:
+    uniforms = image_uniforms(11, range(5), generator.num_tokens)
+    uniforms[2, 3] = value
+    with pytest.raises(UserError, match="uniforms must be numbers in"):
+        decode(generator, LABELS, CFG(), uniforms=uniforms)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'target', '')}")
 def test_decoding_is_the_definition_without_a_cache(generator: Generator, method: CFG) -> None:
     uniforms = image_uniforms(11, range(5), generator.num_tokens)

@@ -546,6 +546,173 @@ def test_attention_that_cannot_carry_weights_is_refused(models: dict[str, Any]) 
         plug.attention(module, query, query, query, torch.zeros(1, 1, 1, 1), value_weights=torch.ones(1, 1))
 
 
+# What transformers' `generate` does with its settings, `custom_generate=plug.generate` without guidance does too.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "temperature": {"temperature": 0.3},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.5, "temperature": 0.5},
+    "top_h": {"top_h": 0.4, "temperature": 0.5},
+    "min_p": {"min_p": 0.1, "temperature": 0.3},
+    "typical_p": {"typical_p": 0.5, "temperature": 0.3},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.02, "temperature": 0.5},
+    "eta_cutoff": {"eta_cutoff": 0.02, "temperature": 0.5},
+    "repetition_penalty": {"repetition_penalty": 3.0, "temperature": 0.5},
+    "suppress_tokens": {"suppress_tokens": list(range(10, 50))},
+    "renormalize_logits": {"renormalize_logits": True, "top_p": 0.7},
+    "all": {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.9, "epsilon_cutoff": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_are_drawn_from_the_distribution_of_transformers(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model, drawn_from = models["llama"], []
+
+    def first(probabilities: Tensor, uniform: Tensor) -> Tensor:
+        drawn_from.append(probabilities)
+        return probabilities.argmax(dim=-1)
+
+    monkeypatch.setattr(plug, "draw", first)
+    settings = {"do_sample": True, "top_k": None, **SETTINGS[name]}
+    settings |= {"attention_mask": PROMPTS > 0, "max_new_tokens": T, "eos_token_id": None}
+    ours = model.generate(PROMPTS, custom_generate=plug.generate, guidance=CFG(1.0), **settings)
+
+    monkeypatch.setattr(torch, "multinomial", lambda probabilities, num_samples: probabilities.argmax(-1, keepdim=True))
+    theirs = model.generate(PROMPTS, **settings, output_scores=True, return_dict_in_generate=True)
+    assert torch.equal(ours, theirs.sequences)
+    if settings["do_sample"]:
+        torch.testing.assert_close(torch.stack(drawn_from), torch.stack(theirs.scores).softmax(-1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_decoding_takes_the_first_of_ties(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).bfloat16().eval()
+    model.lm_head.weight.data[1::2] = model.lm_head.weight.data[::2]  # as happens by itself in bfloat16
+    settings = {"attention_mask": torch.ones(1, 5), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    ours = model.generate(PROMPTS[1:], custom_generate=plug.generate, guidance=CFG(1.0), seed=seed, **settings)
+    assert torch.equal(ours, model.generate(PROMPTS[1:], **settings))
+
+
+ENDS = {"ids": range(1, 60), "steps": torch.arange(6) != 4}  # which tokens are image codes: all, or all but the fifth
+
+
+@pytest.mark.parametrize("codes", ENDS)
+def test_an_end_token_among_the_image_codes_ends_nothing(models: dict[str, Any], codes: str) -> None:
+    end = TEXT["eos_token_id"]
+    wanted = torch.tensor([[30, 31, end, 40, 40, 40], [32, 33, 34, 35, end, 40]])
+    sequences = models["llama"].generate(
+        PROMPTS, attention_mask=PROMPTS > 0, custom_generate=plug.generate, guidance=SoftCFG(), unconditional_ids=SHORT,
+        max_new_tokens=6, logits_processor=[force(wanted, start=5)], image_codes=ENDS[codes],
+    )  # fmt: skip
+    if codes == "steps":
+        wanted[1, 5] = 0  # padding
+    assert torch.equal(sequences[:, 5:], wanted)
+
+
+class Heard(transformers.generation.streamers.BaseStreamer):
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+
+    def put(self, value: Tensor) -> None:
+        self.parts.append(value.tolist())
+
+    def end(self) -> None:
+        self.parts.append("end")
+
+
+def test_the_streamer_hears_what_that_of_transformers_hears(models: dict[str, Any]) -> None:
+    model, ours, theirs = models["llama"], Heard(), Heard()
+    settings = {"attention_mask": torch.ones(1, 5), "max_new_tokens": 4, "do_sample": False}
+    model.generate(PROMPTS[1:], streamer=theirs, **settings)
+    model.generate(PROMPTS[1:], custom_generate=plug.generate, guidance=CFG(1.0), streamer=ours, **settings)
+    assert ours.parts == theirs.parts
+
+
+class Foreign(torch.nn.Module):
+    """An attention layer that takes no part in `AttentionInterface`, or does so without keyword arguments."""
+
+    def __init__(self, attention: Any, how: str) -> None:
+        super().__init__()
+        self.attention, self.how = attention, how
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.how == "own":
+            key = hidden_states.view(*hidden_states.shape[:2], 4, -1).transpose(1, 2)
+            kwargs["past_key_values"].update(key, key, self.attention.layer_idx)
+            return torch.zeros_like(hidden_states), None
+        kwargs = {name: value for name, value in kwargs.items() if not name.endswith("_weights")}
+        return self.attention(hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["own", "without"])
+def test_a_layer_that_loses_the_weights_is_refused(models: dict[str, Any], how: str) -> None:
+    model = copy.deepcopy(models["llama"])
+    model.model.layers[1].self_attn = Foreign(model.model.layers[1].self_attn, how)
+    with pytest.raises(UserError, match="1 of the 2 attention layers of LlamaForCausalLM did not see the weights"):
+        plug.decode(model, PROMPTS[1:], SoftCFG(), num_tokens=4, unconditional_ids=SHORT)
+    assert plug.decode(model, PROMPTS[1:], CFG(), num_tokens=4, unconditional_ids=SHORT).shape == (1, 4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_padding_without_a_mask_is_padding_as_in_transformers(models: dict[str, Any], name: str) -> None:
+    settings = {"num_tokens": T, "unconditional_ids": SHORT}
+    tokens = plug.decode(models[name], PROMPTS, SoftCFG(), **settings)
+    assert torch.equal(tokens, plug.decode(models[name], PROMPTS, SoftCFG(), attention_mask=PROMPTS > 0, **settings))
+    seen = plug.decode(models[name], PROMPTS, SoftCFG(), attention_mask=torch.ones_like(PROMPTS), **settings)
+    assert not torch.equal(tokens, seen)  # a mask that is given counts
+    settings = {"max_new_tokens": T, "do_sample": False, "eos_token_id": None}
+    usual = models[name].generate(PROMPTS, **settings)
+    tokens = plug.decode(models[name], PROMPTS, CFG(1.0), num_tokens=T, sampling=Sampling(top_k=1))
+    assert torch.equal(usual[:, 5:], tokens)
+
+
+def test_prompts_of_a_pipeline_keep_their_own_masks() -> None:
+    padded = plug.Prompts(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 0, 3]]), torch.tensor([[0, 1, 1]]), None)
+    batch = plug.Prompts.batch([padded, plug.Prompts(torch.tensor([9, 9, 9, 9]), torch.tensor([1]))], 0)
+    assert batch.attention_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert batch.unconditional_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_guidance_of_a_padded_batch_is_that_of_janus(models: dict[str, Any]) -> None:
+    model, prompts = models["janus"], torch.tensor([[0, 0, 1, 7, 4], [1, 10, 11, 12, 4]])
+    mask = (torch.arange(5) >= torch.tensor([[2], [0]])).long()
+    config = transformers.GenerationConfig(
+        bos_token_id=1, pad_token_id=0, do_sample=False, guidance_scale=5.0, max_length=20,
+        generation_kwargs={"boi_token_id": 4},
+    )  # fmt: skip
+    usual = model.generate(prompts, attention_mask=mask, generation_mode="image", generation_config=config)
+    ours = plug.decode(
+        model, prompts, CFG(5.0, schedule="constant"), num_tokens=usual.shape[1], head=plug.ImageHead.janus(model),
+        unconditional_ids=prompts.where((prompts == 1) | (prompts == 4), 0), attention_mask=mask,
+        unconditional_mask=mask, sampling=Sampling(top_k=1), cache="static",
+    )  # fmt: skip
+    assert torch.equal(usual, ours)
+
+
+MODES = {"num_beams=2": {"num_beams": 2}, "contrastive search": {"penalty_alpha": 0.6, "top_k": 4}}
+
+
+@pytest.mark.parametrize("what", MODES)
+def test_other_ways_of_generating_are_refused(models: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=f"{what} does not go with softcfg's decoding"):
+        models["llama"].generate(PROMPTS, custom_generate=plug.generate, guidance=CFG(1.0), **MODES[what])
+
+
+def test_logits_that_are_no_numbers(models: dict[str, Any]) -> None:
+    model = copy.deepcopy(models["llama"])
+    model.model.layers[0].self_attn.v_proj.weight.data[0, 0] = math.nan
+    settings = {"unconditional_ids": SHORT, "attention_mask": PROMPTS > 0}
+    with pytest.raises(UserError, match="logits of row 0 at step 0 hold NaN, computed in float32"):
+        plug.decode(model, PROMPTS, SoftCFG(), num_tokens=4, **settings)
+    with pytest.raises(UserError, match="logits of row 0 at step 0 hold NaN, computed in float32"):
+        model.generate(
+            PROMPTS, custom_generate=plug.generate, guidance=SoftCFG(), max_new_tokens=4, do_sample=False, **settings
+        )
+
+
 def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, plug.__name__)

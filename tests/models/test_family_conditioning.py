@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,19 @@ class TestLlamaGen:
         ids = torch.tensor([[3, 4, 5, 1, 0, 0]])
         padded = encoder.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[0, :4]
         torch.testing.assert_close(encoder.encode("a red cat"), padded, rtol=0, atol=1e-5)
+
+    def test_the_end_of_the_text_in_a_caption_is_text(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder, tmp_path / "t5")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_special_tokens(["<pad>", "</s>"])
+        tokenizer.save(str(tmp_path / "t5" / "tokenizer.json"))
+        encoder = self.captions(tmp_path / "t5").encoder
+        assert encoder.tokenizer.encode("a red cat").ids == [3, 4, 5, 1]
+        ids = encoder.tokenizer.encode("a </s> cat").ids
+        assert ids[0] == 3
+        assert ids.count(1) == 1  # behind the text
+        assert ids[-1] == 1
+        assert 0 not in encoder.tokenizer.encode("<pad>").ids
 
     def test_encoders_that_are_incomplete(self, folder: Path, tmp_path: Path) -> None:
         captions = self.captions(tmp_path)

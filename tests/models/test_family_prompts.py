@@ -121,6 +121,60 @@ def test_a_text_tokenizer_of_words_keeps_its_unknown_word(tmp_path: Path) -> Non
     assert TextTokenizer(tmp_path / "tokenizer.json").ids(["cat <img>", Special("<img>")]) == [1, 0, 2]
 
 
+def saved(folder: Path, tokenizer: Tokenizer) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_added_tokens_that_are_words_stay_words(text_tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(text_tokenizer.path))
+    tokenizer.add_tokens(["pikachu", "<tool>"])
+    reader = TextTokenizer(saved(tmp_path, tokenizer))
+    assert reader.ids(["pikachu"]) == [reader.find("pikachu")]
+    assert reader.find("<tool>") not in reader.ids(["<tool>"])
+
+
+@pytest.mark.parametrize("name", ["</s>", "<extra_id_0>"])
+def test_pieces_of_a_list_keep_their_ids(tmp_path: Path, name: str) -> None:
+    """The vocabulary of a T5 is a list of pieces with scores, the special ones among them."""
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<extra_id_0>",
+        "▁",
+        "a",
+        "/",
+        "s",
+        "<",
+        ">",
+        "_",
+        "i",
+        "d",
+        "e",
+        "x",
+        "t",
+        "r",
+        "0",
+    ]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], 2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    plain = tokenizer.encode("a ext a").ids
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_0>"])
+    reader = TextTokenizer(saved(tmp_path, tokenizer))
+    assert reader.ids(["a ext a"]) == plain
+    assert reader.special_id(name) == pieces.index(name)
+    assert reader.special_id(name) not in reader.ids([f"a {name} a"])
+    assert 2 not in reader.ids([f"a {name} a"])
+
+
+def test_special_tokens_of_a_template_are_meant_and_those_of_the_text_are_not(text_tokenizer: TextTokenizer) -> None:
+    user, image = MARKS[0], MARKS[3]
+    pieces = text_tokenizer.pieces(f"{user} draw {{prompt}}, {{{{{image}", {"prompt": f"a {user}{{b}}"})
+    assert text_of(pieces) == f"{user} draw a {user}{{b}}, {{{image}"
+    assert [piece.name for piece in pieces if isinstance(piece, Special)] == [user, image]
+
+
 def test_text_tokenizers_that_do_not_fit(text_tokenizer: TextTokenizer, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no token <nothing>"):
         text_tokenizer.ids(["x", Special("<nothing>")])

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}")
     for name in args.allowed_host:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*", name):
             raise UserError(f"--allowed-host must be a name without scheme and port, like draw.example, got {name!r}")
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port must be in 0..65535, got {args.port}")

@@ -141,15 +141,37 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         probabilities: [..., V], not necessarily normalised.
-        uniform: [...] in [0, 1).
+        uniform: [...] in [0, 1); or int64 in units of 2^-53, for devices without float64 (see `randomness.on_device`).
 
     Returns:
         int64 [...]. A code of probability zero is never drawn.
     """
     import torch
 
-    cdf = probabilities.double().cumsum(dim=-1)
-    total = cdf[..., -1:]
-    # u * total may round up to the total itself, behind the last possible code.
-    threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+    if not uniform.is_floating_point():
+        cdf, threshold = _in_whole_numbers(probabilities, uniform)
+    else:
+        cdf = probabilities.double().cumsum(dim=-1)
+        total = cdf[..., -1:]
+        # u * total may round up to the total itself, behind the last possible code.
+        threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Without a distribution there is no such code, and an id outside of the vocabulary ends a GPU's process.
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
+
+
+def _in_whole_numbers(probabilities: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """The cumulated probabilities and the threshold u * total, int64, to 60 binary places and without rounding of sums.
+
+    Args:
+        units: u in units of 2^-53, int64.
+    """
+    import torch
+
+    probabilities = probabilities.float()
+    exponent = probabilities.sum(dim=-1, keepdim=True).log2().ceil()
+    cdf = (probabilities * torch.exp2((60 - exponent).clamp_max(126))).long().cumsum(dim=-1)
+    # The product has up to 114 bits: (a 2^26 + b) (c 2^26 + d) / 2^53, without b d, which is less than one.
+    total, units = cdf[..., -1:], units[..., None]
+    (a, b), (c, d) = ((number >> 26, number & (1 << 26) - 1) for number in (units, total))
+    threshold = (a * c >> 1) + (((a * c & 1) << 26) + a * d + b * c >> 27)
+    return cdf, threshold

@@ -23,16 +23,19 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.randomness import ImageStreams
+from softcfg.decoding.finite import FiniteLogits, branches_of
+from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
 from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 
 
 @torch.inference_mode()
+@own_dtype()
 def jacobi_decode(
     generator: Generator,
     labels: Any,
@@ -62,7 +65,8 @@ def jacobi_decode(
         int64 [B, T], and the number of passes until the last image was done.
 
     Raises:
-        UserError: labels or streams do not fit the generator, or the window is less than 1.
+        UserError: labels or streams do not fit the generator, the window is less than 1, or the logits hold NaN or
+            infinity.
     """
     if window < 1:
         raise UserError(f"the window of speculative Jacobi decoding must be at least 1, got {window}")
@@ -73,9 +77,8 @@ def jacobi_decode(
     total, done, passes = condition.num_tokens, 0, 0
     with prepared_linear_layers(generator, decoder.rows_at_once * decoder.window):
         while done < total:
-            decoder.advance(streams.uniforms(3 * decoder.window).to(generator.device))
-            done = int(decoder.settled.min())
-            passes += 1
+            decoder.advance(on_device(streams.uniforms(3 * decoder.window), generator.device))
+            done, passes = decoder.done(), passes + 1
             if on_step is not None:
                 on_step(done)
             if on_tokens is not None:
@@ -114,18 +117,20 @@ class JacobiDecoder:
             self._parts = [condition[: self.batch], condition[self.batch :]] if guidance.perturbs else [condition]
         self._caches = [generator.new_cache(part) for part in self._parts]
         self.rows_at_once = self._parts[0].rows
-        self._confidence = torch.zeros(self.batch, total, device=device)
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self._confidence = torch.zeros(self.batch, total, **kind)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         codes = generator.is_code(torch.arange(total, device=device), condition)
         self._codes = None if codes is None else codes.expand(self.batch, -1)
+        self._finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
         self._passes = 0
         self._end = 0  # of the farthest window
         self._offsets = torch.arange(self.window, device=device)
         # As if a window in front of the sequence had been left behind, with equal logits at its end.
         self._start = self.settled - self.window
-        self._probabilities = torch.zeros(self.batch, self.window, generator.vocab_size, device=device)
-        self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, device=device)
+        self._probabilities = torch.zeros(self.batch, self.window, generator.vocab_size, **kind)
+        self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, **kind)
         # What the guidance's rule keeps over the steps, before the window and after each of its positions.
         self._rule_states: Tensor | None = None
 
@@ -133,7 +138,7 @@ class JacobiDecoder:
         """Settle at least one more token of every row that is not done.
 
         Args:
-            uniforms: [B, 3 n] in [0, 1).
+            uniforms: [B, 3 n] in [0, 1), see `randomness.on_device`.
         """
         keeping, redrawing, drafting = uniforms.unflatten(1, (3, self.window)).unbind(1)
         # A row that is nearly done goes over its last n tokens; what is settled among them stays.
@@ -146,20 +151,32 @@ class JacobiDecoder:
         drawn_from, drafts = self._drafts(start, steps, drafting)
         self.tokens.scatter_(1, steps, drafts)
 
-        cond_logits, guided = self._logits(steps, state)
+        branches, guided = self._logits(steps, state)
         probabilities = self._distribution(guided, steps)
+        self._finite.note(steps, branches, probabilities[..., 0])
         kept, redrawn = keep_or_redraw(drafts, drawn_from, probabilities, keeping, redrawing)
         kept |= steps < self.settled[:, None]
         tokens = torch.where(kept, drafts, redrawn)
         self.tokens.scatter_(1, steps, tokens)
-        self._record(steps, cond_logits, tokens)
+        self._record(steps, branches[0], tokens)
 
         first_replaced = kept.cumprod(dim=1).sum(dim=1)
         self.settled = start + (first_replaced + 1).clamp(max=self.window)
         self._start, self._probabilities = start, probabilities
         # Drafts may be drawn from anything; what is ruled out at one step need not be at the next.
-        self._last_logits = (cond_logits if self.guidance.rule.constrained else guided)[:, -1:]
+        self._last_logits = (branches[0] if self.guidance.rule.constrained else guided)[:, -1:]
         self._passes += 1
+
+    def done(self) -> int:
+        """How many tokens all rows have settled; it waits for the device.
+
+        Raises:
+            UserError: the logits hold NaN or infinity.
+        """
+        settled, sound = torch.stack((self.settled.min(), self._finite.sound().long())).tolist()
+        if not sound:
+            self._finite.check()
+        return settled
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts [B, n] of the window at `steps`, and what they were drawn from, [B, n, V].
@@ -177,8 +194,8 @@ class JacobiDecoder:
     def _distribution(self, guided: Tensor, steps: Tensor) -> Tensor:
         return self.sampling.probabilities(self.generator.constrain(guided, steps, self.condition))
 
-    def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Conditional and guided logits [B, n, V] of the window; `state` is the rule's before it."""
+    def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Logits [B, n, V] of the branches and guided ones of the window; `state` is the rule's before it."""
         position = Position.by_row(self.condition.slots - 1 + steps[:, 0])
         fed = steps - 1
         if self._passes == 0:
@@ -195,7 +212,7 @@ class JacobiDecoder:
             guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)
         if self.guidance.has_third_branch:
             guided = self.guidance.push_away(guided, cond, others[-1], steps)
-        return cond, guided
+        return (cond, *others), guided
 
     def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:
         condition = self._parts[part]
@@ -227,7 +244,7 @@ def keep_or_redraw(
     Args:
         drafts: int64 [...], drawn from `drawn_from`.
         drawn_from, probabilities: q and p, [..., V].
-        keeping, redrawing: uniform numbers [...] in [0, 1).
+        keeping, redrawing: uniform numbers [...] in [0, 1), see `randomness.on_device`.
 
     Returns:
         Bool [...], which drafts are kept, and int64 [...], what takes the place of the others.
@@ -236,4 +253,4 @@ def keep_or_redraw(
     rest = (probabilities - drawn_from).clamp_min(0)
     # Where rounding leaves no rest, p and q are the same.
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, probabilities)
-    return keeping * q < p, draw(rest, redrawing)
+    return as_fractions(keeping) * q < p, draw(rest, redrawing)

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from softcfg.errors import UserError
+from softcfg.nn.precision import has_float64
+
+BITS = 53  # of a uniform number
 
 
 def image_uniforms(seed: int, indices: Sequence[int], count: int) -> Tensor:
@@ -45,8 +48,26 @@ class ImageStreams:
         rows = np.empty((len(self._streams), count), dtype=np.float64)
         for row, stream in zip(rows, self._streams, strict=True):
             # The upper 53 bits of a word make a double.
-            row[:] = (stream.random_raw(count) >> np.uint64(11)) * 2.0**-53
+            row[:] = (stream.random_raw(count) >> np.uint64(64 - BITS)) * 2.0**-BITS
         return torch.from_numpy(rows)
+
+
+def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
+    """Move uniform numbers to a device: as they are or, where it has no float64, as int64 in units of 2^-53.
+
+    Raises:
+        UserError: they are no numbers in [0, 1) (looked at where nothing has to wait for it).
+    """
+    if uniforms.device.type == "cpu" and uniforms.is_floating_point() and not ((uniforms >= 0) & (uniforms < 1)).all():
+        raise UserError("uniforms must be numbers in [0, 1)")
+    if not has_float64(device):
+        uniforms = (uniforms.cpu().double() * 2.0**BITS).long() if uniforms.is_floating_point() else uniforms
+    return uniforms.to(device)
+
+
+def as_fractions(uniforms: Tensor) -> Tensor:
+    """Uniform numbers as floats in [0, 1): those in units of 2^-53 as float32."""
+    return uniforms if uniforms.is_floating_point() else (uniforms >> (BITS - 24)).float() * 2.0**-24
 
 
 def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:

@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.graphs import repeat
+from softcfg.decoding.randomness import on_device
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 
 
 @torch.inference_mode()
+@own_dtype()
 def decode(
     generator: Generator,
     labels: Any,
@@ -54,7 +58,8 @@ def decode(
         int64 [B, T].
 
     Raises:
-        UserError: labels, uniforms or forced tokens do not fit the generator.
+        UserError: labels, uniforms or forced tokens do not fit the generator; or the logits hold NaN or infinity, which
+            other devices than the CPU report after the last step.
     """
     condition = generator.condition(labels, guided=guidance.is_active)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling())
@@ -64,7 +69,7 @@ def decode(
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
     device = generator.device
-    uniforms = uniforms.to(device)
+    uniforms = on_device(uniforms, device)
     tokens = torch.zeros(batch, total, dtype=torch.int64, device=device)
 
     def advance(step: Step) -> None:
@@ -79,10 +84,14 @@ def decode(
         else:
             steps = map(advance, map(decoder.step, range(1, total)))
         for done, _ in enumerate(chain([None], steps), start=1):
+            if device.type == "cpu":
+                decoder.finite.check(done - 1)
             if on_step is not None:
                 on_step(done)
             if on_tokens is not None:
                 on_tokens(tokens[:, :done])
+    if device.type != "cpu":
+        decoder.finite.check()
     return tokens
 
 
@@ -127,6 +136,7 @@ class Decoder:
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are no image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
+        finite: whether the logits so far were numbers; `predict` notes it, and whoever steps must read it.
     """
 
     def __init__(
@@ -145,15 +155,16 @@ class Decoder:
         self.batch = condition.rows // self._copies
         self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
-        self.confidence = torch.zeros(self.batch, total, device=device)
+        self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
         self.rule_state: Tensor | None = None
         self.third = condition[: self.batch] if guidance.has_third_branch else None
         self._third_cache = None if self.third is None else generator.new_cache(self.third)
-        weighted = condition if self.third is None else self.third
-        self._weights = torch.ones(weighted.rows, condition.slots + total, device=device)
+        rows = condition.rows if self.third is None else self.third.rows
+        self._weights = torch.ones(rows, condition.slots + total, dtype=torch.float32, device=device)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
+        self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
     def step(self, number: int) -> Step:
         """The step that draws token `number`."""
@@ -203,9 +214,14 @@ class Decoder:
             self._keep(None if states is None else states[:, -1])
         else:
             guided = self.generator.constrain(guided[:, None], at, self.condition)
+        seen = [logits[:, None]]
         if self.third is not None:
-            guided = self.guidance.push_away(guided, self._cond_logits[:, None], perturbed[:, None], at)
-        return self.sampling.probabilities(guided[:, 0])
+            seen.append(perturbed[:, None])
+            guided = self.guidance.push_away(guided, self._cond_logits[:, None], seen[1], at)
+        probabilities = self.sampling.probabilities(guided[:, 0])
+        # All of a row's are NaN where its logits are no numbers.
+        self.finite.note(at, tuple(seen), probabilities[:, :1])
+        return probabilities
 
     def _forward(
         self, condition: Condition, rows: Tensor, cache: KVCache | None, step: Step, weights: dict[str, Tensor]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling
 from softcfg.decoding.graphs import WARM_UP, captured
+from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder, Step, steps_are_static
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -46,7 +47,7 @@ def decoding_step(
     batch = decoder.batch
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
-    uniforms = torch.rand(batch, condition.num_tokens, device=generator.device)
+    uniforms = on_device(torch.rand(batch, condition.num_tokens, dtype=torch.float32), generator.device)
 
     static = steps_are_static(generator)
     at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)

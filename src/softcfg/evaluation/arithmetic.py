@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from softcfg.nn.precision import own_dtype
+
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
@@ -14,7 +16,7 @@ def full_float32() -> Iterator[None]:
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with own_dtype(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(chosen)

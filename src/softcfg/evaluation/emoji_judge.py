@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.errors import CheckpointError, UserError
+from softcfg.errors import CheckpointError, UserError, clean, quote
+from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.weights import load_network
+from softcfg.files import read_text
 
 UNKNOWN = -1
+LARGEST_VOCABULARY = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Vocabulary:
             CheckpointError: the file is missing or damaged.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_text(path, LARGEST_VOCABULARY))
             return cls(*(tuple(map(str, content[key])) for key in ("names", "styles", "colours")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} does not hold the vocabulary of a judge: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path} does not hold the vocabulary of a judge: {clean(error, 200)}") from error
 
     def read(self, prompts: Sequence[str]) -> Tensor:
         """Return what prompts ask for, int64 [N, 3]: name, style and colour, -1 for what a prompt does not say.
@@ -58,7 +61,7 @@ class Vocabulary:
     def _read(self, prompt: str) -> tuple[int, int, int]:
         words = " ".join(re.findall(r"[^\W_]+", prompt.lower().replace("'", "").replace("’", "")))
         style = UNKNOWN
-        if found := re.fullmatch(rf"(.*?) ({'|'.join(self.styles)}) style", words):
+        if found := re.fullmatch(rf"(.*?) ({'|'.join(map(re.escape, self.styles))}) style", words):
             words, style = found[1], self.styles.index(found[2])
         first, _, rest = words.partition(" ")
         colour = self.colours.index(first) if first in self.colours else UNKNOWN
@@ -69,7 +72,7 @@ class Vocabulary:
             for number, name in enumerate(self.names):
                 if " ".join(word for word in name.split() if word not in self.colours) == rest:
                     return number, style, colour
-        raise UserError(f"the judge does not know what {prompt!r} shows; its names are those of the model's pictures")
+        raise UserError(f"the judge does not know what {quote(prompt)} shows: no picture of the model has its name")
 
 
 class EmojiJudge(nn.Module):
@@ -147,6 +150,7 @@ def load_judge(
 
 
 @torch.inference_mode()
+@full_float32()
 def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int = 250) -> dict[str, float]:
     """Return the shares of images in which the judge sees what was asked for.
 

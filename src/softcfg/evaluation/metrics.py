@@ -166,7 +166,7 @@ def radii(features: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> Tensor:
     screen = _Screen(features, features)
     # Of each row the nearest rows so far, itself included. Each pair of blocks is computed once.
     kept = min(k + 1 + SPARE, count)
-    least = torch.full((count, kept), torch.inf, device=features.device)
+    least = torch.full((count, kept), torch.inf, dtype=torch.float32, device=features.device)
     nearest = torch.zeros(count, kept, dtype=torch.int64, device=features.device)
 
     def update(rows: slice, columns: slice, squared: Tensor) -> None:

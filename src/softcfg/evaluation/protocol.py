@@ -24,6 +24,7 @@ from softcfg.evaluation.report import TITLES, Report
 from softcfg.evaluation.sources import ImageSource, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
 from softcfg.files import hash_file
+from softcfg.nn.precision import has_float64
 from softcfg.version import __version__
 from softcfg.zoo.registry import find
 
@@ -246,7 +247,7 @@ class _Side:
     def __init__(self, given: _Input, extractor: Extractor, device: torch.device, options: dict[str, Any]) -> None:
         self.given = given
         self.extractor = extractor
-        self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        self.device = device if has_float64(device) else torch.device("cpu")
         self.options = options
         self.known: dict[str, Statistics] = {}
 

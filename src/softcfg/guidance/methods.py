@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.guidance.perturbation import PERTURBATIONS, ConfidenceWeights, NoPerturbation, Perturbation
 from softcfg.guidance.registry import Registry
-from softcfg.guidance.rules import RULES, Rule
+from softcfg.guidance.rules import RULED_OUT, RULES, Rule
 from softcfg.guidance.schedule import SCHEDULES, guidance_scales
 from softcfg.guidance.settings import check, setting
 
@@ -149,15 +149,27 @@ class CFG:
 
         A rule that looks at the step, or has a state, takes this for the first one; see `guide_step`.
         """
-        return self.rule.guide(cond_logits, uncond_logits, scale, step=0)[0]
+        return self._ruled(cond_logits, uncond_logits, scale, step=0)[0]
 
     def guide_step(
         self, cond_logits: Tensor, uncond_logits: Tensor, scale: Tensor, *, step: Tensor, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Guided logits [..., V] of a step, and the state of the rule after it; arguments as of `Rule.guide`."""
-        if type(self.rule) is Rule:
+        if type(self.rule) is not Rule:
+            return self._ruled(cond_logits, uncond_logits, scale, step=step, state=state)
+        if type(self).guide is CFG.guide:
             return self.guide(cond_logits, uncond_logits, scale), None
-        return self.rule.guide(cond_logits, uncond_logits, scale, step=step, state=state)
+        guided = self.guide(*_without_ruled_out(cond_logits, uncond_logits), scale)
+        return guided.masked_fill(cond_logits == RULED_OUT, RULED_OUT), None
+
+    def _ruled(
+        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the rule makes of the logits; codes that the model rules out stay so under every rule."""
+        if type(self.rule) is Rule or self.rule.constrained:  # they see to that themselves
+            return self.rule.guide(cond, uncond, scale, step=step, state=state)
+        guided, state = self.rule.guide(*_without_ruled_out(cond, uncond), scale, step=step, state=state)
+        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), state
 
     def guide_steps(
         self, cond_logits: Tensor, uncond_logits: Tensor, scales: Tensor, steps: Tensor, state: Tensor | None = None
@@ -249,6 +261,12 @@ METHODS.register("SoftCFG")(SoftCFG)
 PRESETS: Registry[Callable[..., SoftCFG]] = Registry("preset")
 PRESETS.register("paper")(SoftCFG.paper)
 PRESETS.register("released")(SoftCFG.released)
+
+
+def _without_ruled_out(cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits with zeros in both branches for codes that the conditional branch rules out."""
+    ruled_out = cond == RULED_OUT
+    return cond.masked_fill(ruled_out, 0), uncond.masked_fill(ruled_out, 0)
 
 
 def titled(perturbation: type[Perturbation], rule: type[Rule]) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Guided = tuple["Tensor", "Tensor | None"]
+RULED_OUT = float("-inf")  # the logit of a code that the model itself does not allow
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,12 @@ class Rule:
             scale: s_t of the step; a tensor is of a shape that broadcasts to [..., 1].
             step: int64, 0-based, shaped like `scale`. Rules without a state may be given many steps at once.
             state: what the step before returned, [..., *]; None at the first step.
+
+        Codes that the conditional branch rules out, by a logit of minus infinity, stay ruled out. From other rules they
+        are hidden, as zeros in both branches, unless the rule is `constrained`.
         """
-        return uncond + scale * (cond - uncond), None
+        guided = uncond + scale * (cond - uncond)
+        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), None  # minus infinity less itself is no number
 
 
 RULES: Registry[type[Rule]] = Registry("rule")

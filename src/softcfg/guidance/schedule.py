@@ -30,7 +30,7 @@ def ramp(function: Callable[[Tensor, float], Tensor]) -> Schedule:
         import torch
 
         # In float64, so that long sequences do not lose the small differences between neighbouring steps.
-        progress = torch.arange(steps, dtype=torch.float64) / steps
+        progress = torch.arange(steps, dtype=torch.float64, device="cpu") / steps
         return 1 + (scale - 1) * function(progress, power)
 
     return schedule
@@ -66,7 +66,7 @@ def lumina_released(steps: int, scale: float, power: float, codes: int) -> Tenso
     """
     import torch
 
-    scales = torch.ones(steps, dtype=torch.float64)
+    scales = torch.ones(steps, dtype=torch.float64, device="cpu")
     if scale > 1:
         for step in range(steps):
             scale = scales[step] = max(4.0, scale * (1 - (step + 2) / (codes / 4)))
@@ -94,7 +94,7 @@ def guidance_scales(
     import torch
 
     if scale == 0:
-        return torch.ones(steps)
+        return torch.ones(steps, dtype=torch.float32)
     scales = SCHEDULES[schedule](steps, scale, power, steps if codes is None else codes)
     if interval is not None:
         step = torch.arange(steps)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _METADATA = "setting"
+LARGEST = 3.4e38  # settings meet logits in float32, where larger numbers are infinite
 _KINDS: dict[str, type] = {
     "float": float,
     "int": int,
@@ -67,6 +68,8 @@ class Setting:
 
     def check(self, value: Any) -> None:
         """Raise `ValueError` unless `value` is of the kind and in the range; it says what it must be."""
+        if isinstance(value, (int, float)) and LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{self.name} must be at most {LARGEST:g}, the most that float32 holds")
         if not self._fits(value):
             off = "" if self.off is None else f" ({self.off}: off)"
             raise ValueError(f"{self.name} must be {self._wanted()}{off}, got {value!r}")

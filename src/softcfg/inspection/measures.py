@@ -12,11 +12,12 @@ from softcfg.decoding.sequential import step_weights
 from softcfg.guidance import settings_of
 from softcfg.inspection.trace import Trace
 from softcfg.models.geometry import Geometry
+from softcfg.nn.precision import as_float64
 
 
 def normalised_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """H(p) / log V of p = softmax(logits / temperature): [..., V] -> [...] in [0, 1]."""
-    probabilities = (logits.double() / temperature).softmax(dim=-1)
+    probabilities = (as_float64(logits) / temperature).softmax(dim=-1)
     return (torch.special.entr(probabilities).sum(dim=-1) / math.log(logits.shape[-1])).float()
 
 
@@ -25,8 +26,8 @@ def branch_distance(trace: Trace) -> Tensor:
 
     The share of the probability that guidance has to move; 0 where the branches agree and guidance does nothing.
     """
-    cond = (trace.cond_logits.double() / trace.temperature).softmax(dim=-1)
-    uncond = (trace.uncond_logits.double() / trace.temperature).softmax(dim=-1)
+    cond = (as_float64(trace.cond_logits) / trace.temperature).softmax(dim=-1)
+    uncond = (as_float64(trace.uncond_logits) / trace.temperature).softmax(dim=-1)
     return ((cond - uncond).abs().sum(dim=-1) / 2).float()
 
 

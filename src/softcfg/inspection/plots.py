@@ -15,6 +15,7 @@ from softcfg.guidance import CONFIDENCES
 from softcfg.inspection import measures
 from softcfg.inspection.trace import Trace
 from softcfg.models.geometry import Geometry
+from softcfg.nn.precision import as_float64
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +131,7 @@ def plot_candidates(trace: Trace, image: int = 0, *, token: int = 0, top: int = 
         "guided": trace.guided_logits,
     }
     probabilities = {
-        name: (logits[image, token].double() / trace.temperature).softmax(-1).cpu().numpy()
+        name: (as_float64(logits[image, token]) / trace.temperature).softmax(-1).cpu().numpy()
         for name, logits in branches.items()
     }
     ranked = np.argsort(-np.max(list(probabilities.values()), axis=0))[:top]

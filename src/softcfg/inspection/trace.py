@@ -12,12 +12,14 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
+from softcfg.decoding.finite import BRANCHES, FiniteLogits
 from softcfg.decoding.sequential import guided_logits, query_weights, step_weights, weak_inputs
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, describe
 from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 from softcfg.version import __version__
 
 WEIGHTS_BY_DEFAULT_UP_TO = 1024  # tokens; beyond, [B, T, T] is hundreds of megabytes
@@ -92,6 +94,7 @@ class Trace:
 
 
 @torch.no_grad()
+@own_dtype()
 def trace(
     generator: Generator,
     *,
@@ -121,7 +124,7 @@ def trace(
         steps_per_pass: tokens replayed at once; bounds the memory of attention, without effect on the result.
 
     Raises:
-        UserError: labels or tokens do not fit the generator.
+        UserError: labels or tokens do not fit the generator, or the logits hold NaN or infinity.
     """
     sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
@@ -138,8 +141,8 @@ def trace(
 
     if value_weights is None:
         value_weights = total <= WEIGHTS_BY_DEFAULT_UP_TO
-    kept = torch.ones(batch, total, total) if value_weights else None
-    confidence = torch.zeros(batch, total, device=generator.device)
+    kept = torch.ones(batch, total, total, dtype=torch.float32) if value_weights else None
+    confidence = torch.zeros(batch, total, dtype=torch.float32, device=generator.device)
     rows = {"cond": cond, "uncond": uncond}
     if guidance.has_third_branch:
         rows["perturbed"] = condition[:batch]
@@ -171,6 +174,9 @@ def trace(
         guided = generator.constrain(cond_logits, steps, cond)
     if perturbed:
         guided = guidance.push_away(guided, cond_logits, perturbed[0], steps)
+    finite = FiniteLogits(batch, BRANCHES[: len(rows)], total, generator.dtype, generator.device)
+    finite.note(steps, (cond_logits, uncond_logits, *perturbed), guided.amax(dim=-1))
+    finite.check()
     return Trace(
         guidance=guidance,
         temperature=sampling.temperature,

@@ -13,6 +13,7 @@ it:
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.decoding import Sampling, draw, image_uniforms
+from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
@@ -32,16 +34,12 @@ from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
 from softcfg.nn.attention import weighted_attention
 from softcfg.nn.position import Position
+from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
-    from transformers.generation import (
-        EosTokenCriteria,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    from transformers.generation import EosTokenCriteria, GenerationMode
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
@@ -49,8 +47,8 @@ except ImportError as error:
 
 ATTENTION = "softcfg"  # its name for `attn_implementation`
 
-# How many attention layers have applied weights so far: a model that loses them on the way would draw plain CFG.
-_weighted_layers: ContextVar[int] = ContextVar("weighted_layers", default=0)
+# Whether each call of `attention` in this pass brought weights: a layer that loses them would draw plain CFG.
+_brought_weights: ContextVar[list[bool] | None] = ContextVar("brought_weights", default=None)
 
 
 def attention(
@@ -83,6 +81,8 @@ def attention(
             boolean mask.
     """
     weighted = any(weights is not None for weights in (value_weights, key_weights, attention_weights))
+    if (calls := _brought_weights.get()) is not None:
+        calls.append(weighted)
     for name in ("s_aux", "softcap", "position_bias", "dropout") if weighted else ("s_aux",):  # sdpa drops sinks
         if isinstance(kwargs.get(name), Tensor) or kwargs.get(name):
             raise UserError(f"{type(module).__name__} has {name}, which the attention {ATTENTION!r} cannot do")
@@ -106,7 +106,6 @@ def attention(
         attention_weights=_fitted(attention_weights, key),
         mask=mask,
     )
-    _weighted_layers.set(_weighted_layers.get() + 1)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -156,7 +155,9 @@ class Prompts:
     """What a batch is conditioned on.
 
     Attributes:
-        input_ids: int64 [B, L], the conditional prompts, left-padded where `attention_mask` [B, L] is 0.
+        input_ids: int64 [B, L], the conditional prompts, left-padded where `attention_mask` [B, L] is 0. Without a
+            mask, padding tokens of the model (unless they end texts too) in front of a prompt are its padding, as in
+            transformers.
         unconditional_ids: int64 [1 or B, U], one for all or one a prompt, of any length, left-padded where
             `unconditional_mask` is 0. Needed where guidance is active.
     """
@@ -168,18 +169,25 @@ class Prompts:
 
     @classmethod
     def batch(cls, prompts: Sequence[Prompts], pad_token_id: int) -> Prompts:
-        """One batch of prompts of one row each, padded on the left to one length."""
-        input_ids, attention_mask = _padded([prompt.input_ids for prompt in prompts], pad_token_id)
-        unconditional = [prompt.unconditional_ids for prompt in prompts if prompt.unconditional_ids is not None]
+        """One batch of prompts of one row each, padded on the left to one length; what is hidden in one is left out."""
+        input_ids, attention_mask = _padded([_seen(p.input_ids, p.attention_mask) for p in prompts], pad_token_id)
+        unconditional = [
+            _seen(p.unconditional_ids, p.unconditional_mask) for p in prompts if p.unconditional_ids is not None
+        ]
         if len(unconditional) < len(prompts):
             return cls(input_ids, attention_mask=attention_mask)
         unconditional_ids, unconditional_mask = _padded(unconditional, pad_token_id)
         return cls(input_ids, unconditional_ids, attention_mask, unconditional_mask)
 
 
-def _padded(rows: Sequence[Any], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids [L] or [1, L] of several rows as one batch [B, L], padded on the left, and its mask."""
-    ids = [torch.as_tensor(row).flatten() for row in rows]
+def _seen(ids: Any, mask: Any) -> Tensor:
+    """The ids [L] or [1, L] of one row that its mask does not hide."""
+    ids = torch.as_tensor(ids).flatten()
+    return ids if mask is None else ids[torch.as_tensor(mask).flatten().bool()]
+
+
+def _padded(ids: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids [L] of several rows as one batch [B, L], padded on the left, and its mask."""
     longest = max(map(len, ids))
     padded = torch.stack([F.pad(row, (longest - len(row), 0), value=pad_token_id) for row in ids])
     mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in ids])
@@ -331,16 +339,32 @@ class TransformersGenerator(Generator):
             inputs["attention_mask"] = (slots >= condition.padding[:, None]).long()
         if "position_ids" in self._arguments:
             inputs["position_ids"] = position.index(filled - start, condition.padding)
-        before = _weighted_layers.get()
         predicting = position.first_predicting(condition.slots)
-        logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
-        if weights and _weighted_layers.get() == before:
+        calls: list[bool] = []
+        outer = _brought_weights.set(calls)
+        try:
+            logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
+        finally:
+            _brought_weights.reset(outer)
+        if weights:
+            self._require_weighted(calls, cache)
+        return logits.to(tokens.device)
+
+    def _require_weighted(self, calls: list[bool], cache: Any) -> None:
+        """Raise a `UserError` unless every attention layer took the weights: all calls, and as many as keep keys."""
+        cached = sum(getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", ()))
+        layers = max(len(calls), cached)
+        if not any(calls):
             raise UserError(
                 f"no attention layer of {type(self.model).__name__} saw the weights of SoftCFG: call "
                 f"model.set_attn_implementation({ATTENTION!r}) first; if that was done, its layers do not hand "
                 "keyword arguments to transformers' AttentionInterface"
             )
-        return logits.to(tokens.device)
+        if sum(calls) < layers:
+            raise UserError(
+                f"{layers - sum(calls)} of the {layers} attention layers of {type(self.model).__name__} did not see "
+                "the weights of SoftCFG: they do not hand keyword arguments to transformers' AttentionInterface"
+            )
 
     def new_cache(self, condition: Condition) -> Any:
         """An empty cache of transformers for the rows of `condition`."""
@@ -369,12 +393,24 @@ class TransformersGenerator(Generator):
     def _prompts(self, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
         """Checked ids [B, L] on the device of the model, and the number of leading slots [B] that are padding."""
         ids = as_ids(ids, name, self.model.get_input_embeddings().num_embeddings).to(self.device)
-        visible = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).to(self.device).long()
+        visible = self._behind_padding(ids) if mask is None else torch.as_tensor(mask).to(self.device).long()
         if ids.dim() != 2 or not ids.numel() or visible.shape != ids.shape:
             raise UserError(f"{name} and their mask must be [B, L], got {list(ids.shape)} and {list(visible.shape)}")
         if not visible[:, -1].all() or (visible.diff(dim=1) < 0).any():
             raise UserError(f"{name} must be padded on the left")
         return ids, (visible == 0).sum(dim=1)
+
+    def _behind_padding(self, ids: Tensor) -> Tensor:
+        """The mask of prompts that came without: 0 for padding tokens in front of others."""
+        configs = (getattr(self.model, "generation_config", None), self.model.config.get_text_config(decoder=True))
+        pad, end = (
+            next((found for c in configs if (found := getattr(c, name, None)) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        if ids.dim() != 2 or pad is None or pad in (end if isinstance(end, list) else [end]):
+            return torch.ones_like(ids)
+        text = ids != pad
+        return ((text.cumsum(dim=1) > 0) | ~text.any(dim=1, keepdim=True)).long()
 
     def _logits(self, prompt: Tensor, tokens: Tensor, first: int, inputs: dict[str, Any]) -> Tensor:
         """Logits behind the inputs from index `first` on; `prompt` [rows, 0] where it was fed before."""
@@ -520,6 +556,7 @@ class ImageGenerator(TransformersGenerator):
 
 
 @torch.no_grad()  # not inference_mode: the tokens may go on into the caller's autograd
+@own_dtype()
 def decode(
     model: Any,
     input_ids: Tensor,
@@ -538,6 +575,7 @@ def decode(
     stopping_criteria: Sequence[Callable[[Tensor, None], Tensor]] = (),
     pad_token_id: int = 0,
     cache: str | Any = "dynamic",
+    on_tokens: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Draw image tokens after prompts.
 
@@ -554,12 +592,14 @@ def decode(
             returns True (bool [B]) get `pad_token_id` from then on, and decoding ends when all rows are done.
         pad_token_id: also fills the shorter prompts on the left; no query sees it.
         cache: "dynamic", "static", or an empty cache of transformers with room for the rows of both branches.
+        on_tokens: called with the tokens so far, int64 [B, n], after every step.
 
     Returns:
         int64 [B, T], or fewer columns where stopping criteria ended all rows.
 
     Raises:
-        UserError: prompts, masks, image codes or the cache do not fit, or the weights do not reach the attention.
+        UserError: prompts, masks, image codes or the cache do not fit, the weights do not reach every attention layer,
+            or the logits hold NaN or infinity.
     """
     codes = None if image_codes is None else torch.as_tensor(image_codes)
     by_step = codes is not None and codes.dtype == torch.bool
@@ -583,22 +623,66 @@ def decode(
         decoder.cache = cache
 
     batch = decoder.batch
-    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens).to(generator.device)
+    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens)
+    uniforms = on_device(uniforms, generator.device)
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):
         at = decoder.step(step)
         drawn = draw(decoder.predict(at, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
+        if generator.device.type == "cpu":
+            decoder.finite.check(step)
         decoder.record(at, drawn)
         if codes is not None and not by_step:
             decoder.confidence[:, step] *= torch.isin(drawn, codes)
         tokens[:, step] = drawn
+        if on_tokens is not None:
+            on_tokens(tokens[:, : step + 1])
         for criterion in stopping_criteria:
             so_far = torch.cat((condition.conditional(batch), tokens[:, : step + 1]), dim=1)
             done = done | criterion(so_far, None).to(done.device)
         if len(stopping_criteria) and done.all():
-            return tokens[:, : step + 1]
+            tokens = tokens[:, : step + 1]
+            break
+    if generator.device.type != "cpu":
+        decoder.finite.check()
     return tokens
+
+
+@dataclass(frozen=True)
+class _Processed(Sampling):
+    """Drawing from logits to which processors of transformers have done everything, the temperature included.
+
+    Attributes:
+        temperature: that of the confidences.
+        greedy: take the first of the most likely tokens.
+    """
+
+    greedy: bool = False
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """See `Sampling.probabilities`."""
+        logits = logits.float()
+        if not self.greedy:
+            return logits.softmax(dim=-1)
+        most, token = logits.max(dim=-1, keepdim=True)
+        one = most - most + 1  # NaN where there is nothing to choose from
+        return one * (torch.arange(logits.shape[-1], device=logits.device) == token)
+
+
+@dataclass(frozen=True)
+class _OutsideOfImages:
+    """An end token that ends nothing where it is an image code, by its id or by the step (see `decode`)."""
+
+    criterion: EosTokenCriteria
+    codes: Tensor
+    prompt_length: int
+
+    def __call__(self, ids: Tensor, scores: None) -> Tensor:
+        codes = self.codes.to(ids.device)
+        by_step = codes.dtype == torch.bool
+        is_code = codes[ids.shape[1] - self.prompt_length - 1] if by_step else torch.isin(ids[:, -1], codes)
+        return self.criterion(ids, scores) & ~is_code
 
 
 def generate(
@@ -615,12 +699,14 @@ def generate(
     head: ImageHead | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    streamer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """The decoding loop for `model.generate(..., custom_generate=generate, guidance=..., unconditional_ids=...)`.
 
-    Length, temperature, top-k, top-p, greedy decoding (`do_sample=False`), token rules, stopping and the cache
-    (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is as in `decode`.
+    Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
+    the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
+    as in `decode`. An end token among the image codes ends nothing.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.
@@ -632,6 +718,12 @@ def generate(
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("return_dict_in_generate", False)):
         if getattr(config, name) not in (None, usual):
             raise UserError(f"{name}={getattr(config, name)} does not go with softcfg's decoding")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UserError(f"{mode.value.replace('_', ' ')} does not go with softcfg's decoding")
+    caller = sys._getframe(1)
+    if streamer is None and caller.f_code.co_name == "generate":  # which hands it to its own loops alone
+        streamer = caller.f_locals.get("streamer")
     attention_mask = model_kwargs.pop("attention_mask", None)
     cache = model_kwargs.pop("past_key_values", None)
     if cache is None:
@@ -649,12 +741,14 @@ def generate(
         unconditional_ids = unconditional_ids.repeat_interleave(copies, dim=0)
         if unconditional_mask is not None:
             unconditional_mask = unconditional_mask.repeat_interleave(copies, dim=0)
-    if config.do_sample:
-        sampling = Sampling(config.temperature or 1.0, config.top_k or 0, config.top_p or 1.0)
-    else:
-        sampling = Sampling(top_k=1)
-    # `Sampling` does what these do.
-    warpers = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    sampling = _Processed(config.temperature or 1.0) if config.do_sample else _Processed(greedy=True)
+    # An image head's tokens are no text, and none of them is the end of it.
+    criteria = [c for c in stopping_criteria if head is None or not isinstance(c, EosTokenCriteria)]
+    if image_codes is not None:
+        image_codes, length = torch.as_tensor(image_codes), input_ids.shape[1]
+        criteria = [
+            _OutsideOfImages(c, image_codes, length) if isinstance(c, EosTokenCriteria) else c for c in criteria
+        ]
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     pad = config.pad_token_id if config.pad_token_id is not None else end
     tokens = decode(
@@ -670,10 +764,12 @@ def generate(
         sampling=sampling,
         seed=seed,
         indices=indices,
-        logits_processor=[processor for processor in logits_processor if not isinstance(processor, warpers)],
-        # An image head's tokens are no text, and none of them is the end of it.
-        stopping_criteria=[c for c in stopping_criteria if head is None or not isinstance(c, EosTokenCriteria)],
+        logits_processor=logits_processor,
+        stopping_criteria=criteria,
         pad_token_id=pad or 0,
         cache=cache,
+        on_tokens=None if streamer is None else lambda tokens: streamer.put(tokens[:, -1].cpu()),
     )
+    if streamer is not None:
+        streamer.end()
     return torch.cat((input_ids, tokens.to(input_ids.device)), dim=1)

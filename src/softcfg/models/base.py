@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.models.conditioning import Conditioning, LabelConditioning
@@ -15,6 +15,7 @@ from softcfg.models.ids import as_ids as as_ids
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
 from softcfg.nn.position import Position
+from softcfg.nn.precision import KeepsTables
 from softcfg.nn.rotary import Rotary
 
 LabelsLike = Any  # a tensor, array or sequence of class ids
@@ -81,7 +82,7 @@ class ClassCondition(Condition):
         return ClassCondition(self.classes[rows], self.slots, self.num_tokens)
 
 
-class Generator(nn.Module, ABC):
+class Generator(KeepsTables, ABC):
     """A decoder-only transformer that predicts image tokens under a condition.
 
     A family implements `condition`, `embed_condition`, `embed_tokens`, `logits` and, as its positions need,

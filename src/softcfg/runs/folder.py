@@ -257,7 +257,9 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
             f"{path} was altered: its checksum is wrong; put back the one that the run was drawn with. The shards are "
             f"left as they are{_newer(settings)}"
         )
-    kinds = {"model": str, "command": str, "environment": list, "guidance": dict, "sampling": dict, "dtype": str}
+    texts: dict[str, type] = dict.fromkeys(("model", "command", "dtype", "task", "negative_text"), str)
+    mappings: dict[str, type] = dict.fromkeys(("guidance", "sampling", "generator", "tokenizer", "image"), dict)
+    kinds = {**texts, **mappings, "environment": list, "prompts": list, "width": int, "height": int}
     for name, kind in kinds.items():
         if not isinstance(settings.get(name, kind()), kind):
             raise UserError(f"{path} is not the settings of a run: {name} is {quote(settings[name])}")

@@ -17,7 +17,7 @@ from softcfg.files import make_folder
 from softcfg.guidance import CFG
 from softcfg.models.base import as_ids
 from softcfg.pipeline import Pipeline
-from softcfg.runs.folder import RunFolder
+from softcfg.runs.folder import SETTINGS, RunFolder
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import RANDOM, Prompts
 from softcfg.runs.processes import Processes
@@ -257,8 +257,11 @@ def decode_run(
     processes = processes or Processes()
     with termination_raises():
         refuse_if_busy(folder, processes)
+        known = source.settings.get("tokenizer", {}).get("config")
+        if "model" not in source.settings or not isinstance(known, dict):
+            raise UserError(f"{source.path / SETTINGS} does not say with which tokenizer the run was drawn")
         entry = resolve(model or source.settings["model"])
-        config = entry.tokenizer.config if model else source.settings["tokenizer"]["config"]
+        config = entry.tokenizer.config if model else known
         checkpoint = tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
         device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = load_tokenizer(entry, config, checkpoint, device)

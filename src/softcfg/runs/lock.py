@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
 import socket
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from softcfg.errors import UserError
 from softcfg.files import open_own, open_regular
 
 NAME = "run.lock"
 LONGEST = 1000  # bytes that say who holds the lock
+LOCKED_BYTE = 1 << 30  # Windows locks bytes, which nobody else can read: one far behind the text
 
 
 class Lock:
     """A lock on a folder that the operating system takes away when its holder ends, however it ends.
 
     The file says who holds the lock; it stays when the lock is gone. It works over NFS where the mount has
-    locks. On a file system without any, a warning takes their place.
+    locks, and on Windows. On a file system without any, a warning takes their place.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,15 +39,13 @@ class Lock:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise UserError(
-                f"{folder} is in use by {holder(folder) or 'another job'}; wait for it or end it first"
-            ) from error
+            free = _lock(self._file)
         except OSError as error:
             print(f"softcfg: {path} cannot be locked ({error.strerror}): start no second job on it", file=sys.stderr)
             return
+        if not free:
+            self._file.close()
+            raise UserError(f"{folder} is in use by {holder(folder) or 'another job'}; wait for it or end it first")
         if os.fstat(self._file.fileno()).st_nlink > 1:
             return  # the file has another name as well, and what is in it may be something else's
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -73,14 +73,49 @@ def holder(folder: Path) -> str | None:
     """Who works in the folder now, for a sentence; None if nobody does."""
     try:
         with open_regular(folder / NAME) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if _lock(file, probe=True):
                 return None
-            except BlockingIOError:
-                pass
             who = json.loads(file.read(LONGEST) or b"{}")
             return f"process {who['pid']} on {who['host']} (since {who['since']})"
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another job"
     except OSError:
         return None
+
+
+def _lock(file: BinaryIO, *, probe: bool = False) -> bool:
+    """Lock a file that was just opened, until it is closed; return False if somebody else holds the lock.
+
+    Args:
+        probe: only see whether it is free; others that look as well do not count.
+
+    Raises:
+        OSError: there are no locks here.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_byte(file, probe)
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if probe else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_byte(file: BinaryIO, probe: bool) -> bool:
+    """The same on Windows."""
+    try:
+        import msvcrt
+    except ImportError as error:
+        raise OSError(errno.ENOSYS, "this system has no locks") from error
+    modes = [msvcrt.LK_NBLCK, *([msvcrt.LK_UNLCK] if probe else [])]  # type: ignore[attr-defined,unused-ignore]
+    try:
+        for mode in modes:
+            os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), mode, 1)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        return False
+    finally:
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+    return True

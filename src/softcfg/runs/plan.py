@@ -43,9 +43,15 @@ class Prompts:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Prompts | None:
-        """The prompts in the settings of a run, None where classes are drawn."""
+        """The prompts in the settings of a run, None where classes are drawn.
+
+        Raises:
+            UserError: they are not prompts, or have no size.
+        """
         if "prompts" not in settings:
             return None
+        if not all(isinstance(text, str) for text in settings["prompts"]) or not {"width", "height"} <= set(settings):
+            raise UserError("the settings of the run have prompts that are no texts, or of no size")
         return cls(
             tuple(settings["prompts"]),
             settings["width"],

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
+from softcfg.nn.precision import KeepsTables, own_dtype
 
 # Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
 DISTANCES_AT_ONCE = 2**24
@@ -55,7 +56,7 @@ class Codebook(nn.Module):
         return torch.cat(codes).view(latents.shape[:-1])
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(KeepsTables):
     """Base of the image tokenizers: int64 tokens [B, T] to pixels [B, 3, H, W] in [0, 1] and back.
 
     A subclass sets the attributes below, gives `encode_latents` and `decode_latents`, and holds its codes in
@@ -92,6 +93,7 @@ class Tokenizer(nn.Module):
         return self.quantize.lookup(tokens).transpose(1, 2).unflatten(2, grid or self.latent_size)
 
     @torch.no_grad()
+    @own_dtype()
     def decode(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
         """Turn tokens into images.
 
@@ -104,11 +106,14 @@ class Tokenizer(nn.Module):
             float32 [B, 3, H, W], clamped to [0, 1], on the device of the tokenizer.
 
         Raises:
-            UserError: wrong shape, type, or a token outside the codebook.
+            UserError: wrong shape, type, or a token outside the codebook; or the decoder's output is NaN or infinite.
         """
-        return self.decode_raw(tokens, grid).float().clamp(0, 1)
+        pixels = self.decode_raw(tokens, grid).float()
+        self._require_finite(pixels, "pixels of its decoder")
+        return pixels.clamp(0, 1)
 
     @torch.no_grad()
+    @own_dtype()
     def decode_raw(self, tokens: Any, grid: tuple[int, int] | None = None) -> Tensor:
         """Like `decode`, in the tokenizer's own dtype and before the clamp."""
         tokens = _as_tensor(tokens, "tokens")
@@ -119,6 +124,7 @@ class Tokenizer(nn.Module):
         return self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
 
     @torch.no_grad()
+    @own_dtype()
     def encode(self, pixels: Any) -> Tensor:
         """Turn images into tokens.
 
@@ -129,13 +135,27 @@ class Tokenizer(nn.Module):
             int64 [B, T] in raster order, on the device of the tokenizer.
 
         Raises:
-            UserError: wrong shape or type, a value outside [0, 1] or not a number.
+            UserError: wrong shape or type, a value outside [0, 1] or not a number; or the encoder's output is NaN or
+                infinite.
         """
-        return self.quantize_latents(self.encode_latents(self._checked_pixels(pixels)))
+        latents = self.encode_latents(self._checked_pixels(pixels))
+        self._require_finite(latents, "latents of its encoder")
+        return self.quantize_latents(latents)
 
     def to_uint8(self, pixels: Tensor) -> Tensor:
         """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3], as the released code does."""
         return to_uint8(pixels, rounded=self.rounds)
+
+    def _require_finite(self, values: Tensor, name: str) -> None:
+        """Raise a `UserError` unless all `values` [B, ...] are numbers; a NaN would become a black pixel."""
+        sums = values.flatten(1).sum(dim=1, dtype=torch.float32)  # one pass, and no memory
+        if not sums.isfinite().all():
+            bad = int((~sums.isfinite()).nonzero()[0])
+            raise UserError(
+                f"image {bad}: the {name} are not finite, computed in {_dtype_name(self.quantize.embedding.weight)}; "
+                "the tokenizer's weights are damaged (get them again), or its numbers are too large for this dtype "
+                "(load it in float32)"
+            )
 
     def _checked_grid(self, grid: tuple[int, int] | None) -> tuple[int, int]:
         if grid is None or grid == self.latent_size:

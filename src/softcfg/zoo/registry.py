@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parent / "bundled"
 PUBLISHED = Path(__file__).parent / "published"
 
+DTYPES = {name: name for name in ("float32", "float16", "bfloat16")}
 LARGEST_SETTING = 1e9  # of the default sampling
 
 Named = TypeVar("Named")
@@ -330,6 +331,11 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             raise UserError(f"{path}: {key} must be {kinds[kind]}, got {quote(value)}")
         return value
 
+    def number(key: str, value: Any) -> Any:
+        if not isinstance(value, (int, float)) or not abs(value) <= LARGEST_SETTING:
+            raise UserError(f"{path}: {key} must be a number, got {quote(value)}")
+        return value
+
     def file(where: Mapping[str, Any], key: str, default: str | None = None) -> ModelFile:
         if isinstance(where.get(key), dict) and folder is None:
             return ModelFile(**where[key])
@@ -343,7 +349,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             file(section, "checkpoint", f"{key}.safetensors"),
             expect(int, section, "parameters", 0) or None,
             file(section, "config_file") if "config_file" in section else None,
-            expect(str, section, "dtype", "float32"),
+            find(DTYPES, expect(str, section, "dtype", "float32"), f"{path}: {key} has no dtype"),
         )
 
     def text() -> TextComponent:
@@ -359,15 +365,15 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
     for key, value in sampling.items():
         if key == "schedule":
             expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
-        elif not isinstance(value, (int, float)) or not abs(value) <= LARGEST_SETTING:
-            raise UserError(f"{path}: sampling.{key} must be a number, got {quote(value)}")
+        else:
+            number(f"sampling.{key}", value)
     return ModelEntry(
         expect(str, content, "name"),
         component("generator", GENERATORS),
         component("tokenizer", TOKENIZERS),
         expect(str, content, "description", ""),
         sampling,
-        content.get("fid"),
+        None if content.get("fid") is None else number("fid", content["fid"]),
         tuple(str(name) for name in expect(list, content, "classes", [])),
         text() if "text" in content else None,
     )

@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcfg.errors import CheckpointError, UserError
+from softcfg.errors import CheckpointError, UserError, quote
+from softcfg.files import is_file, is_folder
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
+from softcfg.models.text import plain_tokenizer
+from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
+from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
 
 if TYPE_CHECKING:
     from softcfg.models.llamagen_t2i.generator import LlamaGenT2I
@@ -109,7 +113,7 @@ def clean_caption(caption: str, passes: int = PASSES) -> str:
     try:
         caption.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"a caption must be valid Unicode text, got {caption[:40]!r}") from error
+        raise UserError(f"a caption must be valid Unicode text, got {quote(caption)}") from error
     for _ in range(passes):
         caption = _clean_once(caption)
     return caption
@@ -165,21 +169,23 @@ class CaptionEncoder:
             raise UserError(
                 "encoding captions needs transformers: install it with pip install 'softcfg[llamagen-t2i]'"
             ) from error
-        from tokenizers import Tokenizer
-
+        path = folder / "tokenizer.json"
+        self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path), path), path)
+        self.tokenizer.enable_truncation(most)
+        # The library opens whatever has the name of a file that it looks for.
+        if strange := [entry for entry in folder.iterdir() if not (is_file(entry) or is_folder(entry))]:
+            raise CheckpointError(f"{strange[0]} is no regular file, so the text encoder beside it is not read")
         try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self.tokenizer.no_padding()
-            self.tokenizer.enable_truncation(most)
             model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         except Exception as error:  # the libraries raise plain exceptions
             raise CheckpointError(f"the text encoder in {folder} is incomplete or damaged ({error})") from error
         self.model = model.to(device).eval()
 
     @torch.no_grad()
+    @own_dtype()
     def encode(self, caption: str) -> Tensor:
         """Return the features [n, width] of a cleaned caption of n tokens."""
-        ids = torch.tensor([self.tokenizer.encode(caption).ids], device=self.model.device)
+        ids = torch.tensor([text_ids(self.tokenizer, caption, specials=True)], device=self.model.device)
         features: Tensor = self.model(input_ids=ids).last_hidden_state[0]
         return features
 

@@ -19,6 +19,7 @@ from softcfg.models.base import Condition
 from softcfg.models.llamagen import LlamaGenBody, LlamaGenConfig
 from softcfg.models.llamagen_t2i.captions import LlamaGenCaptions
 from softcfg.nn.linear import Linear
+from softcfg.nn.precision import own_dtype
 
 EXAMPLE_TOKENS = 32
 
@@ -101,6 +102,7 @@ class LlamaGenT2I(LlamaGenBody):
         super().__init__(config)
         self.cls_embedding = CaptionEmbedding(config.cls_token_num, config.caption_dim, config.dim)
 
+    @own_dtype()
     def condition(self, captions: Sequence[Tensor], *, guided: bool) -> CaptionCondition:
         """The condition of a batch; see `Generator.condition`.
 

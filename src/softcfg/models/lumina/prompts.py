@@ -17,8 +17,9 @@ from softcfg.errors import CheckpointError, UserError, quote
 from softcfg.images import read_picture
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
+from softcfg.models.text import TOKENIZER, TextTokenizer
 from softcfg.prompts import Prompt
-from softcfg.text_tokenizers import check_template, read_tokenizer_json, text_ids, text_tokenizer
+from softcfg.text_tokenizers import check_template
 
 if TYPE_CHECKING:
     from softcfg.models.lumina.generator import Lumina
@@ -55,7 +56,6 @@ SPECIAL_TOKENS = {
 }
 SIZE_TOKEN = "<reserved{:05d}>"  # 8800 + the side in grid cells
 SIZES = range(1, 25)  # in grid cells
-TOKENIZER = "tokenizer"  # the role of tokenizer.json among the files of a model
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,17 @@ def check_task(prompt: Prompt) -> None:
 
 def sentence(prompt: Prompt, width: int, height: int, template: str = TEXT_TO_IMAGE) -> str:
     """The text that the model reads; `template` is that of prompts without a task."""
+    template, values = _filled_in(prompt, width, height, template)
+    return template.format(**values)
+
+
+def _filled_in(prompt: Prompt, width: int, height: int, template: str) -> tuple[str, dict[str, Any]]:
+    """The template of the prompt's task, and what stands in its fields."""
+    values: dict[str, Any] = {"width": width, "height": height, "prompt": prompt.text}
     if prompt.task is None:
-        return template.format(width=width, height=height, prompt=prompt.text)
+        return template, values
     halves = ("lower", "upper") if prompt.image is None else ("upper", "lower")
-    words = tasks(prompt)[prompt.task]
-    return DUAL_PANEL.format(
-        width=width, height=height, map_half=halves[0], map=words, image_half=halves[1], prompt=prompt.text
-    )
+    return DUAL_PANEL, {**values, "map_half": halves[0], "map": tasks(prompt)[prompt.task], "image_half": halves[1]}
 
 
 class PromptReader:
@@ -117,7 +121,7 @@ class PromptReader:
 
     def __init__(self, path: str | Path, template: str = TEXT_TO_IMAGE) -> None:
         check_template(template, TEMPLATE_FIELDS)
-        self.tokenizer = text_tokenizer(read_tokenizer_json(path), path)
+        self.tokenizer = TextTokenizer(path)
         self.path = Path(path)
         self.template = template
 
@@ -127,9 +131,9 @@ class PromptReader:
         Raises:
             CheckpointError: the tokens of the sizes do not follow one another.
         """
-        named = {field: self.tokenizer.token_to_id(name) for field, name in SPECIAL_TOKENS.items()}
+        named = {field: self.tokenizer.find(name) for field, name in SPECIAL_TOKENS.items()}
         found = {field: token for field, token in named.items() if token is not None}
-        sizes = [self.tokenizer.token_to_id(SIZE_TOKEN.format(8800 + cells)) for cells in SIZES]
+        sizes = [self.tokenizer.find(SIZE_TOKEN.format(8800 + cells)) for cells in SIZES]
         if sizes[0] is not None:
             if sizes != list(range(sizes[0], sizes[0] + len(sizes))):
                 raise CheckpointError("the tokens of image sizes in tokenizer.json do not follow one another")
@@ -137,8 +141,8 @@ class PromptReader:
         return found
 
     def text_ids(self, prompt: Prompt, width: int, height: int) -> list[int]:
-        """The tokens of the prompt's sentence, without those that open and close a prompt."""
-        return text_ids(self.tokenizer, sentence(prompt, width, height, self.template))
+        """The tokens of the prompt's sentence, without those that open and close a prompt; its text is text alone."""
+        return self.tokenizer.ids(self.tokenizer.pieces(*_filled_in(prompt, width, height, self.template)))
 
 
 class LuminaPrompts(PromptConditioning):

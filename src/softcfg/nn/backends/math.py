@@ -42,7 +42,7 @@ class Math(AttentionBackend):
             probabilities = weigh(probabilities, _per_score(context.value_weights))
         out = probabilities.to(value.dtype).view(rows, key_heads, -1, slots) @ value
         out = out.view(rows, heads, new, -1)
-        return out if context.mask is None else out.nan_to_num(0.0)  # queries in the padding see nothing
+        return call.zero_blind(out, visible)
 
 
 def _per_score(weights: Tensor) -> Tensor:

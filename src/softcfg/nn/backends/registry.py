@@ -64,6 +64,17 @@ class AttentionCall:
         causal = causal[None, None]
         return causal if padded is None else causal & padded
 
+    def zero_blind(self, out: Tensor, visible: Tensor | None) -> Tensor:
+        """`out` with zeros for the queries that see nothing, as those in the padding; any other NaN stays one.
+
+        Args:
+            out: the attention [rows, heads, n, head_dim].
+            visible: what `visible()` gave.
+        """
+        if self.context.mask is None or visible is None:
+            return out
+        return out.masked_fill(~visible.any(dim=-1, keepdim=True), 0)
+
 
 class BackendUnavailableError(RuntimeError):
     """Raised by a backend that turns out not to run on this machine."""

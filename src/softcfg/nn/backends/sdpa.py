@@ -31,4 +31,4 @@ class SDPA(AttentionBackend):
             return F.scaled_dot_product_attention(call.query, key, value, is_causal=new > 1, enable_gqa=grouped)
         visible = call.visible()
         out = F.scaled_dot_product_attention(call.query, key, value, attn_mask=visible, enable_gqa=grouped)
-        return out if call.context.mask is None else out.nan_to_num(0.0)  # queries in the padding see nothing
+        return call.zero_blind(out, visible)

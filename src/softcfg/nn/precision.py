@@ -1,0 +1,54 @@
+"""Dtypes: that of a model's weights is that of its numbers, whatever is set around it; float64 where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that have it
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's GPUs do not."""
+    return device.type not in WITHOUT_FLOAT64
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64: on its device, or on the CPU where the device has none."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+
+
+@contextlib.contextmanager
+def own_dtype() -> Iterator[None]:
+    """Context (or decorator) in which no autocast is on."""
+    with contextlib.ExitStack() as stack:
+        for device in AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class KeepsTables(nn.Module):
+    """A module whose tables, buffers that no checkpoint has, keep their dtype when its weights get another one.
+
+    Angles of rotations in bfloat16 would tell few positions apart.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # what `to` and its kin call
+        tables: list[tuple[dict[str, Any], str, Tensor]] = [
+            (module._buffers, name, table)
+            for module in (self.modules() if recurse else [self])
+            for name in module._non_persistent_buffers_set
+            if (table := module._buffers.get(name)) is not None
+        ]
+        super()._apply(fn, recurse)
+        for buffers, name, table in tables:
+            moved = buffers[name]
+            if moved is not None and moved.dtype != table.dtype:
+                buffers[name] = table.to(moved.device)
+        return self
