@@ -137,3 +137,22 @@ def test_what_it_takes() -> None:
     assert not SoftCFG(3.0).has_third_branch
     with pytest.raises(ValueError, match="perturbation_scale must be a finite number >= 0"):
         CFG(perturbation_scale=-1.0)
+
+
+def test_logits_that_are_no_numbers(pipe: Pipeline) -> None:
+    """The branch that they are of is named."""
+    forward = type(pipe.generator).forward
+
+    def broken(
+        self: object, condition: object, *args: object, attention_weights: object = None, **kwargs: object
+    ) -> object:
+        logits = forward(self, condition, *args, **kwargs)  # type: ignore[arg-type]
+        return logits if attention_weights is None else logits * float("nan")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.generator), "forward", broken)
+        for name, branch in (("pag", "perturbed"), ("cfg+pag", "perturbed")):
+            with pytest.raises(softcfg.UserError, match=f"the {branch} logits of row 0 at step"):
+                pipe([0, 1], GUIDANCE[name])
+            with pytest.raises(softcfg.UserError, match=f"the {branch} logits of row 0 at step"):
+                softcfg.trace(pipe.generator, labels=[0], tokens=[[0] * 16], guidance=GUIDANCE[name])

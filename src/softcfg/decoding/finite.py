@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from softcfg.errors import UserError
+from softcfg.guidance import CFG
 
-BRANCHES = ("", "unconditional ")
+BRANCHES = ("", "unconditional ", "perturbed ")
+
+
+def branches_of(guidance: CFG) -> list[str]:
+    """The branches that guidance has, in the order of their logits: the conditional one, which needs no name, first."""
+    there = (True, guidance.is_active, guidance.has_third_branch)
+    return [name for name, is_there in zip(BRANCHES, there, strict=True) if is_there]
 
 
 class FiniteLogits:
@@ -20,16 +28,19 @@ class FiniteLogits:
 
     Args:
         batch: B, images.
-        branches: 2 with unconditional rows, else 1.
+        branches: their names as adjectives, see `branches_of`.
         steps: T.
         dtype: of the model, for the message.
     """
 
-    def __init__(self, batch: int, branches: int, steps: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, batch: int, branches: Sequence[str], steps: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._batch = batch
+        self._branches = branches
         self._dtype = str(dtype).removeprefix("torch.")
         # Of each branch, and last of what the tokens are drawn from.
-        self._seen = torch.zeros((branches + 1) * batch, steps, dtype=torch.float32, device=device)
+        self._seen = torch.zeros((len(branches) + 1) * batch, steps, dtype=torch.float32, device=device)
 
     def note(self, steps: Tensor, logits: tuple[Tensor, ...], outcome: Tensor) -> None:
         """Note the logits of some steps.
@@ -60,7 +71,7 @@ class FiniteLogits:
         line = int(bad[:, column].nonzero()[0])
         branch, row = divmod(line, self._batch)
         where = f"of row {row} at step {first + column}"
-        if branch == len(seen) // self._batch - 1:
+        if branch == len(self._branches):
             raise UserError(
                 f"there is nothing to draw from in the guided logits {where}, though those of the model, computed in "
                 f"{self._dtype}, are finite: guidance overflows, the temperature is too small or every code is ruled "
@@ -73,4 +84,4 @@ class FiniteLogits:
             if self._dtype in ("float32", "float64")
             else "try dtype=float32; if that does not help, the weights are damaged: get them again"
         )
-        raise UserError(f"the {BRANCHES[branch]}logits {where} {what}, computed in {self._dtype}: {advice}")
+        raise UserError(f"the {self._branches[branch]}logits {where} {what}, computed in {self._dtype}: {advice}")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.finite import FiniteLogits
+from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
 from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
 from softcfg.errors import UserError
@@ -122,7 +122,7 @@ class JacobiDecoder:
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         codes = generator.is_code(torch.arange(total, device=device), condition)
         self._codes = None if codes is None else codes.expand(self.batch, -1)
-        self._finite = FiniteLogits(self.batch, condition.rows // self.batch, total, generator.dtype, device)
+        self._finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
         self._passes = 0
         self._end = 0  # of the farthest window
@@ -212,7 +212,7 @@ class JacobiDecoder:
             guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)
         if self.guidance.has_third_branch:
             guided = self.guidance.push_away(guided, cond, others[-1], steps)
-        return (cond, *others)[: self.condition.rows // self.batch], guided
+        return (cond, *others), guided
 
     def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:
         condition = self._parts[part]

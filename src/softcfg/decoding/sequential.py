@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.finite import FiniteLogits
+from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.graphs import repeat
 from softcfg.decoding.randomness import on_device
 from softcfg.errors import UserError
@@ -159,12 +159,12 @@ class Decoder:
         self.rule_state: Tensor | None = None
         self.third = condition[: self.batch] if guidance.has_third_branch else None
         self._third_cache = None if self.third is None else generator.new_cache(self.third)
-        weighted = condition if self.third is None else self.third
-        self._weights = torch.ones(weighted.rows, condition.slots + total, dtype=torch.float32, device=device)
+        rows = condition.rows if self.third is None else self.third.rows
+        self._weights = torch.ones(rows, condition.slots + total, dtype=torch.float32, device=device)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
-        self.finite = FiniteLogits(self.batch, condition.rows // self.batch, total, generator.dtype, device)
+        self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
     def step(self, number: int) -> Step:
         """The step that draws token `number`."""
@@ -214,11 +214,13 @@ class Decoder:
             self._keep(None if states is None else states[:, -1])
         else:
             guided = self.generator.constrain(guided[:, None], at, self.condition)
+        seen = [logits[:, None]]
         if self.third is not None:
-            guided = self.guidance.push_away(guided, self._cond_logits[:, None], perturbed[:, None], at)
+            seen.append(perturbed[:, None])
+            guided = self.guidance.push_away(guided, self._cond_logits[:, None], seen[1], at)
         probabilities = self.sampling.probabilities(guided[:, 0])
         # All of a row's are NaN where its logits are no numbers.
-        self.finite.note(at, (logits[:, None],), probabilities[:, :1])
+        self.finite.note(at, tuple(seen), probabilities[:, :1])
         return probabilities
 
     def _forward(

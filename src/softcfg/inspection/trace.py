@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
-from softcfg.decoding.finite import FiniteLogits
+from softcfg.decoding.finite import BRANCHES, FiniteLogits
 from softcfg.decoding.sequential import guided_logits, query_weights, step_weights, weak_inputs
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
@@ -174,8 +174,8 @@ def trace(
         guided = generator.constrain(cond_logits, steps, cond)
     if perturbed:
         guided = guidance.push_away(guided, cond_logits, perturbed[0], steps)
-    finite = FiniteLogits(batch, 2, total, generator.dtype, generator.device)
-    finite.note(steps, (cond_logits, uncond_logits), guided.amax(dim=-1))
+    finite = FiniteLogits(batch, BRANCHES[: len(rows)], total, generator.dtype, generator.device)
+    finite.note(steps, (cond_logits, uncond_logits, *perturbed), guided.amax(dim=-1))
     finite.check()
     return Trace(
         guidance=guidance,
