@@ -410,7 +410,7 @@ def test_recipe_from_packages_to_measured_model(
     run(train, "--steps", "2", "--out", out)
     assert {path.name for path in Path(out).glob("*.*")} == {
         "model.yaml", "NOTICE.txt", "codebook.safetensors", "generator.safetensors", "tokenizer.safetensors",
-        "tokenizer.json", "judge.safetensors", "judge.json",
+        "tokenizer.json", "judge.safetensors", "judge.json", "codes.safetensors",
     }  # fmt: skip
     assert max(path.stat().st_size for path in Path(out).glob("*.safetensors")) <= 16 * 2**20
     monkeypatch.setattr(evaluate, "SHOWN", ("rocket, flat style",))
