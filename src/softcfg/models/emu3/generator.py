@@ -156,9 +156,9 @@ class Emu3(LlamaGenerator):
         special, first = self.config.special_ids, self.config.special_ids["visual0"]
         token = torch.arange(self.vocab_size, device=logits.device)
         codes = (token >= first) & (token < first + self.config.code_count)
-        ending = torch.tensor([special[name] for name in ("eol", *ENDING)], device=logits.device)
-        after_lines = steps - (condition.num_tokens - len(ENDING)) + 1  # 1, 2, 3 for the ends
-        structure = ending[after_lines.clamp_min(0)]
+        structure = torch.full_like(steps, special["eol"])
+        for step, name in enumerate(ENDING, start=condition.num_tokens - len(ENDING)):
+            structure = structure.masked_fill(steps == step, special[name])
         code = condition.geometry.is_code(steps)
         allowed = torch.where(code[..., None], codes, token == structure[..., None])
         return logits.masked_fill(~allowed, float("-inf"))
