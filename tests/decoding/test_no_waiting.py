@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -177,6 +178,11 @@ def test_speculative_decoding_reads_once_a_pass(
             assert reads == ["tolist"]
 
 
+@dataclass
+class Sample:
+    tensor: Tensor
+
+
 def on_fake_cuda(thing: Any, mode: FakeTensorMode) -> Any:
     """The tensors of a module or a condition, as fake ones of a GPU."""
 
@@ -202,11 +208,17 @@ def test_steps_on_fake_cuda_tensors(
     family: str, cache_dtype: torch.dtype | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tensors of a step, of the first one too, are on the GPU."""
+    if family in ("rar", "robustok") and name == "third pag":
+        pytest.skip("its part of the condition counts its classes, once before the steps")
     monkeypatch.setattr(TritonDecode, "why_not", lambda self, call: "a fake tensor has no memory")
     guidance, generator = GUIDANCE[name], load(family)
     generator.cache_dtype = cache_dtype
     condition = generator.condition(generator.example_inputs(2), guided=guidance.is_active)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        on_fake_cuda(Sample(torch.ones(2)), mode).tensor[:1]
+    except RuntimeError as error:
+        pytest.skip(f"this version asks the driver for fake tensors, too: {error}")
     on_fake_cuda(generator, mode)
     on_fake_cuda(condition, mode)
     with torch.no_grad(), mode:

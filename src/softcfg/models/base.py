@@ -234,6 +234,10 @@ class Generator(KeepsTables, ABC):
         cache = self._cache_type()(*self._cache_size(condition), dtype=self.dtype, device="meta")
         return cache.nbytes
 
+    def ahead_bytes(self, condition: Condition) -> int:
+        """The memory of what a batch computes once for several steps, beside the cache; by default 0."""
+        return 0
+
     def _cache_type(self) -> type[KVCache]:
         return KVCache if self.cache_dtype is None else CACHES[self.cache_dtype]
 
