@@ -187,6 +187,8 @@ def on_fake_cuda(thing: Any, mode: FakeTensorMode) -> Any:
         tables = (part._parameters, part._buffers) if isinstance(part, nn.Module) else (vars(part),)
         for table in tables:
             for name, value in table.items():
+                if name == "_on_host":
+                    continue
                 if isinstance(value, nn.Parameter):
                     table[name] = nn.Parameter(fake(value), requires_grad=False)
                 elif isinstance(value, Tensor):
@@ -203,7 +205,7 @@ def test_steps_on_fake_cuda_tensors(
 ) -> None:
     """All tensors of a step, of the first one too, are on the GPU."""
     if family in ("rar", "robustok") and name == "third pag":
-        pytest.skip("its part of the condition counts its classes, once before the steps")
+        pytest.skip("the classes of a part of the batch are counted, on the host, and fake ones cannot be")
     monkeypatch.setattr(TritonDecode, "why_not", lambda self, call: "a fake tensor has no memory")
     guidance, generator = GUIDANCE[name], load(family)
     generator.cache_dtype = cache_dtype

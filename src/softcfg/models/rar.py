@@ -74,20 +74,22 @@ class RARCondition(ClassCondition):
         windows: layer -> first slot of the window, and its modulations [U, slots, parts * hidden_size].
     """
 
-    def __init__(self, classes: Tensor, slots: int, num_tokens: int, null: int) -> None:
-        super().__init__(classes, slots, num_tokens)
+    def __init__(self, classes: Tensor, slots: int, num_tokens: int, null: int, device: torch.device) -> None:
+        super().__init__(classes.to(device), slots, num_tokens)
         self.null = null
-        conditional = classes != null
+        self._on_host = classes.cpu()  # the device is not waited for
+        conditional = self._on_host != null
         count = int(conditional.sum())
-        self.distinct = classes[conditional]
-        self.source = torch.where(conditional, conditional.cumsum(0) - 1, count)
+        self.source = torch.where(conditional, conditional.cumsum(0) - 1, count).to(device)
+        distinct = self._on_host[conditional]
         if count < len(classes):
-            self.distinct = torch.cat((self.distinct, classes.new_full((1,), null)))
+            distinct = torch.cat((distinct, distinct.new_full((1,), null)))
+        self.distinct = distinct.to(device)
         self.windows: dict[int, tuple[int, Tensor]] = {}
 
     def __getitem__(self, rows: slice) -> RARCondition:
         """See `Condition.__getitem__`."""
-        return RARCondition(self.classes[rows], self.slots, self.num_tokens, self.null)
+        return RARCondition(self._on_host[rows], self.slots, self.num_tokens, self.null, self.classes.device)
 
 
 class Modulation(nn.Module):
@@ -198,7 +200,7 @@ class RAR(ClassGenerator):
 
     def class_condition(self, classes: Tensor) -> RARCondition:
         """See `Generator.class_condition`."""
-        return RARCondition(classes, self.condition_slots, self.num_tokens, self.num_classes)
+        return RARCondition(classes, self.condition_slots, self.num_tokens, self.num_classes, self.device)
 
     def ahead_bytes(self, condition: Condition) -> int:
         """See `Generator.ahead_bytes`: the modulations of a window of slots, or of all."""
