@@ -11,13 +11,28 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from softcfg import plugins
-from softcfg.cli import bench, compare, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
+from softcfg.cli import (
+    bench,
+    compare,
+    decode,
+    doctor,
+    fetch,
+    models,
+    plot,
+    released,
+    runs,
+    sample,
+    sweep,
+    t2i_bench,
+    trace,
+    ui,
+)
 from softcfg.cli import eval as evaluation
 from softcfg.errors import UserError, clean
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
-COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, ui)
+COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, doctor, ui)
 
 
 class Parser(argparse.ArgumentParser):
