@@ -90,7 +90,7 @@ def choices(device: torch.device) -> dict[str, str]:
     found = {"steps": "of constant shapes, replayed as a CUDA graph" if static else "one by one, of growing shapes"}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True)
-        skipped = []
+        skipped: list[str] = []
         for backend in reversed(BACKENDS.values()):
             why = backend.unavailable.get(device) or backend.why_not(call)
             if why is None and backend.preferred(call):
