@@ -11,8 +11,8 @@ from softcfg.errors import UserError
 DESCRIPTION = """\
 Measure images by the protocol of ImageNet papers: FID, sFID, Inception Score, precision and recall.
 
-SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG or WebP images,
-or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
+SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG, WebP, BMP or TIFF
+images, or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
 reference batches and --save-stats have them. Without a reference there is only the Inception Score, and class
 accuracy where the extractor knows the classes (fashion) and SAMPLES says what was drawn (a run folder, arr_1).
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.evaluation import metrics as formulas
 from softcfg.evaluation.extractors import load_extractor
 from softcfg.evaluation.features import Extractor, Features, extract
@@ -28,23 +29,24 @@ from softcfg.nn.precision import has_float64
 from softcfg.version import __version__
 from softcfg.zoo.registry import find
 
+if TYPE_CHECKING:
+    from softcfg.evaluation.sources import Images
+
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy")
 SAMPLES_ALONE = ("inception_score", "class_accuracy")  # they need no reference
 FRECHET = {"fid": "pooled", "sfid": "spatial"}  # the features they compare
-
-Images = str | Path | NDArray[Any] | Tensor | ImageSource
 
 
 def evaluate(
     samples: Images,
     reference: Images | None = None,
     extractor: str | Extractor = "inception",
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str] | str | None = None,
     *,
     labels: ArrayLike | Tensor | None = None,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     batch_size: int = 64,
     cache: str | Path | None = None,
     save_stats: str | Path | None = None,
@@ -53,7 +55,8 @@ def evaluate(
     """Measure samples.
 
     Args:
-        samples: an .npz file with `arr_0`, a folder of images, a run folder, or uint8 images `[N, H, W, 3]`.
+        samples: an .npz file with `arr_0`, a folder of images, a run folder, uint8 images `[N, H, W, 3]`, or a list of
+            pictures of one size, such as images of PIL, also mixed; see `softcfg.images.read_picture`.
         reference: the same, or an .npz file of statistics (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID);
             without it there are only the Inception Score and class accuracy. As in the ADM protocol, statistics in
             a file take the place of its images in FID and sFID, on both sides.
@@ -64,7 +67,7 @@ def evaluate(
             .npz file, holds.
         weights: of the extractor, instead of its own.
         device: where features and metrics are computed; CUDA where there is one.
-        dtype: of the extractor, float32 or float64.
+        dtype: of the extractor, float32 or float64; also by its name.
         batch_size: images described at once.
         cache: folder for features, so that the same images are described only once.
         save_stats: write the statistics of the samples to this .npz file, to serve as a reference.
@@ -74,15 +77,28 @@ def evaluate(
         UserError: images or weights cannot be used, or a metric that was asked for cannot be computed.
     """
     started = time.perf_counter()
-    wanted = [find({name: name for name in METRICS}, name, "there is no metric named") for name in metrics or METRICS]
-    if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    if not isinstance(metrics, (Sequence, set, frozenset, type(None))):
+        raise UserError(f"metrics must be a list of names, got {quote(metrics)}")
+    wanted = [
+        find({name: name for name in METRICS}, str(name), "there is no metric named") for name in metrics or METRICS
+    ]
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {quote(batch_size)}")
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise UserError(f"dtype must be float32 or float64, got {quote(dtype)}")
+    if not isinstance(extractor, (str, Extractor)):
+        raise UserError(f"the extractor must be a name or an Extractor, got {quote(extractor)}")
+    for name, path in (("weights", weights), ("cache", cache), ("save_stats", save_stats)):
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise UserError(f"{name} must be a path, got {quote(path)}")
+    device = _available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     # What can be refused is refused before anything takes time.
-    inputs = [_Input.open(given) for given in (samples, reference) if given is not None]
+    inputs = [_Input.open(given) for given in ((samples,) if reference is None else (samples, reference))]
     _require_equal_sizes(inputs)
-    classes = inputs[0].labels if labels is None else torch.as_tensor(labels)
+    classes = inputs[0].labels if labels is None else _as_labels(labels)
     obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs, classes))}
     if metrics and obstacles:
         raise UserError("; ".join(f"{TITLES[name]} cannot be computed: {why}" for name, why in obstacles.items()))
@@ -140,6 +156,26 @@ def evaluate(
             notes.append(f"FID and sFID use the statistics in {inputs[0].name}, not its images")
         notes += [note for side in sides if (note := side.note())]
     return Report(values, settings, notes)
+
+
+def _available(device: str | torch.device) -> torch.device:
+    """The device; raises `UserError` if nothing can be computed there."""
+    try:
+        torch.zeros(1, device=device).cpu()  # "meta" has no values to bring back
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UserError(f"device {quote(device)} is not available; use cpu, or cuda where there is a GPU") from error
+
+
+def _as_labels(labels: ArrayLike | Tensor) -> Tensor:
+    """Labels as a tensor of whole numbers."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"labels must be the class of every sample, got {quote(labels)}") from error
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise UserError(f"labels must be whole numbers, got {str(found.dtype).removeprefix('torch.')}")
+    return found
 
 
 class _UnavailableError(UserError):
@@ -218,7 +254,7 @@ class _Input:
 
     @classmethod
     def open(cls, given: Images) -> _Input:
-        file = read_statistics(given) if isinstance(given, (str, Path)) else None
+        file = read_statistics(given) if isinstance(given, (str, os.PathLike)) else None
         source = open_source(given) if file is None or file.has_images else None
         return cls(str(given) if source is None else source.name, source, file)
 
