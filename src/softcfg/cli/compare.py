@@ -64,6 +64,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--extractor-weights", "--inception-weights", metavar="FILE", help="weights of the extractor")
     group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
     group = parser.add_argument_group("results")
+    arguments.add_output_size_argument(group)
     group.add_argument("--output-dir", default="comparison", metavar="DIR", help="folder for the results")
     arguments.add_guidance_arguments(parser)
     parser.set_defaults(run=run)

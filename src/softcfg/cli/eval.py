@@ -43,6 +43,13 @@ def add_parser(commands: Any) -> None:
         metavar="LIST",
         help="some of fid,sfid,inception_score,precision,recall,class_accuracy (default: all that can be computed)",
     )
+    parser.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="first resize images of another size to SIZE x SIZE pixels (bicubic). Figures of papers are of images "
+        "that were resized before they were rounded to 8 bits: better give this flag to 'softcfg sample' or 'decode'",
+    )
     group = parser.add_argument_group("features")
     group.add_argument(
         "--extractor",
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         cache=None if args.no_cache else args.cache_dir or cache_folder(),
         save_stats=args.save_stats,
         progress=True,
+        image_size_eval=args.image_size_eval,
     )
     if args.output:
         write_atomically(args.output, report.to_json().encode() + b"\n")

@@ -73,6 +73,7 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="all images in one file beside the folder, DIR.npz, for ADM's evaluation (default: with --config)",
     )
+    arguments.add_output_size_argument(group)
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ from softcfg.evaluation.extractors import load_extractor
 from softcfg.evaluation.features import Extractor, Features, extract
 from softcfg.evaluation.metrics import Statistics
 from softcfg.evaluation.report import TITLES, Report
-from softcfg.evaluation.sources import ImageSource, open_source
+from softcfg.evaluation.sources import ImageSource, ResizedSource, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
 from softcfg.files import hash_file
 from softcfg.nn.precision import has_float64
+from softcfg.tokenizers.base import checked_size
 from softcfg.version import __version__
 from softcfg.zoo.registry import find
 
@@ -51,6 +52,7 @@ def evaluate(
     cache: str | Path | None = None,
     save_stats: str | Path | None = None,
     progress: bool = False,
+    image_size_eval: int | None = None,
 ) -> Report:
     """Measure samples.
 
@@ -72,6 +74,9 @@ def evaluate(
         cache: folder for features, so that the same images are described only once.
         save_stats: write the statistics of the samples to this .npz file, to serve as a reference.
         progress: show bars.
+        image_size_eval: resize samples and reference to squares of this side first, where they are of another size:
+            bicubic, without antialiasing, from 8-bit pixels to 8-bit pixels. Images that `softcfg sample` or `decode`
+            resized themselves, before they were rounded, are closer to those of published figures.
 
     Raises:
         UserError: images or weights cannot be used, or a metric that was asked for cannot be computed.
@@ -97,6 +102,8 @@ def evaluate(
 
     # What can be refused is refused before anything takes time.
     inputs = [_Input.open(given) for given in ((samples,) if reference is None else (samples, reference))]
+    if image_size_eval is not None:
+        inputs = [given.resized(checked_size(image_size_eval)) for given in inputs]
     _require_equal_sizes(inputs)
     classes = inputs[0].labels if labels is None else _as_labels(labels)
     obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs, classes))}
@@ -151,6 +158,12 @@ def evaluate(
     }
     notes = [f"no {TITLES[name]}: {obstacle}" for name, obstacle in obstacles.items()]
     notes += [extractor.note] if extractor.note else []
+    notes += [
+        f"the images of {given.name} were resized from {given.source.original.size[0]} to {given.source.size[0]} pixels "
+        "a side"
+        for given in inputs
+        if isinstance(given.source, ResizedSource)
+    ]
     if values.keys() & FRECHET.keys():
         if inputs[0].file and inputs[0].source:
             notes.append(f"FID and sFID use the statistics in {inputs[0].name}, not its images")
@@ -258,6 +271,14 @@ class _Input:
         source = open_source(given) if file is None or file.has_images else None
         return cls(str(given) if source is None else source.name, source, file)
 
+    def resized(self, size: int) -> _Input:
+        """The same with images of `size` x `size` pixels."""
+        if self.source is None or self.source.size == (size, size):
+            return self
+        if self.file is not None:
+            raise UserError(f"{self.name} holds statistics of images of another size than image_size_eval {size}")
+        return replace(self, source=ResizedSource(self.source, size))
+
     @property
     def labels(self) -> Tensor | None:
         """The classes of the images, as far as known."""
@@ -326,12 +347,14 @@ class _Side:
     def describe(self) -> dict[str, Any]:
         """What a report says of it."""
         source, file = self.given.source, self.given.file
+        images = source.original if isinstance(source, ResizedSource) else source
         return {
             "name": self.given.name,
             "count": source.count if source else None,
             "size": list(self.given.size) if self.given.size else None,
-            "sha256": source.fingerprint if source else hash_file(self.given.name),
+            "sha256": images.fingerprint if images else hash_file(self.given.name),
             "statistics": "from the file" if file else "of the images",
+            **({"resized_from": list(images.size)} if images and images is not source else {}),
             **({"statistics_of": file.origin} if file and file.origin else {}),
         }
 

@@ -24,6 +24,7 @@ from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
 from softcfg.files import hash_file, is_file, is_folder
 from softcfg.images import SUFFIXES, read_picture
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
+from softcfg.tokenizers.base import resize
 
 if TYPE_CHECKING:
     from softcfg.images import Picture
@@ -276,6 +277,28 @@ class RunSource(ImageSource):
                 yield np.array(images[start : start + count])
             waiting = [images[whole:]] if whole < len(images) else []
         yield from waiting
+
+
+class ResizedSource(ImageSource):
+    """The square images of another source, resized to `size` x `size` pixels as `softcfg.tokenizers.base.resize` does.
+
+    Attributes:
+        original: that source.
+    """
+
+    def __init__(self, original: ImageSource, size: int) -> None:
+        if original.size[0] != original.size[1]:
+            raise UserError(f"image_size_eval makes squares; the images of {original.name} are {_by(original.size)}")
+        self.original = original
+        self.name, self.count, self.size, self.labels = original.name, original.count, (size, size), original.labels
+
+    def _hash(self) -> str:
+        return hashlib.sha256(f"{self.original.fingerprint} {self.size}".encode()).hexdigest()
+
+    def _arrays(self, count: int) -> Iterator[NDArray[np.uint8]]:
+        for batch in self.original.batches(count):
+            pixels = resize(batch.permute(0, 3, 1, 2).float(), self.size[0])
+            yield pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _image_files(folder: Path) -> tuple[list[Path], str]:
