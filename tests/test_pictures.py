@@ -20,7 +20,9 @@ from softcfg.images import read_picture
 from softcfg.models.lumina import encode_upper_half
 from softcfg.prompts import Prompt
 from softcfg.runs.plan import Prompts
+from softcfg.tokenizers import MoVQ, MoVQConfig
 from softcfg.tokenizers.base import Tokenizer
+from tiny_models import MOVQ
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (6, 8), dtype=np.uint16)
@@ -190,3 +192,13 @@ def test_pictures_on_the_command_line(model_folder: Path, tmp_path: Path, capsys
     words = ["plot", str(model_folder), "--labels", "0", "--output-dir", str(tmp_path / "out")]
     assert main([*words, "--image", str(tmp_path / "a.png")]) == 2
     assert capsys.readouterr().err == f"softcfg: error: {tmp_path}/a.png {TRANSPARENT}\n"
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [PICTURE, [PICTURE], NOISE, saved(PICTURE), "a.png", None, torch.zeros(1, 3, 8, 8, device="meta")],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_tokenizer_does_not_encode(pixels: Any) -> None:
+    with pytest.raises(UserError, match=r"pixels (must be|have no values)"):
+        MoVQ(MoVQConfig(**MOVQ)).encode(pixels)

@@ -181,6 +181,20 @@ def test_sizes_that_are_none(model_folder: Path, plain: Pipeline, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_sizes_on_the_command_line_that_are_none(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample(model_folder, tmp_path / "run") == 0
+    for words in (
+        ["sample", str(model_folder), "--output-dir", str(tmp_path / "new")],
+        ["decode", str(tmp_path / "run"), "--output-dir", str(tmp_path / "new")],
+        ["eval", str(tmp_path / "run"), "--extractor", "stand_in:factory"],
+    ):
+        assert main([*words, "--image-size-eval", "0"]) == 2
+        assert "image_size_eval must be a whole number from 1 to 4096, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "new" / "run.json").exists()
+
+
 def test_only_squares_are_resized(prompt_model_folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(prompt_model_folder, image_size_eval=5)
     assert pipe(prompts=["red apple"], seed=1).pixels.shape == (1, 5, 5, 3)

@@ -159,7 +159,7 @@ def evaluate(
     notes = [f"no {TITLES[name]}: {obstacle}" for name, obstacle in obstacles.items()]
     notes += [extractor.note] if extractor.note else []
     notes += [
-        f"the images of {given.name} were resized from {given.source.original.size[0]} to {given.source.size[0]} pixels "
+        f"the images of {given.name} were resized from {given.source.original.size[0]} to {image_size_eval} pixels "
         "a side"
         for given in inputs
         if isinstance(given.source, ResizedSource)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from softcfg.tokenizers.base import resize
 if TYPE_CHECKING:
     from softcfg.images import Picture
 
-    Images = str | Path | NDArray[Any] | Tensor | Sequence[Picture] | "ImageSource"
+    Images: TypeAlias = "str | Path | NDArray[Any] | Tensor | Sequence[Picture] | ImageSource"
 
 LARGEST_IMAGE = 1 << 24  # pixels
 MOST_IMAGES = 10_000_000

@@ -254,9 +254,12 @@ def to_uint8(pixels: Tensor, *, rounded: bool = False) -> Tensor:
 
 def _as_tensor(values: Any, name: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} must be a tensor, an array or a nested list of numbers: {error}") from None
+    if found.is_meta:
+        raise UserError(f"{name} have no values, they are on the meta device")
+    return found
 
 
 def _dtype_name(tensor: Tensor) -> str:
