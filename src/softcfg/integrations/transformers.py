@@ -486,9 +486,7 @@ class TextPrompts(PromptConditioning):
 
     def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
         """See `Conditioning.geometry`."""
-        own = self.default_size
-        if (width or own[0], height or own[1]) != own:
-            raise UserError(f"{self.name} draws images of {own[0]} x {own[1]} pixels, without other sizes")
+        super().geometry(width, height)  # refuses other sizes
         return self.generator.config.geometry
 
 

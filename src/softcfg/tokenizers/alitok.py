@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.configuration import require_positive
+from softcfg.configuration import require_multiple, require_positive
 from softcfg.tokenizers.base import Codebook, Tokenizer
 
 
@@ -53,13 +53,12 @@ class AliTokTokenizerConfig:
         )  # fmt: skip
         if self.num_buffer_tokens < 0:
             raise ValueError(f"num_buffer_tokens must be 0 or more, got {self.num_buffer_tokens}")
-        for whole, part in (
+        require_multiple(
+            self,
             ("image_size", "patch_size"),
             ("encoder_width", "encoder_num_heads"),
             ("decoder_width", "decoder_num_heads"),
-        ):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} {getattr(self, whole)} must be a multiple of {part} {getattr(self, part)}")
+        )
         patches = self.grid_size**2
         prefix = self.num_latent_tokens - patches
         if prefix < 0 or self.aux_tokens not in (None, prefix):

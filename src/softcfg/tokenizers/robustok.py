@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.configuration import require_positive
+from softcfg.configuration import require_multiple, require_positive
 from softcfg.nn.mlp import MLP
 from softcfg.tokenizers.base import Codebook, Tokenizer
 
@@ -46,9 +46,7 @@ class RobusTokTokenizerConfig:
             self, "codebook_size", "codebook_embed_dim", "vit_embed_dim", "vit_depth", "vit_num_heads", "mlp_ratio",
             "image_size", "patch_size",
         )  # fmt: skip
-        for whole, part in (("image_size", "patch_size"), ("vit_embed_dim", "vit_num_heads")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} {getattr(self, whole)} must be a multiple of {part} {getattr(self, part)}")
+        require_multiple(self, ("image_size", "patch_size"), ("vit_embed_dim", "vit_num_heads"))
         if self.num_latent_tokens not in (None, self.grid_size**2):
             raise ValueError(
                 f"num_latent_tokens {self.num_latent_tokens} must be one a patch, here {self.grid_size**2}"
@@ -68,10 +66,8 @@ class RobusTokTokenizer(Tokenizer):
     def __init__(self, config: RobusTokTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_tokens = config.grid_size**2
-        self.latent_size = (config.grid_size, config.grid_size)
+        self.set_size(config.image_size, config.patch_size)
         self.codebook_size = config.codebook_size
-        self.image_size = config.image_size
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.vit_embed_dim, config.codebook_embed_dim, 1)
         self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, l2_norm=config.codebook_l2_norm)

@@ -73,9 +73,9 @@ def grid_of_ratio(ratio: str, area: int = IMAGE_AREA) -> tuple[int, int]:
 
 
 def check_grid(rows: int, columns: int) -> None:
-    """Raise `ValueError` for a grid of codes that cannot be drawn."""
+    """Raise `UserError` for a grid of codes that cannot be drawn."""
     if rows < 1 or columns < LEAST_COLUMNS:
-        raise ValueError(
+        raise UserError(
             f"an image must have at least 1 row and {LEAST_COLUMNS} columns of codes of {PIXELS_PER_CODE} pixels, "
             f"got {rows} x {columns}"
         )
@@ -155,10 +155,7 @@ class Emu3Prompts(PromptConditioning):
         """See `Conditioning.geometry`."""
         default_width, default_height = self.default_size
         size = Geometry.of_image(width or default_width, height or default_height, PIXELS_PER_CODE)
-        try:
-            return self.generator.config.geometry(*size.grid)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return self.generator.config.geometry(*size.grid)
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -197,10 +197,7 @@ class LuminaPrompts(PromptConditioning):
     def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
         """See `Conditioning.geometry`."""
         default_width, default_height = self.default_size
-        try:
-            return self.generator.config.geometry(width or default_width, height or default_height)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return self.generator.config.geometry(width or default_width, height or default_height)
 
     @property
     def default_size(self) -> tuple[int, int]:
