@@ -166,7 +166,7 @@ def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int
         UserError: there are not as many prompts as images.
     """
     if wanted.shape != (len(pixels), 3):
-        raise UserError(f"agreement needs one prompt an image, got {len(wanted)} for {len(pixels)} images")
+        raise UserError(f"agreement needs one prompt per image, got {len(wanted)} for {len(pixels)} images")
     scale = 1 if pixels.is_floating_point() else 255
     seen = torch.cat(
         [torch.stack([logits.argmax(1) for logits in judge(part / scale)], 1) for part in pixels.split(batch_size)]

@@ -2,7 +2,7 @@
 
 A rule is a frozen dataclass of its settings. Most rules need nothing but the logits of the step. One that remembers
 something over the steps (a momentum, for example) returns it as its state, a tensor with a row per image, and gets it
-back at the next step: there is nothing hidden, so whoever steps through a sequence can go back.
+back at the next step. Nothing is hidden, so a decoder can go back to an earlier step.
 
 In the formulas, z_c and z_u are the logits of the conditional and the unconditional branch and s is the scale of the
 step. Papers on diffusion write them for a predicted noise, velocity or image. Logits differ from those in that adding a
@@ -61,7 +61,7 @@ class Rule:
         are hidden, as zeros in both branches, unless the rule is `constrained`.
         """
         guided = uncond + scale * (cond - uncond)
-        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), None  # minus infinity less itself is no number
+        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), None  # -inf minus -inf is NaN
 
 
 RULES: Registry[type[Rule]] = Registry("rule")

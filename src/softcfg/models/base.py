@@ -62,7 +62,7 @@ class Condition(ABC):
 
 
 class ClassCondition(Condition):
-    """One class id a row, `num_classes` for the null class.
+    """One class id per row, `num_classes` for the null class.
 
     Attributes:
         classes: int64 [rows].
@@ -117,7 +117,7 @@ class Generator(KeepsTables, ABC):
         """The condition of a batch: rows for `inputs` and, if `guided`, as many unconditional rows after them.
 
         Args:
-            inputs: one a row: the labels of class-conditional models, the prompts of others.
+            inputs: one per row: the labels of class-conditional models, the prompts of others.
 
         Raises:
             UserError: the inputs do not fit the model.

@@ -114,7 +114,7 @@ def prompt_ids(prompt: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
     """A prompt of token ids as int64 [n].
 
     Raises:
-        UserError: it is empty, or holds what is no token id.
+        UserError: it is empty, or holds something that is not a token id.
     """
     ids = as_ids(prompt, "prompt ids", vocab_size)
     if ids.dim() != 1 or not len(ids):

@@ -22,7 +22,7 @@ class AliTokTokenizerConfig:
 
     Attributes:
         codebook_size, token_size: codes, and channels of a code.
-        num_latent_tokens: T, the tokens of an image: the prefix, then one a patch.
+        num_latent_tokens: T, the tokens of an image: the prefix, then one per patch.
         aux_tokens: tokens of the prefix; by default what `num_latent_tokens` leaves beside the patches.
         num_buffer_tokens: learned inputs of the decoder in front of the T tokens.
         use_l2_norm: compare and read codes at unit length.
@@ -63,7 +63,7 @@ class AliTokTokenizerConfig:
         prefix = self.num_latent_tokens - patches
         if prefix < 0 or self.aux_tokens not in (None, prefix):
             raise ValueError(
-                f"num_latent_tokens {self.num_latent_tokens} must be aux_tokens plus one a patch, "
+                f"num_latent_tokens {self.num_latent_tokens} must be aux_tokens plus one per patch, "
                 f"here {self.aux_tokens or 0} + {patches}"
             )
 

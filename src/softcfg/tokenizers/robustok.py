@@ -27,7 +27,7 @@ class RobusTokTokenizerConfig:
         codebook_size, codebook_embed_dim: codes, and channels of a code.
         codebook_l2_norm: compare and read codes at unit length.
         vit_embed_dim, vit_depth, vit_num_heads, mlp_ratio: of the encoder and of the decoder.
-        num_latent_tokens: T, one a patch; by default what `image_size` and `patch_size` give.
+        num_latent_tokens: T, one per patch; by default what `image_size` and `patch_size` give.
     """
 
     codebook_size: int = 4096
@@ -49,7 +49,7 @@ class RobusTokTokenizerConfig:
         require_multiple(self, ("image_size", "patch_size"), ("vit_embed_dim", "vit_num_heads"))
         if self.num_latent_tokens not in (None, self.grid_size**2):
             raise ValueError(
-                f"num_latent_tokens {self.num_latent_tokens} must be one a patch, here {self.grid_size**2}"
+                f"num_latent_tokens {self.num_latent_tokens} must be one per patch, here {self.grid_size**2}"
             )
 
     @property
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes to pixels: a mask token a patch and the codes attend to all, the mask tokens become the patches."""
+    """Codes to pixels: a mask token per patch and the codes attend to all, the mask tokens become the patches."""
 
     def __init__(self, config: RobusTokTokenizerConfig) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Trunk(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """One token a patch."""
+    """One token per patch."""
 
     def __init__(self, config: RobusTokTokenizerConfig) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel."""
+    """A learned factor per channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

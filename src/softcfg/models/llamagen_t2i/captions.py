@@ -131,7 +131,7 @@ def _clean_once(caption: str) -> str:
     caption = _apply(BEFORE_MARKUP, caption)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about captions that look like names of files or addresses
-        with contextlib.suppress(ParserRejectedMarkup):  # what is no markup at all stays as it is
+        with contextlib.suppress(ParserRejectedMarkup):  # what is not markup stays as it is
             caption = BeautifulSoup(caption, features="html.parser").text
     caption = _apply(BEFORE_REPAIR, caption)
     if len(HYPHEN.findall(caption)) > MOST_HYPHENS:

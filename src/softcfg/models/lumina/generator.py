@@ -92,7 +92,7 @@ class LuminaConfig(LlamaConfig):
         """The tokens of an image of `width` x `height` pixels: lines of codes with an end each, and the image's end.
 
         Raises:
-            UserError: a side is no multiple of a grid cell, or there is no token for its size.
+            UserError: a side is not a multiple of a grid cell, or there is no token for its size.
         """
         for name, side in (("width", width), ("height", height)):
             if side < 1 or side % self.cell_pixels:
@@ -190,8 +190,8 @@ class Lumina(SharedVocabularyGenerator):
         """See `Generator.condition`.
 
         Raises:
-            UserError: no prompts, ids outside of the vocabulary, a size that is no multiple of a grid cell, sizes that
-                differ, or a sequence longer than the model's positions.
+            UserError: no prompts, ids outside of the vocabulary, a size that is not a multiple of a grid cell,
+                different sizes, or a sequence longer than the model's positions.
         """
         config = self.config
         if not prompts or not all(isinstance(prompt, TokenPrompt) for prompt in prompts):
