@@ -89,9 +89,7 @@ def read_interval(text: str) -> tuple[int, int]:
 
 
 def load_config(
-    config_type: type[ConfigT],
-    source: ConfigSource,
-    sections: Sequence[str] = ("model.vq_model", "model.generator"),
+    config_type: type[ConfigT], source: ConfigSource, sections: Sequence[str] = ("model.vq_model", "model.generator")
 ) -> ConfigT:
     """Build `config_type` (a dataclass) from an instance of it, a mapping, or the path of a YAML file.
 

@@ -17,13 +17,7 @@ from typing import Any
 
 _METADATA = "setting"
 LARGEST = 3.4e38  # settings meet logits in float32, where larger numbers are infinite
-_KINDS: dict[str, type] = {
-    "float": float,
-    "int": int,
-    "bool": bool,
-    "str": str,
-    "tuple[int, int] | None": tuple,
-}
+_KINDS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str, "tuple[int, int] | None": tuple}
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,7 @@ def plot_weights(
 
 def plot_candidates(trace: Trace, image: int = 0, *, token: int = 0, top: int = 8) -> Figure:
     """The likeliest codes of a token under the conditional, unconditional and guided distributions."""
-    branches = {
-        "conditional": trace.cond_logits,
-        "unconditional": trace.uncond_logits,
-        "guided": trace.guided_logits,
-    }
+    branches = {"conditional": trace.cond_logits, "unconditional": trace.uncond_logits, "guided": trace.guided_logits}
     probabilities = {
         name: (as_float64(logits[image, token]) / trace.temperature).softmax(-1).cpu().numpy()
         for name, logits in branches.items()

@@ -325,11 +325,7 @@ class TransformersGenerator(Generator):
         condition.sequence[:, first:filled] = tokens
         weights = {}
         if tokens.shape[1]:  # prompts are never weighted
-            given = {
-                "value_weights": value_weights,
-                "key_weights": key_weights,
-                "attention_weights": attention_weights,
-            }
+            given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
             weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
 
         inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}

@@ -37,12 +37,7 @@ class Condition(ABC):
     """
 
     def __init__(
-        self,
-        rows: int,
-        slots: int,
-        num_tokens: int,
-        padding: Tensor | None = None,
-        geometry: Geometry | None = None,
+        self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None, geometry: Geometry | None = None
     ) -> None:
         self.rows = rows
         self.slots = slots

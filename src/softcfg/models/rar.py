@@ -145,11 +145,7 @@ class RAR(ClassGenerator):
         self.vocab_size = config.codebook_size
         self.num_classes = config.condition_num_classes
         width, length = config.hidden_size, config.image_seq_len
-        self.cache_shape = (
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            width // config.num_attention_heads,
-        )
+        self.cache_shape = (config.num_hidden_layers, config.num_attention_heads, width // config.num_attention_heads)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         # The released tables are longer than generation needs.

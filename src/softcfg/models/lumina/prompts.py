@@ -33,12 +33,7 @@ DUAL_PANEL = (
 )
 TEMPLATE_FIELDS = ("prompt", "width", "height")
 # Task -> the words for the map that is drawn in the lower half, below the image it belongs to.
-PAIR_TASKS = {
-    "depth": "depth map",
-    "canny": "canny edge map",
-    "hed": "hed edge map",
-    "openpose": "pose estimation map",
-}
+PAIR_TASKS = {"depth": "depth map", "canny": "canny edge map", "hed": "hed edge map", "openpose": "pose estimation map"}
 # Task -> the words for the given image, which becomes the upper half.
 IMAGE_TASKS = {
     "depth": "depth map",
