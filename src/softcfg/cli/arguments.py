@@ -61,6 +61,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     )
 
 
+def add_extractor_arguments(group: argparse._ArgumentGroup, default: str | None = "inception", note: str = "") -> None:
+    """The network that describes images for metrics, and where its features are kept."""
+    note = note or f"default: {default}"
+    names = "inception, fashion, emoji, or your own as package.module:factory"
+    group.add_argument("--extractor", default=default, metavar="NAME", help=f"{names} ({note})")
+    group.add_argument(
+        "--extractor-weights",
+        "--inception-weights",
+        metavar="FILE",
+        help="weights of the extractor, instead of its own",
+    )
+    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
+
+
+def parse_metrics(text: str | None) -> list[str] | None:
+    """The names in a list of metrics; None for all."""
+    return [name.strip().replace("-", "_") for name in text.split(",")] if text else None
+
+
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     """Guidance and token sampling: a flag for every setting; the names are those of the released code."""
     group = parser.add_argument_group("guidance")
