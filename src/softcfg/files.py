@@ -72,6 +72,21 @@ def read_text(path: str | Path, limit: int) -> str:
         raise OSError(errno.EILSEQ, f"it is no UTF-8 text ({error.reason} at byte {error.start})", str(path)) from error
 
 
+@contextlib.contextmanager
+def reading(path: str | Path, kind: type[UserError] = UserError, what: str = "") -> Iterator[None]:
+    """Turn an `OSError` of the block into a `kind` that says in one sentence what is wrong with the file.
+
+    Args:
+        what: the file is, in front of its path.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{what}{path} does not exist") from error
+    except OSError as error:
+        raise kind(f"{what}{path} cannot be read: {error.strerror}") from error
+
+
 def reopened(file: BinaryIO) -> str:
     """Return a path to the very file that is open, for libraries that want a path; use it while `file` is open."""
     path = f"/dev/fd/{file.fileno()}"

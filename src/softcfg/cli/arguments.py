@@ -261,11 +261,7 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
         raise UserError(f"--labels: {pipeline.name} draws texts, not classes; give them with --prompt or --prompts")
     prompts = list(args.prompt or ())
     if args.prompts is not None:
-        try:
-            lines = read_text(args.prompts, LARGEST_LIST).splitlines()
-        except OSError as error:
-            raise UserError(f"--prompts: {args.prompts} cannot be read: {error.strerror}") from None
-        prompts += filter(None, map(str.strip, lines))
+        prompts += _lines("--prompts", args.prompts)
         if not prompts:
             raise UserError(f"--prompts: {args.prompts} holds no text")
         if len(prompts) > MOST_PROMPTS:
@@ -273,6 +269,15 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
     if not prompts:
         raise UserError(f"{pipeline.name} draws texts: give one with --prompt, or a file of them with --prompts")
     return prompts
+
+
+def _lines(flag: str, path: str) -> list[str]:
+    """The lines of the file that a flag names, without blanks around them and without empty ones."""
+    try:
+        lines = read_text(path, LARGEST_LIST).splitlines()
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
@@ -318,11 +323,7 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
 
     count = pipeline.generator.num_classes
     if text.startswith("@"):
-        path = text.removeprefix("@")
-        try:
-            text = ",".join(filter(None, map(str.strip, read_text(path, LARGEST_LIST).splitlines())))
-        except OSError as error:
-            raise UserError(f"--labels: {path} cannot be read: {error.strerror}") from None
+        text = ",".join(_lines("--labels", text.removeprefix("@")))
     if text.strip().lower() == "all":
         return list(range(count))
     if text.count(",") >= MOST_LABELS:

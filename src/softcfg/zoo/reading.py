@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from softcfg.errors import CheckpointError, clean, quote
-from softcfg.files import hash_file, is_folder, open_regular, read_text, reopened
+from softcfg.files import hash_file, is_folder, open_regular, read_text, reading, reopened
 from softcfg.zoo.unwrapping import ENTRIES, Found, Match, find_weights, require_plain
 
 if TYPE_CHECKING:
@@ -178,12 +178,10 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping; raises `CheckpointError` if it is anything else."""
+    with reading(path, CheckpointError):
+        text = read_text(path, LARGEST_JSON)
     try:
-        content = json.loads(read_text(path, LARGEST_JSON))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no JSON file; get it again ({error})") from error
     if not isinstance(content, dict):
@@ -194,21 +192,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _open_weights(path: Path) -> BinaryIO:
     if is_folder(path):
         raise CheckpointError(f"{path} is a folder; give the path of a weights file")
-    try:
+    with reading(path, CheckpointError):
         return open_regular(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_head(file: BinaryIO, path: Path, size: int) -> bytes:
     """Return the first bytes of a weights file of `size` bytes, or say what the file is instead."""
-    try:
+    with reading(path, CheckpointError):
         head = file.read(512)
         file.seek(0)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not head:
         raise CheckpointError(f"{path} is empty; get it again")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
