@@ -64,7 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
 def add_extractor_arguments(group: argparse._ArgumentGroup, default: str | None = "inception", note: str = "") -> None:
     """The network that describes images for metrics, and where its features are kept."""
     note = note or f"default: {default}"
-    names = "inception, fashion, emoji, or your own as package.module:factory"
+    names = "inception, fashion, or your own as package.module:factory"
     group.add_argument("--extractor", default=default, metavar="NAME", help=f"{names} ({note})")
     group.add_argument(
         "--extractor-weights",
