@@ -214,10 +214,10 @@ def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
 
 def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
     """Temperature (the model's by default), top-k and top-p; the seed is checked, and 0 by default."""
-    from softcfg.decoding.randomness import check_word
+    from softcfg.decoding.randomness import check_uint64
 
     args.seed = 0 if args.seed is None else args.seed
-    check_word(args.seed, "seed")
+    check_uint64(args.seed, "seed")
     try:
         return pipeline.sampling(**sampling_settings(args))
     except ValueError as error:

@@ -26,7 +26,7 @@ examples:
   softcfg bench fashion
   softcfg bench alitok-b --random-weights --batch-sizes 1 4 16"""
 
-WITHIN = 0.95
+NEAR_BEST = 0.95
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
     best = max(speed.values())
-    chosen = min(batch for batch, images in speed.items() if images >= WITHIN * best)
+    chosen = min(batch for batch, images in speed.items() if images >= NEAR_BEST * best)
     print(f"\nrecommended: --batch-size {chosen}")
     return 0
 

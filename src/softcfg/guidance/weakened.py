@@ -17,7 +17,7 @@ from softcfg.guidance.settings import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-ON_AGE = ("attention", "value")  # what weights by age may scale
+AGE_TARGETS = ("attention", "value")  # what weights by age may scale
 
 
 @PERTURBATIONS.register("low_confidence", label="Low confidence", description="the tokens it was unsure of are hidden")
@@ -66,7 +66,7 @@ class Window(Perturbation):
     """
 
     size: int = setting(16, low=1, help="how many of the newest tokens are seen")
-    target: str = setting("attention", choices=ON_AGE, help="what the weights scale")
+    target: str = setting("attention", choices=AGE_TARGETS, help="what the weights scale")
 
     def weights_at(self, confidence: Tensor, step: Tensor) -> Tensor:
         """See `Perturbation.weights_at`: 0 for tokens older than the window."""
@@ -84,7 +84,7 @@ class Decay(Perturbation):
     """
 
     half_life: float = setting(16.0, low=0, above=True, help="tokens after which a weight is halved")
-    target: str = setting("attention", choices=ON_AGE, help="what the weights scale")
+    target: str = setting("attention", choices=AGE_TARGETS, help="what the weights scale")
 
     def weights_at(self, confidence: Tensor, step: Tensor) -> Tensor:
         """See `Perturbation.weights_at`."""

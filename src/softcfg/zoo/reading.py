@@ -45,7 +45,7 @@ HARMLESS = (
     "numpy.ndarray",
     "numpy.dtype",
 )
-UNPACKED = 4  # times the size of its file that the tensors of a checkpoint may have: some share their numbers
+MOST_GROWTH = 4  # times the size of its file that the tensors of a checkpoint may have: some share their numbers
 
 
 def read_state_dict(
@@ -82,9 +82,9 @@ def read_weights(
         content, size = _read_content(path, allowed_types)
     found = find_weights(content, str(path), entries, match, wanted)
     require_plain(found.tensors, str(path))
-    if (unpacked := sum(tensor.numel() * tensor.itemsize for tensor in found.tensors.values())) > UNPACKED * size:
+    if (unpacked := sum(tensor.numel() * tensor.itemsize for tensor in found.tensors.values())) > MOST_GROWTH * size:
         raise CheckpointError(
-            f"{path} was refused: its {size:,} bytes unpack to {unpacked:,}, more than {UNPACKED} times as many"
+            f"{path} was refused: its {size:,} bytes unpack to {unpacked:,}, more than {MOST_GROWTH} times as many"
         )
     return found
 
@@ -101,7 +101,7 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
             if path.suffix.lower() == ".safetensors":
                 content: Any = load_file(reopened(file))
             else:
-                with torch.serialization.safe_globals([*allowed_types, *_stand_ins()]):
+                with torch.serialization.safe_globals([*allowed_types, *_placeholders()]):
                     mapped = head.startswith(b"PK")
                     content = torch.load(reopened(file), map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # readers raise a dozen types on damaged files
@@ -115,7 +115,7 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
 
 
 @cache
-def _stand_ins() -> tuple[type, ...]:
+def _placeholders() -> tuple[type, ...]:
     """A class for each of `HARMLESS` that takes its name and keeps nothing: no code of the real one is run."""
     return tuple(
         type(name.rpartition(".")[2], (_Ignored,), {"__module__": name.rpartition(".")[0]}) for name in HARMLESS
