@@ -1,4 +1,4 @@
-"""Open nothing but regular files of bounded size; write files whole or not at all."""
+"""Open only regular files of bounded size; write files whole or not at all."""
 
 from __future__ import annotations
 

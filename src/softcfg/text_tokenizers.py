@@ -1,4 +1,4 @@
-"""Text tokenizers and templates from files of others: what they may do to a prompt is bounded."""
+"""Text tokenizers and templates from foreign files; what they may do to a prompt is bounded."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ CACHE_VARIABLE = "SOFTCFG_FEATURES"
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of N images; which metrics can be computed depends on what there is.
+    """The output of a network for N images; which metrics can be computed depends on what it has.
 
     Attributes:
         pooled: float `[N, D]`, for FID, precision and recall.

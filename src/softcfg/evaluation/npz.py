@@ -1,4 +1,4 @@
-"""Arrays in .npz files, read as streams and never unpickled; what a header claims is bounded before it is believed."""
+"""Arrays in .npz files, read as streams and never unpickled; what a header claims is checked against limits first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaying tokens and keeping what guidance did at every step."""
+"""Replay tokens and keep what guidance did at every step."""
 
 from __future__ import annotations
 

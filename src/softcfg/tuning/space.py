@@ -1,4 +1,4 @@
-"""What a sweep searches: the settings of guidance and sampling, their ranges, and which values come next."""
+"""The search space of a sweep: settings of guidance and sampling, their ranges, and which values come next."""
 
 from __future__ import annotations
 

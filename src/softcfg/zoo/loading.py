@@ -249,7 +249,7 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
     from torch.overrides import TorchFunctionMode
 
     class SkippingInit(TorchFunctionMode):
-        """Skips initial values, which are void on meta yet make torch import its compiler, and bounds what is built."""
+        """Skips initialisation, which on meta only makes torch import its compiler, and bounds what is built."""
 
         tensors = 0
 

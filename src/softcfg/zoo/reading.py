@@ -23,7 +23,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MOST_FILES = 1000  # of an index
 LARGEST_JSON = 1 << 24  # bytes of an index or a configuration
 LARGEST_HEADER = 1 << 24  # bytes of the header of a .safetensors file
-# What trainings keep beside weights: settings, numbers of numpy, paths. None of it is needed.
+# What training checkpoints keep beside weights: settings, numpy scalars, paths. None of it is needed.
 HARMLESS = (
     "argparse.Namespace",
     "types.SimpleNamespace",
@@ -116,7 +116,7 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
 
 @cache
 def _placeholders() -> tuple[type, ...]:
-    """A class for each of `HARMLESS` that takes its name and keeps nothing: no code of the real one is run."""
+    """A class for each of `HARMLESS` that has its name and keeps nothing: the code of the real one never runs."""
     return tuple(
         type(name.rpartition(".")[2], (_Ignored,), {"__module__": name.rpartition(".")[0]}) for name in HARMLESS
     )
