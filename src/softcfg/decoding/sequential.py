@@ -284,7 +284,7 @@ def guided_logits(
 def branches_for_rule(
     generator: Generator, condition: Condition, guidance: CFG, cond_logits: Tensor, uncond_logits: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The logits [B, n, V] of the branches for the rule: tokens not allowed at `steps` at -inf if it needs that, else as they are.
+    """The branches' logits [B, n, V] as the rule takes them, with disallowed tokens at -inf if it asks for that.
 
     In a vocabulary of text and image codes the norm of all logits would say little about the codes.
     """
