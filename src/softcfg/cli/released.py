@@ -23,7 +23,7 @@ from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Mode
 
 NUM_SAMPLES = 50_000
 SOFTCFG = "softcfg"  # the perturbation
-OF_SOFTCFG = {setting.dest for setting in settings_of(ConfidenceWeights).values()}
+SOFTCFG_ARGUMENTS = {setting.dest for setting in settings_of(ConfidenceWeights).values()}
 # Released name -> the argument that it sets.
 SAMPLING = {
     f"model.generator.{setting.released}": setting.dest
@@ -79,7 +79,7 @@ def apply(args: argparse.Namespace) -> None:
     config = read_yaml(args.config) if args.config else {}
     values = dotted(config)
     if args.perturbation not in (None, SOFTCFG):  # what the file says of SoftCFG is not meant
-        values = {name: value for name, value in values.items() if SAMPLING.get(name) not in OF_SOFTCFG}
+        values = {name: value for name, value in values.items() if SAMPLING.get(name) not in SOFTCFG_ARGUMENTS}
     known = {*values, *SAMPLING, *_sizes()}
     for override in args.set:
         name, equals, text = override.partition("=")

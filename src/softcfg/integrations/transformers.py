@@ -124,12 +124,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @dataclass(frozen=True)
 class ImageHead:
-    """The way of image tokens through a model that keeps them apart from its text vocabulary.
+    """How image tokens go through a model that keeps them apart from its text vocabulary.
 
     Attributes:
         embed: image tokens int64 [rows, n] -> [rows, n, width].
         backbone: takes `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and what
-            it hands on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
+            it passes on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
         logits: [rows, n, width] -> [rows, n, V], the logits of the image codes.
         vocab_size: V.
     """
@@ -493,9 +493,9 @@ class TextPrompts(PromptConditioning):
 class ImageGenerator(TransformersGenerator):
     """A model of transformers as the generator of a `softcfg.Pipeline`, and so of runs, traces and the web page.
 
-    Its inputs are `Prompts` of one row each. What may stand where is a rule: codes in the rows, structure elsewhere.
-    A run knows it by the name of the pipeline, by `tokens` and by the hash of its weights; that `encode` has stayed
-    the same is the user's business.
+    Its inputs are `Prompts` of one row each. Codes are allowed in the rows only, structure tokens elsewhere only.
+    A run identifies it by the name of the pipeline, by `tokens` and by the hash of its weights; keeping `encode` the
+    same is up to the user.
 
     Args:
         model, head, cache, pad_token_id: see `TransformersGenerator`.
@@ -645,7 +645,7 @@ def decode(
 
 @dataclass(frozen=True)
 class _Processed(Sampling):
-    """Drawing from logits to which processors of transformers have done everything, the temperature included.
+    """Drawing from logits that the processors of transformers have finished, temperature included.
 
     Attributes:
         temperature: that of the confidences.

@@ -1,4 +1,4 @@
-"""Making the shards of a run, by one process among many: drawing them, or decoding those of another run again."""
+"""Make the shards of a run in one process of many: draw them, or decode those of another run again."""
 
 from __future__ import annotations
 
