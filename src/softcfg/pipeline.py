@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from softcfg.models.conditioning import Conditioning
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
-from softcfg.tokenizers.base import Tokenizer
+from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import ModelEntry, resolve
@@ -125,6 +126,7 @@ class Pipeline:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | None = None,
+        image_size_eval: int | None = None,
     ) -> Pipeline:
         """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder by its path.
 
@@ -137,6 +139,7 @@ class Pipeline:
                 they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
                 `zoo.placement.spread`).
+            image_size_eval: H and W that images are resized to (see `with_image_size`); by default they are not.
 
         Raises:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
@@ -144,6 +147,7 @@ class Pipeline:
         entry = resolve(model)
         device = _device(device)
         _check_cache_dtype(kv_cache_dtype)
+        size = None if image_size_eval is None else checked_size(image_size_eval)
         if quantize is not None and device_map is not None:
             raise UserError("quantize and device_map do not go together: give one of them")
         moves = quantize is not None or device_map is not None
@@ -157,7 +161,8 @@ class Pipeline:
         generator.cache_dtype = kv_cache_dtype
         tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
         source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
-        return cls._of_entry(entry, generator, tokenizer, source)
+        pipeline = cls._of_entry(entry, generator, tokenizer, source)
+        return pipeline if size is None else pipeline.with_image_size(size)
 
     @classmethod
     def _of_entry(
@@ -201,6 +206,20 @@ class Pipeline:
         """Deprecated: `conditioning`, which says whether it takes prompts; None for models that draw classes."""
         warnings.warn("prompt_reader is deprecated: ask conditioning", DeprecationWarning, stacklevel=2)
         return self.conditioning if self.conditioning.takes_prompts else None
+
+    def with_image_size(self, size: int) -> Pipeline:
+        """The same pipeline, whose images are resized to `size` x `size` pixels before they are clamped and rounded.
+
+        LlamaGen's released sampler does this as --image-size-eval: the published figures of its models of 384 pixels
+        are of images of 256. See `softcfg.tokenizers.base.resize`.
+
+        Raises:
+            UserError: no such size.
+        """
+        resized = copy.copy(self)
+        resized.tokenizer = copy.copy(self.tokenizer)  # of the same weights
+        resized.tokenizer.output_size = checked_size(size)
+        return resized
 
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
         """`method` with the scale, power and schedule that suit the model, and `settings` on top."""
@@ -291,7 +310,9 @@ class Pipeline:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if speculative_jacobi and forced_tokens is not None:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
-        total = self.generator.condition(inputs, guided=False).num_tokens
+        condition = self.generator.condition(inputs, guided=False)
+        total = condition.num_tokens
+        self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
 
         tokens, codes, pixels, passes = [], [], [], 0
         for batch, start in enumerate(range(0, count, batch_size)):
