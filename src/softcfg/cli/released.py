@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from softcfg.configuration import dotted, parse_yaml, read_yaml
 from softcfg.decoding.filtering import Sampling
-from softcfg.errors import UserError
+from softcfg.errors import UserError, suggestion
 from softcfg.guidance import ConfidenceWeights, SoftCFG, settings_of
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
 
@@ -84,9 +83,8 @@ def apply(args: argparse.Namespace) -> None:
     for override in args.set:
         name, equals, text = override.partition("=")
         if name not in known or not equals:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown override {name!r}{hint}")
+            hint = suggestion(name, known, most=1, cutoff=0.4)
+            raise UserError(f"unknown override {name!r}{hint and '; '}{hint}")
         values[name] = _parsed(name, text)
     if args.model is None and not args.config:
         raise UserError("MODEL is missing: give a name that 'softcfg models' lists, a model folder, or --config FILE")
