@@ -91,9 +91,10 @@ class Pipeline:
         what = "texts" if self.conditioning.takes_prompts else f"{self.generator.num_classes} classes"
         width, height = self.conditioning.image_size()
         millions = sum(parameter.numel() for parameter in self.generator.parameters()) / 1e6
+        halves, dtype = (type(self.generator).__name__, type(self.tokenizer).__name__), str(self.dtype)
         return (
-            f"<Pipeline {self.name or 'without a name'}: {type(self.generator).__name__} of {millions:,.3g} M "
-            f"parameters ({str(self.dtype).removeprefix('torch.')} on {self.device}) with {type(self.tokenizer).__name__}, "
+            f"<Pipeline {self.name or 'without a name'}: {halves[0]} of {millions:,.3g} M parameters "
+            f"({dtype.removeprefix('torch.')} on {self.device}) with {halves[1]}, "
             f"draws {what}, {width} x {height} pixels in {self.num_tokens()} tokens>"
         )
 
