@@ -742,7 +742,7 @@ def generate(
     Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
     the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
     as in `decode`. An end token among the image codes ends nothing. Janus's `generation_mode="image"` draws as many
-    tokens as an image has and returns them alone; `guidance` and `unconditional_ids` then have defaults, those of Janus.
+    tokens as an image has and returns them alone; `guidance` and `unconditional_ids` then have Janus's as defaults.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.
