@@ -116,8 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-path",
         metavar="DIR",
-        help="a checkpoint of Lumina-mGPT 2.0 as published, with --cfg, --save_path, --quant and the other flags of its "
-        "program (docs/released.md)",
+        help="a checkpoint of Lumina-mGPT 2.0 as published, with --cfg, --save_path, --quant and the other flags of "
+        "its program (docs/released.md)",
     )
     group.add_argument(
         "--gpt-model",
