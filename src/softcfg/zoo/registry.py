@@ -7,9 +7,9 @@ in the `model.yaml` of their folder, published ones in `published/FAMILY.yaml`, 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from softcfg.configuration import read_yaml
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, suggestion
 from softcfg.files import is_file, is_folder
 
 if TYPE_CHECKING:
@@ -270,9 +270,7 @@ def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
     """Return `table[name]`, or raise a `UserError` that starts with `problem` and suggests near names."""
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name[:100].lower().replace("_", "-"), table, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(table)}"
-    raise UserError(f"{problem} {quote(name)}; {hint}")
+    raise UserError(f"{problem} {quote(name)}; {suggestion(name, table) or 'known: ' + ', '.join(table)}")
 
 
 def read_model_folder(folder: Path) -> ModelEntry:
@@ -383,9 +381,29 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
             if not os.path.lexists(path / "model.yaml"):
                 raise UserError(f"folder {path} holds no model.yaml, so it is no model folder")
             return read_model_folder(path)
-        if path.parent != Path():
-            raise UserError(f"{path} does not exist; give the name of a model or the path of a model folder")
+        if isinstance(model, str) and is_repository(model):
+            return _fetched(model)
+        if path.parent != Path() or isinstance(model, Path) or set(model) & set("/\\~"):
+            raise UserError(f"there is no folder {model}; give the name of a model or the path of a model folder")
     return find(MODELS, str(model), "there is no model named")
+
+
+def is_repository(model: str) -> bool:
+    """Whether a name is that of a Hugging Face repository, "user/name", and not that of something here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) is not None and not os.path.lexists(model)
+
+
+def _fetched(repository: str) -> ModelEntry:
+    """The model folder of a repository in the Hugging Face cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository, "model.yaml")
+    if not isinstance(path, str):
+        raise UserError(
+            f"there is no folder {repository}; if it is a model folder on Hugging Face, "
+            f"run `softcfg fetch {repository}` first"
+        )
+    return read_model_folder(Path(path).parent)
 
 
 def __getattr__(name: str) -> Any:
