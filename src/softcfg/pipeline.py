@@ -40,7 +40,8 @@ class Pipeline:
         generator, tokenizer: the two halves of the model.
         name: the name of the model.
         classes: names of the classes, where the model has them.
-        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
+        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule, rule and top_k that suit the
+            model.
         conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
             generator's family, without the files that reading texts may need.
         source: where the model was loaded from, which runs write down; None if it was made in memory.
@@ -298,10 +299,10 @@ class Pipeline:
         return resized
 
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
-        """`method` with the scale, power and schedule that suit the model, and `settings` on top."""
+        """`method` with the scale, power, schedule and rule that suit the model, and `settings` on top."""
         suited: dict[str, Any] = {
             name: self.sampling_defaults[name]
-            for name in ("guidance_scale", "guidance_scale_pow", "schedule")
+            for name in ("guidance_scale", "guidance_scale_pow", "schedule", "rule")
             if name in self.sampling_defaults
         }
         return method(**{**suited, **settings})

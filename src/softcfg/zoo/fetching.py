@@ -100,8 +100,9 @@ def _download(file: ModelFile) -> Path:
     try:
         path = Path(hf_hub_download(file.repository, file.name))
     except Exception as error:  # the client lets errors of several libraries through
+        page = f"{constants.ENDPOINT}/{file.repository}"
         reasons = (
-            (errors.GatedRepoError, "its authors give access on request only; see `hf auth login`"),
+            (errors.GatedRepoError, f"accept its licence at {page} first, and log in with `hf auth login`"),
             (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
             (errors.LocalEntryNotFoundError, f"{constants.ENDPOINT} cannot be reached"),
             (errors.EntryNotFoundError, "the repository has no such file"),

@@ -81,7 +81,8 @@ class ModelFile:
     """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`.
 
     Attributes:
-        name: weights in several files go by their index, `NAME.safetensors.index.json`, which lists those beside it.
+        name: weights in several files go by their index, `NAME.safetensors.index.json` or `NAME.bin.index.json`, which
+            lists those beside it.
         alias: its name in the checkpoints folder, where another model's file has the name it was published under; may
             begin with a folder.
     """
@@ -153,9 +154,10 @@ class ModelEntry:
     Attributes:
         text: how it reads prompts; None for models that draw classes.
         sampling: default settings, as far as known: temperature, top_k, guidance_scale, guidance_scale_pow, schedule,
-            seed.
+            rule, seed.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
+        licence: under which its weights are published, in words.
     """
 
     name: str
@@ -166,6 +168,7 @@ class ModelEntry:
     fid: float | None = None
     classes: tuple[str, ...] = ()
     text: TextComponent | None = None
+    licence: str = ""
 
     @property
     def components(self) -> tuple[Component, Component]:
@@ -174,9 +177,9 @@ class ModelEntry:
 
     @property
     def files(self) -> list[ModelFile]:
-        """The files of the model; of weights in several files, the index."""
+        """The files of the model, each once; of weights in several files, the index."""
         files = [file for component in self.components for file in component.files]
-        return files if self.text is None else [*files, *self.text.files.values()]
+        return list(dict.fromkeys(files if self.text is None else [*files, *self.text.files.values()]))
 
     @property
     def folder(self) -> Path | None:
@@ -336,7 +339,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
 
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
-        if key == "schedule":
+        if key in ("schedule", "rule"):
             expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
         else:
             number(f"sampling.{key}", value)
@@ -349,6 +352,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         None if content.get("fid") is None else number("fid", content["fid"]),
         tuple(str(name) for name in expect(list, content, "classes", [])),
         text() if "text" in content else None,
+        expect(str, content, "licence", ""),
     )
 
 
