@@ -156,6 +156,7 @@ class ModelEntry:
             seed.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
+        examples: prompts or names of classes on which guidance methods differ, each with a seed.
     """
 
     name: str
@@ -166,6 +167,7 @@ class ModelEntry:
     fid: float | None = None
     classes: tuple[str, ...] = ()
     text: TextComponent | None = None
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[Component, Component]:
@@ -361,6 +363,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             expect(str, settings, "template")
         return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
+    examples = expect(dict, content, "examples", {})
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
         if key == "schedule":
@@ -376,6 +379,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         None if content.get("fid") is None else number("fid", content["fid"]),
         tuple(str(name) for name in expect(list, content, "classes", [])),
         text() if "text" in content else None,
+        {str(name): expect(int, examples, name) for name in examples},
     )
 
 
