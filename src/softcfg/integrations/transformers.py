@@ -736,7 +736,7 @@ def generate(
     Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
     the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
     as in `decode`. An end token that is an image code does not end a sequence. With Janus's `generation_mode="image"`
-    there are as many tokens as an image has, returned alone; `guidance` and `unconditional_ids` then default to Janus's.
+    there are as many tokens as an image has; `guidance` and `unconditional_ids` default to those of Janus.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.

@@ -158,6 +158,7 @@ class ModelEntry:
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
         licence: under which its weights are published, in words.
+        examples: prompts or names of classes on which guidance methods differ, each with a seed.
     """
 
     name: str
@@ -169,6 +170,7 @@ class ModelEntry:
     classes: tuple[str, ...] = ()
     text: TextComponent | None = None
     licence: str = ""
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[Component, Component]:
@@ -337,6 +339,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             expect(str, settings, "template")
         return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
+    examples = expect(dict, content, "examples", {})
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
         if key in ("schedule", "rule"):
@@ -353,6 +356,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         tuple(str(name) for name in expect(list, content, "classes", [])),
         text() if "text" in content else None,
         expect(str, content, "licence", ""),
+        {str(name): expect(int, examples, name) for name in examples},
     )
 
 

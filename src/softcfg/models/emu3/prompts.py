@@ -173,15 +173,6 @@ class Emu3Prompts(PromptConditioning):
         rows, columns = grid_of_ratio(ratio, width * height)
         return columns * PIXELS_PER_CODE, rows * PIXELS_PER_CODE
 
-    def size_of_ratio(self, ratio: str) -> tuple[int, int]:
-        """See `PromptConditioning.size_of_ratio`; the area is that of the default size."""
-        width, height = self.default_size
-        try:
-            rows, columns = grid_of_ratio(ratio, width * height)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return columns * PIXELS_PER_CODE, rows * PIXELS_PER_CODE
-
     @property
     def default_size(self) -> tuple[int, int]:
         """See `PromptConditioning.default_size`."""
