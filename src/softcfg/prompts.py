@@ -86,6 +86,26 @@ def as_prompts(prompts: Any, width: int | None = None, height: int | None = None
     return made
 
 
+def with_negative(prompts: list[Prompt], negative: Any) -> list[Prompt]:
+    """The prompts with negative texts, one for all or one each, where they have none of their own.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    if negative is None or isinstance(negative, str):
+        texts = [negative] * len(prompts)
+    elif isinstance(negative, Sequence) and len(negative) == len(prompts):
+        texts = list(negative)
+    else:
+        raise UserError(
+            f"negative_prompt must be a text, or one for each of {len(prompts)} prompts, got {quote(negative)}"
+        )
+    return [
+        prompt if prompt.negative_text is not None else replace(prompt, negative_text=text)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
 def __getattr__(name: str) -> Any:
     if name not in MOVED_TO_LUMINA:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from softcfg.decoding import Sampling
-from softcfg.decoding.randomness import check_word
+from softcfg.decoding.randomness import check_uint64
 from softcfg.errors import UserError
 from softcfg.files import make_folder
 from softcfg.guidance import CFG
@@ -88,7 +88,7 @@ class RunRequest:
         ):
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
-        check_word(self.seed, "seed")
+        check_uint64(self.seed, "seed")
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)
         labels = self._labels(count)
