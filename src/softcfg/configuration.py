@@ -89,9 +89,7 @@ def read_interval(text: str) -> tuple[int, int]:
 
 
 def load_config(
-    config_type: type[ConfigT],
-    source: ConfigSource,
-    sections: Sequence[str] = ("model.vq_model", "model.generator"),
+    config_type: type[ConfigT], source: ConfigSource, sections: Sequence[str] = ("model.vq_model", "model.generator")
 ) -> ConfigT:
     """Build `config_type` (a dataclass) from an instance of it, a mapping, or the path of a YAML file.
 
@@ -211,3 +209,10 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"config field {name} must be greater than 0, got {getattr(config, name)!r}")
+
+
+def require_multiple(config: Any, *pairs: tuple[str, str]) -> None:
+    """Raise `ValueError` for the first pair of fields of which the one is no multiple of the other."""
+    for whole, part in pairs:
+        if getattr(config, whole) % getattr(config, part):
+            raise ValueError(f"{whole} {getattr(config, whole)} must be a multiple of {part} {getattr(config, part)}")

@@ -42,7 +42,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
         limit: bytes that the file may have at most.
 
     Raises:
-        OSError: the file cannot be opened, is no regular file or is too large; `strerror` says which.
+        OSError: the file cannot be opened, is not a regular file or is too large; `strerror` says which.
     """
     file = io.BufferedReader(_open(path, os.O_RDONLY))
     if limit is not None and os.fstat(file.fileno()).st_size > limit:
@@ -64,7 +64,7 @@ def read_text(path: str | Path, limit: int) -> str:
     """Read a UTF-8 text of at most `limit` bytes.
 
     Raises:
-        OSError: like `open_regular`; `strerror` also says that a file holds no UTF-8.
+        OSError: like `open_regular`; `strerror` also says if the file is not UTF-8.
     """
     try:
         return read_bounded(path, limit).decode("utf-8-sig")
@@ -82,7 +82,7 @@ def open_own(path: str | Path) -> BinaryIO:
     """Open a small file of our own for reading and writing, and create it if it is not there.
 
     Raises:
-        OSError: a link or anything else that is no regular file has its name; nothing was changed.
+        OSError: a link, or anything else but a regular file, has its name; nothing was changed.
     """
     if os.path.islink(path):  # for Windows, whose `open` does not refuse links
         raise OSError(errno.ELOOP, A_LINK, str(path))

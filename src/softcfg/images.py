@@ -62,11 +62,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def grid(
-    rows: Sequence[Sequence[Image.Image]],
-    *,
-    row_labels: Sequence[str] = (),
-    title: str = "",
-    min_size: int = 64,
+    rows: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str] = (), title: str = "", min_size: int = 64
 ) -> Image.Image:
     """Put images of one size into rows, with a label in front of each row and a title above.
 
@@ -85,10 +81,7 @@ def grid(
     columns = max(len(row) for row in rows)
     canvas = Image.new(
         "RGB",
-        (
-            2 * MARGIN + left + columns * (width + PAD) - PAD,
-            2 * MARGIN + top + len(rows) * (height + PAD) - PAD,
-        ),
+        (2 * MARGIN + left + columns * (width + PAD) - PAD, 2 * MARGIN + top + len(rows) * (height + PAD) - PAD),
         BACKGROUND,
     )
     ink = ImageDraw.Draw(canvas)

@@ -79,7 +79,7 @@ def text_ids(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list
         try:
             # Unlike `encode`, this lets other threads run, so that somebody can watch the clock.
             found.append(tokenizer.encode_batch([text], add_special_tokens=specials)[0].ids)
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             found.append(error)
 
     worker = threading.Thread(target=encode, daemon=True)

@@ -505,7 +505,7 @@ def test_refusals(models: dict[str, Any]) -> None:
 
     with pytest.raises(UserError, match="needs unconditional_ids"):
         draw_four(unconditional_ids=None)
-    with pytest.raises(UserError, match="1 row or 2, one a prompt, got 3"):
+    with pytest.raises(UserError, match="1 row or 2, one per prompt, got 3"):
         draw_four(unconditional_ids=SHORT.repeat(3, 1))
     with pytest.raises(UserError, match="padded on the left"):
         draw_four(attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("measurement")
     group.add_argument("--random-weights", action="store_true", help="measure without the model's files")
     group.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", default=[1, 4, 16, 64])
-    group.add_argument("--repeats", type=int, default=3, metavar="N", help="times a step is timed (default: 3)")
+    group.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each step is timed (default: 3)")
     group.add_argument("--no-pixels", action="store_true", help="leave out the decoding of pixels")
     arguments.add_guidance_arguments(parser)
     parser.set_defaults(run=run)

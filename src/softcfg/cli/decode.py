@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tokenizer-checkpoint", metavar="FILE", help="its weights, instead of the model's own")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
-        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file an image (default)"
+        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
     )
     parser.add_argument("--npz", action=argparse.BooleanOptionalAction, help="all images in one file, NEW.npz")
     parser.add_argument("--overwrite", action="store_true", help="discard the run in NEW and begin anew")

@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
     )
     export_parser = add("export", export, "make files from the shards (default: DIR.npz)")
     export_parser.add_argument("--npz", metavar="FILE", help="all images as arr_0, uint8 [N, H, W, 3]")
-    export_parser.add_argument("--png", metavar="FOLDER", help="one file an image: 000000.png, ...")
+    export_parser.add_argument("--png", metavar="FOLDER", help="one file per image: 000000.png, ...")
 
 
 def status(args: argparse.Namespace) -> int:

@@ -67,7 +67,9 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="discard the run in that folder and begin anew",
     )
-    group.add_argument("--png", action=argparse.BooleanOptionalAction, default=True, help="one file an image (default)")
+    group.add_argument(
+        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
+    )
     group.add_argument(
         "--npz",
         action=argparse.BooleanOptionalAction,
@@ -100,7 +102,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--labels",
-        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one a line; "
+        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one per line; "
         "or random, from the seed",
     )
     arguments.add_prompt_arguments(group)

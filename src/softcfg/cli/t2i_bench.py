@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Draw four images for every prompt of a benchmark, laid out as its own scorer expects.
 
-dpg      DPG-Bench: PROMPTS holds a text file a prompt; DIR receives a picture of 2 x 2 images for each,
+dpg      DPG-Bench: PROMPTS holds a text file per prompt; DIR receives a picture of 2 x 2 images for each,
          under the name of the text file
 geneval  GenEval: PROMPTS holds evaluation_metadata.jsonl; DIR receives 00000/metadata.jsonl and
          00000/samples/0000.png ... 0003.png for its first line, and so on

@@ -153,7 +153,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     else:
         cdf = probabilities.double().cumsum(dim=-1)
         total = cdf[..., -1:]
-        # u * total may round up to the total itself, behind the last possible code.
+        # u * total may round up to the total itself, past the last possible code.
         threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # Without a distribution there is no such code, and an id outside of the vocabulary ends a GPU's process.
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)

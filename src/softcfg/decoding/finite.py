@@ -1,4 +1,4 @@
-"""Logits that are no numbers: noted at every step without waiting for the device, reported in one sentence."""
+"""Logits that are not finite: noted at every step without waiting for the device, reported in one sentence."""
 
 from __future__ import annotations
 

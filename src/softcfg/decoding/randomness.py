@@ -56,7 +56,7 @@ def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
     """Move uniform numbers to a device: as they are or, where it has no float64, as int64 in units of 2^-53.
 
     Raises:
-        UserError: they are no numbers in [0, 1) (looked at where nothing has to wait for it).
+        UserError: they are not in [0, 1) (checked on the CPU only, where nothing has to wait for it).
     """
     if uniforms.device.type == "cpu" and uniforms.is_floating_point() and not ((uniforms >= 0) & (uniforms < 1)).all():
         raise UserError("uniforms must be numbers in [0, 1)")

@@ -135,7 +135,7 @@ class Decoder:
         batch: B, images.
         cache: keys and values of all rows.
         third: the condition of the third branch, which has a cache of its own; None where there is none.
-        confidence: float32 [B, T], zero for tokens that are not drawn yet or are no image codes.
+        confidence: float32 [B, T], zero for tokens that are not drawn yet or are not image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
         finite: whether the logits so far were numbers; `predict` notes it, and whoever steps must read it.
@@ -221,7 +221,7 @@ class Decoder:
             seen.append(perturbed[:, None])
             guided = self.guidance.push_away(guided, self._cond_logits[:, None], seen[1], at)
         probabilities = self.sampling.probabilities(guided[:, 0])
-        # All of a row's are NaN where its logits are no numbers.
+        # All probabilities of a row are NaN if one of its logits is.
         self.finite.note(at, tuple(seen), probabilities[:, :1])
         return probabilities
 

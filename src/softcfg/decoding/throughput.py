@@ -83,12 +83,7 @@ class StepTimes(NamedTuple):
 
 
 def time_steps(
-    generator: Generator,
-    batch: int,
-    guidance: CFG,
-    *,
-    positions: Sequence[float] = POSITIONS,
-    repeats: int = 3,
+    generator: Generator, batch: int, guidance: CFG, *, positions: Sequence[float] = POSITIONS, repeats: int = 3
 ) -> StepTimes:
     """Time the steps of a batch at `positions` (parts of the sequence)."""
     inputs = generator.example_inputs(batch)

@@ -58,7 +58,7 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     S1^(1/2) S2^(1/2), which exists for every covariance, of full rank or not.
 
     Raises:
-        UserError: the widths differ, a number is not finite, or a matrix is no covariance.
+        UserError: the widths differ, a number is not finite, or a matrix is not a covariance.
     """
     if one.mean.shape != other.mean.shape:
         raise UserError(f"features of width {len(one.mean)} and {len(other.mean)} cannot be compared")
@@ -114,7 +114,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     """
     count, classes = _checked(logits, "logits").shape
     if labels.shape != (count,) or not count:
-        raise UserError(f"class accuracy needs one label an image, got {list(labels.shape)} for {count} images")
+        raise UserError(f"class accuracy needs one label per image, got {list(labels.shape)} for {count} images")
     least, most = (int(bound) for bound in labels.aminmax())
     if least < 0 or most >= classes:
         raise UserError(f"labels must be classes in 0..{classes - 1}, found {least if least < 0 else most}")

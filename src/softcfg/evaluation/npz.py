@@ -125,7 +125,7 @@ def _directory_size(file: IO[bytes]) -> int:
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
-    """Shape, dtype and whether in Fortran order; `ValueError` for what is no header, or one of undue length."""
+    """Shape, dtype and whether in Fortran order; `ValueError` for anything else, or a header that is too long."""
     version = np.lib.format.read_magic(stream)
     form = "<H" if version == (1, 0) else "<I"
     packed = stream.read(struct.calcsize(form))

@@ -59,8 +59,8 @@ class Perturbation:
     def weights(self, confidence: Tensor) -> Tensor:
         """Weights [..., T] of the generated tokens' slots for the confidences [..., T] so far (0: not generated).
 
-        A step sees the slots generated before it, so the weights of the others, where the confidence is 0, are of no
-        account for `target` "value" and must be 1 for "key" and "both".
+        A step sees the slots generated before it, so the weights of the others, where the confidence is 0, do not
+        matter for `target` "value" and must be 1 for "key" and "both".
         """
         raise NotImplementedError
 
@@ -68,7 +68,7 @@ class Perturbation:
         """Weights as of `weights`, for a perturbation that needs the number of the step; by default `weights`.
 
         Args:
-            confidence: [..., T], 0 for tokens that are not drawn yet or are no image codes.
+            confidence: [..., T], 0 for tokens that are not drawn yet or are not image codes.
             step: int64 [..., 1] or of a shape that broadcasts to it, 0-based: as many tokens are drawn.
         """
         return self.weights(confidence)
@@ -76,7 +76,7 @@ class Perturbation:
     def source(self, index: Tensor) -> Tensor:
         """Which token the unconditional branch reads in the place of token `index`, int64 [...]; by default the same.
 
-        It must not come after it. Tokens that are no image codes stay as they are, and take no other's place.
+        It must not come after it. Tokens that are not image codes stay as they are and replace no other.
         """
         return index
 

@@ -158,7 +158,7 @@ class Prompts:
         input_ids: int64 [B, L], the conditional prompts, left-padded where `attention_mask` [B, L] is 0. Without a
             mask, padding tokens of the model (unless they end texts too) in front of a prompt are its padding, as in
             transformers.
-        unconditional_ids: int64 [1 or B, U], one for all or one a prompt, of any length, left-padded where
+        unconditional_ids: int64 [1 or B, U], one for all or one per prompt, of any length, left-padded where
             `unconditional_mask` is 0. Needed where guidance is active.
     """
 
@@ -195,7 +195,7 @@ def _padded(ids: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
 
 
 class PromptCondition(Condition):
-    """Prompts of all rows in one left-padded batch, and behind them the tokens that were fed.
+    """Prompts of all rows in one left-padded batch, followed by the tokens that were fed.
 
     Attributes:
         sequence: int64 [rows, slots + T]; a pass writes the tokens that it feeds.
@@ -218,7 +218,7 @@ class PromptCondition(Condition):
         return PromptCondition(ids, self.padding[rows], self.prompt_slots, self.num_tokens, geometry)
 
     def conditional(self, batch: int, fed: int = 0) -> Tensor:
-        """The conditional prompts as they were given and the first `fed` tokens behind them, [batch, L + fed]."""
+        """The conditional prompts as they were given and the first `fed` tokens after them, [batch, L + fed]."""
         return self.sequence[:batch, self.slots - self.prompt_slots : self.slots + fed]
 
 
@@ -287,7 +287,7 @@ class TransformersGenerator(Generator):
             branches.append(self._prompts("unconditional_ids", inputs.unconditional_ids, inputs.unconditional_mask))
             if len(branches[1][0]) not in (1, batch):
                 raise UserError(
-                    f"unconditional_ids must have 1 row or {batch}, one a prompt, got {len(branches[1][0])}"
+                    f"unconditional_ids must have 1 row or {batch}, one per prompt, got {len(branches[1][0])}"
                 )
         slots = max(ids.shape[1] for ids, _ in branches)
         rows, padding = [], []
@@ -325,11 +325,7 @@ class TransformersGenerator(Generator):
         condition.sequence[:, first:filled] = tokens
         weights = {}
         if tokens.shape[1]:  # prompts are never weighted
-            given = {
-                "value_weights": value_weights,
-                "key_weights": key_weights,
-                "attention_weights": attention_weights,
-            }
+            given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
             weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
 
         inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}
@@ -373,7 +369,7 @@ class TransformersGenerator(Generator):
         return DynamicCache(config=self.model.config)
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], behind the tokens that were fed."""
+        """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], after the tokens that were fed."""
         assert isinstance(condition, PromptCondition)
         if not self.logits_processor:
             return logits
@@ -413,7 +409,7 @@ class TransformersGenerator(Generator):
         return ((text.cumsum(dim=1) > 0) | ~text.any(dim=1, keepdim=True)).long()
 
     def _logits(self, prompt: Tensor, tokens: Tensor, first: int, inputs: dict[str, Any]) -> Tensor:
-        """Logits behind the inputs from index `first` on; `prompt` [rows, 0] where it was fed before."""
+        """Logits after the inputs from index `first` on; `prompt` is [rows, 0] if it was fed before."""
         if self.head is None:
             ids = torch.cat((prompt, tokens), dim=1)
             if "logits_to_keep" in self._arguments:
@@ -490,9 +486,7 @@ class TextPrompts(PromptConditioning):
 
     def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
         """See `Conditioning.geometry`."""
-        own = self.default_size
-        if (width or own[0], height or own[1]) != own:
-            raise UserError(f"{self.name} draws images of {own[0]} x {own[1]} pixels, without other sizes")
+        super().geometry(width, height)  # refuses other sizes
         return self.generator.config.geometry
 
 
@@ -706,7 +700,7 @@ def generate(
 
     Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
     the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
-    as in `decode`. An end token among the image codes ends nothing.
+    as in `decode`. An end token that is an image code does not end a sequence.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.
@@ -742,7 +736,7 @@ def generate(
         if unconditional_mask is not None:
             unconditional_mask = unconditional_mask.repeat_interleave(copies, dim=0)
     sampling = _Processed(config.temperature or 1.0) if config.do_sample else _Processed(greedy=True)
-    # An image head's tokens are no text, and none of them is the end of it.
+    # The tokens of an image head are not text, so none of them ends it.
     criteria = [c for c in stopping_criteria if head is None or not isinstance(c, EosTokenCriteria)]
     if image_codes is not None:
         image_codes, length = torch.as_tensor(image_codes), input_ids.shape[1]

@@ -37,12 +37,7 @@ class Condition(ABC):
     """
 
     def __init__(
-        self,
-        rows: int,
-        slots: int,
-        num_tokens: int,
-        padding: Tensor | None = None,
-        geometry: Geometry | None = None,
+        self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None, geometry: Geometry | None = None
     ) -> None:
         self.rows = rows
         self.slots = slots
@@ -67,7 +62,7 @@ class Condition(ABC):
 
 
 class ClassCondition(Condition):
-    """One class id a row, `num_classes` for the null class.
+    """One class id per row, `num_classes` for the null class.
 
     Attributes:
         classes: int64 [rows].
@@ -122,7 +117,7 @@ class Generator(KeepsTables, ABC):
         """The condition of a batch: rows for `inputs` and, if `guided`, as many unconditional rows after them.
 
         Args:
-            inputs: one a row: the labels of class-conditional models, the prompts of others.
+            inputs: one per row: the labels of class-conditional models, the prompts of others.
 
         Raises:
             UserError: the inputs do not fit the model.

@@ -164,7 +164,7 @@ class LabelConditioning(Conditioning):
 class PromptConditioning(Conditioning):
     """Images from texts: requests are `Prompt`s, and a family says what its generator reads in their place.
 
-    A family defines `inputs` and `geometry`; where its images have one size only, `geometry` refuses all others.
+    A family defines `inputs` and, unless its images are square grids of codes of one size, `geometry`.
 
     Attributes:
         options: which of the `softcfg.prompts.PROMPT_OPTIONS` the model reads.
@@ -215,3 +215,10 @@ class PromptConditioning(Conditioning):
     def default_size(self) -> tuple[int, int]:
         """Width and height, in pixels, of images whose prompt does not say."""
         return self.tokenizer.image_size, self.tokenizer.image_size
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`; by default there is one size, of codes alone in a square grid."""
+        size = self.default_size
+        if (width or size[0], height or size[1]) != size:
+            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
+        return Geometry.square(self.generator.num_tokens)

@@ -297,7 +297,7 @@ def _order(version: str) -> list[int]:
 
 
 def _discard_run(folder: Path) -> None:
-    """Remove the run's own files, behind a link to the shards too; others stay."""
+    """Remove the run's own files, also if the folder of shards is a link; others stay."""
     for path in (folder / SHARDS).glob("shard-*.safetensors"):
         _remove(path)
     for path in folder.glob("*.png"):

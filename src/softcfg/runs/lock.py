@@ -17,7 +17,7 @@ from softcfg.files import open_own, open_regular
 
 NAME = "run.lock"
 LONGEST = 1000  # bytes that say who holds the lock
-LOCKED_BYTE = 1 << 30  # Windows locks bytes, which nobody else can read: one far behind the text
+LOCKED_BYTE = 1 << 30  # Windows locks bytes, which nobody else can then read: one far past the text
 
 
 class Lock:

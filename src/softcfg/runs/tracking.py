@@ -43,7 +43,7 @@ class Tracker:
         self._reported = time.monotonic()
 
     def throughput(self, done: int, rate: float) -> None:
-        """Report the images done and the images a second, every few seconds."""
+        """Report the images done and the images per second, every few seconds."""
         if time.monotonic() - self._reported > EVERY:
             self._report(done, rate)
 

@@ -66,15 +66,21 @@ class Tokenizer(KeepsTables):
     tokens come with their grid (h, w), and pixels have a height and width that are multiples of `patch_size`.
     """
 
-    num_tokens: int  # tokens an image, T = h * w
+    num_tokens: int  # tokens per image, T = h * w
     codebook_size: int
     image_size: int  # H and W
     latent_size: tuple[int, int]  # (h, w)
     any_size: bool = False
-    patch_size: int  # pixels a token is wide, where `any_size`
+    patch_size: int  # width of a token in pixels, where tokens form a grid
     num_channels: int = 3
     rounds: bool = False  # whether 8-bit values are rounded, not truncated
     quantize: Codebook
+
+    def set_size(self, image_size: int, patch_size: int) -> None:
+        """Set the attributes of square images of one token per patch."""
+        side = image_size // patch_size
+        self.image_size, self.patch_size = image_size, patch_size
+        self.latent_size, self.num_tokens = (side, side), side * side
 
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """Return the encoder's output before quantisation, [B, channels, h, w]; differentiable, unchecked."""
@@ -222,7 +228,7 @@ def _as_tensor(values: Any, name: str) -> Tensor:
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} must be a tensor, an array or a nested list of numbers: {error}") from None
+        raise UserError(f"{name} must be a tensor, an array or a nested list of numbers: {error}") from error
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -107,15 +107,15 @@ def parse_value(name: str, text: str) -> Any:
         try:
             return None if text == EVERYWHERE else read_interval(text)
         except ValueError as error:
-            raise UserError(f"{name}: {error}; or write {EVERYWHERE}") from None
+            raise UserError(f"{name}: {error}; or write {EVERYWHERE}") from error
     if kind is bool:
         if text.lower() not in TRUTH:
             raise UserError(f"{name} must be on or off, got {text!r}")
         return TRUTH[text.lower()]
     try:
         return kind(text)
-    except ValueError:
-        raise UserError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
+    except ValueError as error:
+        raise UserError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from error
 
 
 def format_value(value: Any) -> str:
@@ -139,16 +139,15 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
         name: float(value) if name in known and known[name].kind is float and type(value) is int else value
         for name, value in settings.items()
     }
-    preset = find(
-        {name: name for name in PRESETS}, str(chosen.pop("preset", PRESET.default)), "there is no preset named"
-    )
+    preset = str(chosen.pop("preset", PRESET.default))
+    find(PRESETS, preset, "there is no preset named")
     sampling = {name: chosen.pop(name) for name in settings_of(Sampling) if name in chosen}
     try:
         # A search over rules has settings of each; a trial has those of its own.
         guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
         return guidance, pipeline.sampling(**sampling)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error)) from error
 
 
 def sample_flags(guidance: CFG, sampling: Sampling) -> list[str]:
@@ -274,7 +273,7 @@ class Space:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Optuna's notes on every study and every experimental option to itself."""
+    """Silence Optuna's notes on every study and every experimental option."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -314,11 +313,6 @@ def _text(values: Values) -> str:
 
 
 def _copy(trial: FrozenTrial) -> FrozenTrial:
-    """What a proposal may depend on; without it the copy's number and times would go along."""
-    return create_trial(
-        state=trial.state,
-        value=trial.value,
-        params=trial.params,
-        distributions=trial.distributions,
-        intermediate_values=trial.intermediate_values,
-    )
+    """What a proposal may depend on: not the number and the times of a trial."""
+    names = ("state", "value", "params", "distributions", "intermediate_values")
+    return create_trial(**{name: getattr(trial, name) for name in names})

@@ -1,10 +1,9 @@
-"""The parts of the page that are not form fields, as HTML text. Pictures are in the text itself (data addresses), so
-that the server needs no file to serve them."""
+"""The parts of the page that are not form fields, as HTML. Pictures are embedded as data addresses, so that the server
+serves no files."""
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
@@ -36,11 +35,6 @@ EMPTY_GALLERY = '<p class="hint small">Finished pictures of this session gather 
 def data_address(content: bytes, kind: str) -> str:
     """The content as a `data:` address."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def link(query: str) -> str:
-    """The address of a settings link, relative to the page."""
-    return f"./?{query}"
 
 
 def stage(panels: Sequence[Panel], maps: dict[int, str] | None = None) -> str:
@@ -85,7 +79,7 @@ def _panel(panel: Panel, maps: dict[int, str]) -> str:
 
 def share(query: str) -> str:
     """The link to the settings of the drawing on the stage."""
-    address = escape(link(query))
+    address = escape(f"./?{query}")
     return f"""<div class="share"><a href="{address}">Link to these settings</a>
 <button type="button" data-copy="{address}">Copy link</button></div>"""
 
@@ -184,6 +178,4 @@ def _shortened(text: str, most: int = 32) -> str:
 def _thumbnail(picture: Picture) -> str:
     image = Image.fromarray(picture.pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return data_address(buffer.getvalue(), "image/png")
+    return data_address(png_bytes(image), "image/png")

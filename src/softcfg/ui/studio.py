@@ -1,5 +1,5 @@
-"""What the page does, without the page: settings and their links, drawings that are watched and stopped, sessions,
-and what became of each token."""
+"""What the page does, apart from its layout: settings and their links, drawings that can be watched and stopped,
+sessions, and what guidance did to each token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _methods_by_key() -> dict[str, str]:
 
 
 METHODS = View(_methods_by_key)
-CANDIDATES = 8  # codes kept a token
+CANDIDATES = 8  # codes kept per token
 FRAME_SECONDS = 0.12  # least time between two looks at a drawing
 
 
@@ -50,13 +50,13 @@ class Limits:
     """What one visitor, and all together, may take of the host.
 
     Attributes:
-        seconds: of computation, a drawing.
-        wait: seconds a drawing waits for its model.
+        seconds: of computation per drawing.
+        wait: seconds that a drawing waits for its model.
         prompt: characters.
-        pictures: kept a session; the oldest go first.
-        sessions: kept in memory; of the visitor with most of them, the least recently used go first.
-        queue: requests that wait at a time; further ones are refused.
-        places: of the queue, for one visitor.
+        pictures: kept per session; the oldest go first.
+        sessions: kept in memory; the least recently used of the visitor with most of them go first.
+        queue: requests that may wait at a time; further ones are refused.
+        places: in the queue, for one visitor.
     """
 
     seconds: float = 120.0
@@ -171,7 +171,7 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """What it shows and how it came about, in a line."""
+        """What it shows and how it was drawn, in one line."""
         parts = [self.subject, METHODS[self.method]]
         if self.method != "none":
             parts.append(f"scale {self.settings.scale:g}")
@@ -423,7 +423,7 @@ class Drawing:
             if self.seconds > self._limits.seconds:
                 raise UserError(
                     f"A drawing may take {self._limits.seconds:g} seconds on this host, and this one was not done by "
-                    f"then; ask for fewer methods at once."
+                    "then; ask for fewer methods at once."
                 )
 
         output = pipeline(
@@ -452,7 +452,7 @@ class Studio:
             session = self._sessions.setdefault(key, Session(visitor))
             self._sessions.move_to_end(key)
             while len(self._sessions) > self.limits.sessions:
-                # Whoever has most gives way, so that one visitor cannot push out the others.
+                # The visitor with most sessions loses one, so that nobody can push out the others.
                 ((most, _),) = Counter(kept.visitor for kept in self._sessions.values()).most_common(1)
                 oldest = next(name for name, kept in self._sessions.items() if kept.visitor == most)
                 _end(self._sessions.pop(oldest))
@@ -605,8 +605,8 @@ class Studio:
                 )
             try:
                 subject.encode()
-            except UnicodeEncodeError:
-                raise UserError("The prompt holds half a character; write it again.") from None
+            except UnicodeEncodeError as error:
+                raise UserError("The prompt holds half a character; write it again.") from error
             return subject.strip()
         count = len(model.subjects)
         if isinstance(subject, str) and subject.isdecimal() and len(subject) < 10:

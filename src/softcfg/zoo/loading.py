@@ -221,7 +221,7 @@ def _fill(
         },
         assign=True,
     )
-    module.to(device)  # the tables that are no weights
+    module.to(device)  # tables that are not weights
     return module.requires_grad_(False).eval()
 
 

@@ -20,8 +20,8 @@ GROUP_SIZES = (128, 64, 32)  # weights that share a scale in int4, the preferred
 def quantize(generator: Generator, kind: str, device: torch.device) -> Generator:
     """Round the weights of the linear layers to integers, one layer after the other, and move all to `device`.
 
-    "int8" has one scale a row. "int4" has one for every 128 weights of a row (fewer in narrow layers) and saves memory
-    on GPUs alone, where the weights must be bfloat16; on a CPU it is the same rounding, kept in a byte each.
+    "int8" has one scale per row. "int4" has one per 128 weights of a row (fewer in narrow layers) and saves memory on
+    GPUs only, where the weights must be bfloat16; on a CPU it is the same rounding, kept in one byte per weight.
 
     Raises:
         UserError: torchao is missing, or there is no such kind.

@@ -142,7 +142,7 @@ def shards_of(index: Path) -> list[Path]:
     """Return the files that the index of a checkpoint lists, beside it.
 
     Raises:
-        CheckpointError: it is no such index.
+        CheckpointError: it is not such an index.
     """
     names = _weight_map(index).values()
     return [index.with_name(name) for name in dict.fromkeys(names)]

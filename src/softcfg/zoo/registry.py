@@ -193,70 +193,45 @@ def _by_name(items: Iterable[Named]) -> dict[str, Named]:
     return {item.name: item for item in items}  # type: ignore[attr-defined]
 
 
-def _generator(name: str, module: str, model: str, config: str, **layout: Any) -> Family:
-    return Family("generator", name, module, model, config, ("model.vq_model", "model.generator"), **layout)
+def _generator(name: str, module: str, model: str, config: str = "", **layout: Any) -> Family:
+    sections = ("model.vq_model", "model.generator")
+    return Family("generator", name, f"softcfg.models.{module}", model, config or f"{model}Config", sections, **layout)
 
 
-def _tokenizer(name: str, module: str, model: str, config: str, **layout: Any) -> Family:
-    return Family("tokenizer", name, module, model, config, ("model.vq_model",), **layout)
+def _tokenizer(name: str, module: str, model: str, **layout: Any) -> Family:
+    sections = ("model.vq_model",)
+    return Family("tokenizer", name, f"softcfg.tokenizers.{module}", model, f"{model}Config", sections, **layout)
 
+
+_LLAMAGEN: dict[str, Any] = {"entries": ("model", "module", "state_dict"), "ignored": ("freqs_cis",)}
+_ROBUSTOK: dict[str, Any] = {
+    "entries": ("ema", "model", "state_dict"),
+    "ignored": ("semantic_model.", "quantize.ema_vocab_hit_SV", "encoder.lvl1LC", "decoder.lvl1LC"),
+}
+_CODEBOOK_USED = ("quantize.codebook_used",)
 
 GENERATORS: dict[str, Family] = _by_name(
     [
-        _generator("alitok", "softcfg.models.alitok", "AliTok", "AliTokConfig"),
-        _generator("rar", "softcfg.models.rar", "RAR", "RARConfig"),
-        _generator("robustok", "softcfg.models.rar", "RAR", "RobusTokConfig"),
-        _generator(
-            "llamagen",
-            "softcfg.models.llamagen",
-            "LlamaGen",
-            "LlamaGenConfig",
-            entries=("model", "module", "state_dict"),
-            ignored=("freqs_cis",),
-        ),
-        _generator(
-            "llamagen-t2i",
-            "softcfg.models.llamagen_t2i",
-            "LlamaGenT2I",
-            "LlamaGenT2IConfig",
-            entries=("model", "module", "state_dict"),
-            ignored=("freqs_cis",),
-        ),
-        _generator("janus-pro", "softcfg.models.janus", "Janus", "JanusConfig", layouts="from_published"),
-        _generator("emu3", "softcfg.models.emu3", "Emu3", "Emu3Config", layouts="from_published"),
-        _generator("lumina-mgpt-2", "softcfg.models.lumina", "Lumina", "LuminaConfig", ignored=("model.vqmodel.",)),
+        _generator("alitok", "alitok", "AliTok"),
+        _generator("rar", "rar", "RAR"),
+        _generator("robustok", "rar", "RAR", "RobusTokConfig"),
+        _generator("llamagen", "llamagen", "LlamaGen", **_LLAMAGEN),
+        _generator("llamagen-t2i", "llamagen_t2i", "LlamaGenT2I", **_LLAMAGEN),
+        _generator("janus-pro", "janus", "Janus", layouts="from_published"),
+        _generator("emu3", "emu3", "Emu3", layouts="from_published"),
+        _generator("lumina-mgpt-2", "lumina", "Lumina", ignored=("model.vqmodel.",)),
     ]
 )
 
 TOKENIZERS: dict[str, Family] = _by_name(
     [
-        _tokenizer("alitok", "softcfg.tokenizers.alitok", "AliTokTokenizer", "AliTokTokenizerConfig"),
-        _tokenizer("maskgit-vq", "softcfg.tokenizers.maskgit_vq", "MaskGITVQ", "MaskGITVQConfig"),
-        _tokenizer(
-            "robustok",
-            "softcfg.tokenizers.robustok",
-            "RobusTokTokenizer",
-            "RobusTokTokenizerConfig",
-            entries=("ema", "model", "state_dict"),
-            ignored=("semantic_model.", "quantize.ema_vocab_hit_SV", "encoder.lvl1LC", "decoder.lvl1LC"),
-        ),
-        _tokenizer(
-            "llamagen-vq",
-            "softcfg.tokenizers.llamagen_vq",
-            "LlamaGenVQ",
-            "LlamaGenVQConfig",
-            ignored=("quantize.codebook_used",),
-        ),
-        _tokenizer("movq", "softcfg.tokenizers.movq", "MoVQ", "MoVQConfig", extras=True),
-        _tokenizer(
-            "janus-vq",
-            "softcfg.tokenizers.janus_vq",
-            "JanusVQ",
-            "JanusVQConfig",
-            ignored=("quantize.codebook_used",),
-            layouts="from_published",
-        ),
-        _tokenizer("emu3-vq", "softcfg.tokenizers.emu3_vq", "Emu3VQ", "Emu3VQConfig", layouts="from_published"),
+        _tokenizer("alitok", "alitok", "AliTokTokenizer"),
+        _tokenizer("maskgit-vq", "maskgit_vq", "MaskGITVQ"),
+        _tokenizer("robustok", "robustok", "RobusTokTokenizer", **_ROBUSTOK),
+        _tokenizer("llamagen-vq", "llamagen_vq", "LlamaGenVQ", ignored=_CODEBOOK_USED),
+        _tokenizer("movq", "movq", "MoVQ", extras=True),
+        _tokenizer("janus-vq", "janus_vq", "JanusVQ", ignored=_CODEBOOK_USED, layouts="from_published"),
+        _tokenizer("emu3-vq", "emu3_vq", "Emu3VQ", layouts="from_published"),
     ]
 )
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import UserError
 from softcfg.models.conditioning import PromptConditioning
-from softcfg.models.geometry import Geometry
 from softcfg.models.text import Piece, Special, TextTokenizer
 from softcfg.prompts import Prompt
 
@@ -56,10 +55,3 @@ class JanusPrompts(PromptConditioning):
             raise UserError(f"{self.name} has no text tokenizer, so it cannot read prompts")
         begin = self.generator.config.special_ids["bos"]
         return [[begin, *self.reader.ids(prompt_pieces(prompt.text))] for prompt in requests]
-
-    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
-        """See `Conditioning.geometry`; there is one size."""
-        size = self.default_size
-        if (width or size[0], height or size[1]) != size:
-            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
-        return self.generator.config.geometry

@@ -33,12 +33,7 @@ DUAL_PANEL = (
 )
 TEMPLATE_FIELDS = ("prompt", "width", "height")
 # Task -> the words for the map that is drawn in the lower half, below the image it belongs to.
-PAIR_TASKS = {
-    "depth": "depth map",
-    "canny": "canny edge map",
-    "hed": "hed edge map",
-    "openpose": "pose estimation map",
-}
+PAIR_TASKS = {"depth": "depth map", "canny": "canny edge map", "hed": "hed edge map", "openpose": "pose estimation map"}
 # Task -> the words for the given image, which becomes the upper half.
 IMAGE_TASKS = {
     "depth": "depth map",
@@ -202,10 +197,7 @@ class LuminaPrompts(PromptConditioning):
     def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
         """See `Conditioning.geometry`."""
         default_width, default_height = self.default_size
-        try:
-            return self.generator.config.geometry(width or default_width, height or default_height)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return self.generator.config.geometry(width or default_width, height or default_height)
 
     @property
     def default_size(self) -> tuple[int, int]:
