@@ -116,7 +116,7 @@ def settings_of(owner: type) -> Mapping[str, Setting]:
 
 def check(owner: Any) -> None:
     """Raise `ValueError` for the first setting of a dataclass that is out of its range."""
-    for name, known in settings_of(type(owner)).items():
+    for name, known in settings_of(type(owner)).items():  # type: ignore[arg-type]  # classes can be hashed
         known.check(getattr(owner, name))
 
 

@@ -360,7 +360,7 @@ def _session(studio: Studio, request: gr.Request) -> Session:
 def _whole(event: gr.EventData, name: str) -> int:
     value = event._data.get(name) if isinstance(event._data, dict) else None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"The page asked for no {name}; load it again.")
+        raise UserError(f"The page sent no {name}; load it again.")
     return value
 
 
