@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from softcfg.errors import UserError, clean, quote
+from softcfg.errors import UserError, clean, quote, suggestion
 from softcfg.files import read_text, reading
 
 ConfigT = TypeVar("ConfigT")
@@ -159,12 +158,9 @@ def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, An
 def _warn_unknown(names: set[str], fields: Mapping[str, Any], config_type: type) -> None:
     # Only a likely misspelling of a field is worth a word: released files hold many names that we do not need.
     for name in sorted(names):
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
-        if near and near[0] not in names:
-            warnings.warn(
-                f"{config_type.__name__} has no field {quote(name)} (did you mean {near[0]!r}?); it is ignored",
-                stacklevel=3,
-            )
+        hint = suggestion(name, fields, most=1, cutoff=0.85)
+        if hint:
+            warnings.warn(f"{config_type.__name__} has no field {quote(name)} ({hint}); it is ignored", stacklevel=3)
 
 
 def _coerce(name: str, value: Any, expected: Any) -> Any:

@@ -67,10 +67,7 @@ def text_ids(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list
     Raises:
         UserError: the text is too long or no text, or the tokenizer fails on it or does not come to an end.
     """
-    if len(text) > LONGEST_TEXT:
-        raise UserError(f"a prompt of {len(text):,} characters is too long; the limit is {LONGEST_TEXT:,}")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"a prompt holds half a character: {quote(text)}; write it again")
+    check_text(text)
     found: list[Any] = []
 
     def encode() -> None:
@@ -88,6 +85,14 @@ def text_ids(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list
     if isinstance(found[0], BaseException):
         raise UserError(f"the text tokenizer fails on a prompt: {clean(found[0], 200)}") from found[0]
     return found[0]
+
+
+def check_text(text: str) -> None:
+    """Raise `UserError` for a text that is too long or no valid Unicode."""
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"a prompt of {len(text):,} characters is too long; the limit is {LONGEST_TEXT:,}")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"a prompt holds half a character: {quote(text)}; write it again")
 
 
 def check_template(template: str, fields: Collection[str]) -> None:

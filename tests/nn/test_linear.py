@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -46,3 +48,27 @@ def test_other_dtypes_stay_as_they_are(dtype: torch.dtype) -> None:
     plain = layer(x)
     with prepared_linear_layers(layer, 4):
         assert torch.equal(layer(x), plain)
+
+
+def test_layers_for_which_there_is_no_memory_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = torch.nn.Sequential(*(Linear(16, 16) for _ in range(3))).requires_grad_(False)
+    x, prepare, done = torch.randn(4, 16), Linear.prepare, []
+
+    def prepared(layer: Linear, rows: int) -> None:
+        if rows and done:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes")
+        done.append(layer)
+        prepare(layer, rows)
+
+    expected = layers(x)
+    monkeypatch.setattr(Linear, "prepare", prepared)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with prepared_linear_layers(layers, 4):
+            torch.testing.assert_close(layers(x), expected)
+    assert [str(warning.message) for warning in caught] == [
+        "there is no memory for a second layout of the weights, so their products are slower"
+    ]
+    monkeypatch.setattr(Linear, "prepare", lambda layer, rows: 1 / rows)
+    with pytest.raises(ZeroDivisionError), prepared_linear_layers(layers, 0):
+        pass

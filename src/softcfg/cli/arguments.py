@@ -80,6 +80,16 @@ def parse_metrics(text: str | None) -> list[str] | None:
     return [name.strip().replace("-", "_") for name in text.split(",")] if text else None
 
 
+def add_output_size_argument(group: argparse._ArgumentGroup) -> None:
+    """`--image-size-eval`, as LlamaGen's released sampler has it; see `Pipeline.with_image_size`."""
+    group.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="resize images to SIZE x SIZE pixels, before they are rounded to 8 bits (default: the model's own size)",
+    )
+
+
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     """Guidance and token sampling: a flag for every setting; the names are those of the released code."""
     group = parser.add_argument_group("guidance")
@@ -186,6 +196,7 @@ def load_pipeline(
         quantize=args.quantize,
         kv_cache_dtype=cache_dtype,
         device_map=args.device_map,
+        image_size_eval=getattr(args, "image_size_eval", None),
     )
 
 

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "default: inception with --reference, else nothing is measured"
     arguments.add_extractor_arguments(group, None, note)
     group = parser.add_argument_group("results")
+    arguments.add_output_size_argument(group)
     group.add_argument("--output-dir", default="comparison", metavar="DIR", help="folder for the results")
     arguments.add_guidance_arguments(parser)
 

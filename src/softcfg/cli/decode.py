@@ -22,7 +22,8 @@ be stopped and continued, and shared by many processes."""
 
 EXAMPLES = """\
 examples:
-  softcfg decode run --tokenizer-checkpoint finetuned.safetensors --output-dir run-finetuned --npz"""
+  softcfg decode run --tokenizer-checkpoint finetuned.safetensors --output-dir run-finetuned --npz
+  softcfg decode run --image-size-eval 256 --output-dir run-256 --npz"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", required=True, metavar="NEW", help="folder of the new run")
     parser.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer decodes (default: the run's)")
     parser.add_argument("--tokenizer-checkpoint", metavar="FILE", help="its weights, instead of the model's own")
+    parser.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="resize images to SIZE x SIZE pixels (default: as in the run)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
         "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             folder,
             model=args.tokenizer,
             tokenizer_checkpoint=args.tokenizer_checkpoint,
+            image_size_eval=args.image_size_eval,
             processes=processes,
             overwrite=args.overwrite,
             command=drawing.command_of(args),

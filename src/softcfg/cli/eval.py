@@ -11,8 +11,8 @@ HELP = "measure images: FID, sFID, Inception Score, precision, recall"
 DESCRIPTION = """\
 Measure images by the protocol of ImageNet papers: FID, sFID, Inception Score, precision and recall.
 
-SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG or WebP images,
-or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
+SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG, WebP, BMP or TIFF
+images, or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
 reference batches and --save-stats have them. Without a reference there is only the Inception Score, and class
 accuracy where the extractor knows the classes (fashion) and SAMPLES says what was drawn (a run folder, arr_1).
 
@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         metavar="LIST",
         help="some of fid,sfid,inception_score,precision,recall,class_accuracy (default: all that can be computed)",
+    )
+    parser.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="first resize images of another size to SIZE x SIZE pixels (bicubic). Figures of papers are of images "
+        "that were resized before they were rounded to 8 bits: better give this flag to 'softcfg sample' or 'decode'",
     )
     group = parser.add_argument_group("features")
     arguments.add_extractor_arguments(group)
@@ -74,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         cache=None if args.no_cache else args.cache_dir or cache_folder(),
         save_stats=args.save_stats,
         progress=True,
+        image_size_eval=args.image_size_eval,
     )
     if args.output:
         write_atomically(args.output, report.to_json().encode() + b"\n")

@@ -22,7 +22,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("model", metavar="MODEL", help="a name that 'softcfg models' lists")
+    parser.add_argument("model", metavar="MODEL", help="a name that 'softcfg models' lists, or a repository USER/NAME")
     parser.add_argument("--from", dest="source", metavar="PATH", help="take the files from this folder, or this file")
     parser.add_argument("--link", action="store_true", help="with --from: link to the files instead of copying them")
 
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.link and args.source is None:
         raise UserError("--link needs --from, the files to link to")
+    paths = fetch(args.model, args.source, link=args.link)
     entry = resolve(args.model)
-    paths = fetch(entry, args.source, link=args.link)
     if entry.bundled:
         print(f"{entry.name} is bundled with softcfg: there is nothing to fetch")
     for path in paths:

@@ -50,6 +50,10 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
             "published": files[0].published,
             "path": None if missing else str(find_file(files[0])),
             "missing": [file.name for file in missing],
+            "files": [
+                {"file": file.name, "published": file.published, "path": str(path) if path else None}
+                for file, path in zip(files, map(find_file, files), strict=True)
+            ],
         }
 
     def described(component: Component) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
     return {
         "name": entry.name,
         "description": entry.description,
+        "licence": entry.licence,
         "generator": described(entry.generator),
         "tokenizer": described(entry.tokenizer),
         "text": text,
@@ -79,7 +84,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         halves = (entry["generator"], entry["tokenizer"])
         files = (*halves, *([entry["text"]] if entry["text"] else []))
-        missing = [name for file in files for name in file["missing"]]
+        missing = list(dict.fromkeys(name for file in files for name in file["missing"]))
         settings = (entry["sampling"].get(key, "") for key in ("guidance_scale", "guidance_scale_pow", "temperature"))
         rows.append(
             (
@@ -112,11 +117,14 @@ def details(entry: ModelEntry) -> str:
             ("", half["path"] or f"{half['file']} is missing: {half['published']}"),
         ]
     if known["text"]:
-        text = known["text"]
-        facts.append(("prompts", text["path"] or f"{text['file']} is missing: {text['published']}"))
+        for i, file in enumerate(known["text"]["files"]):
+            found = file["path"] or f"{file['file']} is missing: {file['published']}"
+            facts.append(("" if i else "prompts", found))
     facts.append(("defaults", _listing(known["sampling"])))
     if entry.fid:
         facts.append(("FID", f"{entry.fid:.2f}, as its authors report for plain guidance"))
+    if entry.licence:
+        facts.append(("licence", entry.licence))
     if entry.classes:
         facts.append(("classes", ", ".join(entry.classes)))
     if missing := missing_files(entry.files):

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="all images in one file beside the folder, DIR.npz, for ADM's evaluation (default: with --config)",
     )
+    arguments.add_output_size_argument(group)
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,

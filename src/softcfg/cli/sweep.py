@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images of a trial (default: 1000)")
     group.add_argument("--batch-size", type=int, metavar="B", help="images drawn at once (default: at most 100)")
     group.add_argument("--labels", default="all", help="as of 'softcfg sample' (default: all, in turn)")
+    arguments.add_output_size_argument(group)
     group = parser.add_argument_group("where")
     group.add_argument("--output-dir", default="sweep", metavar="DIR", help="folder of the sweep (default: sweep)")
     group.add_argument(

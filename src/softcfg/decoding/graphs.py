@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from softcfg.nn.memory import in_short
+
 WARM_UP = 2  # steps before the capture, in which kernels compile and libraries set themselves up
 WORTHWHILE = 8  # steps; capturing costs about as much as launching a few of them
 
@@ -50,7 +52,7 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
     except RuntimeError as error:
         warnings.warn(
             f"the decoding step could not be captured as a graph, so every step launches its kernels anew, which is "
-            f"slower: {error}",
+            f"slower: {in_short(error)}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -125,7 +125,8 @@ class JacobiDecoder:
         self._finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
         self._passes = 0
-        self._end = 0  # of the farthest window
+        self._done, self._sound = 0, True
+        self._end = self.window  # of the farthest window
         self._offsets = torch.arange(self.window, device=device)
         # As if a window before the sequence had been decoded, with equal logits at its end.
         self._start = self.settled - self.window
@@ -147,7 +148,6 @@ class JacobiDecoder:
         if self._rule_states is not None:
             state = self._rule_states[torch.arange(self.batch, device=start.device), start - self._start]
         steps = start[:, None] + self._offsets
-        self._end = int(start.max()) + self.window
         drawn_from, drafts = self._drafts(start, steps, drafting)
         self.tokens.scatter_(1, steps, drafts)
 
@@ -166,17 +166,20 @@ class JacobiDecoder:
         # Drafts may be drawn from anything; what is ruled out at one step need not be at the next.
         self._last_logits = (branches[0] if self.guidance.rule.constrained else guided)[:, -1:]
         self._passes += 1
+        # The one time in a pass that waits for the device.
+        read = torch.stack((*self.settled.aminmax(), self._finite.sound().long()))
+        self._done, farthest, self._sound = read.tolist()
+        self._end = min(farthest + self.window, self.condition.num_tokens)
 
     def done(self) -> int:
-        """How many tokens all rows have settled; it waits for the device.
+        """How many tokens all rows have settled.
 
         Raises:
             UserError: the logits hold NaN or infinity.
         """
-        settled, sound = torch.stack((self.settled.min(), self._finite.sound().long())).tolist()
-        if not sound:
+        if not self._sound:
             self._finite.check()
-        return settled
+        return self._done
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts [B, n] of the window at `steps`, and what they were drawn from, [B, n, V].

@@ -100,9 +100,13 @@ def setting(default: Any, *, kw_only: bool = False, **known: Any) -> Any:
     return dataclasses.field(default=default, kw_only=kw_only, metadata={_METADATA: known})
 
 
-@functools.cache
 def settings_of(owner: type) -> Mapping[str, Setting]:
     """The settings of a dataclass by name; fields of other kinds are left out."""
+    return _settings_of(owner)
+
+
+@functools.cache  # of a function of its own, since mypy takes some classes for unhashable
+def _settings_of(owner: type) -> Mapping[str, Setting]:
     found = {}
     for field in dataclasses.fields(owner):
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
@@ -116,7 +120,7 @@ def settings_of(owner: type) -> Mapping[str, Setting]:
 
 def check(owner: Any) -> None:
     """Raise `ValueError` for the first setting of a dataclass that is out of its range."""
-    for name, known in settings_of(type(owner)).items():  # type: ignore[arg-type]  # classes can be hashed
+    for name, known in settings_of(type(owner)).items():
         known.check(getattr(owner, name))
 
 

@@ -12,6 +12,8 @@ it:
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +29,7 @@ from softcfg.decoding import Sampling, draw, image_uniforms
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError
-from softcfg.guidance import CFG
+from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
@@ -38,7 +40,13 @@ from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        DynamicCache,
+        JanusForConditionalGeneration,
+        StaticCache,
+    )
     from transformers.generation import EosTokenCriteria, GenerationMode
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -46,6 +54,15 @@ except ImportError as error:
     raise UserError("this needs transformers 5 or later: pip install 'softcfg[transformers]'") from error
 
 ATTENTION = "softcfg"  # its name for `attn_implementation`
+JANUS_SCALE = 5.0  # of its image mode, where its configuration has none
+IMAGE_HEADS = (
+    "generation_head",
+    "gen_head",
+    "image_head",
+    "img_head",
+    "vision_head",
+    "visual_head",
+)  # their usual names
 
 # Whether each call of `attention` in this pass brought weights: a layer that loses them would draw plain CFG.
 _brought_weights: ContextVar[list[bool] | None] = ContextVar("brought_weights", default=None)
@@ -140,6 +157,23 @@ class ImageHead:
     vocab_size: int
 
     @classmethod
+    def of(cls, model: Any) -> ImageHead | None:
+        """The image head of a model that has one; None for a model whose image tokens are in its vocabulary.
+
+        Raises:
+            UserError: there is an image head, of a kind that is not known here.
+        """
+        if isinstance(model, JanusForConditionalGeneration):
+            return cls.janus(model)
+        heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in IMAGE_HEADS]
+        if heads:
+            raise UserError(
+                f"{type(model).__name__} has an image head, {heads[0]}, of a kind that is not known here: give "
+                "head=ImageHead(embed=..., backbone=..., logits=..., vocab_size=...)"
+            )
+        return None
+
+    @classmethod
     def janus(cls, model: Any) -> ImageHead:
         """The image head of a `JanusForConditionalGeneration`."""
         return cls(
@@ -228,8 +262,8 @@ class TransformersGenerator(Generator):
     Args:
         model: of transformers; for SoftCFG with `model.set_attn_implementation("softcfg")`.
         num_tokens: T, tokens to draw after a prompt.
-        head: for models whose image tokens have an embedding and a head of their own. None: token ids go in,
-            `logits` come out.
+        head: for models whose image tokens have an embedding and a head of their own; that of Janus is found by
+            itself. Without one, token ids go in and `logits` come out.
         code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
             end of image) are never weighted.
         logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
@@ -238,7 +272,7 @@ class TransformersGenerator(Generator):
         pad_token_id: fills the shorter prompts on the left; no query sees it.
 
     Raises:
-        UserError: `cache` or `code_steps` are none of these.
+        UserError: `cache` or `code_steps` are none of these, or the model has an image head that is not known here.
     """
 
     supports_row_positions = False
@@ -260,6 +294,7 @@ class TransformersGenerator(Generator):
             raise UserError(f"cache must be 'dynamic' or 'static', got {cache!r}")
         if code_steps is not None and (code_steps.dtype != torch.bool or code_steps.shape != (num_tokens,)):
             raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
+        head = ImageHead.of(model) if head is None else head
         self.model = model
         self.num_tokens = num_tokens
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size if head is None else head.vocab_size
@@ -700,7 +735,8 @@ def generate(
 
     Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
     the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
-    as in `decode`. An end token that is an image code does not end a sequence.
+    as in `decode`. An end token that is an image code does not end a sequence. With Janus's `generation_mode="image"`
+    there are as many tokens as an image has; `guidance` and `unconditional_ids` default to those of Janus.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.
@@ -736,6 +772,7 @@ def generate(
         if unconditional_mask is not None:
             unconditional_mask = unconditional_mask.repeat_interleave(copies, dim=0)
     sampling = _Processed(config.temperature or 1.0) if config.do_sample else _Processed(greedy=True)
+    head = ImageHead.of(model) if head is None else head
     # The tokens of an image head are not text, so none of them ends it.
     criteria = [c for c in stopping_criteria if head is None or not isinstance(c, EosTokenCriteria)]
     if image_codes is not None:
@@ -767,3 +804,41 @@ def generate(
     if streamer is not None:
         streamer.end()
     return torch.cat((input_ids, tokens.to(input_ids.device)), dim=1)
+
+
+def _image_mode(usual: Callable[..., Any]) -> Callable[..., Any]:
+    """The `generate` of Janus, whose image mode has a loop of its own and knows no `custom_generate`.
+
+    Calls with the one of this module go to the loop here: by default with Janus's guidance scale at every step, and
+    with its unconditional prompts, where padding that is seen stands for the text. All other calls are left alone.
+    """
+
+    @functools.wraps(usual)
+    def janus_generate(self: Any, inputs: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("custom_generate") is not generate or kwargs.get("generation_mode") != "image":
+            return usual(self, inputs, attention_mask, *args, **kwargs)
+        del kwargs["generation_mode"]
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        config = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
+        scale = kwargs.pop("guidance_scale", None)
+        if kwargs.get("guidance") is None:
+            kwargs["guidance"] = SoftCFG(scale or config.guidance_scale or JANUS_SCALE, schedule="constant")
+        elif scale is not None:
+            raise UserError("give guidance or guidance_scale, not both")
+        if kwargs.get("unconditional_ids") is None:
+            kept = ["bos_token_id", "pad_token_id", "boi_token_id"]
+            known = {**config.to_dict(), **(getattr(config, "generation_kwargs", None) or {}), **kwargs}
+            bos, pad, boi = (known.get(name) for name in kept)
+            if None in (bos, pad, boi):
+                raise UserError(f"the generation config needs {', '.join(kept)}; or give unconditional_ids")
+            framing = (ids == bos) | (ids == boi)
+            kwargs.update(unconditional_ids=ids.where(framing, pad), unconditional_mask=attention_mask)
+        config.guidance_scale = config.max_length = None
+        config.max_new_tokens = self.model.vision_model.config.num_image_tokens
+        kwargs.update(generation_config=config, attention_mask=attention_mask)
+        return super(JanusForConditionalGeneration, self).generate(ids, *args, **kwargs)[:, ids.shape[1] :]
+
+    return janus_generate
+
+
+JanusForConditionalGeneration.generate = _image_mode(JanusForConditionalGeneration.generate)

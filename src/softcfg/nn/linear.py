@@ -7,12 +7,15 @@ the product 1.2 to 2.7 times as fast. It needs PyTorch with MKL; elsewhere the l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from softcfg.nn.memory import is_out_of_memory
 
 
 class Linear(nn.Linear):
@@ -36,11 +39,23 @@ class Linear(nn.Linear):
 
 @contextmanager
 def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
-    """Prepare all `Linear` layers of `module` for inputs of `rows` rows; inside, its weights must not change."""
+    """Prepare all `Linear` layers of `module` for inputs of `rows` rows; inside, its weights must not change.
+
+    Layers for which the memory is not enough stay as they are, with a warning.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
     try:
-        for layer in layers:
-            layer.prepare(rows)
+        try:
+            for layer in layers:
+                layer.prepare(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            warnings.warn(
+                "there is no memory for a second layout of the weights, so their products are slower",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         yield
     finally:
         for layer in layers:

@@ -259,7 +259,15 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
         )
     texts: dict[str, type] = dict.fromkeys(("model", "command", "dtype", "task", "negative_text"), str)
     mappings: dict[str, type] = dict.fromkeys(("guidance", "sampling", "generator", "tokenizer", "image"), dict)
-    kinds = {**texts, **mappings, "environment": list, "prompts": list, "width": int, "height": int}
+    kinds = {
+        **texts,
+        **mappings,
+        "environment": list,
+        "prompts": list,
+        "width": int,
+        "height": int,
+        "image_size_eval": int,
+    }
     for name, kind in kinds.items():
         if not isinstance(settings.get(name, kind()), kind):
             raise UserError(f"{path} is not the settings of a run: {name} is {quote(settings[name])}")

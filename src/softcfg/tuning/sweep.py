@@ -43,6 +43,7 @@ from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import ProgressBar
+from softcfg.runs.settings import resizing
 from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
 from softcfg.zoo.registry import find
 
@@ -214,7 +215,7 @@ class Sweep:
         self._extractor = load_extractor(extractor, None, generator.device) if isinstance(extractor, str) else extractor
         # What cannot be measured is refused before anything is drawn.
         wanted = None if config.metrics is None else [self.objective, *config.metrics]
-        side = self.pipeline.tokenizer.image_size
+        side = self.pipeline.tokenizer.decoded_size
         black = np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8)
         report = self._measure(black, wanted, labels=[0] * PROBE_IMAGES)
         if self.objective not in report.metrics:
@@ -526,6 +527,8 @@ def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
         words += [flag, str(given)] if given else []
     kind = str(pipeline.generator.dtype).removeprefix("torch.")
     words += ["--dtype", kind] if kind != "float32" else []
+    size = resizing(pipeline.tokenizer, None).get("image_size_eval")
+    words += ["--image-size-eval", str(size)] if size is not None else []
     words += ["--labels", _labels_text(request.labels), "--num-samples", str(request.num_samples)]
     return [*words, "--batch-size", str(request.batch_size), "--seed", str(request.seed), "--no-png", "--no-compare"]
 

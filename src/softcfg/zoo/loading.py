@@ -35,7 +35,7 @@ def load_generator(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Generator:
     """Load a generator in eval mode, its parameters without gradients.
 
@@ -46,7 +46,7 @@ def load_generator(
         checkpoint: a weights file, the index of several, or a state dict, under the released names. Tensors that need
             no conversion are used as they are, not copied.
         device: where the weights go; the CPU by default.
-        dtype: dtype of the weights; by default float32, or what suits a model of the zoo.
+        dtype: dtype of the weights, or its name; by default float32, or what suits a model of the zoo.
 
     Raises:
         CheckpointError: the weights are missing, damaged, unsafe to open or do not fit the configuration.
@@ -60,7 +60,7 @@ def load_tokenizer(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Tokenizer:
     """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
 
@@ -98,10 +98,13 @@ def _load(
     config: ConfigSource | None,
     checkpoint: str | Path | Mapping[str, Tensor] | None,
     device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
 ) -> Any:
     import torch
 
+    from softcfg.nn.precision import as_dtype
+
+    dtype = as_dtype(dtype)
     kind = "generator" if families is GENERATORS else "tokenizer"
     if isinstance(name, str) and name in families:
         family = families[name]

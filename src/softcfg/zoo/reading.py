@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 MOST_FILES = 1000  # of an index
 LARGEST_JSON = 1 << 24  # bytes of an index or a configuration
 LARGEST_HEADER = 1 << 24  # bytes of the header of a .safetensors file
@@ -53,7 +53,7 @@ def read_state_dict(
 ) -> dict[str, Tensor]:
     """Read a weights file (.safetensors, or .bin, .pt, .pth, .ckpt of PyTorch) without executing anything in it.
 
-    Of weights in several .safetensors files, `path` is the index.
+    Of weights in several files, `path` is the index.
 
     Tensors are mapped from the file where its format allows, so that reading is cheap until they are used.
 
@@ -135,7 +135,7 @@ class _Ignored:
 
 def is_index(path: Path) -> bool:
     """Whether the file is the index of weights in several files."""
-    return path.name.endswith(INDEX_SUFFIX)
+    return path.name.endswith(INDEX_SUFFIXES)
 
 
 def shards_of(index: Path) -> list[Path]:
