@@ -99,7 +99,7 @@ def test_inception_with_weights_of_ones_own(tmp_path: Path, capsys: pytest.Captu
     [
         (["{samples}", "--reference", "gone.npz"], "gone.npz does not exist"),
         (["{nan}"], "must be uint8, 0 to 255, got float64"),
-        (["{broken}"], "broken.npz is not an .npz file, or is truncated"),
+        (["{broken}"], "broken.npz is no .npz file, or a truncated one"),
         (["{samples}", "--metrics", "fid"], "FID cannot be computed: it needs a reference"),
         (["{samples}", "--metrics", "kid"], "there is no metric named 'kid'"),
         (["{samples}", "--extractor", "incption"], "did you mean inception"),
