@@ -219,7 +219,7 @@ class RunFolder:
         try:
             return self.read(number)
         except DamagedShardError as problem:
-            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' tells more") from problem
+            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' says more") from problem
 
     def discard(self, number: int) -> None:
         """Remove a shard and its images, so that the run draws them again."""

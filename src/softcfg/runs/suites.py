@@ -114,7 +114,7 @@ class GenEval(Suite):
             raise UserError(f"{path} is empty")
         prompts = [_prompt_of(line) for line in self.lines]
         if None in prompts:
-            raise UserError(f"{path}: line {prompts.index(None) + 1} is no JSON object with a prompt")
+            raise UserError(f"{path}: line {prompts.index(None) + 1} is not a JSON object with a prompt")
         return [prompt for prompt in prompts if prompt is not None]
 
     def files(self, folder: Path, number: int) -> list[Path]:

@@ -550,7 +550,7 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
     try:
         url = make_url(storage)
     except ArgumentError as error:
-        raise UserError(f"{quote(storage)} is no storage URL such as sqlite:///study.db") from error
+        raise UserError(f"{quote(storage)} is not a storage URL such as sqlite:///study.db") from error
     # SQLite's own patience of 5 s is short for many processes.
     engine = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
     for patience in (1, 2, 4, 0):

@@ -110,7 +110,7 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
                     f"{path} was refused: it contains Python objects other than tensors ({clean(forbidden[1], 100)}), "
                     "which could run code when opened; save its tensors alone, best as .safetensors"
                 ) from error
-            raise CheckpointError(f"{path} is truncated, damaged or no weights file; get it again") from error
+            raise CheckpointError(f"{path} is truncated, damaged or not a weights file; get it again") from error
     return content, size
 
 
@@ -151,12 +151,12 @@ def shards_of(index: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} is no index of weights files: it has no weight_map; get it again")
+        raise CheckpointError(f"{index} is not an index of weights files: it has no weight_map; get it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-            raise CheckpointError(f"{index} names {quote(name)}, which is no file beside it")
+            raise CheckpointError(f"{index} names {quote(name)}, which is not a file beside it")
         if not name.lower().endswith((".safetensors", *TORCH_SUFFIXES)):
-            raise CheckpointError(f"{index} names {quote(name)}, which is no weights file")
+            raise CheckpointError(f"{index} names {quote(name)}, which is not a weights file")
     if (files := len(set(weight_map.values()))) > MOST_FILES:
         raise CheckpointError(f"{index} names {files:,} files, more than {MOST_FILES:,}, the limit")
     return weight_map

@@ -377,7 +377,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
     """Return the entry of a model given by name or by the path of a model folder (or of its model.yaml).
 
     Raises:
-        UserError: no such model (the nearest names are suggested), or a folder that is no model folder.
+        UserError: no such model (the nearest names are suggested), or a folder that is not a model folder.
     """
     if isinstance(model, ModelEntry):
         return model
@@ -387,7 +387,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
             return read_model_folder(path.parent)
         if is_folder(path):
             if not os.path.lexists(path / "model.yaml"):
-                raise UserError(f"folder {path} holds no model.yaml, so it is no model folder")
+                raise UserError(f"folder {path} holds no model.yaml, so it is not a model folder")
             return read_model_folder(path)
         if isinstance(model, str) and is_repository(model):
             return _fetched(model)
