@@ -72,6 +72,11 @@ def read_text(path: str | Path, limit: int) -> str:
         raise OSError(errno.EILSEQ, f"it is no UTF-8 text ({error.reason} at byte {error.start})", str(path)) from error
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end with LF, CR LF or CR alone; `str.splitlines` splits at other characters too."""
+    return io.StringIO(text, newline=None).read().split("\n")
+
+
 def reopened(file: BinaryIO) -> str:
     """Return a path to the very file that is open, for libraries that want a path; use it while `file` is open."""
     path = f"/dev/fd/{file.fileno()}"

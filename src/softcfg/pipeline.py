@@ -106,7 +106,7 @@ class Pipeline:
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
-        self.classes = tuple(classes)
+        self.classes = tuple(classes) or conditioning.classes
         self.sampling_defaults = dict(sampling_defaults or {})
         self.conditioning = conditioning
         self.source = source
@@ -254,7 +254,7 @@ class Pipeline:
         """Draw one image per label, or one per prompt.
 
         Args:
-            labels: B class ids. In their place, prompts may be given here too.
+            labels: B class ids, or names of classes. In their place, prompts may be given here too.
             guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power.
             prompts: B texts or `Prompt`s, for images of one size.
             width, height: of the images of prompts that do not say, in pixels; the model's by default.

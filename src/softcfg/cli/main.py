@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from typing import NoReturn
 from softcfg import plugins
 from softcfg.cli import bench, compare, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
 from softcfg.cli import eval as evaluation
+from softcfg.cli.streams import patient_streams
 from softcfg.errors import UserError, clean
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
@@ -54,11 +53,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when
-    terminated."""
+    """Run the command line and return its exit code: 0 if all that was asked for was done, 2 for a user's mistake, 130
+    when interrupted, 143 when terminated.
+
+    A reader of the output that goes away ends nothing: the command does its work to the end. Output that could not be
+    written, on a full disk, is an error.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    with patient_streams() as out:
+        try:
+            code = _run(words)
+        except SystemExit as end:  # of argparse
+            out.flush()
+            if end.code or out.lost is None:
+                raise
+            code = 0
+        out.flush()
+        if out.lost is not None and not code:
+            print(f"softcfg: error: cannot print: {clean(out.lost.strerror)}; all else is done", file=sys.stderr)
+            code = 2
+    return code
+
+
+def _run(words: list[str]) -> int:
     try:
         plugins.load_all(words)
         args = build_parser().parse_args(_rewritten(words))
@@ -75,10 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         print("softcfg: error: out of memory", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader (head, less) went away; keep the interpreter from complaining when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # a name that is too long, a folder that may not be read, a disk that fails
         print(f"softcfg: error: {clean(error)}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from softcfg.errors import UserError
+from softcfg.models.class_names import ClassNames
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
 from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text
@@ -126,17 +127,29 @@ class Conditioning(ABC):
 
 
 class LabelConditioning(Conditioning):
-    """Images of classes: requests and inputs are class ids."""
+    """Images of classes: requests and inputs are class ids.
+
+    Attributes:
+        names: which class a name means.
+    """
 
     takes_prompts = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = ClassNames(self.classes, self.generator.num_classes, self.name)
 
     def requests(
         self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
     ) -> list[int]:
-        """See `Conditioning.requests`."""
-        if prompts is not None or is_text(labels):
+        """See `Conditioning.requests`. A text in `labels` is the name of a class, a number its id."""
+        if prompts is not None or isinstance(labels, Prompt):
             raise UserError(f"{self.name} draws classes: give labels, it does not read prompts")
         self.image_size(width, height)
+        if isinstance(labels, str):
+            labels = [labels]
+        if isinstance(labels, Sequence):
+            labels = [self.names.id_of(label) if isinstance(label, str) else label for label in labels]
         classes = as_ids(labels, "labels", self.generator.num_classes)
         if classes.dim() != 1 or not len(classes):
             raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
@@ -148,7 +161,7 @@ class LabelConditioning(Conditioning):
 
     def title(self, request: int) -> str:
         """The name of the class, where it has one."""
-        return self.classes[request] if self.classes else f"class {request}"
+        return self.names.title(request)
 
     def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """See `Conditioning.image_size`; there is one size."""

@@ -39,8 +39,8 @@ class RunRequest:
     Attributes:
         model: a name or folder as in `Pipeline.from_pretrained`, which every process loads onto its own device; or
             a pipeline.
-        labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index. By
-            default all classes. Where there are prompts, their numbers.
+        labels: class ids or names that the images take in turn, or "random": uniform, from the seed and the image's
+            index. By default all classes. Where there are prompts, their numbers.
         prompts: texts for models that draw from prompts, or `Prompts`, which have a size.
         num_samples: images in all; by default one per label or prompt.
         guidance, sampling: by default those that suit the model.
@@ -87,7 +87,7 @@ class RunRequest:
         check_word(self.seed, "seed")
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)
-        labels = self._labels(count)
+        labels = self._labels(pipeline, count)
         if self.num_samples is None and isinstance(labels, str):
             raise UserError("random labels need num_samples")
         return run_settings(
@@ -121,7 +121,7 @@ class RunRequest:
     def _sampling(self, pipeline: Pipeline) -> Sampling:
         return self.sampling or pipeline.sampling()
 
-    def _labels(self, count: int) -> list[int] | str:
+    def _labels(self, pipeline: Pipeline, count: int) -> list[int] | str:
         if isinstance(self.labels, str):
             if self.labels != RANDOM:
                 raise UserError(f"labels must be class ids or {RANDOM!r}, got {self.labels!r}")
@@ -129,7 +129,9 @@ class RunRequest:
         labels = range(count) if self.labels is None else self.labels
         if not len(labels):
             raise UserError("labels must name at least one class")
-        return as_ids(list(labels), "labels", count).tolist()
+        if pipeline.conditioning.takes_prompts:
+            return as_ids(list(labels), "labels", count).tolist()
+        return pipeline.conditioning.requests(labels)
 
     def _prompts(self, pipeline: Pipeline) -> Prompts | None:
         prompts = self.prompts

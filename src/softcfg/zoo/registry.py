@@ -361,6 +361,10 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             expect(str, settings, "template")
         return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
+    classes = expect(list, content, "classes", [])
+    for name in classes:
+        if isinstance(name, bool) or not isinstance(name, (str, int)):  # YAML reads no, on and null as something else
+            raise UserError(f"{path}: classes must be texts, got {quote(name)}; put names in quotes")
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
         if key == "schedule":
@@ -374,7 +378,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         expect(str, content, "description", ""),
         sampling,
         None if content.get("fid") is None else number("fid", content["fid"]),
-        tuple(str(name) for name in expect(list, content, "classes", [])),
+        tuple(map(str, classes)),
         text() if "text" in content else None,
     )
 
