@@ -7,6 +7,7 @@ import pytest
 
 from softcfg.cli.main import main
 from softcfg.files import split_lines
+from softcfg.runs import RunRequest, draw_run
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.suites import GenEval
 
@@ -36,3 +37,26 @@ def test_lines_of_geneval(tmp_path: Path, character: str) -> None:
     suite = GenEval(tmp_path)
     assert suite.prompts == [f"a{character}b"] * 2
     assert suite.lines == lines
+
+
+HOMES = {
+    "sample": "sample {model} --labels 0 --num-samples 1 --output-dir=~/new/run",
+    "labels": "sample {model} --labels @~/labels --output-dir=~/new/run",
+    "export": "runs export ~/run --npz=~/new/run.npz",
+    "decode": "decode ~/run --output-dir=~/new/run",
+    "model": "trace ~/model --labels 0 --output=~/new.safetensors",
+    "eval": "eval ~/run --reference=~/run --extractor stand_in:factory --cache-dir=~/new/cache",
+}
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_home(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "model").symlink_to(model_folder)
+    (tmp_path / "home" / "labels").write_text("Circle\n")
+    draw_run(RunRequest("~/model", [0], num_samples=4), "~/run")
+    assert main(HOMES[name].format(model=model_folder).split()) == 0
+    assert list((tmp_path / "home").glob("new*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

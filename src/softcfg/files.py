@@ -30,6 +30,11 @@ KINDS = {
 }
 
 
+def as_path(path: str | Path) -> Path:
+    """The path that a person wrote; `~` is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 # ---- reading
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -315,7 +316,7 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
 def read_lines(path: str, flag: str) -> list[str]:
     """The lines of a file that a flag names, without those that are empty."""
     try:
-        text = read_text(path, LARGEST_LIST)
+        text = read_text(os.path.expanduser(path), LARGEST_LIST)
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
     return [stripped for line in split_lines(text) if (stripped := line.strip())]

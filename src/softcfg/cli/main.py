@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from softcfg.errors import UserError, clean
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
+PATHS = {"FILE", "DIR", "PATH", "FOLDER", "NEW", "MODEL", "SAMPLES", "PROMPTS"}  # metavars of options that are paths
 COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, ui)
 
 
@@ -49,7 +51,19 @@ def build_parser() -> argparse.ArgumentParser:
             )
     except argparse.ArgumentError as error:  # of a setting that a plugin registered
         raise UserError(f"{error.message}; give the rule or perturbation with that setting another name") from None
+    _expand_home(parser)
     return parser
+
+
+def _expand_home(parser: argparse.ArgumentParser) -> None:
+    """Read `~` in every path as the home folder; the shell leaves it alone in `--output-dir=~/out`."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # the parsers of commands
+            for command in action.choices.values():
+                if isinstance(command, argparse.ArgumentParser):
+                    _expand_home(command)
+        elif action.metavar in PATHS and action.type is None:
+            action.type = os.path.expanduser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

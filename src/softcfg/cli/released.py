@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from softcfg.configuration import dotted, parse_yaml, read_yaml
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError
 from softcfg.guidance import ConfidenceWeights, SoftCFG, settings_of
+from softcfg.interpolation import interpolated
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, resolve
 
 NUM_SAMPLES = 50_000
@@ -78,9 +80,10 @@ def apply(args: argparse.Namespace) -> None:
     """
     config = read_yaml(args.config) if args.config else {}
     values = dotted(config)
+    sizes = _sizes()
     if args.perturbation not in (None, SOFTCFG):  # what the file says of SoftCFG is not meant
         values = {name: value for name, value in values.items() if SAMPLING.get(name) not in OF_SOFTCFG}
-    known = {*values, *SAMPLING, *_sizes()}
+    known = {*values, *SAMPLING, *sizes}
     for override in args.set:
         name, equals, text = override.partition("=")
         if name not in known or not equals:
@@ -88,6 +91,11 @@ def apply(args: argparse.Namespace) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"unknown override {name!r}{hint}")
         values[name] = _parsed(name, text)
+    # What is not needed may stand for anything.
+    nested = _nested(values)
+    values = {
+        name: interpolated(nested, name) if name in sizes or name in SAMPLING else values[name] for name in values
+    }
     if args.model is None and not args.config:
         raise UserError("MODEL is missing: give a name that 'softcfg models' lists, a model folder, or --config FILE")
     args.model = _entry(args.model, values, args.config)
@@ -97,7 +105,7 @@ def apply(args: argparse.Namespace) -> None:
             setattr(args, argument, value)
     for argument in ("output_dir", "generator_checkpoint", "tokenizer_checkpoint"):
         value = getattr(args, argument)
-        setattr(args, argument, None if value is None else str(value))
+        setattr(args, argument, None if value is None else expanduser(str(value)))
     if args.config:
         _fill_as_released(args)
     if args.seed is not None and (isinstance(args.seed, bool) or not isinstance(args.seed, int)):
@@ -171,6 +179,20 @@ def _sizes() -> set[str]:
         for field in dataclasses.fields(family.classes()[1])
         for section in family.sections
     }
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `dotted`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{name} cannot be set: {section} is no section of the configuration")
+        node[last] = value
+    return nested
 
 
 def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
-from softcfg.files import hash_file, is_file, is_folder
+from softcfg.files import as_path, hash_file, is_file, is_folder
 from softcfg.images import read_picture
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
 
@@ -82,7 +82,7 @@ def open_source(source: str | Path | NDArray[Any] | Tensor | ImageSource) -> Ima
         return ArraySource(source.detach().cpu().numpy())
     if isinstance(source, np.ndarray):
         return ArraySource(source)
-    path = Path(source)
+    path = as_path(source)
     if is_folder(path):
         return _open_folder(path)
     if not os.path.exists(path):

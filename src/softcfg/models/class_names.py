@@ -61,10 +61,8 @@ class ClassNames:
             called = f"{' and '.join(map(str, ids))} are all" if len(ids) > 2 else f"{ids[0]} and {ids[1]} are both"
             raise UserError(f"classes {called} called {quote(self.names[ids[0]])}: give the number of the one you mean")
         if not ids:
-            known = f", or one of {clean(', '.join(self.names), 500)}" if self.names else "; it has no names of classes"
-            raise UserError(
-                f"{quote(name)} is not a class of {self.model}: it has classes 0 to {self.count - 1}{known}"
-            )
+            known = f", called {clean(', '.join(self.names), 500)}" if self.names else ", without names"
+            raise UserError(f"{quote(name)} is no class: {self.model} has classes 0 to {self.count - 1}{known}")
         return ids[0]
 
     def read(self, text: str) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from softcfg.decoding import Sampling
 from softcfg.decoding.randomness import check_word
 from softcfg.errors import UserError
-from softcfg.files import make_folder
+from softcfg.files import as_path, make_folder
 from softcfg.guidance import CFG
 from softcfg.models.base import as_ids
 from softcfg.pipeline import Pipeline
@@ -199,7 +199,7 @@ def draw_run(
             be written, or there is no memory for a single image.
         KeyboardInterrupt: the user, or SIGTERM (`softcfg.runs.signals.Terminated`), asked for the end.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     processes = processes or Processes()
     with termination_raises():
         if lock is None:
@@ -253,7 +253,7 @@ def decode_run(
     Raises:
         UserError: as `draw_run`, or a shard of `source` is missing or damaged.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.resolve() == source.path.resolve():
         raise UserError(f"--output-dir {folder} is the run itself; give another folder")
     processes = processes or Processes()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.errors import UserError
-from softcfg.files import make_folder, read_text, split_lines, write_atomically
+from softcfg.files import as_path, make_folder, read_text, split_lines, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class Suite(ABC):
     scorer: str
 
     def __init__(self, source: str | Path) -> None:
-        self.prompts = self.read(Path(source))
+        self.prompts = self.read(as_path(source))
 
     @abstractmethod
     def read(self, source: Path) -> list[str]:

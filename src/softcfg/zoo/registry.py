@@ -20,7 +20,7 @@ import yaml
 
 from softcfg.configuration import read_yaml
 from softcfg.errors import UserError, quote
-from softcfg.files import is_file, is_folder
+from softcfg.files import as_path, is_file, is_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -404,7 +404,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
     """
     if isinstance(model, ModelEntry):
         return model
-    path = Path(model)
+    path = as_path(model)
     if str(model) not in MODELS:
         if path.name == "model.yaml" and is_file(path):
             return read_model_folder(path.parent)
