@@ -83,9 +83,9 @@ def _count_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
 
 def read_interval(text: str) -> tuple[int, int]:
     """The two steps of START-STOP; raises `ValueError` if `text` is anything else."""
-    steps = re.fullmatch(r"(\d+)-(\d+)", text)
+    steps = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", text)
     if not steps:
-        raise ValueError(f"{text!r} is not START-STOP, two steps such as 32-192")
+        raise ValueError(f"{quote(text)} is not START-STOP, two steps such as 32-192")
     return int(steps[1]), int(steps[2])
 
 

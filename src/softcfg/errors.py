@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import reprlib
 
 LONGEST_SENTENCE = 2000  # characters
@@ -51,6 +52,18 @@ class UserError(ValueError):
 
     def __init__(self, text: object) -> None:
         super().__init__(clean(text))
+
+
+def require_whole(value: object, name: str, least: int) -> None:
+    """Raise `UserError` unless `value`, which goes by `name`, is a whole number from `least` on."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise UserError(f"{name} must be a whole number, got {quote(value)}")
+    if number < least:
+        raise UserError(f"{name} must be at least {least}, got {quote(value)}")
 
 
 class CheckpointError(UserError):

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
-from softcfg.errors import UserError
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.errors import UserError, quote, require_whole
+from softcfg.guidance import CFG, SoftCFG, as_guidance
 from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
+from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
-from softcfg.nn.precision import own_dtype
+from softcfg.nn.precision import as_device, as_dtype, own_dtype
 from softcfg.prompts import Prompt
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
@@ -117,7 +118,7 @@ class Pipeline:
         model: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         generator_checkpoint: str | Path | None = None,
         tokenizer_checkpoint: str | Path | None = None,
         quantize: str | None = None,
@@ -130,7 +131,8 @@ class Pipeline:
 
         Args:
             device: "cuda" where there is one, else "cpu", by default.
-            dtype: of the generator; by default what suits the model, float32 for most. The tokenizer stays in float32.
+            dtype: of the generator, or its name; by default what suits the model, float32 for most. The tokenizer stays
+                in float32.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
             quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
             kv_cache_dtype: torch.int8 keeps keys and values in a quarter of the memory of float32, rounded; by default
@@ -179,14 +181,14 @@ class Pipeline:
         model: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         kv_cache_dtype: torch.dtype | None = None,
     ) -> Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
         _check_cache_dtype(kv_cache_dtype)
-        dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
+        dtype = as_dtype(entry.generator.dtype if dtype is None else dtype)
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
         generator.cache_dtype = kv_cache_dtype
         return cls._of_entry(entry, generator, random_weights(entry.tokenizer, device=device))
@@ -233,7 +235,7 @@ class Pipeline:
     def __call__(
         self,
         labels: LabelsLike = None,
-        guidance: CFG | None = None,
+        guidance: CFG | float | None = None,
         *,
         prompts: Any = None,
         width: int | None = None,
@@ -245,6 +247,7 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         batch_size: int | None = None,
+        pad_batches: bool = False,
         speculative_jacobi: int = 0,
         forced_tokens: Any = None,
         forced_mask: Any = None,
@@ -255,49 +258,57 @@ class Pipeline:
 
         Args:
             labels: B class ids, or names of classes. In their place, prompts may be given here too.
-            guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power.
+            guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power. A number
+                is that at this scale.
             prompts: B texts or `Prompt`s, for images of one size.
             width, height: of the images of prompts that do not say, in pixels; the model's by default.
             seed, indices: image n of a seed draws from the random stream (seed, n), whatever the batch; the
                 indices are 0 .. B - 1 by default.
             sampling: temperature, top-k and top-p; by default those of the model.
             temperature, top_k, top_p: the same one by one, in place of `sampling`; what is not given is the model's.
-            batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
-                one batch size an image is the same to the last bit in whatever batch it is drawn.
+            batch_size: images drawn at once; by default all.
+            pad_batches: draw a last batch that is not full in the shape of a full one, as runs do: with one batch size
+                an image is then the same to the last bit in whatever batch it is drawn.
             speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
                 generator; 0 draws token by token. Another window draws other images, of the same distribution.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
-            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step;
+            on_tokens: called with the tokens of the current batch so far, int64 [B of the batch, n], after every step;
                 what it raises ends the drawing.
 
         Raises:
             UserError: labels out of range, prompts for a model that draws classes or the other way round, or arguments
                 that do not fit together.
         """
-        guidance = guidance or self.default_guidance()
+        guidance = as_guidance(guidance, self.default_guidance)
         sampling = one_sampling(sampling, temperature, top_k, top_p, self.sampling)
         requests = self.conditioning.requests(labels, prompts, width, height)
         inputs = self.conditioning.inputs(requests)
         from_prompts = self.conditioning.takes_prompts
         count = len(inputs)
-        indices = list(range(count)) if indices is None else [int(index) for index in indices]
+        indices = list(range(count)) if indices is None else as_ids(indices, "indices", (1 << 63) - 1).tolist()
+        if not isinstance(indices, list):
+            raise UserError(f"indices must be a list, got {indices}")
         if len(indices) != count:
             raise UserError(
                 f"indices must be as many as {'prompts' if from_prompts else 'labels'}, {count}, got {len(indices)}"
             )
         batch_size = count if batch_size is None else batch_size
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        require_whole(batch_size, "batch_size", 1)
+        require_whole(speculative_jacobi, "speculative_jacobi", 0)
+        if forced_tokens is not None:
+            forced_tokens = as_ids(forced_tokens, "forced_tokens", self.generator.vocab_size)
+            if forced_tokens.dim() != 2 or len(forced_tokens) != count:
+                raise UserError(f"forced_tokens must have shape [{count}, T], got {list(forced_tokens.shape)}")
         if speculative_jacobi and forced_tokens is not None:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         total = self.generator.condition(inputs, guided=False).num_tokens
 
         tokens, codes, pixels, passes = [], [], [], 0
         for batch, start in enumerate(range(0, count, batch_size)):
-            # A partial batch is filled up with its last image.
-            rows = [min(start + i, count - 1) for i in range(batch_size)]
             kept = min(batch_size, count - start)
+            # A partial batch is filled up with its last image.
+            rows = [min(start + i, count - 1) for i in range(batch_size if pad_batches else kept)]
             chosen = [inputs[row] for row in rows]
             streams = ImageStreams(seed, [indices[row] for row in rows])
             report = _shifted(on_step, batch * total)
@@ -344,12 +355,12 @@ class Pipeline:
 
 
 def _check_cache_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in CACHES:
-        raise UserError(f"kv_cache_dtype must be None or one of {', '.join(map(str, CACHES))}, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in CACHES):
+        raise UserError(f"kv_cache_dtype must be None or one of {', '.join(map(str, CACHES))}, got {quote(dtype)}")
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return as_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def _rows(values: Any, rows: list[int]) -> Tensor | None:

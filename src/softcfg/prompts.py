@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, require_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,7 @@ class Prompt:
         negative_text: what the unconditional branch reads, for families where it reads a text.
 
     Raises:
-        UserError: a text that is no string.
+        UserError: a text that is no string or no UTF-8, or a size that is no number of pixels.
     """
 
     text: str
@@ -47,6 +47,11 @@ class Prompt:
         for name, value in (("text", self.text), ("negative text", self.negative_text or "")):
             if not isinstance(value, str):
                 raise UserError(f"the {name} of a prompt must be a string, got {quote(value)}")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise UserError(f"the {name} of a prompt is no UTF-8, but of another encoding: {quote(value)}")
+        for name, size in (("width", self.width), ("height", self.height)):
+            if size is not None:
+                require_whole(size, name, 1)
 
     @property
     def title(self) -> str:

@@ -128,15 +128,9 @@ def parse_interval(text: str) -> tuple[int, int]:
 
 def parse_device(name: str | None) -> torch.device | None:
     """The device called `name`; None for None. Raises `UserError` if it is not available."""
-    import torch
+    from softcfg.nn.precision import as_device
 
-    try:
-        device = torch.device(name) if name else None
-        if device is not None:
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU") from None
-    return device
+    return as_device(name) if name else None
 
 
 def load_pipeline(

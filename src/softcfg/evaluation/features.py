@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def _write_cached(path: Path, features: Features) -> None:
         make_folder(path.parent)
         write_atomically(path, save(tensors, {"sha256": _digest(tensors)}), durable=False, replace=True)
     except UserError as error:
-        raise UserError(f"features cannot be kept in {path.parent} ({error}); give another folder, or none") from error
+        warnings.warn(f"features are not kept: {error}; $SOFTCFG_FEATURES names another folder", stacklevel=2)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_whole
 from softcfg.models.class_names import ClassNames
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
@@ -212,7 +212,9 @@ class PromptConditioning(Conditioning):
     def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """See `Conditioning.image_size`."""
         default_width, default_height = self.default_size
-        size = width or default_width, height or default_height
+        size = default_width if width is None else width, default_height if height is None else height
+        require_whole(size[0], "width", 1)
+        require_whole(size[1], "height", 1)
         self.geometry(*size)
         return size
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcfg.errors import UserError, quote
+
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that have it
 
@@ -21,6 +23,37 @@ def has_float64(device: torch.device) -> bool:
 def as_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64: on its device, or on the CPU where the device has none."""
     return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+
+
+def as_dtype(dtype: object, name: str = "dtype") -> torch.dtype:
+    """The dtype of floating-point numbers itself, or that of its name: `torch.bfloat16` or "bfloat16".
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"{name} must be a dtype such as float32 or bfloat16, got {quote(dtype)}")
+    return found
+
+
+def as_device(device: torch.device | str | int) -> torch.device:
+    """The device, which is there and can compute.
+
+    Raises:
+        UserError: it is not, or there is none of this name.
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise UserError("the device meta holds no numbers, so nothing can be computed there; use cpu or cuda")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        shown = str(device) if isinstance(device, torch.device) else device
+        raise UserError(
+            f"device {quote(shown)} is not available here; use cpu, or cuda on a machine with a GPU"
+        ) from None
+    return found
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def load_generator(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Generator:
     """Load a generator in eval mode, its parameters without gradients.
 
@@ -60,7 +60,7 @@ def load_tokenizer(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Tokenizer:
     """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
 
@@ -98,10 +98,8 @@ def _load(
     config: ConfigSource | None,
     checkpoint: str | Path | Mapping[str, Tensor] | None,
     device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
 ) -> Any:
-    import torch
-
     kind = "generator" if families is GENERATORS else "tokenizer"
     if isinstance(name, str) and name in families:
         family = families[name]
@@ -115,7 +113,7 @@ def _load(
         family = component.family
         config = published_config(entry, component) if config is None else config
         checkpoint = require_file(component.file, entry) if checkpoint is None else checkpoint
-        dtype = getattr(torch, component.dtype) if dtype is None else dtype
+        dtype = component.dtype if dtype is None else dtype
     module_class, config_class = family.classes()
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     module = _on_meta(module_class, settings)
@@ -162,6 +160,8 @@ def weights_for(
     def match(tensors: Mapping[str, Tensor]) -> int:
         return len(expected & family.needed(tensors).keys())
 
+    if not isinstance(checkpoint, (str, os.PathLike, Mapping)):
+        raise UserError(f"a checkpoint must be the path of a file or a state dict, got {quote(checkpoint)}")
     if isinstance(checkpoint, Mapping):
         source = "the given state dict"
         found = find_weights(checkpoint, source, family.entries, match, len(expected))
@@ -182,7 +182,7 @@ def load_weights(
     state_dict: Mapping[str, Tensor],
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     source: str = "the state dict",
     extras: bool = False,
 ) -> nn.Module:
@@ -204,16 +204,16 @@ def _fill(
     state_dict: Mapping[str, Tensor],
     *,
     device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     source: str,
     extras: bool,
 ) -> nn.Module:
     """Give a module on the meta device its weights; see `load_weights`."""
-    import torch
+    from softcfg.nn.precision import as_device, as_dtype
 
     require_fit(module, state_dict, source, extras=extras)
-    device = torch.device("cpu" if device is None else device)
-    dtype = torch.float32 if dtype is None else dtype
+    device = as_device("cpu" if device is None else device)
+    dtype = as_dtype("float32" if dtype is None else dtype)
     module.load_state_dict(
         {
             name: state_dict[name].detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -226,7 +226,11 @@ def _fill(
 
 
 def random_weights(
-    component: Component, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
+    component: Component,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    seed: int = 0,
 ) -> Any:
     """The module of `component` with random weights, for measuring speed without its file; in eval mode."""
     import torch
