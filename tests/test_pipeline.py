@@ -80,6 +80,7 @@ def test_batches_are_padded_only_on_request(pipe: Pipeline, monkeypatch: pytest.
     assert rows == [1, 2, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_compiled_generator_is_the_generator(pipe: Pipeline, tmp_path: Path) -> None:
     compiled = torch.compile(pipe.generator, backend="eager")
     other = Pipeline(compiled, pipe.tokenizer, classes=pipe.classes, sampling_defaults=pipe.sampling_defaults)
