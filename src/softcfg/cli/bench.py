@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
@@ -45,13 +46,15 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from softcfg.decoding.throughput import time_steps
+    from softcfg.nn import products
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
         raise UserError("--batch-sizes and --repeats must be at least 1")
     pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
     generator = pipeline.generator
     guidance = arguments.guidance_from(args, pipeline)
-    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else "CPU"
+    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else products.machine()
+    products.forget_choices()
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
     print(
         f"{'batch':>5} {'set-up, s':>9} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} "
@@ -71,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         )
     best = max(speed.values())
     chosen = min(batch for batch, images in speed.items() if images >= NEAR_BEST * best)
+    if products.CHOICES:
+        counts = Counter(products.CHOICES.values())
+        shares = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
+        print(f"\nmatrix products, by shapes of linear layers: {shares}")
     print(f"\nrecommended: --batch-size {chosen}")
     return 0
 

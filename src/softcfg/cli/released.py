@@ -125,7 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a size of LlamaGen, with --image-size, --gpt-ckpt, --vq-ckpt and --cfg-scale of its program",
     )
     group.add_argument("--image-size", type=int, metavar="N", help="with --gpt-model, the size of its images")
-    group.add_argument("--image-size-eval", type=int, help=argparse.SUPPRESS)
 
 
 def apply(args: argparse.Namespace) -> None:
@@ -210,8 +209,6 @@ def _read_as_llamagen(args: argparse.Namespace) -> None:
         return
     args.labels, args.num_samples = args.labels or "random", args.num_samples or NUM_SAMPLES
     args.npz = True if args.npz is None else args.npz
-    if args.image_size_eval != args.image_size:
-        print(f"--image-size-eval: images stay at {args.image_size} x {args.image_size} pixels", file=sys.stderr)
 
 
 def _fill_as_released(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ drafts after a replaced one are kept where possible, as in Maximal Coupling Spec
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
 from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
+from softcfg.decoding.threads import step_threads
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -75,9 +77,11 @@ def jacobi_decode(
     if len(streams) != decoder.batch:
         raise UserError(f"streams must be as many as images, {decoder.batch}, got {len(streams)}")
     total, done, passes = condition.num_tokens, 0, 0
-    with prepared_linear_layers(generator, decoder.rows_at_once * decoder.window):
+    rows = decoder.rows_at_once * decoder.window
+    with prepared_linear_layers(generator, rows), step_threads(generator) as run:
         while done < total:
-            decoder.advance(on_device(streams.uniforms(3 * decoder.window), generator.device))
+            uniforms = on_device(streams.uniforms(3 * decoder.window), generator.device)
+            run(partial(decoder.advance, uniforms))
             done, passes = decoder.done(), passes + 1
             if on_step is not None:
                 on_step(done)

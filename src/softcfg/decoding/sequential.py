@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.graphs import repeat
 from softcfg.decoding.randomness import on_device
+from softcfg.decoding.threads import step_threads
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
@@ -77,12 +79,12 @@ def decode(
 
     if static is None:
         static = steps_are_static(generator)
-    with prepared_linear_layers(generator, condition.rows):
+    with prepared_linear_layers(generator, condition.rows), step_threads(generator) as run:
         advance(decoder.step(0))
         if static:
             steps = repeat(lambda index: advance(Step(index)), range(1, total), device)
         else:
-            steps = map(advance, map(decoder.step, range(1, total)))
+            steps = (run(partial(advance, decoder.step(index))) for index in range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
             if device.type == "cpu":
                 decoder.finite.check(done - 1)
