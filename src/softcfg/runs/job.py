@@ -88,8 +88,7 @@ class RunRequest:
             ("speculative_jacobi", self.speculative_jacobi, 0),
         ):
             if value is not None or name == "speculative_jacobi":
-                require_whole(value, name, least)
-                if value > MOST_IMAGES:
+                if require_whole(value, name, least) > MOST_IMAGES:
                     raise UserError(f"{name} must be at most {MOST_IMAGES:,}, got {quote(value)}")
         check_uint64(self.seed, "seed")
         prompts = self._prompts(pipeline)
