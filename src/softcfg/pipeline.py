@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
+from softcfg.decoding.weak import check_weak
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike
@@ -26,7 +27,7 @@ from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import ModelEntry, resolve
-from softcfg.zoo.source import ModelSource
+from softcfg.zoo.source import ModelSource, hash_files
 
 
 @dataclass
@@ -68,10 +69,12 @@ class Pipeline:
         conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
             generator's family, without the files that reading texts may need.
         source: where the model was loaded from, which runs write down; None if it was made in memory.
+        weak: the pipeline of a weak model, which guidance with a `weak_share` leads away from (autoguidance); of the
+            same image tokenizer and conditions. None for none.
 
     Raises:
-        UserError: the tokenizer does not decode what the generator draws, or the generator does not say what it is
-            conditioned on.
+        UserError: the tokenizer does not decode what the generator draws, the generator does not say what it is
+            conditioned on, or the weak model does not draw what this one draws.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Pipeline:
         sampling_defaults: Mapping[str, Any] | None = None,
         conditioning: Conditioning | None = None,
         source: ModelSource | None = None,
+        weak: Pipeline | None = None,
         prompt_reader: Any = None,
     ) -> None:
         if conditioning is None:
@@ -110,6 +114,9 @@ class Pipeline:
         self.sampling_defaults = dict(sampling_defaults or {})
         self.conditioning = conditioning
         self.source = source
+        self.weak = weak
+        if weak is not None:
+            self._check_weak(weak)
 
     @classmethod
     def from_pretrained(
@@ -125,6 +132,7 @@ class Pipeline:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | None = None,
+        weak: str | Path | Pipeline | None = None,
     ) -> Pipeline:
         """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder by its path.
 
@@ -137,6 +145,7 @@ class Pipeline:
                 they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
                 `zoo.placement.spread`).
+            weak: the weak model, loaded with the same dtypes, as in "rar-xl" with "rar-b"; or the pipeline of one.
 
         Raises:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
@@ -157,11 +166,20 @@ class Pipeline:
         generator.cache_dtype = kv_cache_dtype
         tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
         source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
-        return cls._of_entry(entry, generator, tokenizer, source)
+        if isinstance(weak, (str, Path)):
+            weak = cls.from_pretrained(
+                weak, device=generator.device, dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype
+            )
+        return cls._of_entry(entry, generator, tokenizer, source, weak)
 
     @classmethod
     def _of_entry(
-        cls, entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, source: ModelSource | None = None
+        cls,
+        entry: ModelEntry,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        source: ModelSource | None = None,
+        weak: Pipeline | None = None,
     ) -> Pipeline:
         return cls(
             generator,
@@ -171,6 +189,7 @@ class Pipeline:
             sampling_defaults=entry.sampling,
             conditioning=load_conditioning(entry, generator, tokenizer, with_files=source is not None),
             source=source,
+            weak=weak,
         )
 
     @classmethod
@@ -181,6 +200,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         kv_cache_dtype: torch.dtype | None = None,
+        weak: str | Path | None = None,
     ) -> Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
@@ -189,7 +209,12 @@ class Pipeline:
         dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
         generator.cache_dtype = kv_cache_dtype
-        return cls._of_entry(entry, generator, random_weights(entry.tokenizer, device=device))
+        tokenizer = random_weights(entry.tokenizer, device=device)
+        weaker = None
+        if weak is not None:
+            weaker = cls.with_random_weights(weak, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+            weaker.tokenizer = tokenizer
+        return cls._of_entry(entry, generator, tokenizer, weak=weaker)
 
     @property
     def entry(self) -> ModelEntry | None:
@@ -203,13 +228,31 @@ class Pipeline:
         return self.conditioning if self.conditioning.takes_prompts else None
 
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
-        """`method` with the scale, power and schedule that suit the model, and `settings` on top."""
+        """`method` with the scale, power and schedule that suit the model, and `settings` on top.
+
+        Where there is a weak model, it takes the place of the unconditional branch (`weak_share` 1).
+        """
         suited: dict[str, Any] = {
             name: self.sampling_defaults[name]
             for name in ("guidance_scale", "guidance_scale_pow", "schedule")
             if name in self.sampling_defaults
         }
+        if self.weak is not None:
+            suited["weak_share"] = 1.0
         return method(**{**suited, **settings})
+
+    def check_guidance(self, guidance: CFG) -> None:
+        """Raise `UserError` for guidance away from a weak model where there is none."""
+        if guidance.has_weak_model and self.weak is None:
+            raise UserError(
+                f"weak_share {guidance.weak_share:g} takes a weak model, and {self.name or 'this model'} has none: "
+                "give one (--weak-model NAME, or Pipeline(..., weak=...)), or a weak_share of 0"
+            )
+
+    @property
+    def weak_generator(self) -> Generator | None:
+        """The generator of the weak model; None where there is none."""
+        return None if self.weak is None else self.weak.generator
 
     def sampling(
         self, temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0, **settings: Any
@@ -276,6 +319,7 @@ class Pipeline:
                 that do not fit together.
         """
         guidance = guidance or self.default_guidance()
+        self.check_guidance(guidance)
         sampling = one_sampling(sampling, temperature, top_k, top_p, self.sampling)
         requests = self.conditioning.requests(labels, prompts, width, height)
         inputs = self.conditioning.inputs(requests)
@@ -311,6 +355,7 @@ class Pipeline:
                     sampling=sampling,
                     on_step=report,
                     on_tokens=on_tokens,
+                    weak=self.weak_generator,
                 )
             else:
                 taken = total
@@ -324,6 +369,7 @@ class Pipeline:
                     forced_mask=_rows(forced_mask, rows),
                     on_step=report,
                     on_tokens=on_tokens,
+                    weak=self.weak_generator,
                 )
             passes += taken
             tokens.append(drawn[:kept].cpu())
@@ -341,6 +387,36 @@ class Pipeline:
             prompts=requests if from_prompts else None,
             passes=passes,
         )
+
+    def _check_weak(self, weak: Pipeline) -> None:
+        """Raise `UserError` unless the weak model draws the same codes under the same conditions."""
+        check_weak(self.generator, weak.generator)
+        one, other = self.tokenizer, weak.tokenizer
+        if one is not other and not (type(one) is type(other) and _same_weights(one, other)):
+            raise UserError(
+                f"{weak.name or 'the weak model'} and {self.name or 'this model'} have different image tokenizers, so "
+                "their codes do not mean the same: take a weak model with the same one"
+            )
+        if _read_with(self) != _read_with(weak) or (self.classes and weak.classes and self.classes != weak.classes):
+            raise UserError(
+                f"{weak.name or 'the weak model'} and {self.name or 'this model'} are conditioned on different things: "
+                "take a weak model with the same classes, or one that reads prompts in the same way"
+            )
+
+
+def _read_with(pipeline: Pipeline) -> tuple[Any, ...]:
+    """What decides which inputs of a generator stand for a label or a prompt."""
+    conditioning = pipeline.conditioning
+    return (
+        type(conditioning),
+        conditioning.settings,
+        hash_files(conditioning.files.values()) if conditioning.files else None,
+    )
+
+
+def _same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine)
 
 
 def _check_cache_dtype(dtype: torch.dtype | None) -> None:
