@@ -172,6 +172,7 @@ class Decoder:
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
+        self._sources = _sources(guidance.weak_branch, self._steps, self._codes) if guidance.perturbs else None
         self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
     @property
@@ -220,8 +221,8 @@ class Decoder:
         weights = None
         if guidance.perturbs:
             weights = guidance.weak_branch.weights_at(self.confidence, at)
-            if step.number != 0:
-                perturbed = weak_inputs(guidance.weak_branch, tokens, at - 1, self._codes)
+            if self._sources is not None and step.number != 0:
+                perturbed = _taken(tokens, self._sources[..., at - 1])
         seen = [each.run(step, inputs, perturbed, guidance.weak_branch, weights) for each in self._passes]
         cond, *others = (branch for logits in seen for branch in logits.split(self.batch))
         self._cond_logits = cond[:, 0]
@@ -360,11 +361,16 @@ def weak_inputs(perturbation: Perturbation, tokens: Tensor, index: Tensor, codes
         index: int64 [n] or [B, n].
         codes: bool [T] or [B, T], which tokens are image codes; None: all.
     """
+    source = _sources(perturbation, index, codes)
+    return _taken(tokens, index if source is None else source)
+
+
+def _sources(perturbation: Perturbation, index: Tensor, codes: Tensor | None) -> Tensor | None:
+    """Which tokens are fed in the slots of the tokens `index`; None for those themselves."""
     source = perturbation.source(index)
-    if codes is not None and source is not index:
-        swapped = _taken(codes, index) & _taken(codes, source)
-        source = source.where(swapped, index)
-    return _taken(tokens, source)
+    if source is index:
+        return None
+    return source if codes is None else source.where(_taken(codes, index) & _taken(codes, source), index)
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:
