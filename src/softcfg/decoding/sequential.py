@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.graphs import repeat
 from softcfg.decoding.randomness import on_device
+from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
@@ -82,12 +84,12 @@ def decode(
 
     if static is None:
         static = all(steps_are_static(each) for each in decoder.generators)
-    with decoder.prepared_linear_layers():
+    with decoder.prepared_linear_layers(), step_threads(*decoder.generators) as run:
         advance(decoder.step(0))
         if static:
             steps = repeat(lambda index: advance(Step(index)), range(1, total), device)
         else:
-            steps = map(advance, map(decoder.step, range(1, total)))
+            steps = (run(partial(advance, decoder.step(index))) for index in range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
             if device.type == "cpu":
                 decoder.finite.check(done - 1)
@@ -137,7 +139,7 @@ class Decoder:
     Attributes:
         batch: B, images.
         cache: keys and values of all rows.
-        confidence: float32 [B, T], zero for tokens that are not drawn yet or are no image codes.
+        confidence: float32 [B, T], zero for tokens that are not drawn yet or are not image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
         finite: whether the logits so far were numbers; `predict` notes it, and whoever steps must read it.
@@ -239,7 +241,7 @@ class Decoder:
         if third is not None:
             guided = guidance.push_away(guided, cond, third, at)
         probabilities = self.sampling.probabilities(guided[:, 0])
-        # All of a row's are NaN where its logits are no numbers.
+        # All probabilities of a row are NaN if one of its logits is.
         self.finite.note(at, tuple(seen), probabilities[:, :1])
         return probabilities
 
@@ -255,7 +257,7 @@ class Decoder:
             self.confidence[:, at] = confidence[:, None]
 
     def _keep(self, state: Tensor | None) -> None:
-        """Keep the rule's state in one place: a CUDA graph writes where it read."""
+        """Keep the rule's state in the same memory: a CUDA graph writes where it read."""
         if state is not None and self.rule_state is not None:
             self.rule_state.copy_(state)
         elif state is not None:
@@ -314,7 +316,7 @@ def guided_logits(
     steps: Tensor,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Guide n neighbouring steps and rule out what may not stand there, before the rule or after it, as it wants.
+    """Guide n neighbouring steps and rule out tokens that are not allowed there, before or after the rule as it needs.
 
     Args:
         cond_logits, uncond_logits: [B, n, V].
@@ -331,9 +333,9 @@ def guided_logits(
 def branches_for_rule(
     generator: Generator, condition: Condition, guidance: CFG, cond_logits: Tensor, uncond_logits: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The logits [B, n, V] of the branches as the rule wants them: with what may not stand at `steps` at -inf, or not.
+    """The branches' logits [B, n, V] as the rule takes them, with disallowed tokens at -inf if it asks for that.
 
-    In a vocabulary of texts and image codes the norm of all logits would say little about those of the codes.
+    In a vocabulary of text and image codes the norm of all logits would say little about the codes.
     """
     if not guidance.rule.constrained:
         return cond_logits, uncond_logits

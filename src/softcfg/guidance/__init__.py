@@ -1,13 +1,6 @@
 """Guidance of autoregressive image models: rules, perturbations and schedules, as pure functions over tensors."""
 
-from softcfg.guidance.composition import (
-    all_settings,
-    compose,
-    describe,
-    register_perturbation,
-    register_rule,
-    restore,
-)
+from softcfg.guidance.composition import all_settings, compose, describe, register_perturbation, register_rule, restore
 from softcfg.guidance.confidence import CONFIDENCES, register_confidence, token_confidence
 from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG, titled
 from softcfg.guidance.perturbation import (
