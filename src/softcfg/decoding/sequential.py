@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -67,6 +67,8 @@ def decode(
         UserError: labels, uniforms, forced tokens or the weak model do not fit the generator; or the logits hold NaN or
             infinity, which other devices than the CPU report after the last step.
     """
+    if isinstance(labels, Sized) and not len(labels):
+        raise UserError("labels must name at least one class or prompt")
     condition = generator.condition(labels, guided=guidance.has_unconditional_branch)
     weaker = weak_model(guidance, generator, condition, weak, labels)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling(), weak=weaker)

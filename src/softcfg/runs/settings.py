@@ -16,7 +16,7 @@ from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.version import __version__
-from softcfg.zoo.source import describe_module, hash_files
+from softcfg.zoo.source import describe_module, hash_files, uncompiled
 
 
 def run_settings(
@@ -76,7 +76,7 @@ def _model_settings(pipeline: Pipeline) -> dict[str, Any]:
     if source is not None:
         return {"model": source.model, **source.facts}
     return {
-        "model": pipeline.name or type(generator).__name__,
+        "model": pipeline.name or type(uncompiled(generator)).__name__,
         "generator": describe_module(generator),
         "tokenizer": describe_module(pipeline.tokenizer),
     }
