@@ -87,8 +87,8 @@ class UnexpectedArgumentError(UserError, TypeError):
         super().__init__(f"{function} takes no {name}{hint and '; '}{hint}")
 
 
-def require_whole(value: object, name: str, least: int) -> None:
-    """Raise `UserError` unless `value`, which goes by `name`, is a whole number from `least` on."""
+def require_whole(value: object, name: str, least: int) -> int:
+    """Return `value`, which goes by `name`; raise `UserError` unless it is a whole number from `least` on."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -97,6 +97,7 @@ def require_whole(value: object, name: str, least: int) -> None:
         raise UserError(f"{name} must be a whole number, got {quote(value)}")
     if number < least:
         raise UserError(f"{name} must be at least {least}, got {quote(value)}")
+    return number
 
 
 class CheckpointError(UserError):

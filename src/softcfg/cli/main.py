@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from softcfg import plugins
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     written, on a full disk, is an error.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with patient_streams() as out:
+    with patient_streams() as out, _warnings_in_a_line():
         try:
             code = _run(words)
         except SystemExit as end:  # of argparse
@@ -97,6 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"softcfg: error: cannot print: {clean(out.lost.strerror)}; all else is done", file=sys.stderr)
             code = 2
     return code
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print warnings like errors, without the place in the source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"softcfg: warning: {clean(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run(words: list[str]) -> int:

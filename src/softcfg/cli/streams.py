@@ -64,7 +64,7 @@ def patient_streams() -> Iterator[Patient]:
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="backslashreplace")  # names of files need not be text
         patient = Patient(out)
-        sys.stdout, sys.stderr = patient, Patient(err)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = patient, Patient(err)
         try:
             yield patient
         finally:

@@ -83,5 +83,5 @@ def check_uint64(value: object, name: str) -> None:
     """Raise `UserError` unless `value`, half of a stream's key, is a whole number of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise UserError(f"{name} must be a whole number in 0..2^64-1, got {quote(value)}")
-    if not 0 <= value < 2**64:
+    if not 0 <= int(value) < 2**64:
         raise UserError(f"{name} must be in 0..2^64-1, got {value}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from softcfg.errors import UserError, clean, quote
+from softcfg.errors import UserError, clean, quote, suggestion
 
 _WORD = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')\s*(?=,|$)|[^,]*""")
 _IDS = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", re.ASCII)
@@ -62,7 +62,8 @@ class ClassNames:
             raise UserError(f"classes {called} called {quote(self.names[ids[0]])}: give the number of the one you mean")
         if not ids:
             known = f", called {clean(', '.join(self.names), 500)}" if self.names else ", without names"
-            raise UserError(f"{quote(name)} is no class: {self.model} has classes 0 to {self.count - 1}{known}")
+            hint = suggestion(name, self.names) or f"{self.model} has classes 0 to {self.count - 1}{known}"
+            raise UserError(f"{quote(name)} is no class, and {self.model} does not read prompts; {hint}")
         return ids[0]
 
     def read(self, text: str) -> list[int]:

@@ -87,10 +87,9 @@ class RunRequest:
             ("batch_size", self.batch_size, 1),
             ("speculative_jacobi", self.speculative_jacobi, 0),
         ):
-            if value is not None or name == "speculative_jacobi":
-                require_whole(value, name, least)
-                if value > MOST_IMAGES:
-                    raise UserError(f"{name} must be at most {MOST_IMAGES:,}, got {quote(value)}")
+            given = value is not None or name == "speculative_jacobi"
+            if given and require_whole(value, name, least) > MOST_IMAGES:
+                raise UserError(f"{name} must be at most {MOST_IMAGES:,}, got {quote(value)}")
         check_uint64(self.seed, "seed")
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)

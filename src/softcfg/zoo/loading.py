@@ -237,6 +237,8 @@ def random_weights(
     """The module of `component` with random weights, for measuring speed without its file; in eval mode."""
     import torch
 
+    from softcfg.nn.precision import as_dtype
+
     module_class, config_class = component.family.classes()
     config: Any = load_config(config_class, component.config, component.family.sections)
     _on_meta(module_class, config)  # what is too large is refused before it takes memory
@@ -247,7 +249,7 @@ def random_weights(
         except (RuntimeError, MemoryError) as error:
             family = component.family
             raise UserError(f"there is no memory for the {family.name} {family.kind} here") from error
-    return module.to(device, dtype).requires_grad_(False).eval()
+    return module.to(device, as_dtype(dtype)).requires_grad_(False).eval()
 
 
 def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
