@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -89,7 +89,7 @@ def decode(
     with decoder.prepared_linear_layers(), step_threads(*decoder.generators) as run:
         advance(decoder.step(0))
         if static:
-            steps = repeat(lambda index: advance(Step(index)), range(1, total), device)
+            steps: Iterator[object] = repeat(lambda index: advance(Step(index)), range(1, total), device)
         else:
             steps = (run(partial(advance, decoder.step(index))) for index in range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
