@@ -57,6 +57,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         help="round the cached keys and values (default: of the generator's dtype)",
     )
     group.add_argument(
+        "--weak-model",
+        metavar="NAME",
+        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
+        "branch or, with a --weak-share below 1, beside it",
+    )
+    group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
     )
 
@@ -180,7 +186,9 @@ def load_pipeline(
     if random_weights:
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
-        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype)
+        return Pipeline.with_random_weights(
+            args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype, weak=args.weak_model
+        )
     return Pipeline.from_pretrained(
         args.model,
         device=device,
@@ -190,6 +198,7 @@ def load_pipeline(
         quantize=args.quantize,
         kv_cache_dtype=cache_dtype,
         device_map=args.device_map,
+        weak=args.weak_model,
         image_size_eval=getattr(args, "image_size_eval", None),
     )
 
