@@ -31,6 +31,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _captions_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests encode is not kept in the user's cache."""
+    monkeypatch.setenv("SOFTCFG_CAPTIONS", str(tmp_path / "captions"))
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from softcfg.configuration import load_config

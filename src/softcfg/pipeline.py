@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ class Pipeline:
             device: "cuda" where there is one, else "cpu", by default.
             dtype: of the generator; by default what suits the model, float32 for most. The tokenizer stays in float32.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
-            quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
+            quantize: "int8" or "int4", the weights of the linear layers of the generator, and of the text encoder where
+                it has one (see `zoo.placement.quantize`).
             kv_cache_dtype: torch.int8 keeps keys and values in a quarter of the memory of float32, rounded; by default
                 they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
@@ -164,13 +166,17 @@ class Pipeline:
     def _of_entry(
         cls, entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, source: ModelSource | None = None
     ) -> Pipeline:
+        kind = None if source is None else source.quantize
+        place = None if kind is None else partial(placement.quantize, kind=kind, device=generator.device)
         return cls(
             generator,
             tokenizer,
             name=entry.name,
             classes=entry.classes,
             sampling_defaults=entry.sampling,
-            conditioning=load_conditioning(entry, generator, tokenizer, with_files=source is not None),
+            conditioning=load_conditioning(
+                entry, generator, tokenizer, with_files=source is not None, quantize=kind, place=place
+            ),
             source=source,
         )
 

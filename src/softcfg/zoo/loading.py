@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +70,19 @@ def load_tokenizer(
 
 
 def load_conditioning(
-    entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, *, with_files: bool = True
+    entry: ModelEntry,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    *,
+    with_files: bool = True,
+    quantize: str | None = None,
+    place: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Conditioning:
     """What turns labels or prompts into what the generator of a model is conditioned on.
 
     Args:
         with_files: whether to read the files that texts are read with; without them no prompt can be read.
+        quantize, place: of text encoders; see `Conditioning`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -87,6 +94,8 @@ def load_conditioning(
     text: dict[str, Any] = {}
     if entry.text is not None:
         text["settings"] = entry.text.settings
+        if quantize is not None or place is not None:
+            text |= {"quantize": quantize, "place": place}
         if with_files:
             text["files"] = {role: require_file(file, entry) for role, file in entry.text.files.items()}
     return conditioning_type(generator, tokenizer, name=entry.name, classes=entry.classes, **text)

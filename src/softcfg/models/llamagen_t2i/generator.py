@@ -131,7 +131,7 @@ class LlamaGenT2I(LlamaGenBody):
             ]
         )
         if guided:
-            features = torch.cat((features, self.cls_embedding.uncond_embedding.expand_as(features)))
+            features = torch.cat((features, self.cls_embedding.uncond_embedding.to(features).expand_as(features)))
             padding = padding.repeat(2)
         return CaptionCondition(features, padding, self.num_tokens)
 
