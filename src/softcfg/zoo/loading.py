@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.zoo.files import find_file, require_file
+from softcfg.zoo.mapped import MappedFiles
 from softcfg.zoo.reading import read_json, read_weights
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
 from softcfg.zoo.unwrapping import find_weights, require_plain
@@ -129,7 +130,8 @@ def _load(
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     module = _on_meta(module_class, settings)
     state, source = weights_for(module, family, checkpoint)
-    return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras)
+    mapped = None if isinstance(checkpoint, Mapping) else MappedFiles()
+    return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras, mapped=mapped)
 
 
 def published_config(entry: ModelEntry, component: Component) -> dict[str, Any]:
@@ -216,20 +218,28 @@ def _fill(
     dtype: torch.dtype | None,
     source: str,
     extras: bool,
+    mapped: MappedFiles | None = None,
 ) -> nn.Module:
-    """Give a module on the meta device its weights; see `load_weights`."""
+    """Give a module on the meta device its weights; see `load_weights`.
+
+    Args:
+        mapped: where the tensors may lie; what was converted, or copied to a device, is given back one by one.
+    """
     import torch
 
     require_fit(module, state_dict, source, extras=extras)
     device = torch.device("cpu" if device is None else device)
     dtype = torch.float32 if dtype is None else dtype
-    module.load_state_dict(
-        {
-            name: state_dict[name].detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in module.state_dict().items()
-        },
-        assign=True,
-    )
+
+    def take(name: str, like: Tensor) -> Tensor:
+        read = state_dict[name].detach()
+        made = read.to(device, dtype if like.is_floating_point() else like.dtype)
+        if mapped is not None and made is not read:
+            mapped.forget(read)
+        return made
+
+    taken = {name: take(name, tensor) for name, tensor in module.state_dict().items()}
+    module.load_state_dict(taken, assign=True)
     module.to(device)  # the tables that are no weights
     return module.requires_grad_(False).eval()
 
