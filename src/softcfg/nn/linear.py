@@ -2,7 +2,8 @@
 
 A decoding step multiplies a few dozen rows with every weight of the model. At such sizes a CPU's matrix product
 spends much of its time copying the weights into its kernel's own layout; doing that once, before the loop, makes
-the product 1.2 to 2.7 times as fast. It needs PyTorch with MKL; elsewhere the layers stay as they are.
+the product 1.2 to 2.7 times as fast. It needs PyTorch with MKL; elsewhere the layers stay as they are. Products of up to
+three rows read the weights once as they are, up to twice as fast as from MKL's layout.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+LEAST_ROWS = 4  # for which the layout pays
+
+
 class Linear(nn.Linear):
     """`nn.Linear` whose product with exactly `rows` rows can run on prepared weights."""
 
@@ -22,9 +26,9 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
 
     def prepare(self, rows: int) -> None:
-        """Lay out the weights for inputs of `rows` rows, as they are now; 0 gives the memory back."""
+        """Lay out the weights for inputs of `rows` rows, as they are now, where that pays; 0 gives the memory back."""
         self.rows, self.packed = rows, None
-        if rows and _can_pack(self.weight):
+        if rows >= LEAST_ROWS and _can_pack(self.weight):
             self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
