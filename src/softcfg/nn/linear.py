@@ -2,8 +2,8 @@
 
 A decoding step multiplies a few dozen rows with every weight of the model. At such sizes a CPU's matrix product
 spends much of its time copying the weights into its kernel's own layout; doing that once, before the loop, makes
-the product 1.2 to 2.7 times as fast. It needs PyTorch with MKL; elsewhere the layers stay as they are. Products of up to
-three rows read the weights once as they are, up to twice as fast as from MKL's layout.
+the product 1.2 to 2.7 times as fast. It needs PyTorch with MKL; elsewhere the layers stay as they are. Products of up
+to three rows read the weights once as they are, up to twice as fast as from MKL's layout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 
 LEAST_ROWS = 4  # for which the layout pays
 
