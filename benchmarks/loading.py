@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.timing import table
-from softcfg.zoo.loading import blank_module
+from softcfg.zoo.loading import empty_module
 from softcfg.zoo.registry import MODELS, Component, resolve
 
 MIB = 2**20
@@ -48,7 +48,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from softcfg.zoo import MODELS, load_generator
-from softcfg.zoo.loading import blank_module
+from softcfg.zoo.loading import empty_module
 
 def status(field):
     return int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
@@ -59,7 +59,7 @@ if int(layers):
     field = "n_layer" if "n_layer" in entry.generator.config else "num_hidden_layers"
     config = {**entry.generator.config, field: int(layers)}
     entry = replace(entry, generator=replace(entry.generator, config=config))
-blank_module(entry.generator)
+empty_module(entry.generator)
 torch.ones(8, 8) @ torch.ones(8, 8)
 before = status("VmHWM")
 generator = load_generator(entry, checkpoint=checkpoint, dtype=getattr(torch, dtype))
@@ -90,7 +90,7 @@ def publish(component: Component, folder: Path, stored: torch.dtype) -> Path:
         weight_map.update(dict.fromkeys(part, path.name))
         part.clear()
 
-    for name, tensor in blank_module(component).state_dict().items():
+    for name, tensor in empty_module(component).state_dict().items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         part[name] = torch.full(tensor.shape, 0.01, dtype=stored if tensor.is_floating_point() else tensor.dtype)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from softcfg.decoding.throughput import POSITIONS
+from softcfg.nn.products import machine as processor
 
 Side = TypeVar("Side", bound=Hashable)
 
@@ -58,6 +59,4 @@ def machine() -> str:
     """One line on what the figures were measured on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return (
-        f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    return f"{processor()}, {torch.get_num_threads()} threads"

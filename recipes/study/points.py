@@ -7,10 +7,11 @@ other seeds. Image n of a seed draws the same random numbers at every setting, s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from recipes.study.methods import CANDIDATES
 from recipes.study.patches import PatchSoftCFG
 from softcfg import CFG, SoftCFG
 from softcfg.guidance import describe
@@ -64,11 +65,19 @@ def key(settings: Row) -> str:
 
 @dataclass(frozen=True)
 class Design:
-    """The size of the study: samples a point, seeds, and samples a point while scale and power are tuned."""
+    """The size of the study.
+
+    Attributes:
+        samples: images per point.
+        seeds: seeds per point, from 0.
+        tuning_samples: images per point of the tuning.
+        candidates: the settings of every other method, among which its best is looked for.
+    """
 
     samples: int = 10_000
     seeds: int = 3
     tuning_samples: int = 1_000
+    candidates: Mapping[str, Sequence[CFG]] = field(default_factory=lambda: CANDIDATES)
 
     def tuning(self) -> list[Point]:
         """The grid in which the best scale and power of every method are looked for."""
@@ -97,6 +106,10 @@ class Design:
         points = [*tuning, *self._images(first, 0), *traces, *self._images(others, 0), *self.bounds()]
         for seed in range(1, self.seeds):
             points += self._images([*first, *others], seed)
+        points += self.tuning_of_candidates()
+        best_candidates = self.best_candidates(rows).values()
+        for seed in range(self.seeds):
+            points += self._images(best_candidates, seed)
         return list(dict.fromkeys(points))
 
     def _images(self, settings: Iterable[CFG], seed: int) -> list[Point]:
@@ -113,6 +126,22 @@ class Design:
             grid = [point for point in self.tuning() if at_scale_of(point.guidance)[name] == point.guidance]
             found[name] = min(grid, key=lambda p: rows[key(p.settings())]["values"]["fid"]).guidance
         return found
+
+    def tuning_of_candidates(self) -> list[Point]:
+        """The settings among which the best of every other method is looked for."""
+        return [self._tuning(guidance) for settings in self.candidates.values() for guidance in settings]
+
+    def best_candidates(self, rows: Mapping[str, Row]) -> dict[str, CFG]:
+        """Every other method at its setting of least FID, as soon as all of its settings are drawn."""
+        found: dict[str, CFG] = {}
+        for name, settings in self.candidates.items():
+            keys = {guidance: key(self._tuning(guidance).settings()) for guidance in settings}
+            if rows.keys() >= set(keys.values()):
+                found[name] = min(settings, key=lambda guidance: rows[keys[guidance]]["values"]["fid"])
+        return found
+
+    def _tuning(self, guidance: CFG) -> Point:
+        return Point(guidance, TUNING_SEED, self.tuning_samples)
 
 
 def at_scale_of(guidance: CFG) -> dict[str, CFG]:

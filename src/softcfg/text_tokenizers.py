@@ -1,4 +1,4 @@
-"""Text tokenizers and templates from files of others: what they may do to a prompt is bounded."""
+"""Text tokenizers and templates from foreign files; what they may do to a prompt is bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import CheckpointError, UserError, clean, quote
-from softcfg.files import read_text
+from softcfg.files import read_text, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,16 +29,14 @@ def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or its steps would let a text grow beyond measure.
     """
+    with reading(path, CheckpointError):
+        text = read_text(path, LARGEST)
     try:
-        content = json.loads(read_text(path, LARGEST))
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
         steps = list(_steps([content.get("normalizer"), content.get("pre_tokenizer")]))
         growth = math.prod(max(1, len(str(step.get("content", "")))) for step in steps if step["type"] == "Replace")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     if len(steps) > MOST_STEPS or growth > LONGEST_GROWTH:
@@ -76,7 +74,7 @@ def text_ids(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list
         try:
             # Unlike `encode`, this lets other threads run, so that somebody can watch the clock.
             found.append(tokenizer.encode_batch([text], add_special_tokens=specials)[0].ids)
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             found.append(error)
 
     worker = threading.Thread(target=encode, daemon=True)

@@ -93,6 +93,10 @@ def test_emu3(tmp_path: Path) -> None:
     plain = emu3(tmp_path, positive_text="").inputs([Prompt("a cat", negative_text="")])[0]
     assert len(plain.ids) == len("a cat") + len("4*4") + 3
     assert plain.negative == [special["bos"], *list(plain.ids)[-len("4*4") - 2 :]]
+    assert prompts.default_size == (32, 32)
+    assert prompts.size_of_ratio("2:1") == (48, 24)
+    with pytest.raises(UserError, match="WIDTH:HEIGHT"):
+        prompts.size_of_ratio("2x1")
     for size, message in ((20, "width must be a multiple of 8"), (16, "3 columns")):
         with pytest.raises(UserError, match=message):
             prompts.requests(prompts="a cat", width=size, height=32)

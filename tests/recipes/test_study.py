@@ -29,7 +29,7 @@ from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
 
 SCALARS = ("background_share", "background_confidence", "object_confidence")
-SMALL = Design(samples=20, seeds=2, tuning_samples=8)
+SMALL = Design(samples=20, seeds=2, tuning_samples=8, candidates={})
 BLOCKS = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in report.BLOCKS)
 
 

@@ -152,7 +152,12 @@ def test_a_model_is_found_by_name_folder_or_file(tmp_path: Path) -> None:
         ("alitok-xxl", "there is no model named 'alitok-xxl'; did you mean alitok-xl"),
         ("RAR_B", "did you mean rar-b"),
         ("qwertyuiop", "known: .*alitok-b, .*rar-xxl"),
-        ("some/where", "some/where does not exist"),
+        ("some/where", "there is no folder some/where; .* run `softcfg fetch some/where` first"),
+        ("./nofolder", r"there is no folder \./nofolder; give the name of a model or the path of a model folder"),
+        ("/no/such/folder", "there is no folder /no/such/folder"),
+        ("~/mine", "there is no folder ~/mine"),
+        ("../up", r"there is no folder \.\./up"),
+        ("a/b/c", "there is no folder a/b/c"),
     ],
 )
 def test_unknown_models_get_suggestions(name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Drawing a run from the command line: what is said at the start, on the way and in the end."""
+"""Draw a run from the command line, with messages at the start, on the way and at the end."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def _announce(run: RunFolder, request: RunRequest, todo: Sequence[int]) -> None:
     environments = run.settings["environment"]
     if todo and left < count and len(environments) > 1:
         print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
-    from softcfg.guidance import describe
+    from softcfg.guidance import CFG, describe
 
     guidance = request.guidance
-    assert guidance is not None
+    assert isinstance(guidance, CFG)
     settings = describe(guidance)
     method = settings.pop("method")
     shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

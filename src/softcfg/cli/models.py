@@ -7,10 +7,11 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from softcfg.cli import arguments
-
 if TYPE_CHECKING:
-    from softcfg.zoo.registry import Component, ModelEntry
+    from softcfg.zoo.registry import Component, ModelEntry, ModelFile
+
+HELP = "list the models and which of their files are here"
+DESCRIPTION = "List the models, their default guidance, and which of their files are here."
 
 EXAMPLES = """\
 examples:
@@ -19,19 +20,10 @@ examples:
   softcfg models --json"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "models",
-        help="list the models and which of their files are here",
-        description="List the models, their default guidance, and which of their files are here.",
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="show one model in full: a name or a model folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,23 +43,9 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
     """What there is to know about a model, ready for JSON; a file that is missing has the `path` None."""
     from softcfg.zoo.files import find_file, missing_files
 
-    def described(component: Component) -> dict[str, Any]:
-        missing = missing_files(component.files)
-        return {
-            "family": component.family.name,
-            "parameters": component.parameters,
-            "config": dict(component.config),
-            "file": component.file.name,
-            "published": component.file.published,
-            "path": None if missing else str(find_file(component.file)),
-            "missing": [file.name for file in missing],
-        }
-
-    text = None
-    if entry.text is not None:
-        files = list(entry.text.files.values())
+    def where(files: list[ModelFile]) -> dict[str, Any]:
         missing = missing_files(files)
-        text = {
+        return {
             "file": files[0].name,
             "published": files[0].published,
             "path": None if missing else str(find_file(files[0])),
@@ -77,6 +55,16 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
                 for file, path in zip(files, map(find_file, files), strict=True)
             ],
         }
+
+    def described(component: Component) -> dict[str, Any]:
+        return {
+            "family": component.family.name,
+            "parameters": component.parameters,
+            "config": dict(component.config),
+            **where(component.files),
+        }
+
+    text = None if entry.text is None else where(list(entry.text.files.values()))
     return {
         "name": entry.name,
         "description": entry.description,
@@ -91,7 +79,7 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """One line a model."""
+    """One line per model."""
     rows = [("MODEL", "GENERATOR", "TOKENIZER", "SCALE", "POWER", "TEMP.", "FID", "PUBLISHED", "FILES HERE")]
     for entry in entries:
         halves = (entry["generator"], entry["tokenizer"])

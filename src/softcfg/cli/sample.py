@@ -24,6 +24,8 @@ PER_PROMPT = 4
 COMPARE_UP_TO = 100  # images
 COMPARE_UP_TO_TOKENS = 1024
 
+HELP = "draw images"
+USAGE = "softcfg sample MODEL [options]"
 DESCRIPTION = """\
 Draw images into a folder: a few, or a run of any size by any number of processes.
 
@@ -46,17 +48,8 @@ examples:
   softcfg sample config=configs/alitok_xl.yaml experiment.output_dir=out model.generator.guidance_scale=9"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "sample",
-        help="draw images",
-        usage="softcfg sample MODEL [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser, required=False)
     add_subject_arguments(parser)
     group = parser.add_argument_group("results")
@@ -66,12 +59,15 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="discard the run in that folder and begin anew",
     )
-    group.add_argument("--png", action=argparse.BooleanOptionalAction, default=True, help="one file an image (default)")
+    group.add_argument(
+        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
+    )
     group.add_argument(
         "--npz",
         action=argparse.BooleanOptionalAction,
         help="all images in one file beside the folder, DIR.npz, for ADM's evaluation (default: with --config)",
     )
+    arguments.add_output_size_argument(group)
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
@@ -81,7 +77,6 @@ def add_parser(commands: Any) -> None:
     arguments.add_guidance_arguments(parser)
     arguments.add_speed_arguments(parser)
     released.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,8 +84,8 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--labels",
-        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one a line; "
-        "or random, from the seed",
+        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one per line; "
+        'or random, from the seed; a name with commas or of digits goes in quotes, \'"maillot, tank suit","7"\'',
     )
     arguments.add_prompt_arguments(group)
     group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")

@@ -1,4 +1,4 @@
-"""Making the shards of a run, by one process among many: drawing them, or decoding those of another run again."""
+"""Make the shards of a run in one process of many: draw them, or decode those of another run again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from softcfg.errors import UserError
 from softcfg.models.geometry import Geometry
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.plan import Prompts
 from softcfg.runs.progress import ProgressWatch
@@ -49,12 +50,18 @@ class BatchDrawer:
     prompts: Prompts | None = None
 
     def draw(
-        self, indices: Sequence[int], labels: Sequence[int], on_step: Callable[[float], None] | None = None
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        on_step: Callable[[float], None] | None = None,
+        *,
+        pad_batches: bool = False,
     ) -> PipelineOutput:
         """Draw the images `indices` of the seed, of the classes or prompts `labels`.
 
         Args:
             on_step: called with the share of the work that is done, after every token.
+            pad_batches: see `Pipeline`; shards of a run are drawn so.
 
         Raises:
             UserError: there is not even memory for one image at a time.
@@ -78,6 +85,7 @@ class BatchDrawer:
                     seed=self.seed,
                     indices=indices,
                     batch_size=self.batch_size,
+                    pad_batches=pad_batches,
                     sampling=self.sampling,
                     speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
@@ -106,7 +114,7 @@ class BatchDrawer:
         def draw(number: int, on_step: Callable[[float], None]) -> Shard:
             indices = run.plan.indices(number)
             labels = run.plan.labels_of(indices)
-            drawn = self.draw(indices, labels, on_step)
+            drawn = self.draw(indices, labels, on_step, pad_batches=True)
             return Shard(
                 number,
                 run.fingerprint,
@@ -118,13 +126,6 @@ class BatchDrawer:
             )
 
         return draw
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 def decoded_shards(source: RunFolder, tokenizer: Tokenizer, run: RunFolder) -> ShardMaker:

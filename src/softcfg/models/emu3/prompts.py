@@ -56,17 +56,17 @@ LEAST_COLUMNS = 3  # with fewer, the end of a line and the end of the image fall
 
 
 def grid_of_ratio(ratio: str, area: int = IMAGE_AREA) -> tuple[int, int]:
-    """Return the rows and columns (h, w) of codes of an image whose sides are as WIDTH:HEIGHT, on about `area` pixels.
+    """Return rows and columns (h, w) of codes of an image of about `area` pixels whose sides are as WIDTH:HEIGHT.
 
     Raises:
-        ValueError: `ratio` has another form, or the image would be too small.
+        UserError: `ratio` has another form, or the image would be too small.
     """
     match = re.fullmatch(r"(\d+):(\d+)", ratio, re.ASCII)
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height:
-        raise ValueError(f"ratio must be WIDTH:HEIGHT, such as 16:9, got {ratio!r}")
+        raise UserError(f"ratio must be WIDTH:HEIGHT, such as 16:9, got {ratio!r}")
     if area < 1:
-        raise ValueError(f"the area of an image must be greater than 0 pixels, got {area}")
+        raise UserError(f"the area of an image must be greater than 0 pixels, got {area}")
     unit = math.sqrt(area / (width * height))
     # Halves are rounded to the even number, as released.
     rows, columns = (round(side * unit / PIXELS_PER_CODE) for side in (height, width))
@@ -75,9 +75,9 @@ def grid_of_ratio(ratio: str, area: int = IMAGE_AREA) -> tuple[int, int]:
 
 
 def check_grid(rows: int, columns: int) -> None:
-    """Raise `ValueError` for a grid of codes that cannot be drawn."""
+    """Raise `UserError` for a grid of codes that cannot be drawn."""
     if rows < 1 or columns < LEAST_COLUMNS:
-        raise ValueError(
+        raise UserError(
             f"an image must have at least 1 row and {LEAST_COLUMNS} columns of codes of {PIXELS_PER_CODE} pixels, "
             f"got {rows} x {columns}"
         )
@@ -165,18 +165,12 @@ class Emu3Prompts(PromptConditioning):
         """See `Conditioning.geometry`."""
         default_width, default_height = self.default_size
         size = Geometry.of_image(width or default_width, height or default_height, PIXELS_PER_CODE)
-        try:
-            return self.generator.config.geometry(*size.grid)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return self.generator.config.geometry(*size.grid)
 
     def size_of_ratio(self, ratio: str) -> tuple[int, int]:
-        """See `PromptConditioning.size_of_ratio`; the area is that of the default size."""
+        """See `PromptConditioning.size_of_ratio`; the area is about that of an image of the default size."""
         width, height = self.default_size
-        try:
-            rows, columns = grid_of_ratio(ratio, width * height)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        rows, columns = grid_of_ratio(ratio, width * height)
         return columns * PIXELS_PER_CODE, rows * PIXELS_PER_CODE
 
     @property

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import UserError
 from softcfg.models.conditioning import PromptConditioning
-from softcfg.models.geometry import Geometry
 from softcfg.models.text import Piece, Special, TextTokenizer
 from softcfg.prompts import Prompt
 from softcfg.text_tokenizers import check_template
@@ -68,10 +67,3 @@ class JanusPrompts(PromptConditioning):
         if template == TEMPLATE:
             return prompt_pieces(caption)
         return reader.pieces(template, {"prompt": caption.strip()})
-
-    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
-        """See `Conditioning.geometry`; there is one size."""
-        size = self.default_size
-        if (width or size[0], height or size[1]) != size:
-            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
-        return self.generator.config.geometry

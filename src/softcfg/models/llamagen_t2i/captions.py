@@ -1,7 +1,7 @@
-"""How LlamaGen's text-to-image models read captions: cleaned, and encoded (see `encoder`).
+"""How LlamaGen's text-to-image models read captions: cleaned, then encoded by a T5 encoder (see `encoder`).
 
 The models were trained on captions cleaned by `language/t5.py` of https://github.com/FoundationVision/LlamaGen, a
-cleaner of web captions that comes from DeepFloyd IF. What it does is kept to the letter, oddities included.
+cleaner of web captions that comes from DeepFloyd IF. Its behaviour is kept exactly, oddities included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from softcfg.errors import UserError, quote
 from softcfg.models.conditioning import PromptConditioning
-from softcfg.models.geometry import Geometry
 from softcfg.models.llamagen_t2i.encoder import CaptionEncoder, KeptFeatures
 from softcfg.prompts import Prompt
 
@@ -128,7 +127,7 @@ def _clean_once(caption: str) -> str:
     caption = _apply(BEFORE_MARKUP, caption)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about captions that look like names of files or addresses
-        with contextlib.suppress(ParserRejectedMarkup):  # what is no markup at all stays as it is
+        with contextlib.suppress(ParserRejectedMarkup):  # what is not markup stays as it is
             caption = BeautifulSoup(caption, features="html.parser").text
     caption = _apply(BEFORE_REPAIR, caption)
     if len(HYPHEN.findall(caption)) > MOST_HYPHENS:
@@ -155,6 +154,7 @@ class LlamaGenCaptions(PromptConditioning):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._encoder: CaptionEncoder | None = None
+        self._encoder_is_for: tuple[object, ...] = ()
 
     @property
     def encoder(self) -> CaptionEncoder:
@@ -163,9 +163,11 @@ class LlamaGenCaptions(PromptConditioning):
         Raises:
             UserError: the model has none.
         """
-        if self._encoder is None:
-            most, dtype = self.generator.config.cls_token_num, self.generator.dtype
+        most, dtype = self.generator.config.cls_token_num, self.generator.dtype
+        wanted = dtype, self.generator.device
+        if self._encoder is None or self._encoder_is_for != wanted:  # the generator may have been moved since
             self._encoder = CaptionEncoder(self._encoder_folder(), most, dtype=dtype, place=self.place)
+            self._encoder_is_for = wanted
         return self._encoder
 
     def check_inputs(self, requests: Sequence[Prompt]) -> None:
@@ -193,10 +195,3 @@ class LlamaGenCaptions(PromptConditioning):
         if "encoder" not in self.files:
             raise UserError(f"{self.name} has no text encoder, so it cannot read prompts")
         return self.files["encoder"].parent
-
-    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
-        """See `Conditioning.geometry`; there is one size."""
-        size = self.default_size
-        if (width or size[0], height or size[1]) != size:
-            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
-        return Geometry.square(self.generator.num_tokens)
