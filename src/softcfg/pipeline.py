@@ -138,7 +138,8 @@ class Pipeline:
                 most. The tokenizer stays in float32.
             torch_dtype: the same, by its name in diffusers and transformers.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
-            quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
+            quantize: "int8" or "int4", the weights of the linear layers of the generator, and of the text encoder where
+                it has one (see `zoo.placement.quantize`).
             kv_cache_dtype: torch.int8 keeps keys and values in a quarter of the memory of float32, rounded; by default
                 they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
@@ -190,13 +191,17 @@ class Pipeline:
         source: ModelSource | None = None,
         weak: Pipeline | None = None,
     ) -> Pipeline:
+        kind = None if source is None else source.quantize
+        place = None if kind is None else functools.partial(placement.quantize, kind=kind, device=generator.device)
         return cls(
             generator,
             tokenizer,
             name=entry.name,
             classes=entry.classes,
             sampling_defaults=entry.sampling,
-            conditioning=load_conditioning(entry, generator, tokenizer, with_files=source is not None),
+            conditioning=load_conditioning(
+                entry, generator, tokenizer, with_files=source is not None, quantize=kind, place=place
+            ),
             source=source,
             weak=weak,
         )

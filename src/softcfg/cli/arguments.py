@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST_LIST = 1 << 24  # bytes of a file of labels or prompts
 MOST_PROMPTS = 100_000
+WINDOW = 16  # of speculative Jacobi decoding
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -50,7 +51,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         choices=("float32", "bfloat16"),
         help="of the generator (default: the model's own, float32 for all but the largest)",
     )
-    group.add_argument("--quantize", choices=("int8", "int4"), help="round the generator's weights; needs torchao")
+    group.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="round the weights of the generator and, where it has one, of its text encoder; needs torchao",
+    )
     group.add_argument(
         "--kv-cache-dtype",
         choices=("int8",),
@@ -115,6 +120,20 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     for setting in settings_of(Sampling).values():
         _add_setting(group, setting)
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Speculative Jacobi decoding."""
+    parser.add_argument_group("speed").add_argument(
+        "--speculative-jacobi",
+        nargs="?",
+        type=int,
+        const=WINDOW,
+        default=0,
+        metavar="WINDOW",
+        help=f"draft WINDOW tokens (default: {WINDOW}) and verify them in one pass: fewer passes, other images of the "
+        "same distribution",
+    )
 
 
 def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
@@ -244,10 +263,15 @@ def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
         "--prompt", action="append", metavar="TEXT", help="text to draw, for text-to-image models; may be repeated"
     )
     group.add_argument("--prompts", metavar="FILE", help="texts to draw, one per line")
+    add_negative_argument(group)
+    add_size_arguments(group)
+
+
+def add_negative_argument(group: argparse._ArgumentGroup) -> None:
+    """The text of the unconditional branch."""
     group.add_argument(
         "--negative-prompt", metavar="TEXT", help="what the unconditional branch reads, for models that read one there"
     )
-    add_size_arguments(group)
 
 
 def add_size_arguments(group: argparse._ArgumentGroup) -> None:
