@@ -181,7 +181,8 @@ def gallery(session: Session) -> str:
     items = "".join(
         f"""<li><button type="button" data-open="{picture.number}" title="Show again">
 <img src="{_thumbnail(picture)}" alt="{escape(picture.caption)}"></button>
-<span>{escape(_shortened(picture.subject))}<br>{escape(METHODS[picture.method].title)}, seed {picture.seed}</span></li>"""
+<span>{escape(_shortened(picture.subject))}<br>
+{escape(METHODS[picture.method].title)}, seed {picture.seed}</span></li>"""
         for picture in reversed(session.pictures.values())
     )
     return f'<ul class="gallery">{items}</ul>'
