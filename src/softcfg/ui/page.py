@@ -22,7 +22,8 @@ from fastapi import FastAPI
 from softcfg.errors import UserError
 from softcfg.ui import fragments
 from softcfg.ui.guard import LOCAL, MAX_UNREAD, Access, Guard
-from softcfg.ui.studio import METHODS, RANGES, Session, Settings, Studio
+from softcfg.ui.settings import METHODS, RANGES, Settings
+from softcfg.ui.studio import Session, Studio
 from softcfg.ui.waiting import Waiting
 
 HERE = Path(__file__).parent
