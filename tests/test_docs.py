@@ -261,7 +261,9 @@ class Shell:
         if "--help" in words:
             with pytest.raises(SystemExit, match="0"):
                 build_parser().parse_args(words)
-        elif command in PARSED or any(word in MODELS and too_large(MODELS[word]) for word in words):
+        elif command in PARSED or any(
+            word == "path/to/ckpt" or (word in MODELS and too_large(MODELS[word])) for word in words
+        ):
             build_parser().parse_args(_rewritten(words))
         else:
             assert command in REDUCED, "neither in REDUCED nor in PARSED"

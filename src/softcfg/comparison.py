@@ -1,4 +1,4 @@
-"""The same seeds under several guidance methods and scales: drawn, measured and shown beside each other.
+"""The same seeds under several guidance methods and scales: drawn, measured and shown side by side.
 
 Every method, scale and seed is a run folder of `softcfg.runs.job`, so a comparison that was stopped goes on where it
 was, and any number of processes share it.
@@ -81,8 +81,8 @@ def method_named(name: str, pipeline: Pipeline, scale: float | None, settings: M
 
     Args:
         scale: of the guidance; None for the model's own.
-        settings: by name, on top of what suits the model; those of rules and perturbations that the method has not are
-            left out.
+        settings: by name, on top of what suits the model; those of rules and perturbations that it does
+            not have are left out.
 
     Raises:
         UserError: there is no such method, or a setting is out of its range.
@@ -103,7 +103,7 @@ def method_named(name: str, pipeline: Pipeline, scale: float | None, settings: M
     try:
         return pipeline.default_guidance(compose, drop_unused=True, **{**settings, **parts})
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error)) from error
 
 
 def entries(
@@ -163,12 +163,12 @@ def compare(
     pipeline = request.load(processes.device)
 
     def measure(images: Any, labels: Sequence[int] | None = None) -> dict[str, float]:
-        return {} if extractor is None else evaluate(
-            images, reference, extractor, labels=labels, device=extractor.device, cache=cache
-        ).metrics  # fmt: skip
+        if extractor is None:
+            return {}
+        return evaluate(images, reference, extractor, labels=labels, device=extractor.device, cache=cache).metrics
 
     def probe() -> None:  # what cannot be measured is refused before anything is drawn
-        side = pipeline.tokenizer.image_size
+        side = pipeline.tokenizer.decoded_size
         measure(np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8), [0] * PROBE_IMAGES)
         make_folder(folder)
 
@@ -182,10 +182,7 @@ def compare(
         if processes.first and on_entry is not None:
             on_entry(entry)
 
-    def write() -> None:
-        _write_results(folder, chosen, seeds)
-
-    processes.agree(write)
+    processes.agree(lambda: _write_results(folder, chosen, seeds))
     return list(chosen)
 
 

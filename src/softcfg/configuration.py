@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -15,8 +14,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from softcfg.errors import UserError, clean, quote
-from softcfg.files import read_text
+from softcfg.errors import UserError, clean, quote, suggestion
+from softcfg.files import read_text, reading
 
 ConfigT = TypeVar("ConfigT")
 LARGEST_YAML = 1 << 18  # bytes
@@ -28,12 +27,10 @@ ConfigSource = Any  # a dataclass instance, a mapping, or a path to a YAML file
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; raises `UserError` if it is anything else."""
+    with reading(path, what="configuration file "):
+        text = read_text(path, LARGEST_YAML)
     try:
-        content = parse_yaml(read_text(path, LARGEST_YAML))
-    except FileNotFoundError as error:
-        raise UserError(f"configuration file {path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from error
+        content = parse_yaml(text)
     except UserError as error:
         raise UserError(f"configuration file {path} {error}") from error
     if not isinstance(content, dict):
@@ -161,12 +158,9 @@ def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, An
 def _warn_unknown(names: set[str], fields: Mapping[str, Any], config_type: type) -> None:
     # Only a likely misspelling of a field is worth a word: released files hold many names that we do not need.
     for name in sorted(names):
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
-        if near and near[0] not in names:
-            warnings.warn(
-                f"{config_type.__name__} has no field {quote(name)} (did you mean {near[0]!r}?); it is ignored",
-                stacklevel=3,
-            )
+        hint = suggestion(name, fields, most=1, cutoff=0.85)
+        if hint:
+            warnings.warn(f"{config_type.__name__} has no field {quote(name)} ({hint}); it is ignored", stacklevel=3)
 
 
 def _coerce(name: str, value: Any, expected: Any) -> Any:
@@ -209,3 +203,10 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"config field {name} must be greater than 0, got {getattr(config, name)!r}")
+
+
+def require_multiple(config: Any, *pairs: tuple[str, str]) -> None:
+    """Raise `ValueError` for the first pair of fields of which the one is no multiple of the other."""
+    for whole, part in pairs:
+        if getattr(config, whole) % getattr(config, part):
+            raise ValueError(f"{whole} {getattr(config, whole)} must be a multiple of {part} {getattr(config, part)}")

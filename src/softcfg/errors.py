@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Iterable, Mapping
 
 LONGEST_SENTENCE = 2000  # characters
 
@@ -43,6 +45,20 @@ def quote(value: object) -> str:
     return clean(_SHORT.repr(value), 500)
 
 
+def suggestion(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.5) -> str:
+    """ "did you mean ONE or OTHER?" with the known names that are like `name`; empty if none is.
+
+    Capitals count as small letters, and underscores as hyphens.
+    """
+    spelt = {_plain(each): each for each in known}
+    near = difflib.get_close_matches(_plain(name[:100]), spelt, n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(spelt[each] for each in near)}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").lstrip("-")
+
+
 class UserError(ValueError):
     """A mistake in what the user gave; the text says what is wrong and what to do about it.
 
@@ -51,6 +67,23 @@ class UserError(ValueError):
 
     def __init__(self, text: object) -> None:
         super().__init__(clean(text))
+
+
+class UnexpectedArgumentError(UserError, TypeError):
+    """A keyword that a function does not take.
+
+    Args:
+        function: its name, as users call it.
+        known: the keywords that it takes.
+        foreign: words of other libraries, and what they are called here.
+    """
+
+    def __init__(
+        self, function: str, name: str, known: Iterable[str], foreign: Mapping[str, str] | None = None
+    ) -> None:
+        local = (foreign or {}).get(name)
+        hint = f"did you mean {local}?" if local else suggestion(name, known, most=1, cutoff=0.6)
+        super().__init__(f"{function} takes no {name}{hint and '; '}{hint}")
 
 
 class CheckpointError(UserError):

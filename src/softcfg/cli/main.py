@@ -13,6 +13,7 @@ from typing import NoReturn
 from softcfg import plugins
 from softcfg.cli import bench, compare, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
 from softcfg.cli import eval as evaluation
+from softcfg.cli.arguments import HelpFormatter
 from softcfg.errors import UserError, clean
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
@@ -40,8 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     try:
         for command in COMMANDS:
-            command.add_parser(commands)
-        for each in commands.choices.values():
+            each = commands.add_parser(
+                command.__name__.rpartition(".")[2].replace("_", "-"),
+                help=command.HELP,
+                usage=getattr(command, "USAGE", None),
+                description=command.DESCRIPTION,
+                epilog=command.EXAMPLES,
+                formatter_class=HelpFormatter,
+                allow_abbrev=False,
+            )
+            each.set_defaults(run=getattr(command, "run", None))
+            command.add_arguments(each)
             each.add_argument(
                 plugins.OPTION,
                 action="append",

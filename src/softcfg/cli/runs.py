@@ -13,6 +13,7 @@ from softcfg.errors import UserError, clean
 if TYPE_CHECKING:
     from softcfg.runs.folder import RunFolder
 
+HELP = "look at, check and export the folder of a run"
 DESCRIPTION = """\
 Look at, check and export the folder that 'softcfg sample' filled.
 
@@ -26,16 +27,8 @@ examples:
   softcfg runs export run --npz samples.npz --png images"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its three subcommands."""
-    parser = commands.add_parser(
-        "runs",
-        help="look at, check and export the folder of a run",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the three subcommands."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
@@ -53,7 +46,7 @@ def add_parser(commands: Any) -> None:
     )
     export_parser = add("export", export, "make files from the shards (default: DIR.npz)")
     export_parser.add_argument("--npz", metavar="FILE", help="all images as arr_0, uint8 [N, H, W, 3]")
-    export_parser.add_argument("--png", metavar="FOLDER", help="one file an image: 000000.png, ...")
+    export_parser.add_argument("--png", metavar="FOLDER", help="one file per image: 000000.png, ...")
 
 
 def status(args: argparse.Namespace) -> int:

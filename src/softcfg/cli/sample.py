@@ -25,6 +25,8 @@ WINDOW = 16  # of speculative Jacobi decoding
 COMPARE_UP_TO = 100  # images
 COMPARE_UP_TO_TOKENS = 1024
 
+HELP = "draw images"
+USAGE = "softcfg sample MODEL [options]"
 DESCRIPTION = """\
 Draw images into a folder: a few, or a run of any size by any number of processes.
 
@@ -47,17 +49,8 @@ examples:
   softcfg sample config=configs/alitok_xl.yaml experiment.output_dir=out model.generator.guidance_scale=9"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "sample",
-        help="draw images",
-        usage="softcfg sample MODEL [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser, required=False)
     add_subject_arguments(parser)
     group = parser.add_argument_group("results")
@@ -67,12 +60,15 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="discard the run in that folder and begin anew",
     )
-    group.add_argument("--png", action=argparse.BooleanOptionalAction, default=True, help="one file an image (default)")
+    group.add_argument(
+        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
+    )
     group.add_argument(
         "--npz",
         action=argparse.BooleanOptionalAction,
         help="all images in one file beside the folder, DIR.npz, for ADM's evaluation (default: with --config)",
     )
+    arguments.add_output_size_argument(group)
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
@@ -92,7 +88,6 @@ def add_parser(commands: Any) -> None:
         "same distribution",
     )
     released.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +95,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--labels",
-        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one a line; "
+        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one per line; "
         "or random, from the seed",
     )
     arguments.add_prompt_arguments(group)

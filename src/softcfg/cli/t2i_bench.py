@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
     from softcfg.runs.job import DrawnRun
 
+HELP = "draw the prompts of DPG-Bench or GenEval for their scorers"
+USAGE = "softcfg t2i-bench MODEL --suite SUITE --prompts PROMPTS --output-dir DIR [options]"
 DESCRIPTION = """\
 Draw four images for every prompt of a benchmark, laid out as its own scorer expects.
 
-dpg      DPG-Bench: PROMPTS holds a text file a prompt; DIR receives a picture of 2 x 2 images for each,
+dpg      DPG-Bench: PROMPTS holds a text file per prompt; DIR receives a picture of 2 x 2 images for each,
          under the name of the text file
 geneval  GenEval: PROMPTS holds evaluation_metadata.jsonl; DIR receives 00000/metadata.jsonl and
          00000/samples/0000.png ... 0003.png for its first line, and so on
@@ -34,17 +36,8 @@ examples:
   softcfg t2i-bench lumina-mgpt-2 --suite geneval --prompts geneval/prompts --output-dir geneval"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "t2i-bench",
-        help="draw the prompts of DPG-Bench or GenEval for their scorers",
-        usage="softcfg t2i-bench MODEL --suite SUITE --prompts PROMPTS --output-dir DIR [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--suite", choices=SUITES, required=True, help="the benchmark")
@@ -61,7 +54,6 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

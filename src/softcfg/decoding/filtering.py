@@ -89,7 +89,7 @@ class Sampling:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A code goes when those before it already exceed p, so the one that crosses p stays.
         beyond = ordered.cumsum(dim=-1) - ordered > total
-        beyond[..., : self.min_candidates] = False
+        beyond[..., : self.min_candidates].fill_(False)
         ordered = ordered.masked_fill(beyond, 0)
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
         return probabilities / probabilities.sum(dim=-1, keepdim=True)
@@ -153,7 +153,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     else:
         cdf = probabilities.double().cumsum(dim=-1)
         total = cdf[..., -1:]
-        # u * total may round up to the total itself, behind the last possible code.
+        # u * total may round up to the total itself, past the last possible code.
         threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # Without a distribution there is no such code, and an id outside of the vocabulary ends a GPU's process.
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)

@@ -1,22 +1,23 @@
-"""Speculative Jacobi decoding: several tokens a pass, of the same distribution as token by token decoding.
+"""Speculative Jacobi decoding: several tokens per pass, with the same distribution as token by token decoding.
 
-A window of n positions behind the settled tokens holds drafts. A pass feeds them and gives the distribution p_i of
+A window of n positions after the settled tokens holds drafts. A pass feeds them and gives the distribution p_i of
 every position given the drafts before it. Each draft d_i is then kept with probability min(1, p_i(d_i) / q_i(d_i)),
 where q_i is what it was drawn from, or else replaced by a draw from max(p_i - q_i, 0): either way, what stands at i now
-is a draw from p_i. Behind settled tokens p_i is the true distribution, so everything up to the first replaced draft is
-settled, and its replacement too. What stands behind it are the drafts of the next pass, with q_i = p_i; most of them
-are the old ones, so the distributions behind them change little and the next pass keeps more.
+is a draw from p_i. After settled tokens p_i is the true distribution, so everything up to the first replaced draft is
+settled, and its replacement too. What follows are the drafts of the next pass, with q_i = p_i; most of them
+are the old ones, so the distributions after them change little and the next pass keeps more.
 
 What happens at a position depends on the positions before it and on random numbers of its own alone. A draft is thus
 a draw from its q_i whatever stands before it, and sequences have exactly the distribution of sequential decoding.
 
 Sources: Speculative Jacobi Decoding (arXiv 2410.01699), with the redrawing rule of speculative sampling (2302.01318);
-drafts behind a replaced one that stay where they can, as in Maximal Coupling Speculative Jacobi Decoding (2510.24211).
+drafts after a replaced one are kept where possible, as in Maximal Coupling Speculative Jacobi Decoding (2510.24211).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
 from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
+from softcfg.decoding.threads import step_threads
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -47,7 +49,7 @@ def jacobi_decode(
     on_step: Callable[[int], None] | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, int]:
-    """Draw the image tokens of a batch, up to `window` a pass.
+    """Draw the image tokens of a batch, up to `window` per pass.
 
     An image depends on its stream, the window and the settings, not on the others of the batch (up to floating-point
     noise). It is another image than `decode` draws from the same stream, of the same distribution.
@@ -75,9 +77,11 @@ def jacobi_decode(
     if len(streams) != decoder.batch:
         raise UserError(f"streams must be as many as images, {decoder.batch}, got {len(streams)}")
     total, done, passes = condition.num_tokens, 0, 0
-    with prepared_linear_layers(generator, decoder.rows_at_once * decoder.window):
+    rows = decoder.rows_at_once * decoder.window
+    with prepared_linear_layers(generator, rows), step_threads(generator) as run:
         while done < total:
-            decoder.advance(on_device(streams.uniforms(3 * decoder.window), generator.device))
+            uniforms = on_device(streams.uniforms(3 * decoder.window), generator.device)
+            run(partial(decoder.advance, uniforms))
             done, passes = decoder.done(), passes + 1
             if on_step is not None:
                 on_step(done)
@@ -87,13 +91,13 @@ def jacobi_decode(
 
 
 class JacobiDecoder:
-    """A batch that is decoded by speculative Jacobi decoding; each row settles as many tokens a pass as it can.
+    """A batch that is decoded by speculative Jacobi decoding; each row settles as many tokens per pass as it can.
 
     Attributes:
         batch: B, images.
         window: n, positions in a pass.
         rows_at_once: rows of a pass through the generator; with a perturbation each branch has a pass of its own.
-        tokens: int64 [B, T], the settled tokens and behind them the drafts.
+        tokens: int64 [B, T], the settled tokens, then the drafts.
         settled: int64 [B], how many tokens of each row are settled.
     """
 
@@ -106,7 +110,7 @@ class JacobiDecoder:
         self.sampling = sampling
         self.batch = condition.rows // 2 if guidance.is_active else condition.rows
         total, device = condition.num_tokens, generator.device
-        # From the second pass on, the window starts behind token 0 and ends with the last token at the latest.
+        # From the second pass on, the window starts after token 0 and ends with the last token at the latest.
         self.window = max(1, min(window, total - 1))
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
@@ -125,9 +129,10 @@ class JacobiDecoder:
         self._finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
         self._passes = 0
-        self._end = 0  # of the farthest window
+        self._done, self._sound = 0, True
+        self._end = self.window  # of the farthest window
         self._offsets = torch.arange(self.window, device=device)
-        # As if a window in front of the sequence had been left behind, with equal logits at its end.
+        # As if a window before the sequence had been decoded, with equal logits at its end.
         self._start = self.settled - self.window
         self._probabilities = torch.zeros(self.batch, self.window, generator.vocab_size, **kind)
         self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, **kind)
@@ -147,7 +152,6 @@ class JacobiDecoder:
         if self._rule_states is not None:
             state = self._rule_states[torch.arange(self.batch, device=start.device), start - self._start]
         steps = start[:, None] + self._offsets
-        self._end = int(start.max()) + self.window
         drawn_from, drafts = self._drafts(start, steps, drafting)
         self.tokens.scatter_(1, steps, drafts)
 
@@ -166,17 +170,20 @@ class JacobiDecoder:
         # Drafts may be drawn from anything; what is ruled out at one step need not be at the next.
         self._last_logits = (branches[0] if self.guidance.rule.constrained else guided)[:, -1:]
         self._passes += 1
+        # The one time in a pass that waits for the device.
+        read = torch.stack((*self.settled.aminmax(), self._finite.sound().long()))
+        self._done, farthest, self._sound = read.tolist()
+        self._end = min(farthest + self.window, self.condition.num_tokens)
 
     def done(self) -> int:
-        """How many tokens all rows have settled; it waits for the device.
+        """How many tokens all rows have settled.
 
         Raises:
             UserError: the logits hold NaN or infinity.
         """
-        settled, sound = torch.stack((self.settled.min(), self._finite.sound().long())).tolist()
-        if not sound:
+        if not self._sound:
             self._finite.check()
-        return settled
+        return self._done
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts [B, n] of the window at `steps`, and what they were drawn from, [B, n, V].

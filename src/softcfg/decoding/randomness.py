@@ -35,9 +35,9 @@ class ImageStreams:
     """
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
-        check_word(seed, "seed")
+        check_uint64(seed, "seed")
         for index in indices:
-            check_word(index, "image index")
+            check_uint64(index, "image index")
         self._streams = [philox(seed, index) for index in indices]
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
     """Move uniform numbers to a device: as they are or, where it has no float64, as int64 in units of 2^-53.
 
     Raises:
-        UserError: they are no numbers in [0, 1) (looked at where nothing has to wait for it).
+        UserError: they are not in [0, 1) (checked on the CPU only, where nothing has to wait for it).
     """
     if uniforms.device.type == "cpu" and uniforms.is_floating_point() and not ((uniforms >= 0) & (uniforms < 1)).all():
         raise UserError("uniforms must be numbers in [0, 1)")
@@ -78,7 +78,7 @@ def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=block)
 
 
-def check_word(value: int, name: str) -> None:
+def check_uint64(value: int, name: str) -> None:
     """Raise `UserError` unless `value`, half of a stream's key, fits into 64 bits."""
     if not 0 <= value < 2**64:
         raise UserError(f"{name} must be in 0..2^64-1, got {value}")

@@ -51,7 +51,7 @@ class StatisticsFile:
 
 
 def read_statistics(path: str | Path) -> StatisticsFile | None:
-    """Read the statistics in an .npz file; None if it is no .npz file or holds no `mu`.
+    """Read the statistics in an .npz file; None if it is not an .npz file or has no `mu`.
 
     Raises:
         UserError: they are incomplete, misshapen or not finite.

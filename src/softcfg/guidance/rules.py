@@ -2,7 +2,7 @@
 
 A rule is a frozen dataclass of its settings. Most rules need nothing but the logits of the step. One that remembers
 something over the steps (a momentum, for example) returns it as its state, a tensor with a row per image, and gets it
-back at the next step: there is nothing hidden, so whoever steps through a sequence can go back.
+back at the next step. Nothing is hidden, so a decoder can go back to an earlier step.
 
 In the formulas, z_c and z_u are the logits of the conditional and the unconditional branch and s is the scale of the
 step. Papers on diffusion write them for a predicted noise, velocity or image. Logits differ from those in that adding a
@@ -20,7 +20,11 @@ from softcfg.guidance.settings import check, setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-Guided = tuple["Tensor", "Tensor | None"]
+    Scale = Tensor | float
+    Step = Tensor | int
+    State = Tensor | None
+    Guided = tuple[Tensor, State]
+
 RULED_OUT = float("-inf")  # the logit of a code that the model itself does not allow
 
 
@@ -44,9 +48,7 @@ class Rule:
     def __post_init__(self) -> None:
         check(self)
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """Guided logits [..., V] of a step, and the state after it (None for rules without one).
 
         Args:
@@ -59,7 +61,7 @@ class Rule:
         are hidden, as zeros in both branches, unless the rule is `constrained`.
         """
         guided = uncond + scale * (cond - uncond)
-        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), None  # minus infinity less itself is no number
+        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), None  # -inf minus -inf is NaN
 
 
 RULES: Registry[type[Rule]] = Registry("rule")
@@ -77,18 +79,14 @@ class Centred(Rule):
 
     constrained: ClassVar[bool] = True
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """See `Rule.guide`."""
         possible = cond.isfinite() & uncond.isfinite()
         (centred_cond, mean), (centred_uncond, _) = _centre(cond, possible), _centre(uncond, possible)
         guided, state = self.combine(centred_cond, centred_uncond, scale, step=step, state=state)
         return (guided + mean).where(possible, cond), state
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """As `Rule.guide`, for finite logits [..., V] whose sum is 0; those of impossible codes are 0."""
         raise NotImplementedError
 
@@ -105,9 +103,7 @@ class Rescale(Centred):
 
     share: float = setting(0.7, low=0, high=1, help="of the rescaled logits in the result; 0: CFG", shown=(0.0, 1.0))
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         guided = uncond + scale * (cond - uncond)
         ratio = _divided(_dot(cond, cond), _dot(guided, guided)).sqrt()
@@ -141,9 +137,7 @@ class ProjectedGuidance(Centred):
         """See `Rule.stateful`: with a momentum."""
         return self.momentum != 0
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         push = cond - uncond if state is None else cond - uncond + self.momentum * state
         state = push if self.stateful else None
@@ -170,9 +164,7 @@ class ZeroStar(Centred):
 
     init_steps: int = setting(1, low=0, off=0, help="first steps without guidance")
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         scale = scale + (step < self.init_steps) * (1 - scale)
         uncond = _divided(_dot(cond, uncond), _dot(uncond, uncond)) * uncond
@@ -194,9 +186,7 @@ class TangentialDamping(Centred):
     Where the rows are orthogonal and of one length, v is not unique, and u is z_u / 2.
     """
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         product, gap = _dot(cond, uncond), _dot(cond, cond) - _dot(uncond, uncond)
         length = gap.hypot(2 * product)
@@ -217,9 +207,7 @@ class AdaptiveScale(Centred):
 
     alpha: float = setting(1.0, low=0, help="how fast the scale falls with the distance; 0: CFG", shown=(0.0, 5.0))
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         push = cond - uncond
         ratio = _divided(_dot(push, push), _dot(uncond, uncond)).sqrt()
@@ -239,9 +227,7 @@ class ProbabilitySpace(Rule):
 
     constrained: ClassVar[bool] = True
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """See `Rule.guide`."""
         p_cond, p_uncond = cond.softmax(dim=-1), uncond.softmax(dim=-1)
         return (p_cond + (scale - 1) * (p_cond - p_uncond)).clamp_min(0).log(), None
@@ -260,9 +246,7 @@ class LogSoftmax(Rule):
 
     constrained: ClassVar[bool] = True
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """See `Rule.guide`."""
         cond, uncond = cond.log_softmax(dim=-1), uncond.log_softmax(dim=-1)
         guided = uncond + scale * (cond - uncond)

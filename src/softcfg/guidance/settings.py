@@ -1,8 +1,8 @@
 """Fields of dataclasses that are settings.
 
-What a field may be is declared once, where it is defined: `strength: float = setting(1.0, low=0, help="...")`. The
+What a field may be is declared once, at its definition: `strength: float = setting(1.0, low=0, help="...")`. The
 checks, the command line, sweeps and the web page are made from that. A field without `setting` is one too if it is a
-number, a text or a truth value; it then has no help and no range.
+number, a string or a boolean; it then has no help and no range.
 """
 
 from __future__ import annotations

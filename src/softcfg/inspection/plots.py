@@ -98,7 +98,7 @@ def plot_weights(
 
     Args:
         step: the step shown over the picture; the last by default.
-        pixels: uint8 [H, W, 3], the picture; without it the heat map stands alone.
+        pixels: uint8 [H, W, 3], the picture; without it only the heat map is drawn.
         geometry: where the tokens stand in the picture; see `measures.on_grid`.
     """
     total = trace.confidence.shape[1]
@@ -146,7 +146,7 @@ def plot_candidates(trace: Trace, image: int = 0, *, token: int = 0, top: int = 
 
 
 def figure_bytes(figure: Figure, kind: str = "png") -> bytes:
-    """The figure as a PNG (150 dots an inch) or SVG file."""
+    """The figure as a PNG (150 dots per inch) or SVG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150)
     return buffer.getvalue()

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote, suggestion
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
-from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text
+from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text, with_negative
 
 if TYPE_CHECKING:
     from softcfg.models.base import Generator
@@ -83,14 +83,22 @@ class Conditioning(ABC):
 
     @abstractmethod
     def requests(
-        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+        self,
+        labels: Any = None,
+        prompts: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        negative_prompt: Any = None,
     ) -> list[Any]:
         """What to draw, one request per image: class ids, or `Prompt`s with a size.
 
         Args:
-            labels: class ids; prompts may be given here too.
+            labels: class ids or names of classes; prompts may be given here too.
             prompts: texts or `Prompt`s.
             width, height: of the images of prompts that do not say, in pixels; the model's by default.
+            negative_prompt: what the unconditional branch reads, of models where it reads a text: a text, or one per
+                prompt, for prompts that do not say.
 
         Raises:
             UserError: something that the model does not draw.
@@ -131,16 +139,42 @@ class LabelConditioning(Conditioning):
     takes_prompts = False
 
     def requests(
-        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+        self,
+        labels: Any = None,
+        prompts: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        negative_prompt: Any = None,
     ) -> list[int]:
         """See `Conditioning.requests`."""
-        if prompts is not None or is_text(labels):
+        if prompts is not None or isinstance(labels, Prompt):
             raise UserError(f"{self.name} draws classes: give labels, it does not read prompts")
+        if negative_prompt is not None:
+            raise UserError(f"{self.name} draws classes: it takes no negative prompt")
         self.image_size(width, height)
+        labels = [labels] if isinstance(labels, str) else labels
+        if isinstance(labels, (list, tuple)):
+            labels = [self.class_id(label) if isinstance(label, (str, Prompt)) else label for label in labels]
         classes = as_ids(labels, "labels", self.generator.num_classes)
         if classes.dim() != 1 or not len(classes):
             raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
         return classes.tolist()
+
+    def class_id(self, name: str | Prompt) -> int:
+        """The id of a class by its name, whose capitals do not matter.
+
+        Raises:
+            UserError: no class has this name.
+        """
+        text = name if isinstance(name, str) else name.text
+        known = [each.lower() for each in self.classes]
+        if text.lower() in known:
+            return known.index(text.lower())
+        if not known:
+            raise UserError(f"the classes of {self.name} have no names, and it does not read prompts: give class ids")
+        hint = suggestion(text, self.classes) or f"its classes are {', '.join(self.classes)}"
+        raise UserError(f"{self.name} has no class {quote(text)}, and does not read prompts; {hint}")
 
     def inputs(self, requests: Sequence[int]) -> list[int]:
         """The class ids themselves."""
@@ -164,7 +198,7 @@ class LabelConditioning(Conditioning):
 class PromptConditioning(Conditioning):
     """Images from texts: requests are `Prompt`s, and a family says what its generator reads in their place.
 
-    A family defines `inputs` and `geometry`; where its images have one size only, `geometry` refuses all others.
+    A family defines `inputs` and, unless its images are square grids of codes of one size, `geometry`.
 
     Attributes:
         options: which of the `softcfg.prompts.PROMPT_OPTIONS` the model reads.
@@ -174,14 +208,20 @@ class PromptConditioning(Conditioning):
     options: Sequence[str] = ()
 
     def requests(
-        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+        self,
+        labels: Any = None,
+        prompts: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        negative_prompt: Any = None,
     ) -> list[Prompt]:
         """See `Conditioning.requests`."""
         if prompts is None and is_text(labels):
             labels, prompts = None, labels
         if labels is not None:
             raise UserError(f"{self.name} draws from prompts: give texts, it has no classes")
-        completed = as_prompts(prompts, *self.image_size(width, height))
+        completed = with_negative(as_prompts(prompts, *self.image_size(width, height)), negative_prompt)
         for prompt in completed:
             self.check(prompt)
         return completed
@@ -215,3 +255,10 @@ class PromptConditioning(Conditioning):
     def default_size(self) -> tuple[int, int]:
         """Width and height, in pixels, of images whose prompt does not say."""
         return self.tokenizer.image_size, self.tokenizer.image_size
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`; by default there is one size, of codes alone in a square grid."""
+        size = self.default_size
+        if (width or size[0], height or size[1]) != size:
+            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
+        return Geometry.square(self.generator.num_tokens)

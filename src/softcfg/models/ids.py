@@ -15,12 +15,12 @@ def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -
     """Turn a tensor, array or list of ids into an int64 tensor and check that all lie in 0 .. count - 1.
 
     Raises:
-        UserError: naming `name` and the first value that is no id.
+        UserError: a value is not such an id; `name` and the value are named.
     """
     try:
         ids = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got {values!r}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} must be integers in 0..{count - 1}, got {values!r}") from error
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise UserError(f"{name} must be integers in 0..{count - 1}, got values of type {ids.dtype}")
     ids = ids.long()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.configuration import require_positive
+from softcfg.configuration import require_multiple, require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
 from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.linear import Linear
@@ -45,10 +45,7 @@ class RARConfig:
             self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "codebook_size", "condition_num_classes", "image_seq_len",
         )  # fmt: skip
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads ({self.num_attention_heads})"
-            )
+        require_multiple(self, ("hidden_size", "num_attention_heads"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Benchmarks of text-to-image models: their prompts, and pictures laid out as their own scorers expect.
+"""Text-to-image benchmarks: their prompts, and pictures laid out as their own scorers expect.
 
 DPG-Bench (https://github.com/TencentQQGYLab/ELLA): a text file per prompt; a picture of 2 x 2 images, without gaps,
 under the name of the prompt's file. GenEval (https://github.com/djghosh13/geneval): the lines of

@@ -1,6 +1,6 @@
-"""What an event of the page carries, read strictly: text, numbers, truth values, null, and flat lists of those.
+"""The values of an event of the page, read strictly: text, numbers, booleans, null, and flat lists of those.
 
-Gradio takes an object inside `data` for a file and opens the path or address that it names, so there is none.
+Gradio takes an object inside `data` for a file and opens the path or address that it names, so objects are refused.
 """
 
 from __future__ import annotations

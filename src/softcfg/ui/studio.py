@@ -287,7 +287,7 @@ class Canvas:
         pixels = tokenizer.to_uint8(tokenizer.decode(codes, self.condition.grid))[0].cpu().numpy()
         height, width = pixels.shape[:2]
         drawn = grid.on_grid(np.arange(grid.num_tokens) < len(tokens))
-        mask = drawn.repeat(height // grid.rows, axis=0).repeat(width // grid.columns, axis=1)
+        mask = drawn[np.arange(height) * grid.rows // height][:, np.arange(width) * grid.columns // width]
         return np.dstack((pixels, np.uint8(255) * mask.astype(np.uint8)))
 
 

@@ -35,7 +35,7 @@ def load_generator(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Generator:
     """Load a generator in eval mode, its parameters without gradients.
 
@@ -46,7 +46,7 @@ def load_generator(
         checkpoint: a weights file, the index of several, or a state dict, under the released names. Tensors that need
             no conversion are used as they are, not copied.
         device: where the weights go; the CPU by default.
-        dtype: dtype of the weights; by default float32, or what suits a model of the zoo.
+        dtype: dtype of the weights, or its name; by default float32, or what suits a model of the zoo.
 
     Raises:
         CheckpointError: the weights are missing, damaged, unsafe to open or do not fit the configuration.
@@ -60,7 +60,7 @@ def load_tokenizer(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Tokenizer:
     """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
 
@@ -98,10 +98,13 @@ def _load(
     config: ConfigSource | None,
     checkpoint: str | Path | Mapping[str, Tensor] | None,
     device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
 ) -> Any:
     import torch
 
+    from softcfg.nn.precision import as_dtype
+
+    dtype = as_dtype(dtype)
     kind = "generator" if families is GENERATORS else "tokenizer"
     if isinstance(name, str) and name in families:
         family = families[name]
@@ -221,7 +224,7 @@ def _fill(
         },
         assign=True,
     )
-    module.to(device)  # the tables that are no weights
+    module.to(device)  # tables that are not weights
     return module.requires_grad_(False).eval()
 
 
@@ -248,8 +251,8 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class Sparing(TorchFunctionMode):
-        """Skips initial values, which are void on meta yet make torch import its compiler, and bounds what is built."""
+    class SkippingInit(TorchFunctionMode):
+        """Skips initialisation, which on meta only makes torch import its compiler, and bounds what is built."""
 
         tensors = 0
 
@@ -277,14 +280,14 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
             return 0
 
     try:
-        with torch.device("meta"), Sparing():
+        with torch.device("meta"), SkippingInit():
             return module_class(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         problem = clean(str(error).partition("\n")[0], 200)
         raise CheckpointError(f"the configured {module_class.__name__} cannot be built: {problem}") from error
 
 
-def blank_module(component: Component) -> nn.Module:
+def empty_module(component: Component) -> nn.Module:
     """The module of `component` as it should be, without memory for its weights."""
     module_class, config_class = component.family.classes()
     return _on_meta(module_class, load_config(config_class, component.config, component.family.sections))
@@ -329,14 +332,14 @@ def _short(name: str) -> str:
 
 def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> str:
     """Guess whose weights these are: those of a known model, or at least of another family."""
-    anatomy = _anatomy(found)
+    anatomy = _generic_names(found)
     likeness = {"": 0.8}  # the least for a guess
     seen: list[Component] = []
     for name, component in ((entry.name, component) for entry in MODELS.values() for component in entry.components):
         if component in seen:  # models share tokenizers
             continue
         seen.append(component)
-        known = blank_module(component)
+        known = empty_module(component)
         fits = not _differences(known.state_dict(), component.family.needed(found))
         label = f"{component.family.name} {component.family.kind}"
         if isinstance(known, module_class):
@@ -345,12 +348,12 @@ def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> st
         elif fits:
             return f"; this looks like a checkpoint of the {label} (it fits {name})"
         else:
-            expected = _anatomy(known.state_dict())
+            expected = _generic_names(known.state_dict())
             likeness[label] = len(expected & anatomy) / len(expected | anatomy)
     best = max(likeness, key=likeness.__getitem__)
     return f"; this looks like a checkpoint of the {best}" if best else ""
 
 
-def _anatomy(names: Iterable[str]) -> set[str]:
+def _generic_names(names: Iterable[str]) -> set[str]:
     """The names without their numbers: the same for every size of a family."""
     return {re.sub(r"\d+", "#", name) for name in names}

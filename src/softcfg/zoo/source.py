@@ -1,4 +1,4 @@
-"""Where a loaded model came from: what a run writes down of it."""
+"""Where a loaded model came from, as runs record it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def describe_component(component: Component, entry: ModelEntry, checkpoint: str 
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Class, configuration and SHA-256 of one half of a model that was made in memory.
 
-    The hash is over names, dtypes, shapes and values of the weights. A configuration that is no dataclass is left out.
+    The hash is over names, dtypes, shapes and values of the weights. Only a dataclass is kept as configuration.
     """
     import torch
 

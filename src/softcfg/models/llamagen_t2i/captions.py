@@ -1,7 +1,7 @@
-"""How LlamaGen's text-to-image models read captions: cleaned, and encoded by the encoder of a T5.
+"""How LlamaGen's text-to-image models read captions: cleaned, then encoded by a T5 encoder.
 
 The models were trained on captions cleaned by `language/t5.py` of https://github.com/FoundationVision/LlamaGen, a
-cleaner of web captions that comes from DeepFloyd IF. What it does is kept to the letter, oddities included.
+cleaner of web captions that comes from DeepFloyd IF. Its behaviour is kept exactly, oddities included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 from softcfg.errors import CheckpointError, UserError, quote
 from softcfg.files import is_file, is_folder
 from softcfg.models.conditioning import PromptConditioning
-from softcfg.models.geometry import Geometry
 from softcfg.models.text import plain_tokenizer
 from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
@@ -132,7 +131,7 @@ def _clean_once(caption: str) -> str:
     caption = _apply(BEFORE_MARKUP, caption)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about captions that look like names of files or addresses
-        with contextlib.suppress(ParserRejectedMarkup):  # what is no markup at all stays as it is
+        with contextlib.suppress(ParserRejectedMarkup):  # what is not markup stays as it is
             caption = BeautifulSoup(caption, features="html.parser").text
     caption = _apply(BEFORE_REPAIR, caption)
     if len(HYPHEN.findall(caption)) > MOST_HYPHENS:
@@ -213,23 +212,12 @@ class LlamaGenCaptions(PromptConditioning):
         if self._encoder is None:
             if "encoder" not in self.files:
                 raise UserError(f"{self.name} has no text encoder, so it cannot read prompts")
-            generator = self.generator
-            self._encoder = CaptionEncoder(
-                self.files["encoder"].parent,
-                generator.config.cls_token_num,
-                dtype=generator.dtype,
-                device=generator.device,
-            )
+            folder, generator = self.files["encoder"].parent, self.generator
+            most = generator.config.cls_token_num
+            self._encoder = CaptionEncoder(folder, most, dtype=generator.dtype, device=generator.device)
         return self._encoder
 
     def inputs(self, requests: Sequence[Prompt]) -> list[Tensor]:
         """See `Conditioning.inputs`; a text that occurs several times is encoded once."""
         features = {text: self.encoder.encode(clean_caption(text)) for text in {prompt.text for prompt in requests}}
         return [features[prompt.text] for prompt in requests]
-
-    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
-        """See `Conditioning.geometry`; there is one size."""
-        size = self.default_size
-        if (width or size[0], height or size[1]) != size:
-            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
-        return Geometry.square(self.generator.num_tokens)
