@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import reprlib
 from collections.abc import Iterable, Mapping
 
@@ -84,6 +85,18 @@ class UnexpectedArgumentError(UserError, TypeError):
         local = (foreign or {}).get(name)
         hint = f"did you mean {local}?" if local else suggestion(name, known, most=1, cutoff=0.6)
         super().__init__(f"{function} takes no {name}{hint and '; '}{hint}")
+
+
+def require_whole(value: object, name: str, least: int) -> None:
+    """Raise `UserError` unless `value`, which goes by `name`, is a whole number from `least` on."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise UserError(f"{name} must be a whole number, got {quote(value)}")
+    if number < least:
+        raise UserError(f"{name} must be at least {least}, got {quote(value)}")
 
 
 class CheckpointError(UserError):

@@ -282,6 +282,23 @@ def test_links_to_folders_are_followed_once(images: np.ndarray, tmp_path: Path) 
         np.testing.assert_array_equal(read(tmp_path / "set"), images[:6])
 
 
+def test_folders_that_cannot_be_read_are_not_left_out(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pngs(tmp_path / "a", images[:1])
+    write_pngs(tmp_path / "b", images[:1])
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"b cannot be read: Permission denied"):
+        open_source(tmp_path)
+
+
 def test_what_is_left_out_of_folders_is_said(images: np.ndarray, tmp_path: Path) -> None:
     folder = write_pngs(tmp_path / "a", images[:1])
     for n, suffix in enumerate((".bmp", ".tif", ".TIFF"), 1):

@@ -78,11 +78,13 @@ def _root(given: Statistics) -> Tensor:
         raise UserError("the mean or the covariance holds numbers that are not finite")
     scale = float(covariance.abs().max())
     if float((covariance - covariance.T).abs().max()) > 1e-6 * scale:
-        raise UserError("the covariance is not symmetric, so it is none")
+        raise UserError("the covariance is not symmetric: the statistics are damaged")
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     largest = float(values[-1])
     if float(values[0]) < -1e-6 * scale:
-        raise UserError(f"the covariance has a negative eigenvalue ({float(values[0]):.3g}), so it is none")
+        raise UserError(
+            f"the covariance has a negative eigenvalue ({float(values[0]):.3g}), so the statistics are damaged"
+        )
     # What is below the rounding of eigh stands for 0; its square root would be far above it.
     kept = values > width * torch.finfo(torch.float64).eps * largest
     return vectors[:, kept] * values[kept].sqrt()

@@ -105,7 +105,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is no .npz file, or a truncated one ({clean(error, 200)})") from error
+            raise UserError(f"{path} is not an .npz file, or is truncated ({clean(error, 200)})") from error
         yield archive
 
 

@@ -747,10 +747,10 @@ def generate(
     config = generation_config
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("return_dict_in_generate", False)):
         if getattr(config, name) not in (None, usual):
-            raise UserError(f"{name}={getattr(config, name)} does not go with softcfg's decoding")
+            raise UserError(f"{name}={getattr(config, name)} is not supported by softcfg's decoding")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UserError(f"{mode.value.replace('_', ' ')} does not go with softcfg's decoding")
+        raise UserError(f"{mode.value.replace('_', ' ')} is not supported by softcfg's decoding")
     caller = sys._getframe(1)
     if streamer is None and caller.f_code.co_name == "generate":  # which hands it to its own loops alone
         streamer = caller.f_locals.get("streamer")

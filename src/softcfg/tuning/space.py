@@ -78,7 +78,7 @@ def parse_search(words: Sequence[str]) -> dict[str, Values]:
         name, equals, text = word.partition("=")
         name = setting_named(name)
         if not equals or not text.strip():
-            raise UserError(f"{word!r} says not where to search; write {name}=LOW:HIGH or {name}=VALUE,VALUE")
+            raise UserError(f"{word!r} does not say where to search; write {name}=LOW:HIGH or {name}=VALUE,VALUE")
         if name in search:
             raise UserError(f"{name} is searched twice")
         parts = [part.strip() for part in text.split(":")]

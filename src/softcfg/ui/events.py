@@ -52,7 +52,7 @@ def checked(route: str, body: bytes, inputs: Mapping[int, int]) -> dict[str, Any
         raise Refused(422, "A value is text, a number, true, false or null, or a list of those.")
     about = values.get("event_data")
     if not _plain(about) and not (isinstance(about, dict) and all(map(_plain, about.values()))):
-        raise Refused(422, "What happened is told in text, numbers, true, false and null.")
+        raise Refused(422, "Event data are text, numbers, true, false and null.")
     trigger = None if values.get("trigger_id") is None else _whole(values, "trigger_id")
     return {"session_hash": session, "fn_index": event, "data": data, "event_data": about, "trigger_id": trigger}
 

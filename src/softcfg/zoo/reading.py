@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from softcfg.errors import CheckpointError, clean, quote
-from softcfg.files import hash_file, is_folder, open_regular, read_text, reading, reopened
+from softcfg.files import as_path, hash_file, is_folder, open_regular, read_text, reading, reopened
 from softcfg.zoo.unwrapping import ENTRIES, Found, Match, find_weights, require_plain
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def read_weights(
     wanted: int = 0,
 ) -> Found:
     """Like `read_state_dict`, with what was unwrapped; `match` and `wanted` as in `find_weights`."""
-    path = Path(path)
+    path = as_path(path)
     if is_index(path):
         content, size = _read_shards(path), sum(os.path.getsize(part) for part in shards_of(path))
     else:
@@ -110,7 +110,7 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
                     f"{path} was refused: it contains Python objects other than tensors ({clean(forbidden[1], 100)}), "
                     "which could run code when opened; save its tensors alone, best as .safetensors"
                 ) from error
-            raise CheckpointError(f"{path} is truncated, damaged or no weights file; get it again") from error
+            raise CheckpointError(f"{path} is truncated, damaged or not a weights file; get it again") from error
     return content, size
 
 
@@ -151,12 +151,12 @@ def shards_of(index: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} is no index of weights files: it has no weight_map; get it again")
+        raise CheckpointError(f"{index} is not an index of weights files: it has no weight_map; get it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-            raise CheckpointError(f"{index} names {quote(name)}, which is no file beside it")
+            raise CheckpointError(f"{index} names {quote(name)}, which is not a file beside it")
         if not name.lower().endswith((".safetensors", *TORCH_SUFFIXES)):
-            raise CheckpointError(f"{index} names {quote(name)}, which is no weights file")
+            raise CheckpointError(f"{index} names {quote(name)}, which is not a weights file")
     if (files := len(set(weight_map.values()))) > MOST_FILES:
         raise CheckpointError(f"{index} names {files:,} files, more than {MOST_FILES:,}, the limit")
     return weight_map
@@ -216,7 +216,7 @@ def _read_head(file: BinaryIO, path: Path, size: int) -> bytes:
 
 def hash_weights(path: str | Path) -> str:
     """Return the SHA-256 of a weights file; of weights in several files, that of their hashes, in order."""
-    path = Path(path)
+    path = as_path(path)
     if not is_index(path):
         return hash_file(path)
     hashes = "\n".join(hash_file(part) for part in (path, *shards_of(path)))
