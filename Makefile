@@ -61,6 +61,7 @@ pictures: install
 	cp runs/pictures/comparison.png docs/images/fashion-comparison.png
 	cp runs/pictures/grid.png docs/images/fashion-grid.png
 	$(BIN)/softcfg plot fashion --labels Sneaker,Bag,Dress,Coat --step 150 --output-dir docs/images/plots
+	$(BIN)/python -m recipes.web_page docs/images/ui.png
 
 train: install
 	$(BIN)/python -m recipes.fashion_mnist.train
