@@ -6,6 +6,8 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
 
+from softcfg.version import __version__
+
 LONGEST_SENTENCE = 2000  # characters
 
 
@@ -84,6 +86,11 @@ class UnexpectedArgumentError(UserError, TypeError):
         local = (foreign or {}).get(name)
         hint = f"did you mean {local}?" if local else suggestion(name, known, most=1, cutoff=0.6)
         super().__init__(f"{function} takes no {name}{hint and '; '}{hint}")
+
+
+def how_to_install(extra: str) -> str:
+    """How the packages of an extra are installed: the one way, from the clone or a wheel."""
+    return f"pip install '.[{extra}]' in the clone, or 'softcfg-{__version__}-py3-none-any.whl[{extra}]' from a wheel"
 
 
 class CheckpointError(UserError):

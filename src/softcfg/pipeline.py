@@ -27,6 +27,7 @@ from softcfg.nn.precision import as_dtype, own_dtype
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
+from softcfg.zoo.files import require_files
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import ModelEntry, is_repository, resolve
 from softcfg.zoo.source import ModelSource
@@ -145,6 +146,7 @@ class Pipeline:
         if isinstance(model, str) and is_repository(model):
             fetch(model)
         entry = resolve(model)
+        require_files(entry, generator_checkpoint, tokenizer_checkpoint)
         device = _device(device)
         if quantize is not None and device_map is not None:
             raise UserError("quantize and device_map do not go together: give one of them")

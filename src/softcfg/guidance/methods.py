@@ -117,7 +117,7 @@ class CFG:
     @property
     def title(self) -> str:
         """A short name for figures: CFG, SoftCFG, or the names of the rule and the perturbation."""
-        return titled(type(self.weak_branch), type(self.rule))
+        return titled(type(self.weak_branch) if self.weak_branch.acts else NoPerturbation, type(self.rule))
 
     @property
     def is_plain(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def quantize(generator: Generator, kind: str, device: torch.device) -> Generator
     try:
         from torchao.quantization import quantize_
     except ImportError as error:
-        raise UserError(f"{kind} weights need torchao: pip install 'softcfg[quantize]'") from error
+        raise UserError(f"{kind} weights need torchao: {how_to_install('quantize')}") from error
     if kind == "int4" and device.type == "cuda" and generator.dtype != torch.bfloat16:
         raise UserError(f"int4 weights on a GPU need bfloat16, not {str(generator.dtype).removeprefix('torch.')}")
     for group in GROUP_SIZES if kind == "int4" else (1,):
@@ -85,7 +85,7 @@ def spread(
     try:
         from accelerate import dispatch_model, infer_auto_device_map
     except ImportError as error:
-        raise UserError("device_map needs Accelerate: pip install 'softcfg[runs]'") from error
+        raise UserError(f"device_map needs Accelerate: {how_to_install('runs')}") from error
     if not isinstance(device_map, str):
         placed = dict(device_map)
     elif device_map == "auto":

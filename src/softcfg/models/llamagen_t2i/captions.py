@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcfg.errors import CheckpointError, UserError, quote
+from softcfg.errors import CheckpointError, UserError, how_to_install, quote
 from softcfg.files import is_file, is_folder
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.text import plain_tokenizer
@@ -123,9 +123,7 @@ def _clean_once(caption: str) -> str:
         import ftfy
         from bs4 import BeautifulSoup, ParserRejectedMarkup
     except ImportError as error:
-        raise UserError(
-            f"cleaning captions needs {error.name}: install it with pip install 'softcfg[llamagen-t2i]'"
-        ) from error
+        raise UserError(f"cleaning captions needs {error.name}: {how_to_install('llamagen-t2i')}") from error
 
     caption = urllib.parse.unquote_plus(caption).strip().lower()
     caption = _apply(BEFORE_MARKUP, caption)
@@ -165,9 +163,7 @@ class CaptionEncoder:
         try:
             from transformers import T5EncoderModel
         except ImportError as error:
-            raise UserError(
-                "encoding captions needs transformers: install it with pip install 'softcfg[llamagen-t2i]'"
-            ) from error
+            raise UserError(f"encoding captions needs transformers: {how_to_install('llamagen-t2i')}") from error
         path = folder / "tokenizer.json"
         self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path), path), path)
         self.tokenizer.enable_truncation(most)
