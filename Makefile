@@ -1,14 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
+FLOOR := .venv-floor/bin/uv pip install --quiet --python .venv-floor --resolution lowest-direct -e
 
-.PHONY: help install sample test test-all lint format bench docs pictures train study clean
+.PHONY: help install sample test test-all test-floor lint format bench docs pictures train study clean
 
 help:
 	@echo "make sample    install what sampling needs, and draw images with the bundled model into $(OUT)/"
 	@echo "make install   install all that the other targets need"
 	@echo "make test      lint, type check and the tests"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-floor  the tests on the oldest versions that pyproject.toml allows"
 	@echo "make bench     the benchmarks"
 	@echo "make docs      the documentation as a site, into site/"
 	@echo "make pictures  draw the pictures of the documents again"
@@ -38,6 +40,15 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m "" -o timeout=1200
+
+# First with little beside what is required, then with all extras, some of which want newer versions of the same.
+test-floor:
+	$(PYTHON) -m venv --clear .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(FLOOR) '.[train,tune,quantize]' pytest==8.0.0 pytest-timeout==2.0.0 scipy==1.12.0
+	.venv-floor/bin/python -m pytest
+	$(FLOOR) '.[dev]'
+	.venv-floor/bin/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .

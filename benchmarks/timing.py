@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from softcfg.decoding.throughput import POSITIONS
+from softcfg.nn.products import machine as processor
 
 
 def medians(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
@@ -55,6 +56,4 @@ def machine() -> str:
     """One line on what the figures were measured on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return (
-        f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    return f"{processor()}, {torch.get_num_threads()} threads"

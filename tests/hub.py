@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.hashes: dict[str, str] = {}
         self.cut: dict[str, int] = {}
+        self.gated: set[str] = set()  # repositories whose licence is to be accepted first
         self.requests: list[tuple[str, str, str | None]] = []
 
     def add(self, repository: str, name: str, content: bytes, sha256: str | None = None) -> None:
@@ -83,6 +84,12 @@ class HubHandler(BaseHTTPRequestHandler):
         span = self.headers.get("Range")
         self.server.requests.append((self.command, self.path, span))
         content = self.server.files.get(self.path)
+        if self.path[1:].partition("/resolve/")[0] in self.server.gated:
+            self.send_response(403)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if content is None:
             known = any(path.startswith(self.path.rsplit("/", 1)[0]) for path in self.server.files)
             self.send_response(404)

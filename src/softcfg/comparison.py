@@ -168,7 +168,7 @@ def compare(
         return evaluate(images, reference, extractor, labels=labels, device=extractor.device, cache=cache).metrics
 
     def probe() -> None:  # what cannot be measured is refused before anything is drawn
-        side = pipeline.tokenizer.image_size
+        side = pipeline.tokenizer.decoded_size
         measure(np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8), [0] * PROBE_IMAGES)
         make_folder(folder)
 

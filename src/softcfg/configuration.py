@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from softcfg.errors import UserError, clean, quote, suggestion
-from softcfg.files import read_text
+from softcfg.files import read_text, reading
 
 ConfigT = TypeVar("ConfigT")
 LARGEST_YAML = 1 << 18  # bytes
@@ -27,12 +27,10 @@ ConfigSource = Any  # a dataclass instance, a mapping, or a path to a YAML file
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; raises `UserError` if it is anything else."""
+    with reading(path, what="configuration file "):
+        text = read_text(path, LARGEST_YAML)
     try:
-        content = parse_yaml(read_text(path, LARGEST_YAML))
-    except FileNotFoundError as error:
-        raise UserError(f"configuration file {path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from error
+        content = parse_yaml(text)
     except UserError as error:
         raise UserError(f"configuration file {path} {error}") from error
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Open nothing but regular files of bounded size; write files whole or not at all."""
+"""Open only regular files of bounded size; write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -70,6 +70,21 @@ def read_text(path: str | Path, limit: int) -> str:
         return read_bounded(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OSError(errno.EILSEQ, f"it is no UTF-8 text ({error.reason} at byte {error.start})", str(path)) from error
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, kind: type[UserError] = UserError, what: str = "") -> Iterator[None]:
+    """Turn an `OSError` of the block into a `kind` that says in one sentence what is wrong with the file.
+
+    Args:
+        what: the file is, in front of its path.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{what}{path} does not exist") from error
+    except OSError as error:
+        raise kind(f"{what}{path} cannot be read: {error.strerror}") from error
 
 
 def reopened(file: BinaryIO) -> str:

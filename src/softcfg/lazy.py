@@ -11,7 +11,7 @@ def lazy_names(package: dict[str, Any], homes: Mapping[str, Sequence[str]]) -> C
     """The `__getattr__` of a package.
 
     Args:
-        package: its `globals()`, where a name is kept once it was used.
+        package: its `globals()`, where a name is kept after its first use.
         homes: the names that each module defines.
     """
 

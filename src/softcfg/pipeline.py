@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import tempfile
@@ -24,7 +25,7 @@ from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.precision import as_dtype, own_dtype
-from softcfg.tokenizers.base import Tokenizer
+from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
 from softcfg.zoo.files import require_files
@@ -40,7 +41,8 @@ class Pipeline:
         generator, tokenizer: the two halves of the model.
         name: the name of the model.
         classes: names of the classes, where the model has them.
-        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
+        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule, rule and top_k that suit the
+            model.
         conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
             generator's family, without the files that reading texts may need.
         source: where the model was loaded from, which runs write down; None if it was made in memory.
@@ -114,6 +116,7 @@ class Pipeline:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | None = None,
+        image_size_eval: int | None = None,
         **unknown: Any,
     ) -> Pipeline:
         """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder.
@@ -132,6 +135,7 @@ class Pipeline:
                 they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
                 `zoo.placement.spread`).
+            image_size_eval: H and W that images are resized to (see `with_image_size`); by default they are not.
 
         Raises:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
@@ -148,6 +152,7 @@ class Pipeline:
         entry = resolve(model)
         require_files(entry, generator_checkpoint, tokenizer_checkpoint)
         device = _device(device)
+        size = None if image_size_eval is None else checked_size(image_size_eval)
         if quantize is not None and device_map is not None:
             raise UserError("quantize and device_map do not go together: give one of them")
         moves = quantize is not None or device_map is not None
@@ -161,7 +166,8 @@ class Pipeline:
         generator.cache_dtype = kv_cache_dtype
         tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
         source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
-        return cls._of_entry(entry, generator, tokenizer, source)
+        pipeline = cls._of_entry(entry, generator, tokenizer, source)
+        return pipeline if size is None else pipeline.with_image_size(size)
 
     @classmethod
     def _of_entry(
@@ -280,11 +286,25 @@ class Pipeline:
         warnings.warn("prompt_reader is deprecated: ask conditioning", DeprecationWarning, stacklevel=2)
         return self.conditioning if self.conditioning.takes_prompts else None
 
+    def with_image_size(self, size: int) -> Pipeline:
+        """The same pipeline, whose images are resized to `size` x `size` pixels before they are clamped and rounded.
+
+        LlamaGen's released sampler does this as --image-size-eval: the published figures of its models of 384 pixels
+        are of images of 256. See `softcfg.tokenizers.base.resize`.
+
+        Raises:
+            UserError: no such size.
+        """
+        resized = copy.copy(self)
+        resized.tokenizer = copy.copy(self.tokenizer)  # of the same weights
+        resized.tokenizer.output_size = checked_size(size)
+        return resized
+
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
-        """`method` with the scale, power and schedule that suit the model, and `settings` on top."""
+        """`method` with the scale, power, schedule and rule that suit the model, and `settings` on top."""
         suited: dict[str, Any] = {
             name: self.sampling_defaults[name]
-            for name in ("guidance_scale", "guidance_scale_pow", "schedule")
+            for name in ("guidance_scale", "guidance_scale_pow", "schedule", "rule")
             if name in self.sampling_defaults
         }
         return method(**{**suited, **settings})
@@ -403,7 +423,9 @@ class Pipeline:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if speculative_jacobi and forced_tokens is not None:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
-        total = self.generator.condition(inputs, guided=False).num_tokens
+        condition = self.generator.condition(inputs, guided=False)
+        total = condition.num_tokens
+        self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
         after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)
         shown = (on_step is None and on_tokens is None) if progress is None else progress
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import UserError, quote
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from softcfg.images import Picture
 
 # The fields of a prompt that only some families read; `PromptConditioning.options` says which.
 PROMPT_OPTIONS = ("task", "image", "negative_text")
@@ -29,24 +29,29 @@ class Prompt:
         text: the description.
         width, height: of the picture, in pixels; by default the model's.
         task: what kind of picture, for families that have several.
-        image: an image, or the path of one, for families that draw from images too.
+        image: a picture, for families that draw from pictures too: the path of a file, an image of PIL, the bytes of a
+            file or an array uint8 [H, W, 3]; see `softcfg.images.read_picture`.
         negative_text: what the unconditional branch reads, for families where it reads a text.
 
     Raises:
-        UserError: a text that is no string.
+        UserError: a text that is no string, or an image that is none. What a path leads to is read later.
     """
 
     text: str
     width: int | None = None
     height: int | None = None
     task: str | None = None
-    image: str | Path | Image | None = None
+    image: Picture | None = None
     negative_text: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("text", self.text), ("negative text", self.negative_text or "")):
             if not isinstance(value, str):
                 raise UserError(f"the {name} of a prompt must be a string, got {quote(value)}")
+        if self.image is not None and not isinstance(self.image, (str, os.PathLike)):
+            from softcfg.images import read_picture
+
+            object.__setattr__(self, "image", read_picture(self.image, name="the image of a prompt"))
 
     @property
     def title(self) -> str:

@@ -88,7 +88,7 @@ def test_a_sweep_and_its_files(
         (["--objective", "class-accuracy"], "class accuracy cannot be computed"),
         (["--rungs", "8,x"], "--rungs must be numbers of samples such as 500,2000, got '8,x'"),
         (["--labels", "9"], "label 9 is out of range"),
-        (["--storage", "nonsense"], "is no storage URL"),
+        (["--storage", "nonsense"], "is not a storage URL"),
         (["--trials", "0"], "the number of trials must be at least 1"),
         (["--sampler", "grid"], "such as guidance_scale=1.0:8.0:STEP"),
         (["--interval", "5"], "'5' is not START-STOP"),

@@ -157,7 +157,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         load_network(FashionClassifier, tmp_path / "gone.safetensors", cpu, float32)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="truncated, damaged or no weights file"):
+    with pytest.raises(CheckpointError, match="truncated, damaged or not a weights file"):
         load_network(FashionClassifier, tmp_path / "cut.safetensors", cpu, float32)
     with pytest.raises(CheckpointError, match=r"does not fit the configured InceptionV3: 566 missing \("):
         load_network(InceptionV3, tmp_path / "good.safetensors", cpu, float32)

@@ -759,7 +759,7 @@ MODES = {"num_beams=2": {"num_beams": 2}, "contrastive search": {"penalty_alpha"
 
 @pytest.mark.parametrize("what", MODES)
 def test_other_ways_of_generating_are_refused(models: dict[str, Any], what: str) -> None:
-    with pytest.raises(UserError, match=f"{what} does not go with softcfg's decoding"):
+    with pytest.raises(UserError, match=f"{what} is not supported by softcfg's decoding"):
         models["llama"].generate(PROMPTS, custom_generate=plug.generate, guidance=CFG(1.0), **MODES[what])
 
 

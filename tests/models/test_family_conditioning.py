@@ -102,6 +102,33 @@ def test_emu3(tmp_path: Path) -> None:
             prompts.requests(prompts="a cat", width=size, height=32)
 
 
+def test_sizes_of_ratios(tmp_path: Path) -> None:
+    prompts = emu3(tmp_path)  # images of 32 x 32 pixels
+    assert prompts.size_of_ratio("4:1") == (64, 16)
+    assert prompts.size_of_ratio("1:1") == (32, 32)
+    for ratio, message in (("4x1", "WIDTH:HEIGHT"), ("1:16", "3 columns")):
+        with pytest.raises(UserError, match=message):
+            prompts.size_of_ratio(ratio)
+    with pytest.raises(UserError, match="not the ratio 1:1"):
+        janus(tmp_path).size_of_ratio("1:1")
+
+
+def test_a_template_of_one_s_own(tmp_path: Path) -> None:
+    made = janus(tmp_path)
+    assert made.settings == {"template": "<|User|>: {prompt}\n\n<|Assistant|>:<begin_of_image>"}
+    other = JanusPrompts(
+        made.generator,
+        made.tokenizer,
+        name="tiny",
+        files=made.files,
+        settings={"template": "draw {prompt}<begin_of_image>"},
+    )
+    (ids,) = other.inputs(other.requests(prompts=["a cat"]))
+    assert (len(ids), ids[0], ids[-1]) == (len("draw a cat") + 2, 256, 258)
+    with pytest.raises(UserError, match="another field"):
+        JanusPrompts(made.generator, made.tokenizer, settings={"template": "{caption}"})
+
+
 def test_emu3_needs_the_tokenizer_of_its_codes(tmp_path: Path) -> None:
     prompts = emu3(tmp_path)
     with pytest.raises(UserError, match="16 codes, 8 pixels wide"):

@@ -19,9 +19,10 @@ import softcfg
 from softcfg import CFG, Pipeline, SoftCFG, UserError, plugins
 from softcfg.cli.main import main
 from softcfg.decoding import decode, image_uniforms
+from softcfg.decoding.sequential import step_weights
 from softcfg.nn import AttentionContext, KVCache, Position, register_backend, use_backend, weighted_attention
 from softcfg.nn.attention import attend
-from softcfg.nn.backends import BACKENDS, AttentionBackend, AttentionCall, BackendUnavailableError
+from softcfg.nn.backends import BACKENDS, AttentionBackend, AttentionCall, BackendUnavailableError, attention
 from softcfg.nn.backends.triton_decode import TritonDecode
 from softcfg.nn.kv_cache import Int8KVCache
 
@@ -93,6 +94,54 @@ def test_a_backend_computes_what_the_products_do(
         torch.testing.assert_close(layer(new, weighted, by_row, padded, int8), wanted, rtol=0, atol=1e-5)
 
 
+SEPARABLE = [
+    SoftCFG(), SoftCFG(eps=1e-5), SoftCFG(step_norm=False), SoftCFG(strength=0.0),
+    *(SoftCFG(confidence=name) for name in ("sampled", "entropy", "margin")),
+]  # fmt: skip
+OTHERS = [SoftCFG(strength=0.5), SoftCFG(floor=0.95), SoftCFG(alignment="successor"), SoftCFG.released()]
+
+
+@pytest.mark.parametrize("method", [*SEPARABLE, *OTHERS], ids=repr)
+@pytest.mark.parametrize("new", [1, 4])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_weights_in_the_values_are_weights_on_the_probabilities(
+    method: SoftCFG, new: int, by_row: bool, padded: bool
+) -> None:
+    """In float64, for the last `new` of 12 steps after a condition of 2 slots."""
+    torch.manual_seed(new)
+    steps, slots = torch.arange(12 - new, 12), 13
+    chances = torch.rand(ROWS, 12, 9, dtype=torch.float64).log().mul(3)
+    confidence = method.token_confidence(chances, torch.randint(9, (ROWS, 12))).double()
+    weights = torch.nn.functional.pad(step_weights(confidence, method, steps), (2, 0), value=1.0)[..., :slots]
+    cache = KVCache(1, ROWS, HEADS // 2, slots, DIM, dtype=torch.float64)
+    key, value = torch.randn(2, ROWS, HEADS // 2, slots, DIM, dtype=torch.float64)
+    cache.write(0, key, value, Position.start())
+    position = Position.by_row(torch.full((ROWS,), slots - new)) if by_row else Position.shared(slots - new)
+    padding = torch.tensor([0, 1, 1]) if padded else None
+    context = AttentionContext.create(position, new, cache, padding=padding, value_weights=weights)
+    query = torch.randn(ROWS, HEADS, new, DIM, dtype=torch.float64)
+    call = AttentionCall(query, key[:, :, -new:], value[:, :, -new:], context)
+    with use_backend("sdpa_weighted"):
+        if new > 1 and method in OTHERS:
+            with pytest.raises(UserError, match=r"not 1 - p / s .* strength 1, floor 0 and the alignment 'own'"):
+                attention(call)
+            return
+        found = attention(call)
+    with use_backend("math"):
+        torch.testing.assert_close(found, attention(call), rtol=0, atol=1e-12)
+
+
+def test_traces_with_weights_in_the_values(model_folder: Path) -> None:
+    generator, tokens = softcfg.load_generator(model_folder), torch.randint(20, (2, 16))
+    wanted = softcfg.trace(generator, labels=[0, 2], tokens=tokens, guidance=SoftCFG(3.0))
+    with use_backend("sdpa_weighted"):
+        found = softcfg.trace(generator, labels=[0, 2], tokens=tokens, guidance=SoftCFG(3.0))
+        with pytest.raises(UserError, match="it has weights on values alone"):
+            softcfg.trace(generator, labels=[0, 2], tokens=tokens, guidance=SoftCFG(3.0, target="key"))
+    torch.testing.assert_close(found.uncond_logits, wanted.uncond_logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize(
     ("new", "weighted", "name"),
@@ -128,7 +177,9 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
         with pytest.raises(UserError, match=f"{name}.*{reason}"), use_backend(name):
             layer(*arguments)
     with (
-        pytest.raises(UserError, match="no attention backend 'flash'; there are math, sdpa, triton_decode"),
+        pytest.raises(
+            UserError, match="no attention backend 'flash'; there are math, sdpa, sdpa_weighted, triton_decode"
+        ),
         use_backend("flash"),
     ):
         pass

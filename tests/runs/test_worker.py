@@ -11,12 +11,13 @@ import torch
 
 from made_runs import complete, settings, shard
 from softcfg import CFG, Pipeline, Sampling, UserError
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.runs.export import write_pngs
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress, ProgressBar, ProgressWatch
 from softcfg.runs.shards import write_shard
-from softcfg.runs.worker import BatchDrawer, is_out_of_memory, make_shards
+from softcfg.runs.worker import BatchDrawer, make_shards
 
 LABELS = [0, 1, 2, 3, 0]
 

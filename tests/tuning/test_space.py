@@ -44,7 +44,7 @@ def test_the_command_lines_words() -> None:
     ("word", "text"),
     [
         ("guidance_scales=1:2", "no setting named 'guidance_scales'; did you mean guidance_scale"),
-        ("guidance_scale", "says not where to search; write guidance_scale=LOW:HIGH"),
+        ("guidance_scale", "does not say where to search; write guidance_scale=LOW:HIGH"),
         ("guidance_scale=a:3", "guidance_scale must be a number, got 'a'"),
         ("guidance_scale=3:1", "from a number to a greater one, got 3:1"),
         ("guidance_scale=1:inf", "from a number to a greater one, got 1:inf"),

@@ -82,6 +82,35 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     )
 
 
+def add_extractor_arguments(group: argparse._ArgumentGroup, default: str | None = "inception", note: str = "") -> None:
+    """The network that describes images for metrics, and where its features are kept."""
+    note = note or f"default: {default}"
+    names = "inception, fashion, or your own as package.module:factory"
+    group.add_argument("--extractor", default=default, metavar="NAME", help=f"{names} ({note})")
+    group.add_argument(
+        "--extractor-weights",
+        "--inception-weights",
+        metavar="FILE",
+        help="weights of the extractor, instead of its own",
+    )
+    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
+
+
+def parse_metrics(text: str | None) -> list[str] | None:
+    """The names in a list of metrics; None for all."""
+    return [name.strip().replace("-", "_") for name in text.split(",")] if text else None
+
+
+def add_output_size_argument(group: argparse._ArgumentGroup) -> None:
+    """`--image-size-eval`, as LlamaGen's released sampler has it; see `Pipeline.with_image_size`."""
+    group.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="resize images to SIZE x SIZE pixels, before they are rounded to 8 bits (default: the model's own size)",
+    )
+
+
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     """Guidance and token sampling: a flag for every setting; the names are those of the released code."""
     group = parser.add_argument_group("guidance")
@@ -188,6 +217,7 @@ def load_pipeline(
         quantize=args.quantize,
         kv_cache_dtype=cache_dtype,
         device_map=args.device_map,
+        image_size_eval=getattr(args, "image_size_eval", None),
     )
 
 
@@ -216,10 +246,10 @@ def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
 
 def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
     """Temperature (the model's by default), top-k and top-p; the seed is checked, and 0 by default."""
-    from softcfg.decoding.randomness import check_word
+    from softcfg.decoding.randomness import check_uint64
 
     args.seed = 0 if args.seed is None else args.seed
-    check_word(args.seed, "seed")
+    check_uint64(args.seed, "seed")
     try:
         return pipeline.sampling(**sampling_settings(args))
     except ValueError as error:
@@ -263,11 +293,7 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
         raise UserError(f"--labels: {pipeline.name} draws texts, not classes; give them with --prompt or --prompts")
     prompts = list(args.prompt or ())
     if args.prompts is not None:
-        try:
-            lines = read_text(args.prompts, LARGEST_LIST).splitlines()
-        except OSError as error:
-            raise UserError(f"--prompts: {args.prompts} cannot be read: {error.strerror}") from None
-        prompts += filter(None, map(str.strip, lines))
+        prompts += _lines("--prompts", args.prompts)
         if not prompts:
             raise UserError(f"--prompts: {args.prompts} holds no text")
         if len(prompts) > MOST_PROMPTS:
@@ -275,6 +301,15 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
     if not prompts:
         raise UserError(f"{pipeline.name} draws texts: give one with --prompt, or a file of them with --prompts")
     return prompts
+
+
+def _lines(flag: str, path: str) -> list[str]:
+    """The lines of the file that a flag names, without blanks around them and without empty ones."""
+    try:
+        lines = read_text(path, LARGEST_LIST).splitlines()
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
@@ -320,11 +355,7 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
 
     count = pipeline.generator.num_classes
     if text.startswith("@"):
-        path = text.removeprefix("@")
-        try:
-            text = ",".join(filter(None, map(str.strip, read_text(path, LARGEST_LIST).splitlines())))
-        except OSError as error:
-            raise UserError(f"--labels: {path} cannot be read: {error.strerror}") from None
+        text = ",".join(_lines("--labels", text.removeprefix("@")))
     if text.strip().lower() == "all":
         return list(range(count))
     if text.count(",") >= MOST_LABELS:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from softcfg.models.base import Condition
     from softcfg.tokenizers.base import Tokenizer
 
+HELP = "measure how fast this machine draws"
+USAGE = "softcfg bench MODEL [options]"
 DESCRIPTION = """\
 Measure how fast this machine draws images of a model at several batch sizes, and name the smallest batch size
 that comes within 5 % of the best. Steps are timed at several positions of the sequence; their mean stands for all.
@@ -24,20 +27,11 @@ examples:
   softcfg bench fashion
   softcfg bench alitok-b --random-weights --batch-sizes 1 4 16"""
 
-WITHIN = 0.95
+NEAR_BEST = 0.95
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure how fast this machine draws",
-        usage="softcfg bench MODEL [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("measurement")
     group.add_argument("--random-weights", action="store_true", help="measure without the model's files")
@@ -45,7 +39,6 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each step is timed (default: 3)")
     group.add_argument("--no-pixels", action="store_true", help="leave out the decoding of pixels")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,13 +46,15 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from softcfg.decoding.throughput import time_steps
+    from softcfg.nn import products
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
         raise UserError("--batch-sizes and --repeats must be at least 1")
     pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
     generator = pipeline.generator
     guidance = arguments.guidance_from(args, pipeline)
-    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else "CPU"
+    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else products.machine()
+    products.forget_choices()
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
     print(
         f"{'batch':>5} {'set-up, s':>9} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} "
@@ -78,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
     best = max(speed.values())
-    chosen = min(batch for batch, images in speed.items() if images >= WITHIN * best)
+    chosen = min(batch for batch, images in speed.items() if images >= NEAR_BEST * best)
+    if products.CHOICES:
+        counts = Counter(products.CHOICES.values())
+        shares = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
+        print(f"\nmatrix products, by shapes of linear layers: {shares}")
     print(f"\nrecommended: --batch-size {chosen}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Drawing a run from the command line: what is said at the start, on the way and in the end."""
+"""Draw a run from the command line, with messages at the start, on the way and at the end."""
 
 from __future__ import annotations
 

@@ -99,8 +99,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     try:
         for command in COMMANDS:
-            command.add_parser(commands)
-        for each in commands.choices.values():
+            each = commands.add_parser(
+                command.__name__.rpartition(".")[2].replace("_", "-"),
+                help=command.HELP,
+                usage=getattr(command, "USAGE", None),
+                description=command.DESCRIPTION,
+                epilog=command.EXAMPLES,
+                formatter_class=HelpFormatter,
+                allow_abbrev=False,
+            )
+            each.set_defaults(run=getattr(command, "run", None))
+            command.add_arguments(each)
             each.add_argument(
                 plugins.OPTION,
                 action="append",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError, how_to_install
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from softcfg.inspection.trace import Trace
     from softcfg.pipeline import Pipeline
 
+HELP = "draw figures of what guidance did"
+USAGE = "softcfg plot MODEL (--labels LABELS | --prompt TEXT) [options]"
 DESCRIPTION = """\
 Draw images (or take a given one), trace them, and write figures:
 
@@ -37,17 +39,8 @@ FIGURES = ("confidence", "gap", "budget", "weights", "candidates")
 MAX_IMAGES = 16
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "plot",
-        help="draw figures of what guidance did",
-        usage="softcfg plot MODEL (--labels LABELS | --prompt TEXT) [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to plot")
     group.add_argument("--labels", help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
@@ -59,7 +52,6 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures (default: png)")
     group.add_argument("--output-dir", default="plots", metavar="DIR", help="folder for the figures (default: plots)")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

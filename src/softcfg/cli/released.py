@@ -27,7 +27,7 @@ from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Mode
 
 NUM_SAMPLES = 50_000
 SOFTCFG = "softcfg"  # the perturbation
-OF_SOFTCFG = {setting.dest for setting in settings_of(ConfidenceWeights).values()}
+SOFTCFG_ARGUMENTS = {setting.dest for setting in settings_of(ConfidenceWeights).values()}
 # Released name -> the argument that it sets.
 SAMPLING = {
     f"model.generator.{setting.released}": setting.dest
@@ -125,7 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a size of LlamaGen, with --image-size, --gpt-ckpt, --vq-ckpt and --cfg-scale of its program",
     )
     group.add_argument("--image-size", type=int, metavar="N", help="with --gpt-model, the size of its images")
-    group.add_argument("--image-size-eval", type=int, help=argparse.SUPPRESS)
 
 
 def apply(args: argparse.Namespace) -> None:
@@ -137,7 +136,7 @@ def apply(args: argparse.Namespace) -> None:
     config = read_yaml(args.config) if args.config else {}
     values = dotted(config)
     if args.perturbation not in (None, SOFTCFG):  # what the file says of SoftCFG is not meant
-        values = {name: value for name, value in values.items() if SAMPLING.get(name) not in OF_SOFTCFG}
+        values = {name: value for name, value in values.items() if SAMPLING.get(name) not in SOFTCFG_ARGUMENTS}
     known = {*values, *SAMPLING, *_sizes()}
     for override in args.set:
         name, equals, text = override.partition("=")
@@ -210,8 +209,6 @@ def _read_as_llamagen(args: argparse.Namespace) -> None:
         return
     args.labels, args.num_samples = args.labels or "random", args.num_samples or NUM_SAMPLES
     args.npz = True if args.npz is None else args.npz
-    if args.image_size_eval != args.image_size:
-        print(f"--image-size-eval: images stay at {args.image_size} x {args.image_size} pixels", file=sys.stderr)
 
 
 def _fill_as_released(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from softcfg.errors import UserError, clean
 if TYPE_CHECKING:
     from softcfg.runs.folder import RunFolder
 
+HELP = "look at, check and export the folder of a run"
 DESCRIPTION = """\
 Look at, check and export the folder that 'softcfg sample' filled.
 
@@ -28,16 +29,8 @@ examples:
   softcfg runs export run --npz samples.npz --png images"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command and its three subcommands."""
-    parser = commands.add_parser(
-        "runs",
-        help="look at, check and export the folder of a run",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the three subcommands."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:

@@ -28,6 +28,8 @@ WORTH_IT = 0.7  # share of the passes, each of which costs more than one of toke
 COMPARE_UP_TO = 100  # images
 COMPARE_UP_TO_TOKENS = 1024
 
+HELP = "draw images"
+USAGE = "softcfg sample MODEL [options]"
 DESCRIPTION = """\
 Draw images into a folder: a few, or a run of any size by any number of processes.
 
@@ -50,17 +52,8 @@ examples:
   softcfg sample config=configs/alitok_xl.yaml experiment.output_dir=out model.generator.guidance_scale=9"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "sample",
-        help="draw images",
-        usage="softcfg sample MODEL [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser, required=False)
     add_subject_arguments(parser)
     group = parser.add_argument_group("results")
@@ -78,6 +71,7 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="all images in one file beside the folder, DIR.npz, for ADM's evaluation (default: with --config)",
     )
+    arguments.add_output_size_argument(group)
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
@@ -97,7 +91,6 @@ def add_parser(commands: Any) -> None:
         "same distribution",
     )
     released.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # rows of the last table
 
+HELP = "search for the settings with the best metric"
+USAGE = "softcfg sweep MODEL --search NAME=VALUES ... [options]"
 DESCRIPTION = """\
 Search for the settings of guidance and sampling that give the best metric, with Optuna.
 
@@ -42,17 +44,8 @@ examples:
       --reference VIRTUAL_imagenet256_labeled.npz --storage postgresql://user@host/sweeps --device cuda:1"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "sweep",
-        help="search for the settings with the best metric",
-        usage="softcfg sweep MODEL --search NAME=VALUES ... [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("search")
     group.add_argument(
@@ -82,18 +75,12 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--objective", default="fid", metavar="METRIC", help="the metric to improve (default: fid)")
     group.add_argument("--metrics", metavar="LIST", help="what to measure besides (default: all that can be)")
     group.add_argument("--reference", metavar="PATH", help="images or statistics, as of 'softcfg eval'")
-    group.add_argument(
-        "--extractor",
-        default="inception",
-        metavar="NAME",
-        help="inception (default), fashion (for the bundled model), or package.module:factory",
-    )
-    group.add_argument("--extractor-weights", "--inception-weights", metavar="FILE", help="weights of the extractor")
-    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
+    arguments.add_extractor_arguments(group)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images of a trial (default: 1000)")
     group.add_argument("--batch-size", type=int, metavar="B", help="images drawn at once (default: at most 100)")
     group.add_argument("--labels", default="all", help="as of 'softcfg sample' (default: all, in turn)")
+    arguments.add_output_size_argument(group)
     group = parser.add_argument_group("where")
     group.add_argument("--output-dir", default="sweep", metavar="DIR", help="folder of the sweep (default: sweep)")
     group.add_argument(
@@ -106,7 +93,6 @@ def add_parser(commands: Any) -> None:
         "--discard-images", action="store_true", help="remove the images of a trial when it has been measured"
     )
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,7 +161,7 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         search,
         fixed=fixed,
         objective=args.objective.replace("-", "_"),
-        metrics=[name.strip().replace("-", "_") for name in args.metrics.split(",")] if args.metrics else None,
+        metrics=arguments.parse_metrics(args.metrics),
         reference=args.reference,
         extractor=load_extractor(args.extractor, args.extractor_weights, pipeline.generator.device),
         num_samples=args.num_samples,

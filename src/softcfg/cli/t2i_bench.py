@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
     from softcfg.runs.job import DrawnRun
 
+HELP = "draw the prompts of DPG-Bench or GenEval for their scorers"
+USAGE = "softcfg t2i-bench MODEL --suite SUITE --prompts PATH [options]"
 DESCRIPTION = """\
 Draw four images for every prompt of a benchmark, laid out as its own scorer expects.
 
@@ -35,17 +37,8 @@ examples:
   softcfg t2i-bench lumina-mgpt-2 --suite geneval --prompts geneval/prompts --output-dir geneval"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "t2i-bench",
-        help="draw the prompts of DPG-Bench or GenEval for their scorers",
-        usage="softcfg t2i-bench MODEL --suite SUITE --prompts PATH [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--suite", choices=SUITES, required=True, help="the benchmark")
@@ -62,7 +55,6 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -89,7 +89,7 @@ class Sampling:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A code goes when those before it already exceed p, so the one that crosses p stays.
         beyond = ordered.cumsum(dim=-1) - ordered > total
-        beyond[..., : self.min_candidates] = False
+        beyond[..., : self.min_candidates].fill_(False)
         ordered = ordered.masked_fill(beyond, 0)
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
         return probabilities / probabilities.sum(dim=-1, keepdim=True)

@@ -21,7 +21,7 @@ def branches_of(guidance: CFG) -> list[str]:
 
 
 class FiniteLogits:
-    """Whether the logits of every step make a distribution, kept on the device until `check` reads it.
+    """Whether the logits of every step make a distribution; kept on the device until `check` reads it.
 
     The largest logit of a row is a finite number unless the row holds a NaN or an infinity, or nothing but minus
     infinity, which rules a code out. One reduction a step finds them all.

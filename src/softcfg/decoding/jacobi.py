@@ -17,6 +17,7 @@ drafts after a replaced one are kept where possible, as in Maximal Coupling Spec
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
 from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
+from softcfg.decoding.threads import step_threads
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -75,9 +77,11 @@ def jacobi_decode(
     if len(streams) != decoder.batch:
         raise UserError(f"streams must be as many as images, {decoder.batch}, got {len(streams)}")
     total, done, passes = condition.num_tokens, 0, 0
-    with prepared_linear_layers(generator, decoder.rows_at_once * decoder.window):
+    rows = decoder.rows_at_once * decoder.window
+    with prepared_linear_layers(generator, rows), step_threads(generator) as run:
         while done < total:
-            decoder.advance(on_device(streams.uniforms(3 * decoder.window), generator.device))
+            uniforms = on_device(streams.uniforms(3 * decoder.window), generator.device)
+            run(partial(decoder.advance, uniforms))
             done, passes = decoder.done(), passes + 1
             if on_step is not None:
                 on_step(done)
@@ -125,7 +129,8 @@ class JacobiDecoder:
         self._finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
         self._passes = 0
-        self._end = 0  # of the farthest window
+        self._done, self._sound = 0, True
+        self._end = self.window  # of the farthest window
         self._offsets = torch.arange(self.window, device=device)
         # As if a window before the sequence had been decoded, with equal logits at its end.
         self._start = self.settled - self.window
@@ -147,7 +152,6 @@ class JacobiDecoder:
         if self._rule_states is not None:
             state = self._rule_states[torch.arange(self.batch, device=start.device), start - self._start]
         steps = start[:, None] + self._offsets
-        self._end = int(start.max()) + self.window
         drawn_from, drafts = self._drafts(start, steps, drafting)
         self.tokens.scatter_(1, steps, drafts)
 
@@ -166,17 +170,20 @@ class JacobiDecoder:
         # Drafts may be drawn from anything; what is ruled out at one step need not be at the next.
         self._last_logits = (branches[0] if self.guidance.rule.constrained else guided)[:, -1:]
         self._passes += 1
+        # The one time in a pass that waits for the device.
+        read = torch.stack((*self.settled.aminmax(), self._finite.sound().long()))
+        self._done, farthest, self._sound = read.tolist()
+        self._end = min(farthest + self.window, self.condition.num_tokens)
 
     def done(self) -> int:
-        """How many tokens all rows have settled; it waits for the device.
+        """How many tokens all rows have settled.
 
         Raises:
             UserError: the logits hold NaN or infinity.
         """
-        settled, sound = torch.stack((self.settled.min(), self._finite.sound().long())).tolist()
-        if not sound:
+        if not self._sound:
             self._finite.check()
-        return settled
+        return self._done
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts [B, n] of the window at `steps`, and what they were drawn from, [B, n, V].

@@ -35,9 +35,9 @@ class ImageStreams:
     """
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
-        check_word(seed, "seed")
+        check_uint64(seed, "seed")
         for index in indices:
-            check_word(index, "image index")
+            check_uint64(index, "image index")
         self._streams = [philox(seed, index) for index in indices]
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=block)
 
 
-def check_word(value: int, name: str) -> None:
+def check_uint64(value: int, name: str) -> None:
     """Raise `UserError` unless `value`, half of a stream's key, fits into 64 bits."""
     if not 0 <= value < 2**64:
         raise UserError(f"{name} must be in 0..2^64-1, got {value}")

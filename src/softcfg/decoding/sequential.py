@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.graphs import repeat
 from softcfg.decoding.randomness import on_device
+from softcfg.decoding.threads import step_threads
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
@@ -77,12 +79,12 @@ def decode(
 
     if static is None:
         static = steps_are_static(generator)
-    with prepared_linear_layers(generator, condition.rows):
+    with prepared_linear_layers(generator, condition.rows), step_threads(generator) as run:
         advance(decoder.step(0))
         if static:
             steps = repeat(lambda index: advance(Step(index)), range(1, total), device)
         else:
-            steps = map(advance, map(decoder.step, range(1, total)))
+            steps = (run(partial(advance, decoder.step(index))) for index in range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
             if device.type == "cpu":
                 decoder.finite.check(done - 1)
@@ -250,7 +252,7 @@ class Decoder:
         return attention_weights(perturbation, self._weights)
 
     def _keep(self, state: Tensor | None) -> None:
-        """Keep the rule's state in one place: a CUDA graph writes where it read."""
+        """Keep the rule's state in the same memory: a CUDA graph writes where it read."""
         if state is not None and self.rule_state is not None:
             self.rule_state.copy_(state)
         elif state is not None:
@@ -267,7 +269,7 @@ def guided_logits(
     steps: Tensor,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Guide n neighbouring steps and rule out what may not stand there, before the rule or after it, as it wants.
+    """Guide n neighbouring steps and rule out tokens that are not allowed there, before or after the rule as it needs.
 
     Args:
         cond_logits, uncond_logits: [B, n, V].
@@ -284,9 +286,9 @@ def guided_logits(
 def branches_for_rule(
     generator: Generator, condition: Condition, guidance: CFG, cond_logits: Tensor, uncond_logits: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The logits [B, n, V] of the branches as the rule wants them: with what may not stand at `steps` at -inf, or not.
+    """The branches' logits [B, n, V] as the rule takes them, with disallowed tokens at -inf if it asks for that.
 
-    In a vocabulary of texts and image codes the norm of all logits would say little about those of the codes.
+    In a vocabulary of text and image codes the norm of all logits would say little about the codes.
     """
     if not guidance.rule.constrained:
         return cond_logits, uncond_logits

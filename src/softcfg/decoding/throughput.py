@@ -19,7 +19,7 @@ from softcfg.models.base import Condition, Generator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 
-# A step's cost grows with the filled part of the cache; the mean over these parts of the sequence stands for all of it.
+# A step's cost grows with the filled part of the cache; the mean over these positions stands for the whole sequence.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -36,7 +36,7 @@ def decoding_step(
 ) -> Callable[[], Tensor]:
     """One step of decoding a batch at token `position`, on a cache and confidences of random contents.
 
-    It is the step of `decode`; call it under `prepared_linear_layers`, as `decode` does.
+    It is the step of `decode`; call it inside `prepared_linear_layers`, as `decode` does.
 
     Args:
         inputs: what the images are conditioned on.

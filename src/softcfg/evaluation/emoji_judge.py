@@ -1,4 +1,4 @@
-"""A small network that says of an emoji what it shows, in which style and colour, to compare with the prompt."""
+"""A small network that recognises what an emoji shows, its style and its colour, to compare with the prompt."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def load_extractor(
     try:
         inspect.signature(factory).bind(*arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"extractor {name} is no function of weights, device and dtype: {error}") from error
+        raise UserError(f"extractor {name} is not a function of weights, device and dtype: {error}") from error
     extractor = factory(*arguments)
     if not isinstance(extractor, Extractor):
         raise UserError(f"extractor {name} must return an Extractor, got a {type(extractor).__name__}")

@@ -29,7 +29,7 @@ CACHE_VARIABLE = "SOFTCFG_FEATURES"
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of N images; which metrics can be computed depends on what there is.
+    """The output of a network for N images; which metrics can be computed depends on what it has.
 
     Attributes:
         pooled: float `[N, D]`, for FID, precision and recall.
@@ -117,7 +117,7 @@ def _extract(extractor: Extractor, source: ImageSource, batch_size: int, progres
         full_float32(),
         tqdm(total=len(source), desc=source.name, unit="image", disable=None if progress else True) as bar,
     ):
-        for pixels in _ahead(source.batches(batch_size)):
+        for pixels in _prefetched(source.batches(batch_size)):
             batch = extractor.describe(pixels.to(extractor.device).permute(0, 3, 1, 2).contiguous())
             for name, tensor in batch.tensors().items():
                 if tensor.ndim != 2 or len(tensor) != len(pixels):
@@ -137,7 +137,7 @@ def _extract(extractor: Extractor, source: ImageSource, batch_size: int, progres
     return Features(**collected)
 
 
-def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+def _prefetched(items: Iterable[Item]) -> Iterator[Item]:
     """The same items, each fetched while the one before it is in use."""
     iterator = iter(items)
     end = object()

@@ -1,7 +1,7 @@
 """Guidance and its settings by name: for files, the command line, sweeps and links.
 
-Rules and perturbations join here: whatever is registered is known to all of these by its name, and a setting of it as
-NAME_FIELD. The settings of SoftCFG are called as its fields are.
+Rules and perturbations come together here: whatever is registered is known to all of these by its name, its settings as
+NAME_FIELD. The settings of SoftCFG have the names of its fields.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _HELP = {"rule": "how the logits of the branches are combined", "perturbation": 
 def register_rule(name: str, *, label: str = "", description: str = "") -> Callable[[KindT], KindT]:
     """Return a decorator that makes a subclass of `Rule` known by `name`.
 
-    The class becomes a frozen dataclass if it is none; all of its fields need defaults. The decorator raises
-    `ValueError` where the class or its name will not do.
+    The class becomes a frozen dataclass if it is not one; all of its fields need defaults. The decorator raises
+    `ValueError` if the class or its name does not qualify.
 
     Args:
         label: a short title, for figures and the web page; by default the name.

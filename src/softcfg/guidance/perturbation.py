@@ -1,5 +1,5 @@
-"""Perturbations: what the unconditional branch sees of the tokens generated so far. Here is what they have in common
-and SoftCFG; the others are in `softcfg.guidance.weakened`.
+"""Perturbations: what the unconditional branch sees of the tokens generated so far. This module has the base class and
+SoftCFG; the others are in `softcfg.guidance.weakened`.
 
 The one state is the confidence buffer [..., T]: entry i is the confidence in generated token i, 0 where none
 was generated yet. A zero confidence is a weight of one, so the same formula with the same shapes serves every
@@ -24,10 +24,9 @@ ALIGNMENTS = ("own", "successor")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What a perturbation is: weights on what attention in the unconditional rows has cached of the tokens so far, or
-    other tokens in their place.
+    """Weights on what the unconditional rows have cached of the tokens so far, or other tokens in their place.
 
-    Derive from it, override `weights` (or `weights_at`, or `source`) and what else differs, and register the class.
+    Derive from it, override `weights` (or `weights_at`, or `source`) and register the class.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.

@@ -1,8 +1,8 @@
 """Fields of dataclasses that are settings.
 
-What a field may be is declared once, where it is defined: `strength: float = setting(1.0, low=0, help="...")`. The
+What a field may be is declared once, at its definition: `strength: float = setting(1.0, low=0, help="...")`. The
 checks, the command line, sweeps and the web page are made from that. A field without `setting` is one too if it is a
-number, a text or a truth value; it then has no help and no range.
+number, a string or a boolean; it then has no help and no range.
 """
 
 from __future__ import annotations
@@ -100,9 +100,13 @@ def setting(default: Any, *, kw_only: bool = False, **known: Any) -> Any:
     return dataclasses.field(default=default, kw_only=kw_only, metadata={_METADATA: known})
 
 
-@functools.cache
 def settings_of(owner: type) -> Mapping[str, Setting]:
     """The settings of a dataclass by name; fields of other kinds are left out."""
+    return _settings_of(owner)
+
+
+@functools.cache
+def _settings_of(owner: type) -> Mapping[str, Setting]:
     found = {}
     for field in dataclasses.fields(owner):
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")

@@ -1,4 +1,4 @@
-"""Replaying tokens and keeping what guidance did at every step."""
+"""Replay tokens and keep what guidance did at every step."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def trace(
     caches = {name: generator.new_cache(part) for name, part in rows.items()}
     for start in range(0, total, steps_per_pass):
         stop = min(start + steps_per_pass, total)
-        piece = _Piece(generator, tokens, start, stop, codes)
+        piece = _Pass(generator, tokens, start, stop, codes)
         cond_logits = piece.run(cond, caches["cond"])
         token_confidences = guidance.weak_branch.token_confidence(
             cond_logits, tokens[:, start:stop], sampling.temperature
@@ -192,7 +192,7 @@ def trace(
     )
 
 
-class _Piece:
+class _Pass:
     """The pass that predicts tokens start .. stop - 1: from the condition on, or from token start - 1 on."""
 
     def __init__(self, generator: Generator, tokens: Tensor, start: int, stop: int, codes: Tensor | None) -> None:

@@ -141,12 +141,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @dataclass(frozen=True)
 class ImageHead:
-    """The way of image tokens through a model that keeps them apart from its text vocabulary.
+    """How image tokens go through a model that keeps them apart from its text vocabulary.
 
     Attributes:
         embed: image tokens int64 [rows, n] -> [rows, n, width].
         backbone: takes `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and what
-            it hands on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
+            it passes on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
         logits: [rows, n, width] -> [rows, n, V], the logits of the image codes.
         vocab_size: V.
     """
@@ -528,9 +528,9 @@ class TextPrompts(PromptConditioning):
 class ImageGenerator(TransformersGenerator):
     """A model of transformers as the generator of a `softcfg.Pipeline`, and so of runs, traces and the web page.
 
-    Its inputs are `Prompts` of one row each. What may stand where is a rule: codes in the rows, structure elsewhere.
-    A run knows it by the name of the pipeline, by `tokens` and by the hash of its weights; that `encode` has stayed
-    the same is the user's business.
+    Its inputs are `Prompts` of one row each. Codes are allowed in the rows only, structure tokens elsewhere only.
+    A run identifies it by the name of the pipeline, by `tokens` and by the hash of its weights; keeping `encode` the
+    same is up to the user.
 
     Args:
         model, head, cache, pad_token_id: see `TransformersGenerator`.
@@ -680,7 +680,7 @@ def decode(
 
 @dataclass(frozen=True)
 class _Processed(Sampling):
-    """Drawing from logits to which processors of transformers have done everything, the temperature included.
+    """Drawing from logits that the processors of transformers have finished, temperature included.
 
     Attributes:
         temperature: that of the confidences.
@@ -735,8 +735,8 @@ def generate(
 
     Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
     the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
-    as in `decode`. An end token that is an image code does not end a sequence. Janus's `generation_mode="image"` draws
-    as many tokens as an image has and returns them alone; `guidance` and `unconditional_ids` are then Janus's.
+    as in `decode`. An end token that is an image code does not end a sequence. With Janus's `generation_mode="image"`
+    there are as many tokens as an image has; `guidance` and `unconditional_ids` default to those of Janus.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.
@@ -747,10 +747,10 @@ def generate(
     config = generation_config
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("return_dict_in_generate", False)):
         if getattr(config, name) not in (None, usual):
-            raise UserError(f"{name}={getattr(config, name)} does not go with softcfg's decoding")
+            raise UserError(f"{name}={getattr(config, name)} is not supported by softcfg's decoding")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UserError(f"{mode.value.replace('_', ' ')} does not go with softcfg's decoding")
+        raise UserError(f"{mode.value.replace('_', ' ')} is not supported by softcfg's decoding")
     caller = sys._getframe(1)
     if streamer is None and caller.f_code.co_name == "generate":  # which hands it to its own loops alone
         streamer = caller.f_locals.get("streamer")

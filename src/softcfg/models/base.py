@@ -1,4 +1,4 @@
-"""What a generator is: the interface that decoding, guidance and tracing are written against."""
+"""The generator: the interface that decoding, guidance and tracing are written against."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ class Generator(KeepsTables, ABC):
         return layers, condition.rows, heads, condition.cache_slots, head_dim
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """Rule out the tokens that may not stand at a position, by logits of -inf; by default none.
+        """Rule out the tokens that are not allowed at a position, by logits of -inf; by default none.
 
         Args:
             logits: guided logits [B, n, V].

@@ -1,4 +1,4 @@
-"""What the generators share that are Llama decoders and read prompts as token ids."""
+"""Shared parts of the generators that are Llama decoders and read prompts as token ids."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ class LlamaGenerator(Generator):
 class SharedVocabularyGenerator(LlamaGenerator):
     """A Llama decoder over one vocabulary of text, structure and image codes, with published names `model`, `lm_head`.
 
-    Image tokens are ids of the whole vocabulary; what may stand where is a rule. A family says which structure token
-    stands where no code does.
+    Image tokens are ids of the whole vocabulary; a rule says which are allowed at a step. A family says which structure
+    token stands where no code does.
     """
 
     def __init__(self, config: LlamaConfig) -> None:

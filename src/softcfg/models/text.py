@@ -1,6 +1,6 @@
 """Prompts as pieces of text and special tokens, and their token ids.
 
-What a user writes is text, whatever it looks like: the name of a special token in a caption is not that token.
+What a user writes is text: the name of a special token in a caption is not that token.
 """
 
 from __future__ import annotations

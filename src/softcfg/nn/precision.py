@@ -1,4 +1,4 @@
-"""Dtypes: that of a model's weights is that of its numbers, whatever is set around it; float64 where there is one."""
+"""Dtypes: a model computes in the dtype of its weights, whatever default or autocast is set; float64 if it exists."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def own_dtype() -> Iterator[None]:
 
 
 class KeepsTables(nn.Module):
-    """A module whose tables, buffers that no checkpoint has, keep their dtype when its weights get another one.
+    """A module whose non-persistent buffers keep their dtype when its weights get another one.
 
-    Angles of rotations in bfloat16 would tell few positions apart.
+    In bfloat16, rotation angles would tell few positions apart.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # what `to` and its kin call

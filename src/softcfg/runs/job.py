@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from softcfg.decoding import Sampling
-from softcfg.decoding.randomness import check_word
+from softcfg.decoding.randomness import check_uint64
 from softcfg.errors import UserError
 from softcfg.files import make_folder
 from softcfg.guidance import CFG
@@ -22,10 +22,11 @@ from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import RANDOM, Prompts
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress, ProgressWatch
-from softcfg.runs.settings import run_settings
+from softcfg.runs.settings import resizing, run_settings
 from softcfg.runs.shards import Shard
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards
+from softcfg.tokenizers.base import checked_size
 from softcfg.zoo.files import require_file
 from softcfg.zoo.loading import load_tokenizer
 from softcfg.zoo.registry import resolve
@@ -48,6 +49,8 @@ class RunRequest:
             to 100.
         seed: image n draws from the random stream (seed, n).
         speculative_jacobi: the window of speculative Jacobi decoding; 0 draws token by token.
+        image_size_eval: H and W that images are resized to, see `Pipeline.with_image_size`; by default as the pipeline
+            says.
         command: kept in run.json, to tell people how the run is continued.
     """
 
@@ -61,12 +64,13 @@ class RunRequest:
     seed: int = 0
     speculative_jacobi: int = 0
     command: str = ""
+    image_size_eval: int | None = None
 
     def load(self, device: torch.device | str | None = None) -> Pipeline:
         """The pipeline: the given one, or the model of that name on `device`."""
-        if isinstance(self.model, Pipeline):
-            return self.model
-        return Pipeline.from_pretrained(self.model, device=device)
+        if not isinstance(self.model, Pipeline):
+            return Pipeline.from_pretrained(self.model, device=device, image_size_eval=self.image_size_eval)
+        return self.model if self.image_size_eval is None else self.model.with_image_size(self.image_size_eval)
 
     def settings(self, pipeline: Pipeline) -> dict[str, Any]:
         """The settings of the run, for `RunFolder.claim`.
@@ -84,7 +88,7 @@ class RunRequest:
         ):
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
-        check_word(self.seed, "seed")
+        check_uint64(self.seed, "seed")
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)
         labels = self._labels(count)
@@ -233,6 +237,7 @@ def decode_run(
     *,
     model: str | Path | None = None,
     tokenizer_checkpoint: str | Path | None = None,
+    image_size_eval: int | None = None,
     processes: Processes | None = None,
     overwrite: bool = False,
     command: str = "",
@@ -246,6 +251,7 @@ def decode_run(
         source: the run whose codes are decoded; it must be complete.
         model: the model whose tokenizer decodes; by default that of the run.
         tokenizer_checkpoint: weights in place of that tokenizer's own.
+        image_size_eval: H and W that images are resized to, see `Pipeline.with_image_size`; by default as in the run.
         folder, processes, overwrite, on_shard, on_progress, on_finish: as in `draw_run`.
 
     Raises:
@@ -265,10 +271,15 @@ def decode_run(
         checkpoint = tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
         device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = load_tokenizer(entry, config, checkpoint, device)
+        size = source.settings.get("image_size_eval") if image_size_eval is None else image_size_eval
+        if size is not None:
+            tokenizer.output_size = checked_size(size)
+        resized = resizing(tokenizer, Prompts.of(source.settings))
 
         def settings() -> dict[str, Any]:
             return {
-                **source.settings,
+                **{name: value for name, value in source.settings.items() if name != "image_size_eval"},
+                **resized,
                 "tokenizer": {**describe_component(entry.tokenizer, entry, checkpoint), "config": dict(config)},
                 "decoded_from": str(source.path.resolve()),
                 "command": command,

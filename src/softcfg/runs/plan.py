@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,23 @@ class Prompts:
 
     Attributes:
         width, height: of the images, in pixels.
-        task, image, negative_text: of all prompts; see `Prompt`.
+        task, image, negative_text: of all prompts; see `Prompt`. The image is the path of a file, from which the run
+            goes on.
+
+    Raises:
+        UserError: an image that is no path.
     """
 
     texts: tuple[str, ...]
     width: int
     height: int
     task: str | None = None
-    image: str | None = None
+    image: str | Path | None = None
     negative_text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is not None and not isinstance(self.image, (str, os.PathLike)):
+            raise UserError(f"the image of a run must be the path of a file, got {quote(self.image)}; save it first")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Prompts | None:

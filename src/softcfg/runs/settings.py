@@ -14,6 +14,7 @@ from softcfg.guidance import CFG, describe
 from softcfg.models.conditioning import Conditioning
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
+from softcfg.tokenizers.base import Tokenizer
 from softcfg.version import __version__
 from softcfg.zoo.source import describe_module, hash_files
 
@@ -71,7 +72,24 @@ def run_settings(
         "command": command,
         "environment": [_environment(pipeline)],
         **({"speculative_jacobi": speculative_jacobi} if speculative_jacobi else {}),
+        **resizing(pipeline.tokenizer, prompts),
     }
+
+
+def resizing(tokenizer: Tokenizer, prompts: Prompts | None) -> dict[str, int]:
+    """The size that images are resized to, where it is not the model's own.
+
+    Raises:
+        UserError: the prompts ask for images that are no squares.
+    """
+    size = tokenizer.output_size
+    if size is None:
+        return {}
+    width, height = (tokenizer.image_size,) * 2 if prompts is None else (prompts.width, prompts.height)
+    if width != height:
+        raise UserError(f"image_size_eval {size} makes squares; the images asked for have {width} x {height} pixels")
+    own = getattr(getattr(tokenizer, "config", None), "output_size", None) or width
+    return {} if size == own else {"image_size_eval": size}
 
 
 def guidance_settings(guidance: CFG) -> dict[str, Any]:

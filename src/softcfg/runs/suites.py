@@ -1,4 +1,4 @@
-"""Benchmarks of text-to-image models: their prompts, and pictures laid out as their own scorers expect.
+"""Text-to-image benchmarks: their prompts, and pictures laid out as their own scorers expect.
 
 DPG-Bench (https://github.com/TencentQQGYLab/ELLA): a text file per prompt; a picture of 2 x 2 images, without gaps,
 under the name of the prompt's file. GenEval (https://github.com/djghosh13/geneval): the lines of
@@ -114,7 +114,7 @@ class GenEval(Suite):
             raise UserError(f"{path} is empty")
         prompts = [_prompt_of(line) for line in self.lines]
         if None in prompts:
-            raise UserError(f"{path}: line {prompts.index(None) + 1} is no JSON object with a prompt")
+            raise UserError(f"{path}: line {prompts.index(None) + 1} is not a JSON object with a prompt")
         return [prompt for prompt in prompts if prompt is not None]
 
     def files(self, folder: Path, number: int) -> list[Path]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TRACKERS = ("tensorboard", "wandb")
-EVERY = 10.0  # seconds between two reports of the throughput
+SECONDS_BETWEEN_REPORTS = 10.0  # seconds between two reports of the throughput
 
 
 class Tracker:
@@ -44,7 +44,7 @@ class Tracker:
 
     def throughput(self, done: int, rate: float) -> None:
         """Report the images done and the images per second, every few seconds."""
-        if time.monotonic() - self._reported > EVERY:
+        if time.monotonic() - self._reported > SECONDS_BETWEEN_REPORTS:
             self._report(done, rate)
 
     def finish(self, done: int, rate: float, picture: Image | None) -> None:

@@ -1,4 +1,4 @@
-"""Making the shards of a run, by one process among many: drawing them, or decoding those of another run again."""
+"""Make the shards of a run in one process of many: draw them, or decode those of another run again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from softcfg.errors import UserError
 from softcfg.models.geometry import Geometry
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.plan import Prompts
 from softcfg.runs.progress import ProgressWatch
@@ -124,13 +125,6 @@ class BatchDrawer:
             )
 
         return draw
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(sign in str(error) for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 def decoded_shards(source: RunFolder, tokenizer: Tokenizer, run: RunFolder) -> ShardMaker:

@@ -36,8 +36,7 @@ class LlamaGenVQConfig:
         image_size: H and W of the images, unless given otherwise with them; 256, 384 or 512 for the released
             generators.
         grid_size: tokens along a side of the images; if given, it says `image_size`.
-        output_size: H and W that decoded images are resized to (bicubic, without antialiasing, as the released
-            evaluation of the 384 px models does with 256); None for `image_size`.
+        output_size: H and W that decoded images are resized to; None for `image_size`. See `Tokenizer.output_size`.
         codebook_l2_norm: compare and read codes at unit length.
     """
 
@@ -81,17 +80,18 @@ class LlamaGenVQConfig:
 class LlamaGenVQ(Tokenizer):
     """LlamaGen's tokenizer: tokens in raster order; decoding needs `decoder`, `post_quant_conv` and `quantize` only.
 
-    It takes images of any size whose sides are multiples of `patch_size`, unless decoded images are resized.
+    It takes images of any size whose sides are multiples of `patch_size`.
     """
 
     rounds = True
+    any_size = True
 
     def __init__(self, config: LlamaGenVQConfig) -> None:
         super().__init__()
         self.config = config
         self.set_size(config.image_size, config.downsampling)
         self.codebook_size = config.codebook_size
-        self.any_size = config.output_size is None
+        self.output_size = config.output_size
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, l2_norm=config.codebook_l2_norm)
@@ -104,10 +104,8 @@ class LlamaGenVQ(Tokenizer):
         return self.quant_conv(self.encoder(2 * pixels.contiguous() - 1))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Return pixels, nominally in [0, 1], of latents [B, codebook_embed_dim, h, w]; of the output size."""
-        pixels = (self.decoder(self.post_quant_conv(latents.contiguous())) + 1) / 2
-        size = self.config.output_size
-        return pixels if size is None else F.interpolate(pixels, (size, size), mode="bicubic")
+        """Return pixels, nominally in [0, 1], of latents [B, codebook_embed_dim, h, w]."""
+        return (self.decoder(self.post_quant_conv(latents.contiguous())) + 1) / 2
 
 
 class Encoder(nn.Module):

@@ -1,4 +1,4 @@
-"""What came out of a sweep: lines of a table, files, and figures."""
+"""The results of a sweep: lines of a table, files and figures."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _short(value: Any) -> str:
 
 
 def _places(values: Sequence[Any], searched: Any) -> tuple[list[float], list[str] | None]:
-    """Where values lie on an axis, and the names of the places unless they are numbers."""
+    """Positions of values on an axis, and the labels of the positions unless the values are numbers."""
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return [float(value) for value in values], None
     names = [format_value(value) for value in searched]

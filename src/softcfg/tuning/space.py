@@ -1,4 +1,4 @@
-"""What a sweep searches: the settings of guidance and sampling, their ranges, and which values come next."""
+"""The search space of a sweep: settings of guidance and sampling, their ranges, and which values come next."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ STARTUP = 10  # trials that TPE draws at random before it models what it has see
 PRESET = Setting("preset", str, "paper", choices=PRESETS, flag="--preset")
 # Everything that can be searched, by name; what is registered later is there too.
 SETTINGS = View(lambda: {PRESET.name: PRESET, **all_settings(), **settings_of(Sampling)})
-TRUTH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-EVERYWHERE = "all"  # the interval None, as a word
+BOOLEAN_WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+ALL_STEPS = "all"  # the interval None, as a word
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def parse_search(words: Sequence[str]) -> dict[str, Values]:
         name, equals, text = word.partition("=")
         name = setting_named(name)
         if not equals or not text.strip():
-            raise UserError(f"{word!r} says not where to search; write {name}=LOW:HIGH or {name}=VALUE,VALUE")
+            raise UserError(f"{word!r} does not say where to search; write {name}=LOW:HIGH or {name}=VALUE,VALUE")
         if name in search:
             raise UserError(f"{name} is searched twice")
         parts = [part.strip() for part in text.split(":")]
@@ -105,13 +105,13 @@ def parse_value(name: str, text: str) -> Any:
     kind = SETTINGS[name].kind
     if kind is tuple:
         try:
-            return None if text == EVERYWHERE else read_interval(text)
+            return None if text == ALL_STEPS else read_interval(text)
         except ValueError as error:
-            raise UserError(f"{name}: {error}; or write {EVERYWHERE}") from error
+            raise UserError(f"{name}: {error}; or write {ALL_STEPS}") from error
     if kind is bool:
-        if text.lower() not in TRUTH:
+        if text.lower() not in BOOLEAN_WORDS:
             raise UserError(f"{name} must be on or off, got {text!r}")
-        return TRUTH[text.lower()]
+        return BOOLEAN_WORDS[text.lower()]
     try:
         return kind(text)
     except ValueError as error:
@@ -123,7 +123,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if value is None:
-        return EVERYWHERE
+        return ALL_STEPS
     return "-".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 

@@ -153,12 +153,12 @@ class Guard:
         path = scope["path"]
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
-            raise Refused(400, "A request has one length.")
+            raise Refused(400, "A request must not give its length twice.")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 10 or int(length) > MAX_BODY:
-            raise Refused(413, f"A request may have {MAX_BODY} bytes.")
+            raise Refused(413, f"A request may have at most {MAX_BODY} bytes.")
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-            raise Refused(415, "An event is JSON, and says so.")
+            raise Refused(415, "An event must be sent as application/json.")
         values = checked(path, await _body(receive), self.waiting.inputs(path))
         if "session_hash" in values:
             values["session_hash"] = session = _session(token, values["session_hash"])
@@ -302,7 +302,7 @@ async def _body(receive: Receive) -> bytes:
                 if message["type"] == "http.disconnect":
                     raise Refused(400, "The request ended early.")
                 if len(body) > MAX_BODY:
-                    raise Refused(413, f"A request may have {MAX_BODY} bytes.")
+                    raise Refused(413, f"A request may have at most {MAX_BODY} bytes.")
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError as error:

@@ -32,16 +32,10 @@ HEADER = """
 <header class="masthead"><h1>softcfg</h1>
 <p>Classifier-free guidance and SoftCFG for autoregressive image models, side by side from the same seed.</p>
 </header>"""
-# On a narrow screen the pictures are below the form.
-TO_THE_STAGE = """() => {
-  const stage = document.getElementById("stage");
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  if (innerWidth < 900) stage.scrollIntoView({behavior: still ? "auto" : "smooth", block: "start"});
-}"""
 NEW_SEED = f"() => Math.floor(Math.random() * {RANGES['seed'][1] + 1})"
 
 # The settings with a field of the same name, in the order of the form; the model and its subject come before them.
-SETTINGS = ("methods", "scale", "power", "strength", "step_norm", "temperature", "seed")
+SETTINGS = ("methods", "scale", "power", "strength", "step_norm", "temperature", "seed", "seeds")
 
 Update = dict[Any, Any]  # component -> its new value
 
@@ -87,9 +81,9 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300, elem_id="form"):
                 form = Form(studio, first)
             with gr.Column(scale=3, min_width=320):
-                live = '<div role="status" aria-live="polite">${value}</div>'
-                status = html("", html_template=live, elem_id="status")
-                stage = html(fragments.EMPTY_STAGE, js_on_load=_script("stage"), elem_id="stage")
+                headed = '<h2 class="hidden">Pictures</h2>${value}'
+                script = _script("stage")
+                stage = html(fragments.EMPTY_STAGE, html_template=headed, js_on_load=script, elem_id="stage")
                 share = html("", js_on_load=_script("share"), elem_id="share")
                 with gr.Row(elem_id="below-stage"):
                     maps = [(name, key) for key, name in MAPS.items()]
@@ -102,7 +96,7 @@ def build(studio: Studio) -> gr.Blocks:
                 gallery = html(fragments.EMPTY_GALLERY, js_on_load=_script("gallery"), elem_id="gallery")
                 archive = gr.HTML("", html_template="", js_on_load=_script("archive"), visible="hidden")
         waiting = Waiting(blocks, studio.limits)
-        shown = Shown(studio, form, status, stage, share, legend, inspector, gallery, unread=waiting.unread)
+        shown = Shown(studio, form, stage, share, legend, inspector, gallery, unread=waiting.unread)
 
         def stop(request: gr.Request) -> None:
             studio.stop(_key(request))
@@ -110,25 +104,28 @@ def build(studio: Studio) -> gr.Blocks:
         def download_all(request: gr.Request) -> Update:
             session = _session(studio, request)
             if not session.pictures:
-                return {status: _alert("There is nothing to download yet; draw something first.")}
+                return {form.status: _alert("There is nothing to download yet; draw something first.")}
             return {archive: fragments.data_address(session.archive(), "application/zip")}
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         drawing = {"concurrency_limit": len(studio.models), "concurrency_id": "draw", **private}
         # One after the other, so that the answer to the last of several quick choices comes last.
         looking = {"concurrency_limit": 1, "concurrency_id": "look", **private}
-        form.model.change(form.on_model, form.model, form.of_model, **looking)
+        # Chosen by hand: what the server fills in comes with all other fields.
+        form.model.input(form.on_model, form.model, form.of_model, **looking)
         form.new_seed.click(None, None, form.seed, js=NEW_SEED)
-        draws = [form.draw.click, form.prompt.submit, form.seed.submit]
-        gr.on(draws, shown.draw, [*form.fields, mode], shown.all, trigger_mode="once", **drawing)
-        gr.on(draws, None, js=TO_THE_STAGE)
+        form.draw.click(shown.draw, [*form.fields, mode], shown.all, trigger_mode="once", **drawing)
+        everything = [*shown.all, *form.fields]
+        form.examples.pick(shown.pick, [form.model, mode], everything, trigger_mode="once", **drawing)
         # Past the queue: it must work when the queue is full.
         form.stop.click(stop, queue=False, **private)
-        stage.choose(shown.choose, mode, [stage, share, legend, inspector, status], trigger_mode="multiple", **looking)
-        mode.change(shown.choose_map, mode, [stage, share, legend, status], **looking)
-        gallery.open(shown.open, mode, [*shown.all, *form.fields], **looking)
-        download.click(download_all, None, [archive, status], **looking)
-        blocks.load(shown.open_link, mode, [*shown.all, *form.fields], **drawing)
+        stage.choose(
+            shown.choose, mode, [stage, share, legend, inspector, form.status], trigger_mode="multiple", **looking
+        )
+        mode.change(shown.choose_map, mode, [stage, share, legend, form.status], **looking)
+        gallery.open(shown.open, mode, everything, **looking)
+        download.click(download_all, None, [archive, form.status], **looking)
+        blocks.load(shown.open_link, mode, everything, **drawing)
         blocks.unload(stop)
         blocks.queue(max_size=studio.limits.queue, default_concurrency_limit=1, api_open=False)
     return blocks
@@ -152,35 +149,44 @@ class Form:
         )
         self.prompt = gr.Textbox(
             label="Prompt",
-            lines=2,
+            lines=1,
+            max_lines=4,
             max_length=studio.limits.prompt,
             visible=model.takes_prompts,
             elem_id="prompt",
             placeholder="what to draw",
         )
+        self.examples = gr.HTML(
+            fragments.examples(model),
+            js_on_load=_script("form"),
+            elem_id="examples",
+            apply_default_css=False,
+        )
         self.methods = gr.CheckboxGroup(
-            [(name, key) for key, name in METHODS.items()],
+            # The style sheet sets the first line apart.
+            [(f"{method.title}\n{method.line}", key) for key, method in METHODS.items()],
             value=list(suited.methods),
             label="Guidance",
-            info="Each one draws a picture from the same seed.",
+            info="Each method draws from the same seed.",
             elem_id="methods",
         )
         self.scale = _slider("scale", suited, 0.1, info="0 or 1: no guidance")
-        self.power = _slider("power", suited, 0.05, info="of the scale's ramp")
-        with gr.Accordion("SoftCFG and sampling", open=True, elem_id="more"):
+        self.power = _slider("power", suited, 0.05, info="of the scale's ramp", visible=model.uses_power)
+        with gr.Accordion("SoftCFG and sampling", open=False, elem_id="more"):
             self.strength = _slider("strength", suited, 0.1, info="exponent of the weights; 0: plain CFG")
             self.step_norm = gr.Checkbox(suited.step_norm, label="Step Normalisation", elem_id="step-norm")
             self.temperature = _slider("temperature", suited, 0.05)
         with gr.Row(elem_id="seed-row"):
-            low, high = RANGES["seed"]
-            self.seed = gr.Number(
-                suited.seed, label="Seed", precision=0, minimum=low, maximum=high, elem_id="seed", min_width=120
-            )
-            self.new_seed = gr.Button("New seed", size="sm", scale=0, min_width=100, elem_id="new-seed")
-        with gr.Row(elem_id="actions"):
-            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
-        self.of_model = [self.label, self.prompt, self.scale, self.power, self.temperature]
+            self.seed = _number("seed", suited, label="Seed", min_width=90)
+            self.seeds = _number("seeds", suited, label="How many", min_width=60)
+            self.new_seed = gr.Button("New seed", size="sm", scale=0, min_width=90, elem_id="new-seed")
+        with gr.Column(elem_id="footer"):
+            live = '<div role="status" aria-live="polite">${value}</div>'
+            self.status = gr.HTML("", html_template=live, elem_id="status", apply_default_css=False)
+            with gr.Row(elem_id="actions"):
+                self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
+                self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
+        self.of_model = [self.label, self.prompt, self.examples, self.scale, self.power, self.temperature]
         self.fields = [self.model, self.label, self.prompt, *(getattr(self, name) for name in SETTINGS)]
 
     def settings(self, *values: Any) -> Settings:
@@ -201,16 +207,19 @@ class Form:
                 visible=not model.takes_prompts,
             ),
             self.prompt: gr.Textbox(visible=model.takes_prompts),
+            self.examples: fragments.examples(model),
             self.scale: suited.scale,
-            self.power: suited.power,
+            self.power: gr.Slider(value=suited.power, visible=model.uses_power),
             self.temperature: suited.temperature,
         }
 
     def filled(self, settings: Settings) -> Update:
         """The fields with these settings."""
+        model = self.studio.model(settings.model)
         update = {**self.on_model(settings.model), self.model: settings.model, self.methods: list(settings.methods)}
         update |= {getattr(self, name): getattr(settings, name) for name in SETTINGS[1:]}
-        if self.studio.model(settings.model).takes_prompts:
+        update[self.power] = gr.Slider(value=settings.power, visible=model.uses_power)
+        if model.takes_prompts:
             update[self.prompt] = gr.Textbox(value=str(settings.subject), visible=True)
         else:
             choices = _classes(self.studio, settings.model)
@@ -227,8 +236,9 @@ class Shown:
         self.studio = studio
         self.form = form
         self.unread = unread  # messages that a session has not fetched
-        self.status, self.stage, self.share, self.legend, self.inspector, self.gallery = parts
-        self.all = [*parts, form.draw, form.stop]
+        self.stage, self.share, self.legend, self.inspector, self.gallery = parts
+        self.status = form.status
+        self.all = [*parts, form.status, form.draw, form.stop, form.examples]
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[Update]:
         """Draw what the form says."""
@@ -238,6 +248,16 @@ class Shown:
         except UserError as error:
             yield {self.status: _alert(error)}
             return
+        yield from self._draw(settings, mode, request)
+
+    def pick(self, model: str, mode: str, event: gr.EventData, request: gr.Request) -> Iterator[Update]:
+        """Draw an example of the model."""
+        try:
+            settings = self.studio.example(model, _whole(event, "example"))
+        except UserError as error:
+            yield {self.status: _alert(error)}
+            return
+        yield self.form.filled(settings)
         yield from self._draw(settings, mode, request)
 
     def open_link(self, mode: str, request: gr.Request) -> Iterator[Update]:
@@ -360,7 +380,7 @@ def _session(studio: Studio, request: gr.Request) -> Session:
 def _whole(event: gr.EventData, name: str) -> int:
     value = event._data.get(name) if isinstance(event._data, dict) else None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"The page asked for no {name}; load it again.")
+        raise UserError(f"The page did not say which {name}; load it again.")
     return value
 
 
@@ -372,6 +392,12 @@ def _slider(name: str, suited: Settings, step: float, **shown: Any) -> gr.Slider
     """The slider of a setting, at the value that suits the model."""
     low, high = RANGES[name]
     return gr.Slider(low, high, getattr(suited, name), step=step, label=name.capitalize(), elem_id=name, **shown)
+
+
+def _number(name: str, suited: Settings, **shown: Any) -> gr.Number:
+    """The field of a whole number, at the value that suits the model."""
+    low, high = RANGES[name]
+    return gr.Number(getattr(suited, name), precision=0, minimum=low, maximum=high, elem_id=name, **shown)
 
 
 def _classes(studio: Studio, name: str) -> list[tuple[str, int]]:

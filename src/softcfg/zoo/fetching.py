@@ -13,7 +13,7 @@ from pathlib import Path
 from softcfg.errors import CheckpointError, UserError, quote
 from softcfg.files import TEMPORARY, hash_file, is_file, is_folder, open_atomically, open_regular
 from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
-from softcfg.zoo.loading import blank_module, config_of_texts, require_fit, weights_for
+from softcfg.zoo.loading import config_of_texts, empty_module, require_fit, weights_for
 from softcfg.zoo.reading import is_index, read_json, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile, is_repository, read_model_folder, resolve
 
@@ -88,7 +88,7 @@ def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
             component = replace(component, config={**component.config, **read_json(found[component.config_file])})
         if component.file in found:
             path = found[component.file]
-            module, family = blank_module(component), component.family
+            module, family = empty_module(component), component.family
             require_fit(module, *weights_for(module, family, path), extras=family.extras)
     config_of_texts(entry, found)
 
@@ -100,8 +100,9 @@ def _download(file: ModelFile) -> Path:
     try:
         path = Path(hf_hub_download(file.repository, file.name))
     except Exception as error:  # the client lets errors of several libraries through
+        page = f"{constants.ENDPOINT}/{file.repository}"
         reasons = (
-            (errors.GatedRepoError, "its authors give access on request only; see `hf auth login`"),
+            (errors.GatedRepoError, f"accept its licence at {page} first, and log in with `hf auth login`"),
             (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
             (errors.LocalEntryNotFoundError, f"{constants.ENDPOINT} cannot be reached"),
             (errors.EntryNotFoundError, "the repository has no such file"),

@@ -251,8 +251,8 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class Sparing(TorchFunctionMode):
-        """Skips initial values, which are void on meta yet make torch import its compiler, and bounds what is built."""
+    class SkippingInit(TorchFunctionMode):
+        """Skips initialisation, which on meta only makes torch import its compiler, and bounds what is built."""
 
         tensors = 0
 
@@ -280,14 +280,14 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
             return 0
 
     try:
-        with torch.device("meta"), Sparing():
+        with torch.device("meta"), SkippingInit():
             return module_class(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         problem = clean(str(error).partition("\n")[0], 200)
         raise CheckpointError(f"the configured {module_class.__name__} cannot be built: {problem}") from error
 
 
-def blank_module(component: Component) -> nn.Module:
+def empty_module(component: Component) -> nn.Module:
     """The module of `component` as it should be, without memory for its weights."""
     module_class, config_class = component.family.classes()
     return _on_meta(module_class, load_config(config_class, component.config, component.family.sections))
@@ -332,14 +332,14 @@ def _short(name: str) -> str:
 
 def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> str:
     """Guess whose weights these are: those of a known model, or at least of another family."""
-    anatomy = _anatomy(found)
+    anatomy = _generic_names(found)
     likeness = {"": 0.8}  # the least for a guess
     seen: list[Component] = []
     for name, component in ((entry.name, component) for entry in MODELS.values() for component in entry.components):
         if component in seen:  # models share tokenizers
             continue
         seen.append(component)
-        known = blank_module(component)
+        known = empty_module(component)
         fits = not _differences(known.state_dict(), component.family.needed(found))
         label = f"{component.family.name} {component.family.kind}"
         if isinstance(known, module_class):
@@ -348,12 +348,12 @@ def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> st
         elif fits:
             return f"; this looks like a checkpoint of the {label} (it fits {name})"
         else:
-            expected = _anatomy(known.state_dict())
+            expected = _generic_names(known.state_dict())
             likeness[label] = len(expected & anatomy) / len(expected | anatomy)
     best = max(likeness, key=likeness.__getitem__)
     return f"; this looks like a checkpoint of the {best}" if best else ""
 
 
-def _anatomy(names: Iterable[str]) -> set[str]:
+def _generic_names(names: Iterable[str]) -> set[str]:
     """The names without their numbers: the same for every size of a family."""
     return {re.sub(r"\d+", "#", name) for name in names}

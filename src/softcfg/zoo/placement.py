@@ -1,4 +1,4 @@
-"""Fitting a large generator: weights of 8 or 4 bits through torchao, layers on several devices through Accelerate."""
+"""Make a large generator fit: 8 or 4 bit weights by torchao, layers on several devices by Accelerate."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ class ModelFile:
     """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`.
 
     Attributes:
-        name: weights in several files go by their index, `NAME.safetensors.index.json`, which lists those beside it.
+        name: weights in several files go by their index, `NAME.safetensors.index.json` or `NAME.bin.index.json`, which
+            lists those beside it.
         alias: its name in the checkpoints folder, where another model's file has the name it was published under; may
             begin with a folder.
     """
@@ -153,9 +154,11 @@ class ModelEntry:
     Attributes:
         text: how it reads prompts; None for models that draw classes.
         sampling: default settings, as far as known: temperature, top_k, guidance_scale, guidance_scale_pow, schedule,
-            seed.
+            rule, seed.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
+        licence: under which its weights are published, in words.
+        examples: prompts or names of classes on which guidance methods differ, each with a seed.
     """
 
     name: str
@@ -166,6 +169,8 @@ class ModelEntry:
     fid: float | None = None
     classes: tuple[str, ...] = ()
     text: TextComponent | None = None
+    licence: str = ""
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[Component, Component]:
@@ -174,9 +179,9 @@ class ModelEntry:
 
     @property
     def files(self) -> list[ModelFile]:
-        """The files of the model; of weights in several files, the index."""
+        """The files of the model, each once; of weights in several files, the index."""
         files = [file for component in self.components for file in component.files]
-        return files if self.text is None else [*files, *self.text.files.values()]
+        return list(dict.fromkeys(files if self.text is None else [*files, *self.text.files.values()]))
 
     @property
     def folder(self) -> Path | None:
@@ -334,9 +339,10 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             expect(str, settings, "template")
         return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
+    examples = expect(dict, content, "examples", {})
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
-        if key == "schedule":
+        if key in ("schedule", "rule"):
             expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
         else:
             number(f"sampling.{key}", value)
@@ -349,6 +355,8 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         None if content.get("fid") is None else number("fid", content["fid"]),
         tuple(str(name) for name in expect(list, content, "classes", [])),
         text() if "text" in content else None,
+        expect(str, content, "licence", ""),
+        {str(name): expect(int, examples, name) for name in examples},
     )
 
 
@@ -369,7 +377,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
     """Return the entry of a model given by name or by the path of a model folder (or of its model.yaml).
 
     Raises:
-        UserError: no such model (the nearest names are suggested), or a folder that is no model folder.
+        UserError: no such model (the nearest names are suggested), or a folder that is not a model folder.
     """
     if isinstance(model, ModelEntry):
         return model
@@ -379,7 +387,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
             return read_model_folder(path.parent)
         if is_folder(path):
             if not os.path.lexists(path / "model.yaml"):
-                raise UserError(f"folder {path} holds no model.yaml, so it is no model folder")
+                raise UserError(f"folder {path} holds no model.yaml, so it is not a model folder")
             return read_model_folder(path)
         if isinstance(model, str) and is_repository(model):
             return _fetched(model)

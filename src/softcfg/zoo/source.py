@@ -1,4 +1,4 @@
-"""Where a loaded model came from: what a run writes down of it."""
+"""Where a loaded model came from, as runs record it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENTRIES = ("model", "state_dict")
-# Where trainings keep weights, beside the entries of a family; those that are preferred come first.
+# Where training checkpoints keep weights, besides the entries of a family; the preferred ones come first.
 WRAPPERS = (
     *ENTRIES,
     "model_state_dict",

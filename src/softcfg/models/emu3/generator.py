@@ -102,9 +102,11 @@ class Emu3(SharedVocabularyGenerator):
 
     def structure(self, steps: Tensor, condition: Condition) -> Tensor:
         """See `SharedVocabularyGenerator.structure`: the end after a line, the three ends after the last one."""
-        ids = [self.config.special_ids[name] for name in ("eol", *ENDING)]
-        after_lines = steps - (condition.num_tokens - len(ENDING)) + 1  # 1, 2, 3 for the ends
-        return torch.tensor(ids, device=steps.device)[after_lines.clamp_min(0)]
+        special = self.config.special_ids
+        tokens = torch.full_like(steps, special["eol"])
+        for step, name in enumerate(ENDING, start=condition.num_tokens - len(ENDING)):
+            tokens = tokens.masked_fill(steps == step, special[name])
+        return tokens
 
     def condition(self, prompts: Sequence[Emu3Prompt], *, guided: bool) -> PromptIds:
         """See `Generator.condition`.

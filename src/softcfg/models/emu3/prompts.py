@@ -18,8 +18,9 @@ from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.models.conditioning import PromptConditioning
+from softcfg.models.emu3.vocabulary import EmuTokenizer
 from softcfg.models.geometry import Geometry
-from softcfg.models.text import Piece, Special, TextTokenizer
+from softcfg.models.text import TOKENIZER, Piece, Special, TextTokenizer
 from softcfg.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ NEGATIVE_PROMPT = (
 
 IMAGE_AREA = 720 * 720  # pixels
 PIXELS_PER_CODE = 8
+SPECIAL_FILE = "special_tokens"  # the role of emu3_vision_tokens.txt, beside a vocabulary in tiktoken's format
 LEAST_COLUMNS = 3  # with fewer, the end of a line and the end of the image fall on the same token
 
 
@@ -91,6 +93,13 @@ def prompt_ids(tokenizer: TextTokenizer, text: str, grid: tuple[int, int]) -> li
     return tokenizer.ids(prompt_pieces(unicodedata.normalize("NFC", text), grid))
 
 
+def text_tokenizer(files: Mapping[str, Path]) -> TextTokenizer | None:
+    """Return the text tokenizer among a model's files, in either format; None if it is not, or not all of it, there."""
+    if TOKENIZER not in files or files[TOKENIZER].suffix == ".json":
+        return TextTokenizer.of(files)
+    return EmuTokenizer(files[TOKENIZER], files[SPECIAL_FILE]) if SPECIAL_FILE in files else None
+
+
 @dataclass(frozen=True)
 class Emu3Prompt:
     """A prompt as the generator reads it.
@@ -109,8 +118,9 @@ class Emu3Prompt:
 class Emu3Prompts(PromptConditioning):
     """The prompts of an Emu3 model: texts and negative texts, for images of any size.
 
-    Its one file is "tokenizer", the `tokenizer.json`. Its settings are "positive_text", which is put after every text,
-    and "negative_text", what the unconditional branch reads where a prompt does not say; as released by default.
+    Its file is "tokenizer", the `tokenizer.json`; or, as the authors publish it, the vocabulary `emu3.tiktoken`, with
+    `emu3_vision_tokens.txt` as "special_tokens". Its settings are "positive_text", which is put after every text, and
+    "negative_text", what the unconditional branch reads where a prompt does not say; as released by default.
     """
 
     generator: Emu3
@@ -119,12 +129,12 @@ class Emu3Prompts(PromptConditioning):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = {"positive_text": POSITIVE_PROMPT, "negative_text": NEGATIVE_PROMPT, **self.settings}
-        self.reader = TextTokenizer.of(self.files)
+        self.reader = text_tokenizer(self.files)
 
     @classmethod
     def published_config(cls, files: Mapping[str, Path]) -> dict[str, Any]:
         """See `Conditioning.published_config`: the ids of the special tokens."""
-        reader = TextTokenizer.of(files)
+        reader = text_tokenizer(files)
         if reader is None:
             return {}
         return {"special_ids": {key: reader.special_id(name) for key, name in SPECIAL_TOKENS.items()}}

@@ -10,19 +10,21 @@ A value weight is one multiplication of a probability in a register: SoftCFG cos
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 CHUNK = 256  # slots that a program attends to
-BLOCK = 64  # slots in registers at once
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}  # as they have always been, said for newer Tritons
 
 
 @triton.jit
 def _attend_chunk(
     query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
-    query_row, query_head, cache_row, cache_head, cache_slot, scales_row, scales_head, weights_row,
+    query_row, query_head, cache_row, cache_head, scales_row, scales_head, value_weights_row, key_weights_row,
     heads, groups, chunks, scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     SCALED: tl.constexpr, WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
@@ -35,7 +37,10 @@ def _attend_chunk(
     dims = tl.arange(0, WIDTH)
     inside = dims < DIM
     q = tl.load(query + row * query_row + head * query_head + dims, mask=inside, other=0.0).to(tl.float32) * scale
-    base = row.to(tl.int64) * cache_row + (head // groups) * cache_head
+    # A product with the constant DIM tells the compiler how the vectors are aligned: it loads up to 16 bytes at once.
+    base = (row.to(tl.int64) * cache_row + (head // groups) * cache_head) * DIM
+    keys += base
+    values += base
     scales = row.to(tl.int64) * scales_row + (head // groups) * scales_head
 
     maximum = tl.full((1,), float("-inf"), tl.float32)
@@ -44,13 +49,13 @@ def _attend_chunk(
     for begin in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), BLOCK):
         slots = begin + tl.arange(0, BLOCK)
         seen = (slots < end) & (slots >= start)
-        place = base + slots[:, None].to(tl.int64) * cache_slot + dims[None, :]
+        place = slots[:, None] * DIM + dims[None, :]
         k = tl.load(keys + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
         scores = tl.sum(k * q[None, :], axis=1)
         if SCALED:
             scores *= tl.load(key_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_KEYS:
-            scores *= tl.load(key_weights + row * weights_row + slots, mask=seen, other=1.0)
+            scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=1.0)
         scores = tl.where(seen, scores, float("-inf"))
         above = tl.maximum(maximum, tl.max(scores, axis=0))
         # A block of padding alone leaves the maximum at -inf, and -inf - -inf is no number.
@@ -61,7 +66,7 @@ def _attend_chunk(
         if SCALED:
             p *= tl.load(value_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_VALUES:
-            p *= tl.load(value_weights + row * weights_row + slots, mask=seen, other=1.0)
+            p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=1.0)
         v = tl.load(values + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
         output = output * kept + tl.sum(v * p[:, None], axis=0)
         maximum = above
@@ -112,8 +117,8 @@ def decode_attention(
 
     Args:
         query: [rows, heads, 1, head_dim].
-        keys, values: [rows, key_value_heads, slots, head_dim] of the same strides, the last dimension contiguous;
-            every `heads / key_value_heads` consecutive heads share one. Slots after `last` may hold anything.
+        keys, values: [rows, key_value_heads, slots, head_dim] of the same strides, the slots of a head one after the
+            other; every `heads / key_value_heads` consecutive heads share one. Slots after `last` may hold anything.
         last: int64 [rows], the slot of the query itself, on the device.
         first: int64 [rows], slots before it are padding; None for none.
         key_scales, value_scales: float32 [rows, key_value_heads, slots, 1], of the same strides: factors on
@@ -128,32 +133,42 @@ def decode_attention(
     slots = keys.shape[2]
     if new != 1:
         raise ValueError(f"decode_attention takes one query per row, got {new}")
-    if keys.stride() != values.stride() or keys.stride(-1) != 1:
-        raise ValueError("keys and values must have the same strides and contiguous head dimensions")
+    *outer, slot, entry = keys.stride()
+    if values.stride() != keys.stride() or (slot, entry) != (dim, 1) or any(each % dim for each in outer):
+        raise ValueError("keys and values must have the same strides, and the slots of a head must lie side by side")
     if (key_scales is None) != (value_scales is None):
         raise ValueError("keys and values must both have scales, or neither")
     scales_row, scales_head = (0, 0) if key_scales is None else key_scales.stride()[:2]
     query, last = query.contiguous(), last.contiguous()
     first = None if first is None else first.contiguous()
-    weights = [
-        None if given is None else given.to(torch.float32).reshape(-1, slots).expand(rows, slots)
-        for given in (value_weights, key_weights)
-    ]
-    weights = [None if given is None else given.contiguous() for given in weights]
+    value_weights, value_weights_row = _by_row(value_weights, rows, slots)
+    key_weights, key_weights_row = _by_row(key_weights, rows, slots)
     chunks = triton.cdiv(slots, CHUNK)
     maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
     outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
     joined = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
     width = triton.next_power_of_2(dim)
+    # Small enough for the registers of four warps, of which several programs then share a multiprocessor.
+    block = 64 if width <= 64 else 32  # slots at once
     _attend_chunk[(rows * heads, chunks)](
-        query, keys, values, key_scales, value_scales, weights[0], weights[1], first, last, maxima, sums, outputs,
-        query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
-        scales_row, scales_head, slots, heads, heads // keys.shape[1], chunks, dim**-0.5,
-        DIM=dim, WIDTH=width, CHUNK=CHUNK, BLOCK=BLOCK,
-        SCALED=key_scales is not None, WEIGHT_VALUES=weights[0] is not None, WEIGHT_KEYS=weights[1] is not None,
-        PADDED=first is not None,
+        query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
+        query.stride(0), query.stride(1), *(each // dim for each in outer),
+        scales_row, scales_head, value_weights_row, key_weights_row, heads, heads // keys.shape[1], chunks, dim**-0.5,
+        DIM=dim, WIDTH=width, CHUNK=CHUNK, BLOCK=block,
+        SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
+        PADDED=first is not None, **OPTIONS,
     )  # fmt: skip
     _join_chunks[(rows * heads,)](
-        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks)
+        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **OPTIONS
     )
     return joined
+
+
+def _by_row(weights: Tensor | None, rows: int, slots: int) -> tuple[Tensor | None, int]:
+    """Weights as float32 [rows, slots], the slots side by side, and the distance of the rows; no copy if they are."""
+    if weights is None:
+        return None, 0
+    weights = weights.to(torch.float32).reshape(-1, slots).expand(rows, slots)
+    if weights.stride(1) != 1:
+        weights = weights.contiguous()
+    return weights, weights.stride(0)

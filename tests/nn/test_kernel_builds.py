@@ -1,0 +1,195 @@
+"""The Triton kernels compile ahead of time, without a GPU, for what the zoo's models need, and make good use of it.
+
+`python tests/nn/test_kernel_builds.py` prints the registers of every variant as a table.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from math import gcd
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from softcfg.zoo.registry import GENERATORS, MODELS, Component, ModelFile
+from tiny_models import module
+
+pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
+
+CAPABILITIES = (80, 90, 100)
+WEIGHTS = ("none", "value", "key", "both")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_REGISTERS = 128  # of a thread: four programs of 128 threads on a multiprocessor
+
+
+class Variant(NamedTuple):
+    """One way in which decoding launches the kernels."""
+
+    head_dim: int
+    groups: int
+    slots: int
+    padded: bool
+    dtype: torch.dtype
+    int8: bool
+    weights: str
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.") + ("-int8" if self.int8 else "")
+        return f"{self.head_dim}-groups{self.groups}-{kind}-{self.weights}{'-padded' if self.padded else ''}"
+
+
+class Kernel(NamedTuple):
+    registers: int
+    stack: int  # bytes: what did not fit into the registers
+    loads: list[int]  # bytes of each load of a thread from memory
+
+
+def shapes() -> list[tuple[int, int, int, bool]]:
+    """Head dimension, heads per key head, slots and whether rows are padded: of the zoo, and of families by default."""
+    found: dict[tuple[int, int, bool], int] = {}
+    unpublished = [Component(GENERATORS[name], {}, ModelFile("none")) for name in ("janus-pro", "emu3")]
+    for component in [*(entry.generator for entry in MODELS.values()), *unpublished]:
+        generator = module(component, "meta")
+        _, key_heads, head_dim = generator.cache_shape  # type: ignore[attr-defined, misc]
+        config = generator.config
+        heads = getattr(config, "num_attention_heads", None) or config.n_head
+        key = (head_dim, heads // key_heads, not generator.num_classes)  # type: ignore[operator]
+        found[key] = max(found.get(key, 0), generator.num_tokens)  # type: ignore[arg-type, call-overload]
+    return sorted((head_dim, groups, tokens + 1, padded) for (head_dim, groups, padded), tokens in found.items())
+
+
+def variants() -> list[Variant]:
+    kinds = product(DTYPES, (False, True), WEIGHTS)
+    return [Variant(*shape, *kind) for kind in kinds for shape in shapes()]
+
+
+@contextmanager
+def compiling_for(capability: int) -> Iterator[Any]:
+    """Launches compile for a GPU of this compute capability, and do not run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from softcfg.nn.kernels import decode_attention as kernels
+
+    class Absent:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 1000 + capability  # compiled kernels are kept by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    built: dict[str, Any] = {}
+    before = driver._active
+    driver.set_active(Absent())
+    patch = pytest.MonkeyPatch()
+    for name in ("_attend_chunk", "_join_chunks"):
+
+        def build(*args: Any, run: Any, name: str, **kwargs: Any) -> None:
+            built[name] = run(*args, **{**kwargs, "warmup": True})
+
+        kernel = getattr(kernels, name)
+        patch.setattr(kernel, "run", partial(build, run=kernel.run, name=name))
+    try:
+        yield built
+    finally:
+        patch.undo()
+        driver._active = before
+
+
+def compiled(variant: Variant, capability: int, tmp_path: Path) -> dict[str, Kernel]:
+    """Both kernels as `decode_attention` launches them; tensors without contents are aligned like those of a GPU."""
+    rows, key_heads = 4, 2
+    kind: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
+    query = torch.empty(rows, key_heads * variant.groups, 1, variant.head_dim, device="meta", dtype=variant.dtype)
+    shape = (rows, key_heads, variant.slots)
+    stored = torch.int8 if variant.int8 else variant.dtype
+    keys, values = (torch.empty(*shape, variant.head_dim, device="meta", dtype=stored) for _ in range(2))
+    scales = torch.empty(*shape, 1, **kind) if variant.int8 else None
+    weights = torch.empty(rows, variant.slots, **kind)
+    row = torch.empty(rows, device="meta", dtype=torch.int64)
+    with compiling_for(capability) as built:
+        from softcfg.nn.kernels.decode_attention import decode_attention
+
+        decode_attention(
+            query, keys, values, row,
+            first=row if variant.padded else None, key_scales=scales, value_scales=scales,
+            value_weights=weights if variant.weights in ("value", "both") else None,
+            key_weights=weights if variant.weights in ("key", "both") else None,
+        )  # fmt: skip
+    return {name: read(kernel, tmp_path) for name, kernel in built.items()}
+
+
+def read(kernel: Any, tmp_path: Path) -> Kernel:
+    from triton.backends import nvidia
+
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    (registers, stack), *_ = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", kernel.asm["ptx"])
+    return Kernel(int(registers), int(stack), [int(count or 1) * int(bits) // 8 for count, bits in loads])
+
+
+def check(variant: Variant, capability: int, tmp_path: Path) -> None:
+    kernels = compiled(variant, capability, tmp_path)
+    for kernel in kernels.values():
+        assert kernel.stack == 0
+        assert kernel.registers <= MOST_REGISTERS
+    itemsize = 1 if variant.int8 else variant.dtype.itemsize
+    # 16 bytes at once, or what a vector of the cache is a multiple of: 8 or 4 at head_dim 88 and 100.
+    widest = gcd(variant.head_dim * itemsize, 16)
+    width = 1 << (variant.head_dim - 1).bit_length()
+    block = 2 * (64 if width <= 64 else 32) * width * itemsize // 128  # bytes of keys and values that a thread loads
+    assert kernels["_attend_chunk"].loads.count(widest) * widest >= block
+
+
+# What differs most in registers and in loads; all of them are in the slow test.
+REACHED = [
+    variant
+    for variant in variants()
+    if variant.weights == "value"
+    and (variant.dtype, variant.int8) in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+]
+HUNGRY = [variant for variant in REACHED if variant.head_dim >= 88 and variant.groups == 1]
+
+
+@pytest.mark.parametrize("variant", REACHED, ids=str)
+def test_a_variant_compiles_without_spills_and_loads_wide(variant: Variant, tmp_path: Path) -> None:
+    check(variant, 90, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("variant", HUNGRY, ids=str)
+def test_the_largest_variants_fit_other_gpus(variant: Variant, capability: int, tmp_path: Path) -> None:
+    check(variant, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_variant_fits_every_gpu(capability: int, tmp_path: Path) -> None:
+    for variant in variants():
+        check(variant, capability, tmp_path)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    print("| variant | " + " | ".join(f"sm_{each}" for each in CAPABILITIES) + " |\n| --- | --- | --- | --- |")
+    for variant in variants():
+        with tempfile.TemporaryDirectory() as folder:
+            used = [compiled(variant, each, Path(folder))["_attend_chunk"] for each in CAPABILITIES]
+        print(
+            f"| {variant} | " + " | ".join(f"{each.registers}, stack {each.stack}" for each in used) + " |", flush=True
+        )
