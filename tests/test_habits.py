@@ -67,11 +67,11 @@ def test_class_names_are_labels(pipe: Pipeline) -> None:
     assert pipe(["Square", "star", 0], seed=1).labels.tolist() == [1, 3, 0]
     assert pipe("T-shirt/top").labels.tolist() == [2]
     with pytest.raises(
-        UserError, match=r"tiny has no class 'Sqare', and does not read prompts; did you mean Square or Star"
+        UserError, match=r"'Sqare' is no class, and tiny does not read prompts; did you mean Square or Star"
     ):
         pipe("Sqare")
     nameless = Pipeline(pipe.generator, pipe.tokenizer)
-    with pytest.raises(UserError, match=r"the classes of this model have no names, .* give class ids"):
+    with pytest.raises(UserError, match=r"'Square' is no class, .* has classes 0 to 3, without names"):
         nameless(["Square"])
 
 

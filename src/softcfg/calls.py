@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling
 from softcfg.errors import UnexpectedArgumentError, UserError, quote
-from softcfg.guidance import CFG, all_settings, compose, describe, restore, settings_of
+from softcfg.guidance import CFG, all_settings, as_guidance, compose, describe, restore, settings_of
 from softcfg.prompts import Prompt
 
 RequestT = TypeVar("RequestT")
@@ -115,8 +115,8 @@ def sorted_settings(function: Callable[..., Any], given: Mapping[str, Any]) -> t
     )
 
 
-def guidance_of(default: Callable[..., CFG], guidance: CFG | None, settings: Mapping[str, Any]) -> CFG:
-    """The guidance of a call: the given one, with `settings` in place of its own.
+def guidance_of(default: Callable[..., CFG], guidance: CFG | float | None, settings: Mapping[str, Any]) -> CFG:
+    """The guidance of a call: the given one, or the default at the given scale, with `settings` in place of its own.
 
     Args:
         default: `Pipeline.default_guidance`, for calls without one.
@@ -124,10 +124,8 @@ def guidance_of(default: Callable[..., CFG], guidance: CFG | None, settings: Map
     Raises:
         UserError: a setting is out of its range or of something that is not chosen, or `guidance` is none.
     """
-    if guidance is not None and not isinstance(guidance, CFG):
-        hint = f"; did you mean guidance_scale={guidance}?" if isinstance(guidance, (int, float)) else ""
-        raise UserError(f"guidance must be CFG(...) or SoftCFG(...), got {quote(guidance)}{hint}")
     try:
+        guidance = None if guidance is None else as_guidance(guidance, default)
         if guidance is None:
             return default(compose, **settings) if settings else default()
         if settings.keys() <= {field.name for field in dataclasses.fields(guidance)}:

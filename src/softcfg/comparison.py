@@ -20,7 +20,7 @@ from PIL import Image
 from softcfg.errors import UserError
 from softcfg.evaluation import Extractor, evaluate
 from softcfg.evaluation.report import DECIMALS, TITLES
-from softcfg.files import make_folder, write_atomically
+from softcfg.files import as_path, make_folder, write_atomically
 from softcfg.guidance import CFG, PERTURBATIONS, PRESETS, RULES, compose, describe
 from softcfg.images import grid, png_bytes
 from softcfg.pipeline import Pipeline
@@ -157,7 +157,7 @@ def compare(
     Raises:
         UserError: something cannot be drawn or measured. The same call goes on with the rest.
     """
-    folder, processes = Path(folder), processes or Processes()
+    folder, processes = as_path(folder), processes or Processes()
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("name each seed once, and at least one")
     pipeline = request.load(processes.device)

@@ -16,6 +16,7 @@ import yaml
 
 from softcfg.errors import UserError, clean, quote, suggestion
 from softcfg.files import read_text, reading
+from softcfg.interpolation import interpolated
 
 ConfigT = TypeVar("ConfigT")
 LARGEST_YAML = 1 << 18  # bytes
@@ -79,9 +80,9 @@ def _count_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
 
 def read_interval(text: str) -> tuple[int, int]:
     """The two steps of START-STOP; raises `ValueError` if `text` is anything else."""
-    steps = re.fullmatch(r"(\d+)-(\d+)", text)
+    steps = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", text)
     if not steps:
-        raise ValueError(f"{text!r} is not START-STOP, two steps such as 32-192")
+        raise ValueError(f"{quote(text)} is not START-STOP, two steps such as 32-192")
     return int(steps[1]), int(steps[2])
 
 
@@ -90,6 +91,7 @@ def load_config(
 ) -> ConfigT:
     """Build `config_type` (a dataclass) from an instance of it, a mapping, or the path of a YAML file.
 
+    `${a.b}` and `${oc.env:NAME}` mean what they mean to OmegaConf (see `softcfg.interpolation`).
     A mapping is either flat (field name -> value) or in the released layout, where the fields stand in
     `sections` (dotted paths, a later section overrides an earlier one) and everything else is ignored.
     Unknown names inside a flat mapping are ignored with a warning, since released files carry training
@@ -109,7 +111,7 @@ def load_config(
             f"config must be a {config_type.__name__}, a mapping or the path of a YAML file, "
             f"got {type(source).__name__}"
         )
-    values = _flatten(source, sections) if "model" in source else dict(source)
+    values = _flatten(source, sections) if "model" in source else {name: (source, name) for name in source}
     if strange := [name for name in values if not isinstance(name, str)]:
         raise UserError(f"the names of config fields are texts, got {quote(strange[0])}")
 
@@ -126,7 +128,8 @@ def load_config(
         raise UserError(
             f"{config_type.__name__} needs {', '.join(missing)}; found {clean(', '.join(values), 300) or 'nothing'}"
         )
-    checked = {name: _coerce(name, values[name], types_of[name]) for name in fields if name in values}
+    given = {name: interpolated(*values[name]) for name in fields if name in values}
+    checked = {name: _coerce(name, value, types_of[name]) for name, value in given.items()}
     try:
         return config_type(**checked)
     except ValueError as error:
@@ -141,8 +144,9 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Where each field stands: the mapping and its dotted name there."""
+    values: dict[str, tuple[Mapping[str, Any], str]] = {}
     for section in sections:
         node: Any = source
         for part in section.split("."):
@@ -151,7 +155,7 @@ def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, An
             continue
         if not isinstance(node, Mapping):
             raise UserError(f"config section {section} must be a mapping, got {quote(node)}")
-        values.update(node)
+        values.update({name: (source, f"{section}.{name}") for name in node})
     return values
 
 

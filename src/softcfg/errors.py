@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import reprlib
 from collections.abc import Iterable, Mapping
 
@@ -91,6 +92,19 @@ class UnexpectedArgumentError(UserError, TypeError):
 def how_to_install(extra: str) -> str:
     """How the packages of an extra are installed: the one way, from the clone or a wheel."""
     return f"pip install '.[{extra}]' in the clone, or 'softcfg-{__version__}-py3-none-any.whl[{extra}]' from a wheel"
+
+
+def require_whole(value: object, name: str, least: int) -> int:
+    """Return `value`, which goes by `name`; raise `UserError` unless it is a whole number from `least` on."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise UserError(f"{name} must be a whole number, got {quote(value)}")
+    if number < least:
+        raise UserError(f"{name} must be at least {least}, got {quote(value)}")
+    return number
 
 
 class CheckpointError(UserError):

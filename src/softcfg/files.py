@@ -30,6 +30,11 @@ KINDS = {
 }
 
 
+def as_path(path: str | Path) -> Path:
+    """The path that a person wrote; `~` is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 # ---- reading
 
 
@@ -85,6 +90,11 @@ def reading(path: str | Path, kind: type[UserError] = UserError, what: str = "")
         raise kind(f"{what}{path} does not exist") from error
     except OSError as error:
         raise kind(f"{what}{path} cannot be read: {error.strerror}") from error
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end with LF, CR LF or CR alone; `str.splitlines` splits at other characters too."""
+    return io.StringIO(text, newline=None).read().split("\n")
 
 
 def reopened(file: BinaryIO) -> str:

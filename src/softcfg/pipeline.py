@@ -19,12 +19,13 @@ from softcfg import calls
 from softcfg.calls import PipelineOutput as PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
-from softcfg.errors import UnexpectedArgumentError, UserError
+from softcfg.errors import UnexpectedArgumentError, UserError, require_whole
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
+from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
-from softcfg.nn.precision import as_dtype, own_dtype
+from softcfg.nn.precision import as_device, as_dtype, own_dtype
 from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
@@ -84,7 +85,7 @@ class Pipeline:
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
-        self.classes = tuple(classes)
+        self.classes = tuple(classes) or conditioning.classes
         self.sampling_defaults = dict(sampling_defaults or {})
         self.conditioning = conditioning
         self.source = source
@@ -331,7 +332,7 @@ class Pipeline:
     def __call__(
         self,
         labels: LabelsLike = None,
-        guidance: CFG | None = None,
+        guidance: CFG | float | None = None,
         *,
         prompt: Any = None,
         prompts: Any = None,
@@ -347,6 +348,7 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         batch_size: int | None = None,
+        pad_batches: bool = False,
         speculative_jacobi: int = 0,
         forced_tokens: Any = None,
         forced_mask: Any = None,
@@ -362,7 +364,8 @@ class Pipeline:
 
         Args:
             labels: B class ids or names of classes. In their place, prompts may be given here too.
-            guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power.
+            guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power. A
+                number is that at this scale.
             prompts, prompt: B texts or `Prompt`s, for images of one size; or one text.
             negative_prompt: what the unconditional branch reads, of models where it reads a text; or one per prompt.
             num_images_per_prompt: images of each prompt or label, side by side.
@@ -372,13 +375,14 @@ class Pipeline:
             generator: takes the seed from the next number of a `torch.Generator`.
             sampling: temperature, top-k and top-p; by default those of the model.
             temperature, top_k, top_p: the same one by one, in place of `sampling`; what is not given is the model's.
-            batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
-                one batch size an image is the same to the last bit in whatever batch it is drawn.
+            batch_size: images drawn at once; by default all.
+            pad_batches: draw a last batch that is not full in the shape of a full one, as runs do: with one batch size
+                an image is then the same to the last bit in whatever batch it is drawn.
             speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
                 generator; 0 draws token by token. Another window draws other images, of the same distribution.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
-            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step;
+            on_tokens: called with the tokens of the current batch so far, int64 [B of the batch, n], after every step;
                 what it raises ends the drawing.
             callback_on_step_end: as in diffusers, called after every step with the pipeline, the number of the step
                 (twice) and {"tokens": as of `on_tokens`}; or, if it takes one argument, as `on_step`.
@@ -413,14 +417,20 @@ class Pipeline:
         requests = calls.repeated(requests, num_images_per_prompt)
         from_prompts = self.conditioning.takes_prompts
         count = len(inputs)
-        indices = list(range(count)) if indices is None else [int(index) for index in indices]
+        indices = list(range(count)) if indices is None else as_ids(indices, "indices", (1 << 63) - 1).tolist()
+        if not isinstance(indices, list):
+            raise UserError(f"indices must be a list, got {indices}")
         if len(indices) != count:
             raise UserError(
                 f"indices must be as many as {'prompts' if from_prompts else 'labels'}, {count}, got {len(indices)}"
             )
         batch_size = count if batch_size is None else batch_size
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        require_whole(batch_size, "batch_size", 1)
+        require_whole(speculative_jacobi, "speculative_jacobi", 0)
+        if forced_tokens is not None:
+            forced_tokens = as_ids(forced_tokens, "forced_tokens", self.generator.vocab_size)
+            if forced_tokens.dim() != 2 or len(forced_tokens) != count:
+                raise UserError(f"forced_tokens must have shape [{count}, T], got {list(forced_tokens.shape)}")
         if speculative_jacobi and forced_tokens is not None:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         condition = self.generator.condition(inputs, guided=False)
@@ -432,9 +442,9 @@ class Pipeline:
         tokens, codes, pixels, passes = [], [], [], 0
         with calls.progress_bar(-(-count // batch_size) * total, self._bar, shown) as bar:
             for batch, start in enumerate(range(0, count, batch_size)):
-                # A partial batch is filled up with its last image.
-                rows = [min(start + i, count - 1) for i in range(batch_size)]
                 kept = min(batch_size, count - start)
+                # A partial batch is filled up with its last image.
+                rows = [min(start + i, count - 1) for i in range(batch_size if pad_batches else kept)]
                 chosen = [inputs[row] for row in rows]
                 streams = ImageStreams(seed, [indices[row] for row in rows])
 
@@ -498,7 +508,7 @@ def _cache_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return as_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def _rows(values: Any, rows: list[int]) -> Tensor | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, require_whole
 
 if TYPE_CHECKING:
     from softcfg.images import Picture
@@ -34,7 +34,8 @@ class Prompt:
         negative_text: what the unconditional branch reads, for families where it reads a text.
 
     Raises:
-        UserError: a text that is no string, or an image that is none. What a path leads to is read later.
+        UserError: a text that is no string or no UTF-8, a size that is no number of pixels, or an image that is none.
+            What a path leads to is read later.
     """
 
     text: str
@@ -48,6 +49,11 @@ class Prompt:
         for name, value in (("text", self.text), ("negative text", self.negative_text or "")):
             if not isinstance(value, str):
                 raise UserError(f"the {name} of a prompt must be a string, got {quote(value)}")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise UserError(f"the {name} of a prompt is no UTF-8, but of another encoding: {quote(value)}")
+        for name, size in (("width", self.width), ("height", self.height)):
+            if size is not None:
+                require_whole(size, name, 1)
         if self.image is not None and not isinstance(self.image, (str, os.PathLike)):
             from softcfg.images import read_picture
 

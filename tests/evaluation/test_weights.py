@@ -79,6 +79,16 @@ def test_a_file_is_downloaded_once(web: Web, folder: Path, path: str) -> None:
     assert len(web.asked) == asked
 
 
+def test_a_folder_that_cannot_be_written(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SOFTCFG_CHECKPOINTS", str(tmp_path / "file" / "folder"))
+    file = web.file("/weights.pth")
+    with pytest.warns(UserWarning, match=r"weights\.pth is not kept: cannot write into folder"):
+        path = require_weights(file)
+    assert path.read_bytes() == CONTENT
+    assert require_weights(file) == path  # until the process ends
+
+
 @pytest.mark.parametrize(
     ("path", "text"),
     [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError, quote
-from softcfg.files import read_text
+from softcfg.files import read_text, split_lines
 from softcfg.guidance import CFG, PRESETS, Setting, all_settings, compose, settings_of
 
 if TYPE_CHECKING:
@@ -178,15 +178,9 @@ def parse_interval(text: str) -> tuple[int, int]:
 
 def parse_device(name: str | None) -> torch.device | None:
     """The device called `name`; None for None. Raises `UserError` if it is not available."""
-    import torch
+    from softcfg.nn.precision import as_device
 
-    try:
-        device = torch.device(name) if name else None
-        if device is not None:
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU") from None
-    return device
+    return as_device(name) if name else None
 
 
 def load_pipeline(
@@ -293,7 +287,7 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
         raise UserError(f"--labels: {pipeline.name} draws texts, not classes; give them with --prompt or --prompts")
     prompts = list(args.prompt or ())
     if args.prompts is not None:
-        prompts += _lines("--prompts", args.prompts)
+        prompts += read_lines(args.prompts, "--prompts")
         if not prompts:
             raise UserError(f"--prompts: {args.prompts} holds no text")
         if len(prompts) > MOST_PROMPTS:
@@ -347,36 +341,36 @@ def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
 
 
 def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
-    """Class ids from "all", or a list of ids, ranges "0-9" and class names, separated by commas.
+    """Class ids from "all", or a list of ids, ranges "0-9" and class names; see `softcfg.models.class_names`.
 
     "@FILE" stands for the content of a file; there, line ends separate as well.
     """
+    from softcfg.models.class_names import ClassNames
     from softcfg.runs.plan import MOST_LABELS
 
-    count = pipeline.generator.num_classes
-    if text.startswith("@"):
-        text = ",".join(_lines("--labels", text.removeprefix("@")))
-    if text.strip().lower() == "all":
-        return list(range(count))
-    if text.count(",") >= MOST_LABELS:
+    names = ClassNames(pipeline.classes, pipeline.generator.num_classes, pipeline.name)
+    lines = read_lines(text.removeprefix("@"), "--labels") if text.startswith("@") else [text]
+    if [line.strip().lower() for line in lines] == ["all"]:
+        return list(range(names.count))
+    if sum(line.count(",") + 1 for line in lines) > MOST_LABELS:
         raise UserError(f"--labels: more than {MOST_LABELS:,} labels, the limit")
-    names = {name.lower(): index for index, name in enumerate(pipeline.classes)}
     labels: list[int] = []
-    for word in (part.strip() for part in text.split(",")):
-        ids = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word)
-        if word.lower() in names:
-            labels.append(names[word.lower()])
-        elif ids:
-            first, last = int(ids[1]), int(ids[2] or ids[1])
-            if max(first, last) >= count:
-                outside = first if first >= count else last
-                raise UserError(f"label {outside} is out of range: {pipeline.name} has classes 0 to {count - 1}")
-            labels.extend(range(first, last + 1))
-        else:
-            known = f" or one of {', '.join(pipeline.classes)}" if names else ""
-            raise UserError(f"--labels: {quote(word)} is not a class id, a range such as 0-9, 'all'{known}")
+    for line in lines:
+        try:
+            labels += names.read(line)
+        except UserError as error:
+            raise UserError(f"--labels: {error}") from None
         if len(labels) > MOST_LABELS:
             raise UserError(f"--labels: more than {MOST_LABELS:,} labels, the limit")
     if not labels:
-        raise UserError(f"--labels {quote(text)} names no class: {pipeline.name} has classes 0 to {count - 1}")
+        raise UserError(f"--labels {quote(text)} names no class: {names.model} has classes 0 to {names.count - 1}")
     return labels
+
+
+def read_lines(path: str, flag: str) -> list[str]:
+    """The lines of a file that a flag names, without those that are empty."""
+    try:
+        text = read_text(os.path.expanduser(path), LARGEST_LIST)
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
+    return [stripped for line in split_lines(text) if (stripped := line.strip())]

@@ -121,7 +121,9 @@ def _announce(run: RunFolder, request: RunRequest, todo: Sequence[int]) -> None:
     environments = run.settings["environment"]
     if todo and left < count and len(environments) > 1:
         print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
-    assert request.guidance is not None
+    from softcfg.guidance import CFG
+
+    assert isinstance(request.guidance, CFG)
     print(guidance_sentence(request.guidance), flush=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import signal
@@ -18,10 +17,12 @@ from softcfg import plugins
 from softcfg.cli import bench, compare, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
 from softcfg.cli import eval as evaluation
 from softcfg.cli.arguments import HelpFormatter
+from softcfg.cli.streams import patient_streams
 from softcfg.errors import UserError, clean, how_to_install, suggestion
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
+PATHS = {"FILE", "DIR", "PATH", "FOLDER", "NEW", "MODEL", "SAMPLES", "PROMPTS"}  # metavars of options that are paths
 COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, ui)
 
 SHELLS = ("bash", "zsh", "fish")
@@ -118,15 +119,45 @@ def build_parser() -> argparse.ArgumentParser:
             )
     except argparse.ArgumentError as error:  # of a setting that a plugin registered
         raise UserError(f"{error.message}; give the rule or perturbation with that setting another name") from None
+    _expand_home(parser)
     return parser
 
 
+def _expand_home(parser: argparse.ArgumentParser) -> None:
+    """Read `~` in every path as the home folder; the shell leaves it alone in `--output-dir=~/out`."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # the parsers of commands
+            for command in action.choices.values():
+                if isinstance(command, argparse.ArgumentParser):
+                    _expand_home(command)
+        elif action.metavar in PATHS and action.type is None:
+            action.type = os.path.expanduser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted, 143 when
-    terminated."""
+    """Run the command line and return its exit code: 0 if all that was asked for was done, 2 for a user's mistake, 130
+    when interrupted, 143 when terminated.
+
+    A reader of the output that goes away ends nothing: the command does its work to the end. Output that could not be
+    written, on a full disk, is an error.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    with patient_streams() as out:
+        try:
+            code = _run(words)
+        except SystemExit as end:  # of argparse
+            out.flush()
+            if end.code or out.lost is None:
+                raise
+            code = 0
+        out.flush()
+        if out.lost is not None and not code:
+            print(f"softcfg: error: cannot print: {clean(out.lost.strerror)}; all else is done", file=sys.stderr)
+            code = 2
+    return code
+
+
+def _run(words: list[str]) -> int:
     try:
         plugins.load_all(words)
         args = build_parser().parse_args(_rewritten(words))
@@ -144,10 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         print("softcfg: error: out of memory", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader (head, less) went away; keep the interpreter from complaining when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # a name that is too long, a folder that may not be read, a disk that fails
         print(f"softcfg: error: {clean(error)}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError, quote, suggestion
 from softcfg.files import is_file, is_folder
 from softcfg.guidance import ConfidenceWeights, SoftCFG, settings_of
+from softcfg.interpolation import interpolated
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, ModelFile, resolve
 
 NUM_SAMPLES = 50_000
@@ -135,15 +137,21 @@ def apply(args: argparse.Namespace) -> None:
     """
     config = read_yaml(args.config) if args.config else {}
     values = dotted(config)
+    sizes = _sizes()
     if args.perturbation not in (None, SOFTCFG):  # what the file says of SoftCFG is not meant
         values = {name: value for name, value in values.items() if SAMPLING.get(name) not in SOFTCFG_ARGUMENTS}
-    known = {*values, *SAMPLING, *_sizes()}
+    known = {*values, *SAMPLING, *sizes}
     for override in args.set:
         name, equals, text = override.partition("=")
         if name not in known or not equals:
             hint = suggestion(name, known, most=1, cutoff=0.4)
             raise UserError(f"unknown override {name!r}{hint and '; '}{hint}")
         values[name] = _parsed(name, text)
+    # What is not needed may stand for anything.
+    nested = _nested(values)
+    values = {
+        name: interpolated(nested, name) if name in sizes or name in SAMPLING else values[name] for name in values
+    }
     if args.model_path is not None:
         _read_as_lumina(args)
     elif args.gpt_model is not None:
@@ -157,7 +165,7 @@ def apply(args: argparse.Namespace) -> None:
             setattr(args, argument, value)
     for argument in ("output_dir", "generator_checkpoint", "tokenizer_checkpoint"):
         value = getattr(args, argument)
-        setattr(args, argument, None if value is None else str(value))
+        setattr(args, argument, None if value is None else expanduser(str(value)))
     if args.config:
         _fill_as_released(args)
     if args.seed is not None and (isinstance(args.seed, bool) or not isinstance(args.seed, int)):
@@ -285,6 +293,20 @@ def _sizes() -> set[str]:
         for field in dataclasses.fields(family.classes()[1])
         for section in family.sections
     }
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `dotted`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{name} cannot be set: {section} is no section of the configuration")
+        node[last] = value
+    return nested
 
 
 def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

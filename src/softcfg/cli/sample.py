@@ -99,7 +99,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--labels",
         help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one per line; "
-        "or random, from the seed",
+        'or random, from the seed; a name with commas or of digits goes in quotes, \'"maillot, tank suit","7"\'',
     )
     arguments.add_prompt_arguments(group)
     group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")

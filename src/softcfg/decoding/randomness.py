@@ -6,13 +6,14 @@ numbers can be made alone, on any machine, in any batch and by any number of pro
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.nn.precision import has_float64
 
 BITS = 53  # of a uniform number
@@ -78,7 +79,9 @@ def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=block)
 
 
-def check_uint64(value: int, name: str) -> None:
-    """Raise `UserError` unless `value`, half of a stream's key, fits into 64 bits."""
-    if not 0 <= value < 2**64:
+def check_uint64(value: object, name: str) -> None:
+    """Raise `UserError` unless `value`, half of a stream's key, is a whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UserError(f"{name} must be a whole number in 0..2^64-1, got {quote(value)}")
+    if not 0 <= int(value) < 2**64:
         raise UserError(f"{name} must be in 0..2^64-1, got {value}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -63,6 +63,8 @@ def decode(
         UserError: labels, uniforms or forced tokens do not fit the generator; or the logits hold NaN or infinity, which
             other devices than the CPU report after the last step.
     """
+    if isinstance(labels, Sized) and not len(labels):
+        raise UserError("labels must name at least one class or prompt")
     condition = generator.condition(labels, guided=guidance.is_active)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling())
     batch, total = decoder.batch, condition.num_tokens

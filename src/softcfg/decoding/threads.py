@@ -68,7 +68,7 @@ class StepThreads:
 
 
 @contextmanager
-def step_threads(generator: Generator) -> Iterator[Callable[[Callable[[], object]], None]]:
+def step_threads(generator: Generator) -> Iterator[Callable[[Callable[[], object]], object]]:
     """Give a function that runs the steps of a batch; afterwards the number of threads is what it was.
 
     The number is left alone on other devices, where somebody has set it (by `torch.set_num_threads` after the import,
@@ -78,7 +78,7 @@ def step_threads(generator: Generator) -> Iterator[Callable[[Callable[[], object
     most = torch.get_num_threads()
     chosen = most != DEFAULT or any(os.environ.get(name) for name in VARIABLES)
     if most == 1 or chosen or generator.device.type != "cpu" or not _same_bits(generator):
-        yield lambda step: step() and None
+        yield lambda step: step()
         return
     try:
         yield StepThreads(most).run

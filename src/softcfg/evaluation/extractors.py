@@ -17,6 +17,8 @@ from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.evaluation.features import Extractor, Features
 from softcfg.evaluation.inception import InceptionV3
 from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
+from softcfg.files import as_path
+from softcfg.nn.precision import as_device, as_dtype
 from softcfg.zoo.registry import BUNDLED, find
 
 ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
@@ -48,7 +50,7 @@ def load_extractor(
             raise UserError(f"extractor {name} cannot be imported: {error}") from error
     else:
         factory = find(EXTRACTORS, name, "there is no feature extractor named")
-    arguments = (None if weights is None else Path(weights), torch.device(device), dtype)
+    arguments = (None if weights is None else as_path(weights), as_device(device), as_dtype(dtype))
     try:
         inspect.signature(factory).bind(*arguments)
     except (TypeError, ValueError) as error:

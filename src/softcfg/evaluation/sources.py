@@ -21,7 +21,7 @@ from torch import Tensor
 
 from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
-from softcfg.files import hash_file, is_file, is_folder
+from softcfg.files import as_path, hash_file, is_file, is_folder
 from softcfg.images import SUFFIXES, read_picture
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
 from softcfg.tokenizers.base import resize
@@ -100,7 +100,7 @@ def open_source(source: Images) -> ImageSource:
             "images must be the path of an .npz file, a folder of images or a run folder, an array uint8 [N, H, W, 3], "
             f"or a list of pictures, got {clean(quote(source), 100)}"
         )
-    path = Path(source)
+    path = as_path(source)
     if is_folder(path):
         return _open_folder(path)
     if not os.path.exists(path):

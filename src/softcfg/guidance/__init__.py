@@ -1,6 +1,14 @@
 """Guidance of autoregressive image models: rules, perturbations and schedules, as pure functions over tensors."""
 
-from softcfg.guidance.composition import all_settings, compose, describe, register_perturbation, register_rule, restore
+from softcfg.guidance.composition import (
+    all_settings,
+    as_guidance,
+    compose,
+    describe,
+    register_perturbation,
+    register_rule,
+    restore,
+)
 from softcfg.guidance.confidence import CONFIDENCES, register_confidence, token_confidence
 from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG, titled
 from softcfg.guidance.perturbation import (
@@ -49,6 +57,7 @@ __all__ = [
     "View",
     "Window",
     "all_settings",
+    "as_guidance",
     "compose",
     "describe",
     "guidance_scales",

@@ -7,6 +7,7 @@ NAME_FIELD. The settings of SoftCFG have the names of its fields.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -152,3 +153,19 @@ def _registering(kind: str, base: type, name: str, label: str, description: str)
         return part
 
     return add
+
+
+def as_guidance(guidance: object, default: Callable[..., CFG] = SoftCFG) -> CFG:
+    """The guidance itself; of a number `default` at that scale, and of None `default` as it is.
+
+    Raises:
+        ValueError: it is none of these, or a scale out of range.
+    """
+    if isinstance(guidance, CFG):
+        return guidance
+    if guidance is None:
+        return default()
+    if isinstance(guidance, bool) or not isinstance(guidance, numbers.Real):
+        what = f"the class {guidance.__name__}" if isinstance(guidance, type) else repr(guidance)[:100]
+        raise ValueError(f"guidance must be CFG(...), SoftCFG(...) or a scale such as 4.0, got {what}")
+    return default(guidance_scale=float(guidance))

@@ -17,6 +17,7 @@ from typing import Any
 
 _METADATA = "setting"
 LARGEST = 3.4e38  # settings meet logits in float32, where larger numbers are infinite
+MOST_STEPS = 999_999_999
 _KINDS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str, "tuple[int, int] | None": tuple}
 
 
@@ -83,7 +84,7 @@ class Setting:
 
     def _wanted(self) -> str:
         if self.kind is tuple:
-            return "two steps 0 <= start <= stop"
+            return f"two steps 0 <= start <= stop <= {MOST_STEPS:,}"
         if self.kind is bool:
             return "True or False"
         if self.kind is str:
@@ -127,4 +128,4 @@ def check(owner: Any) -> None:
 def _is_interval(value: Any) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
-    return all(isinstance(step, int) for step in value) and 0 <= value[0] <= value[1]
+    return all(isinstance(step, int) for step in value) and 0 <= value[0] <= value[1] <= MOST_STEPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.finite import BRANCHES, FiniteLogits
 from softcfg.decoding.sequential import guided_logits, query_weights, step_weights, weak_inputs
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_whole
 from softcfg.files import write_atomically
-from softcfg.guidance import CFG, Perturbation, describe
+from softcfg.guidance import CFG, Perturbation, as_guidance, describe
 from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
@@ -99,7 +100,7 @@ def trace(
     generator: Generator,
     *,
     labels: Any,
-    guidance: CFG,
+    guidance: CFG | float,
     tokens: Any = None,
     sampling: Sampling | None = None,
     temperature: float | None = None,
@@ -116,7 +117,8 @@ def trace(
 
     Args:
         labels: B class ids, or what else the generator is conditioned on.
-        guidance: the method that is traced. Where it is inactive the unconditional logits are still computed.
+        guidance: the method that is traced; a number is SoftCFG at this scale. Where it is inactive the
+            unconditional logits are still computed.
         tokens: [B, T] ids (tensor, array or list); None draws them first, from `seed`, as `sampling` says.
         sampling: its temperature is also that of the confidences; by default temperature 1 alone.
         temperature, top_k, top_p: the same one by one, in place of `sampling`.
@@ -126,6 +128,14 @@ def trace(
     Raises:
         UserError: labels or tokens do not fit the generator, or the logits hold NaN or infinity.
     """
+    if not callable(getattr(generator, "condition", None)):
+        raise UserError(
+            f"trace takes a generator, such as the one of a pipeline (pipe.generator), got {type(generator).__name__}"
+        )
+    if isinstance(labels, Sized) and not len(labels):
+        raise UserError("labels must name at least one class or prompt")
+    require_whole(steps_per_pass, "steps_per_pass", 1)
+    guidance = as_guidance(guidance)
     sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
     batch, total = condition.rows // 2, condition.num_tokens
@@ -153,7 +163,7 @@ def trace(
         piece = _Pass(generator, tokens, start, stop, codes)
         cond_logits = piece.run(cond, caches["cond"])
         token_confidences = guidance.weak_branch.token_confidence(
-            cond_logits, tokens[:, start:stop], sampling.temperature
+            cond_logits, tokens[:, start:stop], float(sampling.temperature)
         )
         confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softcfg.errors import UserError, quote, suggestion
+from softcfg.errors import UserError, require_whole
+from softcfg.models.class_names import ClassNames
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
 from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text, with_negative
@@ -134,9 +135,17 @@ class Conditioning(ABC):
 
 
 class LabelConditioning(Conditioning):
-    """Images of classes: requests and inputs are class ids."""
+    """Images of classes: requests and inputs are class ids.
+
+    Attributes:
+        names: which class a name means.
+    """
 
     takes_prompts = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = ClassNames(self.classes, self.generator.num_classes, self.name)
 
     def requests(
         self,
@@ -147,34 +156,20 @@ class LabelConditioning(Conditioning):
         *,
         negative_prompt: Any = None,
     ) -> list[int]:
-        """See `Conditioning.requests`."""
+        """See `Conditioning.requests`. A text in `labels` is the name of a class, a number its id."""
         if prompts is not None or isinstance(labels, Prompt):
             raise UserError(f"{self.name} draws classes: give labels, it does not read prompts")
         if negative_prompt is not None:
             raise UserError(f"{self.name} draws classes: it takes no negative prompt")
         self.image_size(width, height)
         labels = [labels] if isinstance(labels, str) else labels
-        if isinstance(labels, (list, tuple)):
-            labels = [self.class_id(label) if isinstance(label, (str, Prompt)) else label for label in labels]
+        if isinstance(labels, Sequence):
+            texts = [label.text if isinstance(label, Prompt) else label for label in labels]
+            labels = [self.names.id_of(text) if isinstance(text, str) else text for text in texts]
         classes = as_ids(labels, "labels", self.generator.num_classes)
         if classes.dim() != 1 or not len(classes):
             raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
         return classes.tolist()
-
-    def class_id(self, name: str | Prompt) -> int:
-        """The id of a class by its name, whose capitals do not matter.
-
-        Raises:
-            UserError: no class has this name.
-        """
-        text = name if isinstance(name, str) else name.text
-        known = [each.lower() for each in self.classes]
-        if text.lower() in known:
-            return known.index(text.lower())
-        if not known:
-            raise UserError(f"the classes of {self.name} have no names, and it does not read prompts: give class ids")
-        hint = suggestion(text, self.classes) or f"its classes are {', '.join(self.classes)}"
-        raise UserError(f"{self.name} has no class {quote(text)}, and does not read prompts; {hint}")
 
     def inputs(self, requests: Sequence[int]) -> list[int]:
         """The class ids themselves."""
@@ -182,7 +177,7 @@ class LabelConditioning(Conditioning):
 
     def title(self, request: int) -> str:
         """The name of the class, where it has one."""
-        return self.classes[request] if self.classes else f"class {request}"
+        return self.names.title(request)
 
     def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """See `Conditioning.image_size`; there is one size."""
@@ -239,7 +234,9 @@ class PromptConditioning(Conditioning):
     def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """See `Conditioning.image_size`."""
         default_width, default_height = self.default_size
-        size = width or default_width, height or default_height
+        size = default_width if width is None else width, default_height if height is None else height
+        require_whole(size[0], "width", 1)
+        require_whole(size[1], "height", 1)
         self.geometry(*size)
         return size
 

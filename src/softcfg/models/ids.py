@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 
 
 def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:
@@ -20,7 +20,7 @@ def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -
     try:
         ids = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got {values!r}") from error
+        raise UserError(f"{name} must be integers in 0..{count - 1}, got {quote(values)}") from error
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise UserError(f"{name} must be integers in 0..{count - 1}, got values of type {ids.dtype}")
     ids = ids.long()

@@ -41,6 +41,25 @@ def as_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
 
 
+def as_device(device: torch.device | str | int) -> torch.device:
+    """The device, which is there and can compute.
+
+    Raises:
+        UserError: it is not, or there is none of this name.
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise UserError("the device meta holds no numbers, so nothing can be computed there; use cpu or cuda")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        shown = str(device) if isinstance(device, torch.device) else device
+        raise UserError(
+            f"device {quote(shown)} is not available here; use cpu, or cuda on a machine with a GPU"
+        ) from None
+    return found
+
+
 @contextlib.contextmanager
 def own_dtype() -> Iterator[None]:
     """Context (or decorator) in which no autocast is on."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from softcfg.errors import UserError, clean, quote
-from softcfg.files import is_folder, make_folder, read_text, remove_temporary, write_atomically
+from softcfg.files import as_path, is_folder, make_folder, read_text, remove_temporary, write_atomically
 from softcfg.runs.plan import Plan, check_growth, differences, fingerprint
 from softcfg.runs.shards import DamagedShardError, Shard, glance, read_shard
 from softcfg.version import __version__
@@ -57,7 +57,7 @@ class RunFolder:
         Raises:
             UserError: there is none, or its settings cannot be read.
         """
-        path = Path(path)
+        path = as_path(path)
         settings = _read_settings(path)
         if settings is None:
             raise UserError(f"{path} holds no run: there is no {SETTINGS}")

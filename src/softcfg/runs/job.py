@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from softcfg.decoding import Sampling
+from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UserError
-from softcfg.files import make_folder
-from softcfg.guidance import CFG
+from softcfg.errors import UserError, quote, require_whole
+from softcfg.files import as_path, make_folder
+from softcfg.guidance import CFG, as_guidance
 from softcfg.models.base import as_ids
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SETTINGS, RunFolder
 from softcfg.runs.lock import Lock, holder
-from softcfg.runs.plan import RANDOM, Prompts
+from softcfg.runs.plan import MOST_IMAGES, RANDOM, Prompts
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress, ProgressWatch
 from softcfg.runs.settings import resizing, run_settings
@@ -40,11 +41,11 @@ class RunRequest:
     Attributes:
         model: a name or folder as in `Pipeline.from_pretrained`, which every process loads onto its own device; or
             a pipeline.
-        labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index. By
-            default all classes. Where there are prompts, their numbers.
+        labels: class ids or names that the images take in turn, or "random": uniform, from the seed and the image's
+            index. By default all classes. Where there are prompts, their numbers.
         prompts: texts for models that draw from prompts, or `Prompts`, which have a size.
         num_samples: images in all; by default one per label or prompt.
-        guidance, sampling: by default those that suit the model.
+        guidance, sampling: by default those that suit the model; a number is a guidance scale.
         batch_size: images drawn at once, which make up a shard; by default that of the run that is continued, or up
             to 100.
         seed: image n draws from the random stream (seed, n).
@@ -58,7 +59,7 @@ class RunRequest:
     labels: Sequence[int] | str | None = None
     prompts: str | Sequence[str] | Prompts | None = None
     num_samples: int | None = None
-    guidance: CFG | None = None
+    guidance: CFG | float | None = None
     sampling: Sampling | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -86,12 +87,13 @@ class RunRequest:
             ("batch_size", self.batch_size, 1),
             ("speculative_jacobi", self.speculative_jacobi, 0),
         ):
-            if value is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
+            given = value is not None or name == "speculative_jacobi"
+            if given and require_whole(value, name, least) > MOST_IMAGES:
+                raise UserError(f"{name} must be at most {MOST_IMAGES:,}, got {quote(value)}")
         check_uint64(self.seed, "seed")
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)
-        labels = self._labels(count)
+        labels = self._labels(pipeline, count)
         if self.num_samples is None and isinstance(labels, str):
             raise UserError("random labels need num_samples")
         return run_settings(
@@ -120,20 +122,24 @@ class RunRequest:
         )
 
     def _guidance(self, pipeline: Pipeline) -> CFG:
-        return self.guidance or pipeline.default_guidance()
+        return as_guidance(self.guidance, pipeline.default_guidance)
 
     def _sampling(self, pipeline: Pipeline) -> Sampling:
-        return self.sampling or pipeline.sampling()
+        return one_sampling(self.sampling, None, None, None, pipeline.sampling)
 
-    def _labels(self, count: int) -> list[int] | str:
+    def _labels(self, pipeline: Pipeline, count: int) -> list[int] | str:
         if isinstance(self.labels, str):
             if self.labels != RANDOM:
                 raise UserError(f"labels must be class ids or {RANDOM!r}, got {self.labels!r}")
             return RANDOM
         labels = range(count) if self.labels is None else self.labels
+        if not hasattr(labels, "__len__"):
+            raise UserError(f"labels must be a list of class ids or {RANDOM!r}, got {quote(labels)}")
         if not len(labels):
             raise UserError("labels must name at least one class")
-        return as_ids(list(labels), "labels", count).tolist()
+        if pipeline.conditioning.takes_prompts:
+            return as_ids(list(labels), "labels", count).tolist()
+        return pipeline.conditioning.requests(labels)
 
     def _prompts(self, pipeline: Pipeline) -> Prompts | None:
         prompts = self.prompts
@@ -141,6 +147,8 @@ class RunRequest:
             if prompts is not None:
                 raise UserError(f"{pipeline.name} draws classes: give labels, it does not read prompts")
             return None
+        if not isinstance(prompts, (Prompts, Sequence, type(None))):
+            raise UserError(f"prompts must be a list of texts, got {quote(prompts)}")
         if prompts is None or not (isinstance(prompts, Prompts) or len(prompts)):
             raise UserError(f"{pipeline.name} draws from prompts: give at least one text")
         if not isinstance(prompts, Prompts):
@@ -201,7 +209,7 @@ def draw_run(
             be written, or there is no memory for a single image.
         KeyboardInterrupt: the user, or SIGTERM (`softcfg.runs.signals.Terminated`), asked for the end.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     processes = processes or Processes()
     with termination_raises():
         if lock is None:
@@ -257,7 +265,7 @@ def decode_run(
     Raises:
         UserError: as `draw_run`, or a shard of `source` is missing or damaged.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.resolve() == source.path.resolve():
         raise UserError(f"--output-dir {folder} is the run itself; give another folder")
     processes = processes or Processes()

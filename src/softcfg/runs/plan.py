@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import dotted
 from softcfg.errors import UserError, quote
-from softcfg.files import hash_file
+from softcfg.files import as_path, hash_file
 from softcfg.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Prompts:
         if self.task is not None:
             facts["task"] = self.task
         if self.image is not None:
-            facts["image"] = {"path": str(Path(self.image).absolute()), "sha256": hash_file(self.image)}
+            facts["image"] = {"path": str(as_path(self.image).absolute()), "sha256": hash_file(self.image)}
         if self.negative_text is not None:
             facts["negative_text"] = self.negative_text
         return facts

@@ -16,7 +16,7 @@ from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.version import __version__
-from softcfg.zoo.source import describe_module, hash_files
+from softcfg.zoo.source import describe_module, hash_files, uncompiled
 
 
 def run_settings(
@@ -49,7 +49,7 @@ def run_settings(
     """
     source, generator = pipeline.source, pipeline.generator
     if source is None:
-        model, quantize = pipeline.name or type(generator).__name__, None
+        model, quantize = pipeline.name or type(uncompiled(generator)).__name__, None
         facts = {"generator": describe_module(generator), "tokenizer": describe_module(pipeline.tokenizer)}
     else:
         model, quantize, facts = source.model, source.quantize, source.facts

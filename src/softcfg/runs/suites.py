@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.errors import UserError
-from softcfg.files import make_folder, read_text, write_atomically
+from softcfg.files import as_path, make_folder, read_text, split_lines, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class Suite(ABC):
     scorer: str
 
     def __init__(self, source: str | Path) -> None:
-        self.prompts = self.read(Path(source))
+        self.prompts = self.read(as_path(source))
 
     @abstractmethod
     def read(self, source: Path) -> list[str]:
@@ -109,7 +109,7 @@ class GenEval(Suite):
     def read(self, source: Path) -> list[str]:
         """See `Suite.read`."""
         path = source / "evaluation_metadata.jsonl"
-        self.lines = [line for line in _text(path).splitlines() if line.strip()]
+        self.lines = [line for line in split_lines(_text(path)) if line.strip()]
         if not self.lines:
             raise UserError(f"{path} is empty")
         prompts = [_prompt_of(line) for line in self.lines]

@@ -53,12 +53,18 @@ class BatchDrawer:
     steps: int = 0
 
     def draw(
-        self, indices: Sequence[int], labels: Sequence[int], on_step: Callable[[float], None] | None = None
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        on_step: Callable[[float], None] | None = None,
+        *,
+        pad_batches: bool = False,
     ) -> PipelineOutput:
         """Draw the images `indices` of the seed, of the classes or prompts `labels`.
 
         Args:
             on_step: called with the share of the work that is done, after every token.
+            pad_batches: see `Pipeline`; shards of a run are drawn so.
 
         Raises:
             UserError: there is not even memory for one image at a time.
@@ -82,6 +88,7 @@ class BatchDrawer:
                     seed=self.seed,
                     indices=indices,
                     batch_size=self.batch_size,
+                    pad_batches=pad_batches,
                     sampling=self.sampling,
                     speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
@@ -113,7 +120,7 @@ class BatchDrawer:
         def draw(number: int, on_step: Callable[[float], None]) -> Shard:
             indices = run.plan.indices(number)
             labels = run.plan.labels_of(indices)
-            drawn = self.draw(indices, labels, on_step)
+            drawn = self.draw(indices, labels, on_step, pad_batches=True)
             return Shard(
                 number,
                 run.fingerprint,

@@ -35,7 +35,7 @@ from softcfg.decoding.randomness import check_uint64
 from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
-from softcfg.files import make_folder
+from softcfg.files import as_path, make_folder
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SHARDS
 from softcfg.runs.job import RunRequest, draw_run
@@ -176,7 +176,7 @@ class Sweep:
     def _open(
         self, folder: str | Path, config: SweepConfig, storage: str | None = None, study: str | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self.config = config
         self.space = Space(config.search)
         self.fixed = {setting_named(name): value for name, value in (config.fixed or {}).items()}

@@ -322,8 +322,8 @@ class Model:
     @property
     def subjects(self) -> list[str]:
         """The names of the classes."""
-        names = self.pipeline.classes
-        return list(names) if names else [f"Class {label}" for label in range(self.pipeline.generator.num_classes)]
+        titles = map(self.pipeline.conditioning.title, range(self.pipeline.generator.num_classes))
+        return [title if self.pipeline.classes else title.capitalize() for title in titles]
 
     @property
     def examples(self) -> list[tuple[int | str, int]]:

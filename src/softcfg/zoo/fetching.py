@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from softcfg.errors import CheckpointError, UserError, quote
-from softcfg.files import TEMPORARY, hash_file, is_file, is_folder, open_atomically, open_regular
+from softcfg.files import TEMPORARY, as_path, hash_file, is_file, is_folder, open_atomically, open_regular
 from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
 from softcfg.zoo.loading import config_of_texts, empty_module, require_fit, weights_for
 from softcfg.zoo.reading import is_index, read_json, shards_of
@@ -38,7 +38,7 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
     if entry.folder:
         return [require_file(file, entry) for file in entry.files]
     if source is not None:
-        return _take(entry, Path(source), link)
+        return _take(entry, as_path(source), link)
     found: dict[ModelFile, Path] = {}
     missing: list[ModelFile] = []
     for file in entry.files:

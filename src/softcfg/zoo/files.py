@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from softcfg.errors import CheckpointError
-from softcfg.files import is_file
+from softcfg.files import as_path, is_file
 from softcfg.zoo.reading import is_index, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile
 
@@ -16,7 +16,7 @@ FOLDER_VARIABLE = "SOFTCFG_CHECKPOINTS"
 
 def checkpoints_folder() -> Path:
     """The folder of weights files put in place by hand: $SOFTCFG_CHECKPOINTS, or one in the user's cache."""
-    return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/checkpoints").expanduser()
+    return as_path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/checkpoints")
 
 
 def find_file(file: ModelFile) -> Path | None:

@@ -100,11 +100,6 @@ def _load(
     device: str | torch.device | None,
     dtype: torch.dtype | str | None,
 ) -> Any:
-    import torch
-
-    from softcfg.nn.precision import as_dtype
-
-    dtype = as_dtype(dtype)
     kind = "generator" if families is GENERATORS else "tokenizer"
     if isinstance(name, str) and name in families:
         family = families[name]
@@ -118,7 +113,7 @@ def _load(
         family = component.family
         config = published_config(entry, component) if config is None else config
         checkpoint = require_file(component.file, entry) if checkpoint is None else checkpoint
-        dtype = getattr(torch, component.dtype) if dtype is None else dtype
+        dtype = component.dtype if dtype in (None, "auto") else dtype
     module_class, config_class = family.classes()
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     module = _on_meta(module_class, settings)
@@ -165,6 +160,8 @@ def weights_for(
     def match(tensors: Mapping[str, Tensor]) -> int:
         return len(expected & family.needed(tensors).keys())
 
+    if not isinstance(checkpoint, (str, os.PathLike, Mapping)):
+        raise UserError(f"a checkpoint must be the path of a file or a state dict, got {quote(checkpoint)}")
     if isinstance(checkpoint, Mapping):
         source = "the given state dict"
         found = find_weights(checkpoint, source, family.entries, match, len(expected))
@@ -185,7 +182,7 @@ def load_weights(
     state_dict: Mapping[str, Tensor],
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     source: str = "the state dict",
     extras: bool = False,
 ) -> nn.Module:
@@ -207,16 +204,18 @@ def _fill(
     state_dict: Mapping[str, Tensor],
     *,
     device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     source: str,
     extras: bool,
 ) -> nn.Module:
     """Give a module on the meta device its weights; see `load_weights`."""
     import torch
 
+    from softcfg.nn.precision import as_device, as_dtype
+
     require_fit(module, state_dict, source, extras=extras)
-    device = torch.device("cpu" if device is None else device)
-    dtype = torch.float32 if dtype is None else dtype
+    device = as_device("cpu" if device is None else device)
+    dtype = as_dtype(dtype) or torch.float32
     module.load_state_dict(
         {
             name: state_dict[name].detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -229,10 +228,16 @@ def _fill(
 
 
 def random_weights(
-    component: Component, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
+    component: Component,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    seed: int = 0,
 ) -> Any:
     """The module of `component` with random weights, for measuring speed without its file; in eval mode."""
     import torch
+
+    from softcfg.nn.precision import as_dtype
 
     module_class, config_class = component.family.classes()
     config: Any = load_config(config_class, component.config, component.family.sections)
@@ -244,7 +249,7 @@ def random_weights(
         except (RuntimeError, MemoryError) as error:
             family = component.family
             raise UserError(f"there is no memory for the {family.name} {family.kind} here") from error
-    return module.to(device, dtype).requires_grad_(False).eval()
+    return module.to(device, as_dtype(dtype)).requires_grad_(False).eval()
 
 
 def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from softcfg.errors import CheckpointError, clean, quote
-from softcfg.files import hash_file, is_folder, open_regular, read_text, reading, reopened
+from softcfg.files import as_path, hash_file, is_folder, open_regular, read_text, reading, reopened
 from softcfg.zoo.unwrapping import ENTRIES, Found, Match, find_weights, require_plain
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def read_weights(
     wanted: int = 0,
 ) -> Found:
     """Like `read_state_dict`, with what was unwrapped; `match` and `wanted` as in `find_weights`."""
-    path = Path(path)
+    path = as_path(path)
     if is_index(path):
         content, size = _read_shards(path), sum(os.path.getsize(part) for part in shards_of(path))
     else:
@@ -216,7 +216,7 @@ def _read_head(file: BinaryIO, path: Path, size: int) -> bytes:
 
 def hash_weights(path: str | Path) -> str:
     """Return the SHA-256 of a weights file; of weights in several files, that of their hashes, in order."""
-    path = Path(path)
+    path = as_path(path)
     if not is_index(path):
         return hash_file(path)
     hashes = "\n".join(hash_file(part) for part in (path, *shards_of(path)))

@@ -20,7 +20,7 @@ import yaml
 
 from softcfg.configuration import read_yaml
 from softcfg.errors import UserError, quote, suggestion
-from softcfg.files import is_file, is_folder
+from softcfg.files import as_path, is_file, is_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -340,6 +340,10 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
     examples = expect(dict, content, "examples", {})
+    classes = expect(list, content, "classes", [])
+    for name in classes:
+        if isinstance(name, bool) or not isinstance(name, (str, int)):  # YAML reads no, on and null as something else
+            raise UserError(f"{path}: classes must be texts, got {quote(name)}; put names in quotes")
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
         if key in ("schedule", "rule"):
@@ -353,7 +357,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         expect(str, content, "description", ""),
         sampling,
         None if content.get("fid") is None else number("fid", content["fid"]),
-        tuple(str(name) for name in expect(list, content, "classes", [])),
+        tuple(map(str, classes)),
         text() if "text" in content else None,
         expect(str, content, "licence", ""),
         {str(name): expect(int, examples, name) for name in examples},
@@ -381,7 +385,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
     """
     if isinstance(model, ModelEntry):
         return model
-    path = Path(model)
+    path = as_path(model)
     if str(model) not in MODELS:
         if path.name == "model.yaml" and is_file(path):
             return read_model_folder(path.parent)

@@ -58,6 +58,11 @@ def describe_component(component: Component, entry: ModelEntry, checkpoint: str 
     return {"family": component.family.name, "config": dict(component.config), "sha256": hash_weights(path)}
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself, of what `torch.compile` makes of one."""
+    return getattr(module, "_orig_mod", module)
+
+
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Class, configuration and SHA-256 of one half of a model that was made in memory.
 
@@ -65,6 +70,7 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     """
     import torch
 
+    module = uncompiled(module)
     config: Any = getattr(module, "config", None)
     is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
     digest = hashlib.sha256()
