@@ -138,3 +138,12 @@ def test_nothing_else_is_needed(files: dict[str, str]) -> None:
     environment = {**os.environ, **paths}
     done = subprocess.run([sys.executable, "-c", script, *command], env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_warnings_are_a_line_each(files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pngs" / "notes.txt").touch()
+    command = [sys.executable, "-m", "softcfg", "eval", files["pngs"], "--extractor", "fashion", "--metrics", "kid"]
+    done = subprocess.run([*command, "--reference", files["pngs"]], capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(line.startswith(("softcfg: warning: ", "softcfg: error: ")) for line in lines)

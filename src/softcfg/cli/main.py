@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     written, on a full disk, is an error.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with patient_streams() as out:
+    with patient_streams() as out, _warnings_in_a_line():
         try:
             code = _run(words)
         except SystemExit as end:  # of argparse
@@ -155,6 +156,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"softcfg: error: cannot print: {clean(out.lost.strerror)}; all else is done", file=sys.stderr)
             code = 2
     return code
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print warnings like errors, without the place in the source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"softcfg: warning: {clean(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run(words: list[str]) -> int:
