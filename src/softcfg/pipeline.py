@@ -30,6 +30,7 @@ from softcfg.nn.precision import as_device, as_dtype, own_dtype
 from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
+from softcfg.zoo.files import require_files
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import ModelEntry, is_repository, resolve
 from softcfg.zoo.source import ModelSource, hash_files
@@ -160,6 +161,7 @@ class Pipeline:
         if isinstance(model, str) and is_repository(model):
             fetch(model)
         entry = resolve(model)
+        require_files(entry, generator_checkpoint, tokenizer_checkpoint)
         device = _device(device)
         size = None if image_size_eval is None else checked_size(image_size_eval)
         if quantize is not None and device_map is not None:

@@ -159,7 +159,7 @@ def test_bad_input_is_one_sentence(
     ("arguments", "message"),
     [
         (["sample", "alitok-xxl"], "did you mean alitok-xl"),
-        (["sample", "/nowhere/model"], "does not exist"),
+        (["sample", "/nowhere/model"], "there is no folder /nowhere/model"),
         (["sample", "fashion", "--guidance-scale", "much"], "invalid float value: 'much'"),
         (["sample", "fashion", "--guidanse-scale", "3"], "unrecognized arguments: --guidanse-scale"),
         (["sample"], "MODEL"),

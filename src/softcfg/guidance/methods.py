@@ -142,7 +142,7 @@ class CFG:
     @property
     def title(self) -> str:
         """A short name for figures: CFG, SoftCFG, or the names of the rule and the perturbation."""
-        name = titled(type(self.weak_branch), type(self.rule))
+        name = titled(type(self.weak_branch) if self.weak_branch.acts else NoPerturbation, type(self.rule))
         return f"{name}, weak model" if self.has_weak_model else name
 
     @property

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from softcfg.decoding import Sampling, draw, image_uniforms
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator
 from softcfg.models.conditioning import PromptConditioning
@@ -51,7 +51,7 @@ try:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
-    raise UserError("this needs transformers 5 or later: pip install 'softcfg[transformers]'") from error
+    raise UserError(f"this needs transformers 5 or later: {how_to_install('transformers')}") from error
 
 ATTENTION = "softcfg"  # its name for `attn_implementation`
 JANUS_SCALE = 5.0  # of its image mode, where its configuration has none
