@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
+FLOOR := .venv-floor/bin/uv pip install --quiet --python .venv-floor --resolution lowest-direct -e
 
-.PHONY: help install sample test test-all lint format bench docs pictures train study clean
+.PHONY: help install sample test test-all test-floor lint format bench docs pictures train study clean
 
 help:
-	@echo "make sample    draw images with the bundled model into $(OUT)/"
+	@echo "make sample    install what sampling needs, and draw images with the bundled model into $(OUT)/"
+	@echo "make install   install all that the other targets need"
 	@echo "make test      lint, type check and the tests"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-floor  the tests on the oldest versions that pyproject.toml allows"
 	@echo "make bench     the benchmarks"
 	@echo "make docs      the documentation as a site, into site/"
 	@echo "make pictures  draw the pictures of the documents again"
@@ -16,12 +19,20 @@ help:
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+# Without a GPU the build of PyTorch for CPUs takes its place: 1.0 GB in all, not 5.5 GB.
+TORCH := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+
+.venv/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
 	@touch $@
 
-sample: install
+.venv/.installed: .venv/.base
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+sample: .venv/.base
 	$(BIN)/softcfg sample fashion --labels all --output-dir $(OUT)
 
 test: lint
@@ -29,6 +40,15 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m "" -o timeout=1200
+
+# First with little beside what is required, then with all extras, some of which want newer versions of the same.
+test-floor:
+	$(PYTHON) -m venv --clear .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(FLOOR) '.[train,tune,quantize]' pytest==8.0.0 pytest-timeout==2.0.0 scipy==1.12.0
+	.venv-floor/bin/python -m pytest
+	$(FLOOR) '.[dev]'
+	.venv-floor/bin/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .
@@ -48,8 +68,11 @@ docs: install
 pictures: install
 	$(BIN)/softcfg sample fashion --labels all --overwrite --output-dir runs/pictures
 	cp runs/pictures/comparison.png docs/images/fashion-comparison.png
-	cp runs/pictures/grid.png docs/images/fashion-grid.png
+	$(BIN)/softcfg sample emoji --prompt umbrella --prompt "flag of japan" --prompt "flag of france" --overwrite \
+		--output-dir runs/first
+	cp runs/first/comparison.png docs/images/first.png
 	$(BIN)/softcfg plot fashion --labels Sneaker,Bag,Dress,Coat --step 150 --output-dir docs/images/plots
+	$(BIN)/python -m recipes.web_page docs/images/ui.png
 
 train: install
 	$(BIN)/python -m recipes.fashion_mnist.train

@@ -2,20 +2,22 @@
 
     python -m benchmarks.decoding --model alitok-b --batch-size 4 16
 
-The limit of a step is taken to be its linear layers, with weights laid out for them, and one reading of the filled
-part of the cache; it is measured beside the rest. A step's cost grows with the filled part of the cache, so steps are
-timed at several positions spread evenly over the sequence; their mean stands for the sequence. The weights are random:
-they do not change the arithmetic. Pixels are decoded by the same network on both sides.
+The limit of a step is what none can leave out: its linear layers, those of each shape with the fastest of all known
+products, and one reading of the filled part of the cache at the machine's measured bandwidth. A step's cost grows with
+the filled part of the cache, so steps are timed at several positions spread evenly over the sequence; their mean stands
+for the sequence. The weights are random: they do not change the arithmetic. Pixels are decoded by the same network on
+both sides.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.released import Released, check
 from benchmarks.timing import machine, means_over_sequence, medians, table
@@ -24,6 +26,7 @@ from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear, prepared_linear_layers
+from softcfg.nn.products import PRODUCTS, Product
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo.loading import random_weights
 from softcfg.zoo.registry import resolve
@@ -50,9 +53,9 @@ def released_step(generator: ClassGenerator, batch: int, guidance: CFG, position
     return step
 
 
-def linear_layers(generator: ClassGenerator, rows: int, kind: type[nn.Linear] = nn.Linear) -> Callable[[], None]:
-    """All linear layers of a step alone, one after the other."""
-    layers = [module for module in generator.modules() if isinstance(module, kind)]
+def linear_layers(generator: ClassGenerator, rows: int) -> Callable[[], None]:
+    """All linear layers of a step alone, as PyTorch runs them, one after the other."""
+    layers = [module for module in generator.modules() if isinstance(module, nn.Linear)]
     inputs = [torch.randn(rows, layer.in_features) for layer in layers]
 
     @torch.inference_mode()
@@ -63,17 +66,39 @@ def linear_layers(generator: ClassGenerator, rows: int, kind: type[nn.Linear] = 
     return run
 
 
-def limit(generator: ClassGenerator, rows: int, position: int, cache: KVCache) -> Callable[[], None]:
-    """What no step can leave out: the linear layers on prepared weights, and reading what the cache holds."""
-    products = linear_layers(generator, rows, Linear)  # RAR's modulations are not among them
+def fastest_products(generator: ClassGenerator, rows: int, repeats: int) -> float:
+    """Seconds of a step's linear layers, those of each shape with the fastest of all known products.
 
-    @torch.inference_mode()
-    def run() -> None:
-        products()
-        for contents in (*cache.keys, *cache.values):
-            contents[:, :, :position].amax()
+    RAR's modulations are not among them. The layers of a shape follow one another, so that their weights come from
+    where they come from in a step.
+    """
+    shapes: dict[tuple[int, ...], list[Linear]] = defaultdict(list)
+    for layer in generator.modules():
+        if isinstance(layer, Linear):
+            shapes[tuple(layer.weight.shape)].append(layer)
+    total = 0.0
+    for layers in shapes.values():
+        x = torch.randn(rows, layers[0].in_features)
+        weights = [layer.weight.detach() for layer in layers]
+        sides = {}
+        for name, product in PRODUCTS.items():
+            if product.can_serve(weights[0]):
+                laid_out = [product.lay_out(weight, rows) for weight in weights]
+                sides[name] = partial(_multiply, product, x, laid_out, layers, rows)
+        total += min(medians(sides, repeats).values())
+    return total
 
-    return run
+
+@torch.inference_mode()
+def _multiply(product: Product, x: Tensor, laid_out: Sequence[Tensor], layers: Sequence[Linear], rows: int) -> None:
+    for packed, layer in zip(laid_out, layers, strict=True):
+        product.multiply(x, packed, layer.weight, layer.bias, rows)
+
+
+def bandwidth(repeats: int = 5) -> float:
+    """Bytes per second at which this machine reads memory: the sum of 256 MiB of float32."""
+    content = torch.ones(1 << 26)
+    return 4 * content.numel() / medians({"read": content.sum}, repeats)["read"]
 
 
 def main() -> None:
@@ -92,6 +117,9 @@ def main() -> None:
     print(f"{args.model}, float32, {machine()}")
     print(f"largest difference of the baseline's logits from ours: {check(baseline, soft):.1e}\n")
     rows = []
+    layers, heads, head_dim = generator.cache_shape
+    speed = bandwidth()
+    print(f"memory is read at {speed / 1e9:.3g} GB/s")
     for batch in args.batch_size:
         cache = filled_cache(generator, generator.condition(range(batch), guided=True))
 
@@ -102,11 +130,14 @@ def main() -> None:
                 "CFG": decoding_step(generator, range(batch), cfg, position, cache),
                 "SoftCFG": decoding_step(generator, range(batch), soft, position, cache),
                 "linear layers": linear_layers(baseline, 2 * batch),
-                "limit": limit(generator, 2 * batch, position, cache),
             }
 
         with prepared_linear_layers(generator, 2 * batch):
             mean = means_over_sequence(sides_at, generator.num_tokens, args.repeats)
+        products = fastest_products(baseline, 2 * batch, args.repeats)
+        filled = generator.condition_slots + generator.num_tokens / 2
+        read = 4 * 2 * layers * heads * head_dim * 2 * batch * filled / speed
+        mean |= {"products": products, "reading": read, "limit": products + read}
         tokens = torch.randint(generator.vocab_size, (PIXELS, generator.num_tokens))
         pixels = medians({"pixels": partial(tokenizer.decode, tokens)}, 2)["pixels"] * batch / PIXELS
         whole = {name: seconds * generator.num_tokens + pixels for name, seconds in mean.items()}
@@ -127,13 +158,13 @@ def main() -> None:
             ]
         )
     header = [
-        "batch", "released CFG, ms", "released SoftCFG, ms", "CFG, ms", "SoftCFG, ms", "linear layers, ms", "limit, ms",
+        "batch", "released CFG, ms", "released SoftCFG, ms", "CFG, ms", "SoftCFG, ms", "linear layers, ms",
+        "fastest products, ms", "reading the cache, ms", "limit, ms",
         "released / ours, CFG", "released / ours, SoftCFG", "SoftCFG over CFG", "released SoftCFG over CFG",
         "SoftCFG / linear layers", "SoftCFG / limit", "pixels, s an image", "with pixels, CFG", "with pixels, SoftCFG",
         "images/s",
     ]  # fmt: skip
     weights = sum(layer.weight.numel() for layer in generator.modules() if isinstance(layer, Linear))
-    layers, heads, head_dim = generator.cache_shape
     print(
         f"a step of one image: {4e-9 * weights:.3g} GFLOP in linear layers; on average "
         f"{2e-6 * layers * heads * head_dim * generator.num_tokens * 4:.3g} MB read from the cache\n"

@@ -82,7 +82,7 @@ def main() -> None:
         header = ["cache", "seed", "images with other tokens", "FID", "IS", "class accuracy"]
         rows = compare_images(args.model, args.images, args.seeds, args.batch_size, args.data)
     else:
-        header = ["cache", "MiB", "ms a step"]
+        header = ["cache", "MiB", "ms per step"]
         rows = time_steps(random_weights(resolve(args.model).generator), args.batch_size, args.repeats)
     print(table(header, rows))
 

@@ -97,7 +97,7 @@ def main() -> None:
             rows.append([batch, condition.num_tokens, name, 1e3 * cfg, 1e3 * seconds[name], overhead])
     cut = f" cut to {args.layers} layers" if args.layers else ""
     print(f"{args.model}{cut}, {generator.dtype}, {machine()}\n")
-    print(table(["batch", "tokens", "method", "CFG, ms a step", "method, ms a step", "overhead"], rows))
+    print(table(["batch", "tokens", "method", "CFG, ms per step", "method, ms per step", "overhead"], rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.processes fashion --processes 1 2 --num-samples 2000
 
-Every process computes with one thread (OMP_NUM_THREADS=1) and starts anew; images a second are those that the
+Every process computes with one thread (OMP_NUM_THREADS=1) and starts anew; images per second are those that the
 run reports, without start-up.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.hashes: dict[str, str] = {}
         self.cut: dict[str, int] = {}
+        self.gated: set[str] = set()  # repositories whose licence is to be accepted first
         self.requests: list[tuple[str, str, str | None]] = []
 
     def add(self, repository: str, name: str, content: bytes, sha256: str | None = None) -> None:
@@ -42,10 +45,51 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_POST(self) -> None:
+        """What an upload asks for: a repository, how each file is to be sent, and a commit of files in base64."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.command, self.path, self.headers.get("Authorization")))
+        reply: dict[str, Any] = {}
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            if (name := f"{asked.get('organization') or 'me'}/{asked['name']}").startswith("forbidden/"):
+                self.send_json(403, {"error": "you may not write there"})
+                return
+            reply = {"url": f"http://{self.headers['Host']}/{name}", "name": name}
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            reply = {
+                "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            }
+        elif "/commit/" in self.path:
+            repository = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.add(repository, line["value"]["path"], base64.b64decode(line["value"]["content"]))
+            reply = {
+                "commitUrl": f"http://{self.headers['Host']}/{repository}/commit/{'c' * 40}",
+                "commitOid": "c" * 40,
+            }
+        self.send_json(200, reply)
+
+    def send_json(self, status: int, content: dict[str, Any]) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
     def answer(self) -> None:
         span = self.headers.get("Range")
         self.server.requests.append((self.command, self.path, span))
         content = self.server.files.get(self.path)
+        if self.path[1:].partition("/resolve/")[0] in self.server.gated:
+            self.send_response(403)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if content is None:
             known = any(path.startswith(self.path.rsplit("/", 1)[0]) for path in self.server.files)
             self.send_response(404)

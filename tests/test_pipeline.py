@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from softcfg import CFG, Pipeline, Sampling, SoftCFG, UserError
+from softcfg import CFG, Pipeline, Sampling, SoftCFG, UserError, trace
+from softcfg.runs import RunRequest, draw_run
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,34 @@ def test_batches(pipe: Pipeline, batch_size: int) -> None:
 
 def test_a_padded_batch_gives_the_same_bits(pipe: Pipeline) -> None:
     full = pipe([0, 1, 2, 3], seed=1, batch_size=4)
-    partial = pipe([0, 1, 2], seed=1, batch_size=4)
+    partial = pipe([0, 1, 2], seed=1, batch_size=4, pad_batches=True)
     assert np.array_equal(partial.pixels, full.pixels[:3])
+
+
+def test_batches_are_padded_only_on_request(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    decode = pipe.tokenizer.decode
+    monkeypatch.setattr(pipe.tokenizer, "decode", lambda codes, grid: rows.append(len(codes)) or decode(codes, grid))
+    pipe([0], batch_size=128)
+    pipe([0, 1, 2], batch_size=2)
+    pipe([0, 1, 2], batch_size=2, pad_batches=True)
+    assert rows == [1, 2, 1, 2, 2]
+
+
+@pytest.mark.slow
+def test_a_compiled_generator_is_the_generator(pipe: Pipeline, tmp_path: Path) -> None:
+    compiled = torch.compile(pipe.generator, backend="eager")
+    other = Pipeline(compiled, pipe.tokenizer, classes=pipe.classes, sampling_defaults=pipe.sampling_defaults)
+    assert type(other.conditioning) is type(pipe.conditioning)
+    assert torch.equal(other([0, 1], seed=1).tokens, pipe([0, 1], seed=1).tokens)
+    one, two = (trace(generator, labels=[1], guidance=CFG(2.0)) for generator in (pipe.generator, compiled))
+    assert torch.allclose(one.guided_logits, two.guided_logits, atol=1e-5)
+    plain = Pipeline(pipe.generator, pipe.tokenizer, classes=pipe.classes, sampling_defaults=pipe.sampling_defaults)
+    runs = [
+        draw_run(RunRequest(made, [0], num_samples=1), tmp_path / name) for made, name in ((other, "a"), (plain, "b"))
+    ]
+    assert runs[0].fingerprint == runs[1].fingerprint
+    assert runs[0].settings["model"] == "AliTok"
 
 
 def test_forced_tokens_reach_their_images(pipe: Pipeline) -> None:

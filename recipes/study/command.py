@@ -36,9 +36,11 @@ def main() -> None:
     size = Design()
     gpu = torch.cuda.is_available()
     parser.add_argument("--model", default="fashion-small", help="a bundled model, or a model folder")
-    parser.add_argument("--samples", type=int, default=size.samples, help="images a point")
-    parser.add_argument("--seeds", type=int, default=size.seeds, help="seeds a point")
-    parser.add_argument("--tuning-samples", type=int, default=size.tuning_samples, help="images a point of the tuning")
+    parser.add_argument("--samples", type=int, default=size.samples, help="images per point")
+    parser.add_argument("--seeds", type=int, default=size.seeds, help="seeds per point")
+    parser.add_argument(
+        "--tuning-samples", type=int, default=size.tuning_samples, help="images per point of the tuning"
+    )
     parser.add_argument("--batch-size", type=int, default=1000 if gpu else 250, help="images at once")
     parser.add_argument(
         "--workers", type=int, default=1 if gpu else min(2, os.cpu_count() or 1), help="processes, of one thread each"
@@ -60,7 +62,7 @@ def make(given: argparse.Namespace) -> None:
         report.write(given.document, rows, design)
         if not given.document_only:
             laboratory = Laboratory(given.model, given.data, given.batch_size)
-            report.write_picture(given.document, laboratory.picture(traced(design.best(rows)).values()))
+            report.write_picture(given.document, laboratory.picture(traced(design.best(rows))))
 
 
 def design_of(given: argparse.Namespace) -> Design:

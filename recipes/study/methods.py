@@ -26,7 +26,8 @@ def _at(variants: Iterable[CFG], scales: Sequence[float] = SCALES) -> list[CFG]:
 
 def _third(name: str) -> list[CFG]:
     """The conditional branch perturbed, as a third one beside the two of CFG, or alone."""
-    scales = ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0), (3.0, 0.5), (3.0, 1.0), (3.0, 2.0), (5.0, 0.25), (5.0, 0.5), (5.0, 1.0), (8.0, 0.5))  # fmt: skip
+    scales = [(scale, own) for scale in (3.0, 5.0) for own in (0.5, 1.0)]
+    scales += [(1.0, 1.0), (1.0, 2.0), (2.0, 1.0), (3.0, 2.0), (5.0, 0.25), (8.0, 0.5)]
     return [CFG(scale, perturbation=PERTURBATIONS[name](), perturbation_scale=own) for scale, own in scales]
 
 

@@ -155,8 +155,8 @@ def about(study: Study) -> str:
     full = [len(study.of_seeds(guidance, "fid")) for guidance in _reported(study)]
     seeds = f"{min(full)} to {max(full)}" if min(full) < max(full) else str(min(full))
     lines = [
-        f"- Model `{every[0]['model']}`; {study.design.samples:,} images a point, the classes in turn.",
-        f"- {seeds} of {study.design.seeds} seeds a point; the column *seeds* says how many a line has.",
+        f"- Model `{every[0]['model']}`; {study.design.samples:,} images per point, the classes in turn.",
+        f"- {seeds} of {study.design.seeds} seeds per point; the column *seeds* says how many a line has.",
         f"- {sum(row['samples'] for row in images):,} images in {len(images)} points "
         f"({', '.join(devices)}; {'; '.join(versions)}).",
     ]

@@ -21,20 +21,14 @@ if TYPE_CHECKING:
     from softcfg.zoo.loading import load_generator, load_tokenizer
 
 _HOMES = {
-    "CFG": "softcfg.guidance",
-    "CheckpointError": "softcfg.errors",
-    "Pipeline": "softcfg.pipeline",
-    "PipelineOutput": "softcfg.pipeline",
-    "RunFolder": "softcfg.runs.folder",
-    "RunRequest": "softcfg.runs.job",
-    "Sampling": "softcfg.decoding",
-    "SoftCFG": "softcfg.guidance",
-    "Trace": "softcfg.inspection",
-    "UserError": "softcfg.errors",
-    "draw_run": "softcfg.runs.job",
-    "load_generator": "softcfg.zoo.loading",
-    "load_tokenizer": "softcfg.zoo.loading",
-    "trace": "softcfg.inspection",
+    "softcfg.decoding": ("Sampling",),
+    "softcfg.errors": ("CheckpointError", "UserError"),
+    "softcfg.guidance": ("CFG", "SoftCFG"),
+    "softcfg.inspection": ("Trace", "trace"),
+    "softcfg.pipeline": ("Pipeline", "PipelineOutput"),
+    "softcfg.runs.folder": ("RunFolder",),
+    "softcfg.runs.job": ("RunRequest", "draw_run"),
+    "softcfg.zoo.loading": ("load_generator", "load_tokenizer"),
 }
 
 __all__ = [

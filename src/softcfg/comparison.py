@@ -1,4 +1,4 @@
-"""The same seeds under several guidance methods and scales: drawn, measured and shown beside each other.
+"""The same seeds under several guidance methods and scales: drawn, measured and shown side by side.
 
 Every method, scale and seed is a run folder of `softcfg.runs.job`, so a comparison that was stopped goes on where it
 was, and any number of processes share it.
@@ -20,7 +20,7 @@ from PIL import Image
 from softcfg.errors import UserError
 from softcfg.evaluation import Extractor, evaluate
 from softcfg.evaluation.report import DECIMALS, TITLES
-from softcfg.files import make_folder, write_atomically
+from softcfg.files import as_path, make_folder, write_atomically
 from softcfg.guidance import CFG, PERTURBATIONS, PRESETS, RULES, compose, describe
 from softcfg.images import grid, png_bytes
 from softcfg.pipeline import Pipeline
@@ -38,7 +38,8 @@ SHOWN = 10  # images of a method in the picture
 PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
 FIGURES = {"recall.png": ("recall", "fid"), "front.png": ("inception_score", "fid")}  # what is on which axis
 NONE = "none"
-KINDS: dict[str, Collection[str]] = {"preset": PRESETS, "rule": RULES, "perturbation": PERTURBATIONS}
+WEAK = "weak"
+KINDS: dict[str, Collection[str]] = {"preset": PRESETS, "rule": RULES, "perturbation": PERTURBATIONS, WEAK: (WEAK,)}
 
 
 @dataclass(frozen=True)
@@ -79,31 +80,36 @@ class Entry:
 def method_named(name: str, pipeline: Pipeline, scale: float | None, settings: Mapping[str, Any]) -> CFG:
     """The guidance called "none", RULE, PERTURBATION, PERTURBATION+RULE or by a preset, such as "released".
 
+    With "weak", alone or as in "softcfg+weak", it is away from the weak model; else it takes none.
+
     Args:
         scale: of the guidance; None for the model's own.
-        settings: by name, on top of what suits the model; those of rules and perturbations that the method has not are
-            left out.
+        settings: by name, on top of what suits the model; those of rules and perturbations that it does
+            not have are left out.
 
     Raises:
         UserError: there is no such method, or a setting is out of its range.
     """
     if name == NONE:
-        return pipeline.default_guidance(CFG, guidance_scale=1.0)
+        return pipeline.default_guidance(CFG, guidance_scale=1.0, weak_share=0.0)
     parts: dict[str, Any] = {}
     for word in name.split("+"):
         kinds = [kind for kind, names in KINDS.items() if word in names and word != NONE]
         if not kinds or kinds[0] in parts:
-            known = [NONE, *RULES, *(p for p in PERTURBATIONS if p != NONE), *PRESETS]
+            known = [NONE, *RULES, *(p for p in PERTURBATIONS if p != NONE), *PRESETS, WEAK]
             raise UserError(f"there is no method {name!r}; it is one of {', '.join(known)}, or PERTURBATION+RULE")
         parts[kinds[0]] = word
     if "preset" not in parts:
         parts.setdefault("perturbation", NONE)
+    share = settings.get("weak_share", 1.0) if parts.pop(WEAK, None) else 0.0
     if scale is not None:
         settings = {**settings, "guidance_scale": scale}
     try:
-        return pipeline.default_guidance(compose, drop_unused=True, **{**settings, **parts})
+        made = pipeline.default_guidance(compose, drop_unused=True, **{**settings, **parts, "weak_share": share})
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error)) from error
+    pipeline.check_guidance(made)
+    return made
 
 
 def entries(
@@ -157,18 +163,18 @@ def compare(
     Raises:
         UserError: something cannot be drawn or measured. The same call goes on with the rest.
     """
-    folder, processes = Path(folder), processes or Processes()
+    folder, processes = as_path(folder), processes or Processes()
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("name each seed once, and at least one")
     pipeline = request.load(processes.device)
 
     def measure(images: Any, labels: Sequence[int] | None = None) -> dict[str, float]:
-        return {} if extractor is None else evaluate(
-            images, reference, extractor, labels=labels, device=extractor.device, cache=cache
-        ).metrics  # fmt: skip
+        if extractor is None:
+            return {}
+        return evaluate(images, reference, extractor, labels=labels, device=extractor.device, cache=cache).metrics
 
     def probe() -> None:  # what cannot be measured is refused before anything is drawn
-        side = pipeline.tokenizer.image_size
+        side = pipeline.tokenizer.decoded_size
         measure(np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8), [0] * PROBE_IMAGES)
         make_folder(folder)
 
@@ -182,10 +188,7 @@ def compare(
         if processes.first and on_entry is not None:
             on_entry(entry)
 
-    def write() -> None:
-        _write_results(folder, chosen, seeds)
-
-    processes.agree(write)
+    processes.agree(lambda: _write_results(folder, chosen, seeds))
     return list(chosen)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -15,8 +14,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from softcfg.errors import UserError, clean, quote
-from softcfg.files import read_text
+from softcfg.errors import UserError, clean, quote, suggestion
+from softcfg.files import read_text, reading
+from softcfg.interpolation import interpolated
 
 ConfigT = TypeVar("ConfigT")
 LARGEST_YAML = 1 << 18  # bytes
@@ -28,12 +28,10 @@ ConfigSource = Any  # a dataclass instance, a mapping, or a path to a YAML file
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping; raises `UserError` if it is anything else."""
+    with reading(path, what="configuration file "):
+        text = read_text(path, LARGEST_YAML)
     try:
-        content = parse_yaml(read_text(path, LARGEST_YAML))
-    except FileNotFoundError as error:
-        raise UserError(f"configuration file {path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from error
+        content = parse_yaml(text)
     except UserError as error:
         raise UserError(f"configuration file {path} {error}") from error
     if not isinstance(content, dict):
@@ -82,19 +80,18 @@ def _count_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
 
 def read_interval(text: str) -> tuple[int, int]:
     """The two steps of START-STOP; raises `ValueError` if `text` is anything else."""
-    steps = re.fullmatch(r"(\d+)-(\d+)", text)
+    steps = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", text)
     if not steps:
-        raise ValueError(f"{text!r} is not START-STOP, two steps such as 32-192")
+        raise ValueError(f"{quote(text)} is not START-STOP, two steps such as 32-192")
     return int(steps[1]), int(steps[2])
 
 
 def load_config(
-    config_type: type[ConfigT],
-    source: ConfigSource,
-    sections: Sequence[str] = ("model.vq_model", "model.generator"),
+    config_type: type[ConfigT], source: ConfigSource, sections: Sequence[str] = ("model.vq_model", "model.generator")
 ) -> ConfigT:
     """Build `config_type` (a dataclass) from an instance of it, a mapping, or the path of a YAML file.
 
+    `${a.b}` and `${oc.env:NAME}` mean what they mean to OmegaConf (see `softcfg.interpolation`).
     A mapping is either flat (field name -> value) or in the released layout, where the fields stand in
     `sections` (dotted paths, a later section overrides an earlier one) and everything else is ignored.
     Unknown names inside a flat mapping are ignored with a warning, since released files carry training
@@ -114,7 +111,7 @@ def load_config(
             f"config must be a {config_type.__name__}, a mapping or the path of a YAML file, "
             f"got {type(source).__name__}"
         )
-    values = _flatten(source, sections) if "model" in source else dict(source)
+    values = _flatten(source, sections) if "model" in source else {name: (source, name) for name in source}
     if strange := [name for name in values if not isinstance(name, str)]:
         raise UserError(f"the names of config fields are texts, got {quote(strange[0])}")
 
@@ -131,7 +128,8 @@ def load_config(
         raise UserError(
             f"{config_type.__name__} needs {', '.join(missing)}; found {clean(', '.join(values), 300) or 'nothing'}"
         )
-    checked = {name: _coerce(name, values[name], types_of[name]) for name in fields if name in values}
+    given = {name: interpolated(*values[name]) for name in fields if name in values}
+    checked = {name: _coerce(name, value, types_of[name]) for name, value in given.items()}
     try:
         return config_type(**checked)
     except ValueError as error:
@@ -146,8 +144,9 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Where each field stands: the mapping and its dotted name there."""
+    values: dict[str, tuple[Mapping[str, Any], str]] = {}
     for section in sections:
         node: Any = source
         for part in section.split("."):
@@ -156,19 +155,16 @@ def _flatten(source: Mapping[str, Any], sections: Sequence[str]) -> dict[str, An
             continue
         if not isinstance(node, Mapping):
             raise UserError(f"config section {section} must be a mapping, got {quote(node)}")
-        values.update(node)
+        values.update({name: (source, f"{section}.{name}") for name in node})
     return values
 
 
 def _warn_unknown(names: set[str], fields: Mapping[str, Any], config_type: type) -> None:
     # Only a likely misspelling of a field is worth a word: released files hold many names that we do not need.
     for name in sorted(names):
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
-        if near and near[0] not in names:
-            warnings.warn(
-                f"{config_type.__name__} has no field {quote(name)} (did you mean {near[0]!r}?); it is ignored",
-                stacklevel=3,
-            )
+        hint = suggestion(name, fields, most=1, cutoff=0.85)
+        if hint:
+            warnings.warn(f"{config_type.__name__} has no field {quote(name)} ({hint}); it is ignored", stacklevel=3)
 
 
 def _coerce(name: str, value: Any, expected: Any) -> Any:
@@ -211,3 +207,10 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"config field {name} must be greater than 0, got {getattr(config, name)!r}")
+
+
+def require_multiple(config: Any, *pairs: tuple[str, str]) -> None:
+    """Raise `ValueError` for the first pair of fields of which the one is no multiple of the other."""
+    for whole, part in pairs:
+        if getattr(config, whole) % getattr(config, part):
+            raise ValueError(f"{whole} {getattr(config, whole)} must be a multiple of {part} {getattr(config, part)}")

@@ -23,14 +23,13 @@ from softcfg.decoding.throughput import largest_batch, time_steps
 from softcfg.guidance import SoftCFG
 from softcfg.inspection import trace
 from softcfg.models.base import Generator
-from softcfg.nn import AttentionContext, KVCache, Position, use_backend
+from softcfg.nn import AttentionContext, KVCache, Position, products, use_backend
 from softcfg.nn.backends import BACKENDS, AttentionCall, attention
 from softcfg.nn.kv_cache import CACHES
-from softcfg.nn.linear import Linear
 from softcfg.nn.memory import free_memory
 from softcfg.version import __version__
 from softcfg.zoo.files import missing_files
-from softcfg.zoo.loading import blank_module, load_generator, random_weights
+from softcfg.zoo.loading import empty_module, load_generator, random_weights
 from softcfg.zoo.registry import MODELS, resolve
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface_hub", "transformers", "torchao")
@@ -97,10 +96,11 @@ def choices(device: torch.device) -> dict[str, str]:
                 found[f"attention, {name}"] = "; ".join([backend.name, *skipped])
                 break
             skipped.append(f"not {backend.name}: {why or 'it is slower'}")
-    layer = Linear(64, 64).requires_grad_(False).to(device)
-    layer.prepare(4)
-    if layer.packed is not None:
-        product = "MKL on weights that are laid out once (float32), else PyTorch's"
+    if device.type == "cpu":
+        size = 512  # for example
+        chosen = products.choose([torch.randn(size, size) for _ in range(products.LAYERS)], None, 32).name
+        known = ", ".join(products.PRODUCTS)
+        product = f"the fastest of {known}, measured for each shape; {chosen} for 32 rows and {size} x {size}"
     elif device.type == "cuda":
         precision = torch.get_float32_matmul_precision()
         product = f"cuBLAS; float32 in {'float32' if precision == 'highest' else 'TF32'} (precision {precision!r})"
@@ -119,7 +119,7 @@ def fitting_batches(device: torch.device) -> dict[str, dict[str, Any]]:
         if missing_files(entry.files):
             continue
         dtype = getattr(torch, entry.generator.dtype)
-        generator: Any = blank_module(entry.generator).to(dtype)
+        generator: Any = empty_module(entry.generator).to(dtype)
         weights = sum(parameter.nbytes for parameter in generator.parameters())
         copies = 2 if device.type == "cpu" else 1
         batch = None if free is None else largest_batch(generator, SoftCFG(), max(0, free - copies * weights))
@@ -156,7 +156,7 @@ def _attention(device: torch.device) -> tuple[bool, str]:
     """The attention of a step against plain products in float64 on the CPU, for the zoo's shapes."""
     shapes, worst, served = set(), 0.0, 0
     for entry in MODELS.values():
-        generator: Any = blank_module(entry.generator)
+        generator: Any = empty_module(entry.generator)
         _, key_heads, head_dim = generator.cache_shape
         heads = getattr(generator.config, "num_attention_heads", None) or generator.config.n_head
         shapes.add((head_dim, heads // key_heads))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import operator
 import reprlib
+from collections.abc import Iterable, Mapping
+
+from softcfg.version import __version__
 
 LONGEST_SENTENCE = 2000  # characters
 
@@ -43,6 +48,20 @@ def quote(value: object) -> str:
     return clean(_SHORT.repr(value), 500)
 
 
+def suggestion(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.5) -> str:
+    """ "did you mean ONE or OTHER?" with the known names that are like `name`; empty if none is.
+
+    Capitals count as small letters, and underscores as hyphens.
+    """
+    spelt = {_plain(each): each for each in known}
+    near = difflib.get_close_matches(_plain(name[:100]), spelt, n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(spelt[each] for each in near)}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").lstrip("-")
+
+
 class UserError(ValueError):
     """A mistake in what the user gave; the text says what is wrong and what to do about it.
 
@@ -51,6 +70,41 @@ class UserError(ValueError):
 
     def __init__(self, text: object) -> None:
         super().__init__(clean(text))
+
+
+class UnexpectedArgumentError(UserError, TypeError):
+    """A keyword that a function does not take.
+
+    Args:
+        function: its name, as users call it.
+        known: the keywords that it takes.
+        foreign: words of other libraries, and what they are called here.
+    """
+
+    def __init__(
+        self, function: str, name: str, known: Iterable[str], foreign: Mapping[str, str] | None = None
+    ) -> None:
+        local = (foreign or {}).get(name)
+        hint = f"did you mean {local}?" if local else suggestion(name, known, most=1, cutoff=0.6)
+        super().__init__(f"{function} takes no {name}{hint and '; '}{hint}")
+
+
+def how_to_install(extra: str) -> str:
+    """How the packages of an extra are installed: the one way, from the clone or a wheel."""
+    return f"pip install '.[{extra}]' in the clone, or 'softcfg-{__version__}-py3-none-any.whl[{extra}]' from a wheel"
+
+
+def require_whole(value: object, name: str, least: int) -> int:
+    """Return `value`, which goes by `name`; raise `UserError` unless it is a whole number from `least` on."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise UserError(f"{name} must be a whole number, got {quote(value)}")
+    if number < least:
+        raise UserError(f"{name} must be at least {least}, got {quote(value)}")
+    return number
 
 
 class CheckpointError(UserError):

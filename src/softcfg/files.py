@@ -1,4 +1,4 @@
-"""Open nothing but regular files of bounded size; write files whole or not at all."""
+"""Open only regular files of bounded size; write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ KINDS = {
 }
 
 
+def as_path(path: str | Path) -> Path:
+    """The path that a person wrote; `~` is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 # ---- reading
 
 
@@ -42,7 +47,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
         limit: bytes that the file may have at most.
 
     Raises:
-        OSError: the file cannot be opened, is no regular file or is too large; `strerror` says which.
+        OSError: the file cannot be opened, is not a regular file or is too large; `strerror` says which.
     """
     file = io.BufferedReader(_open(path, os.O_RDONLY))
     if limit is not None and os.fstat(file.fileno()).st_size > limit:
@@ -64,12 +69,32 @@ def read_text(path: str | Path, limit: int) -> str:
     """Read a UTF-8 text of at most `limit` bytes.
 
     Raises:
-        OSError: like `open_regular`; `strerror` also says that a file holds no UTF-8.
+        OSError: like `open_regular`; `strerror` also says if the file is not UTF-8.
     """
     try:
         return read_bounded(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OSError(errno.EILSEQ, f"it is no UTF-8 text ({error.reason} at byte {error.start})", str(path)) from error
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, kind: type[UserError] = UserError, what: str = "") -> Iterator[None]:
+    """Turn an `OSError` of the block into a `kind` that says in one sentence what is wrong with the file.
+
+    Args:
+        what: the file is, in front of its path.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{what}{path} does not exist") from error
+    except OSError as error:
+        raise kind(f"{what}{path} cannot be read: {error.strerror}") from error
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end with LF, CR LF or CR alone; `str.splitlines` splits at other characters too."""
+    return io.StringIO(text, newline=None).read().split("\n")
 
 
 def reopened(file: BinaryIO) -> str:
@@ -82,7 +107,7 @@ def open_own(path: str | Path) -> BinaryIO:
     """Open a small file of our own for reading and writing, and create it if it is not there.
 
     Raises:
-        OSError: a link or anything else that is no regular file has its name; nothing was changed.
+        OSError: a link, or anything else but a regular file, has its name; nothing was changed.
     """
     if os.path.islink(path):  # for Windows, whose `open` does not refuse links
         raise OSError(errno.ELOOP, A_LINK, str(path))

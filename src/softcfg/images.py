@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from softcfg.errors import UserError, clean
+from softcfg.errors import UserError, clean, quote
 from softcfg.files import open_regular
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Picture = str | Path | bytes | Image.Image | NDArray[np.uint8] | Tensor
 
 PAD = 2  # pixels between images
 MARGIN = 8
@@ -17,41 +27,144 @@ BACKGROUND = "white"
 INK = "#222222"
 
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LARGEST = 1 << 26  # pixels of a picture
 LARGEST_FILE = 1 << 28  # bytes
 
+OPAQUE = ("1", "L", "P", "RGB", "RGBX")  # modes of PIL
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # tags of EXIF and TIFF
+BLACK_IS_ZERO = 1
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by the value of the orientation
 
-def read_picture(path: str | Path, largest: int = LARGEST) -> Image.Image:
-    """Read a PNG, JPEG or WebP file as an RGB image.
+
+def read_picture(picture: Picture, largest: int = LARGEST, name: str = "the picture") -> Image.Image:
+    """Read a picture as an RGB image, whatever it is handed in as.
+
+    It is turned upright as its EXIF orientation says. Grey of 16 bits is scaled to 8. What is transparent anywhere is
+    refused, in every mode and format, since nobody says what it would stand on.
 
     Args:
+        picture: the path of a PNG, JPEG, WebP, BMP or TIFF file, or the content of one as bytes; an image of PIL; or an
+            array or tensor, uint8 [H, W, 3].
         largest: pixels that it may have at most.
+        name: what messages call a picture that has no path.
 
     Raises:
-        UserError: the file cannot be read, is of another format, too large, partly transparent or has more than 8 bits
-            a channel.
+        UserError: it is none of these, or cannot be read, is too large, has several frames, is transparent somewhere or
+            has other channels than RGB or grey.
     """
+    if isinstance(picture, (str, os.PathLike)):
+        name = os.fsdecode(picture) or "''"
     try:
-        with open_regular(path, LARGEST_FILE) as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > largest:
-                raise UserError(f"{path} has {image.width} x {image.height} pixels, more than {largest:,}, the limit")
-            if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "PA"):
-                raise UserError(f"{path} has the mode {image.mode}; images must be RGB or grey, 8 bits a channel")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                opaque = image.convert("RGBA")
-                if opaque.getchannel("A").getextrema() != (255, 255):
-                    raise UserError(f"{path} is partly transparent; put it on a background first")
-                return opaque.convert("RGB")
-            return image.convert("RGB")
+        if isinstance(picture, (str, os.PathLike)):
+            with open_regular(picture, LARGEST_FILE) as file:
+                return _read(file, largest, name)
+        if isinstance(picture, (bytes, bytearray, memoryview)):
+            return _read(io.BytesIO(picture), largest, name)
+        if isinstance(picture, Image.Image):
+            return _as_rgb(picture, largest, name)
+        return Image.fromarray(_pixels(picture, largest, name))
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} cannot be read as an image: it is no {', '.join(FORMATS)} file, or damaged") from error
+        raise UserError(f"{name} cannot be read as an image: it is no {', '.join(FORMATS)} file, or damaged") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read as an image: {error.strerror or error}") from error
+        raise UserError(f"{name} cannot be read as an image: {error.strerror or error}") from error
     except Exception as error:  # decoders raise a dozen types on damaged files
-        raise UserError(f"{path} cannot be read as an image: {clean(error, 200)}") from error
+        raise UserError(f"{name} cannot be read as an image: {clean(error, 200)}") from error
+
+
+def _read(file: Any, largest: int, name: str) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
+        _check_size(image, largest, name)
+        if image.format in FORMATS and _has_frames(
+            image
+        ):  # a photo with a depth map beside it is "MPO", a kind of JPEG
+            raise UserError(f"{name} has several frames; give one picture")
+        return _as_rgb(image, largest, name)
+
+
+def _as_rgb(image: Image.Image, largest: int, name: str) -> Image.Image:
+    """The image upright, as RGB."""
+    _check_size(image, largest, name)
+    image.load()  # before its orientation is asked for: some formats are turned here
+    orientation = _orientation(image)
+    if _is_grey16(image):
+        levels = np.asarray(image)
+        if (clear := image.info.get("transparency")) is not None and (levels == clear).any():
+            raise _transparent(name)
+        rgb = Image.fromarray(np.rint(levels / 257).astype(np.uint8)).convert("RGB")  # 65535 / 255 = 257
+    elif image.mode in TRANSPARENT or (image.mode in OPAQUE and "transparency" in image.info):
+        if image.mode in ("La", "1"):
+            image = image.convert("LA" if image.mode == "La" else "L")
+        rgba = image.convert("RGBA")
+        if rgba.getchannel("A").getextrema() != (255, 255):
+            raise _transparent(name)
+        rgb = rgba.convert("RGB")
+    elif image.mode in OPAQUE:
+        rgb = image.convert("RGB")
+    else:
+        raise UserError(f"{name} has the mode {image.mode}; images must be RGB or grey, 8 bits a channel or grey of 16")
+    rgb = rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    rgb.info = {}  # nobody shall turn it again
+    return rgb
+
+
+def _transparent(name: str) -> UserError:
+    return UserError(f"{name} is partly transparent; put it on a background first")
+
+
+def _is_grey16(image: Image.Image) -> bool:
+    """Whether its levels are 0 (black) to 65535."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF, where the same mode is 12 bits or white at 0
+    if tags.get(BITS, (16,)) != (16,) or tags.get(PHOTOMETRIC, BLACK_IS_ZERO) != BLACK_IS_ZERO:
+        return False
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # "I" in PIL before 11
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the image is to be turned, as EXIF counts; 1, not at all, where its EXIF cannot be read."""
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        image.seek(1)  # one step: there may be millions
+    except EOFError:
+        return False
+    return True
+
+
+def _check_size(image: Image.Image, largest: int, name: str) -> None:
+    if not image.width * image.height:
+        raise UserError(f"{name} has no pixels")
+    if image.width * image.height > largest:
+        raise UserError(f"{name} has {image.width} x {image.height} pixels, more than {largest:,}, the limit")
+
+
+def _pixels(values: Any, largest: int, name: str) -> NDArray[np.uint8]:
+    """An array or tensor as an array, uint8 [H, W, 3]."""
+    wanted = "a path, an image of PIL, the bytes of a file, or an array uint8 [H, W, 3]"
+    if not hasattr(values, "__array__"):
+        raise UserError(f"{name} must be {wanted}, got {clean(quote(values), 100)}")
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise UserError(f"{name} must be {wanted}, got {array.dtype} {list(array.shape)}")
+    if array.shape[0] * array.shape[1] > largest:
+        raise UserError(f"{name} has {array.shape[1]} x {array.shape[0]} pixels, more than {largest:,}, the limit")
+    return np.ascontiguousarray(array)
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -62,11 +175,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def grid(
-    rows: Sequence[Sequence[Image.Image]],
-    *,
-    row_labels: Sequence[str] = (),
-    title: str = "",
-    min_size: int = 64,
+    rows: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str] = (), title: str = "", min_size: int = 64
 ) -> Image.Image:
     """Put images of one size into rows, with a label in front of each row and a title above.
 
@@ -83,12 +192,10 @@ def grid(
     left = max((round(font.getlength(label)) for label in row_labels), default=-MARGIN) + MARGIN
     top = round(size * 1.6) if title else 0
     columns = max(len(row) for row in rows)
+    across = max(columns * (width + PAD) - PAD, round(font.getlength(title)))
     canvas = Image.new(
         "RGB",
-        (
-            2 * MARGIN + left + columns * (width + PAD) - PAD,
-            2 * MARGIN + top + len(rows) * (height + PAD) - PAD,
-        ),
+        (2 * MARGIN + left + across, 2 * MARGIN + top + len(rows) * (height + PAD) - PAD),
         BACKGROUND,
     )
     ink = ImageDraw.Draw(canvas)

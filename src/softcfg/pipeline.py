@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from softcfg import calls
+from softcfg.calls import PipelineOutput as PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
-from softcfg.errors import UserError
+from softcfg.decoding.weak import check_weak
+from softcfg.errors import UnexpectedArgumentError, UserError, require_whole
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
+from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
-from softcfg.nn.precision import own_dtype
-from softcfg.prompts import Prompt
-from softcfg.tokenizers.base import Tokenizer
-from softcfg.zoo import placement
+from softcfg.nn.precision import as_device, as_dtype, own_dtype
+from softcfg.tokenizers.base import Tokenizer, checked_size
+from softcfg.zoo import placement, saving
+from softcfg.zoo.fetching import fetch
+from softcfg.zoo.files import require_files
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
-from softcfg.zoo.registry import ModelEntry, resolve
-from softcfg.zoo.source import ModelSource
-
-
-@dataclass
-class PipelineOutput:
-    """B sampled images.
-
-    Attributes:
-        labels: int64 [B]; None where prompts were given.
-        indices: the index n of each image; with the seed it fixes the image's random numbers.
-        tokens: int64 [B, T], as the generator drew them.
-        codes: int64 [B, h w], what the tokenizer decoded: the same, or what is left of them without structure.
-        pixels: uint8 [B, H, W, 3].
-        prompts: the B prompts, with the size that was drawn; None where labels were given.
-        passes: of the generator, over all batches: T a batch, fewer with speculative Jacobi decoding.
-    """
-
-    labels: Tensor | None
-    indices: list[int]
-    tokens: Tensor
-    codes: Tensor
-    pixels: np.ndarray
-    prompts: list[Prompt] | None = None
-    passes: int = 0
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The images as PIL images."""
-        return [Image.fromarray(image) for image in self.pixels]
+from softcfg.zoo.registry import ModelEntry, is_repository, resolve
+from softcfg.zoo.source import ModelSource, hash_files
 
 
 class Pipeline:
@@ -64,14 +43,17 @@ class Pipeline:
         generator, tokenizer: the two halves of the model.
         name: the name of the model.
         classes: names of the classes, where the model has them.
-        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule and top_k that suit the model.
+        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule, rule and top_k that suit the
+            model.
         conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
             generator's family, without the files that reading texts may need.
         source: where the model was loaded from, which runs write down; None if it was made in memory.
+        weak: the pipeline of a weak model, which guidance with a `weak_share` leads away from (autoguidance); of the
+            same image tokenizer and conditions. None for none.
 
     Raises:
-        UserError: the tokenizer does not decode what the generator draws, or the generator does not say what it is
-            conditioned on.
+        UserError: the tokenizer does not decode what the generator draws, the generator does not say what it is
+            conditioned on, or the weak model does not draw what this one draws.
     """
 
     def __init__(
@@ -84,6 +66,7 @@ class Pipeline:
         sampling_defaults: Mapping[str, Any] | None = None,
         conditioning: Conditioning | None = None,
         source: ModelSource | None = None,
+        weak: Pipeline | None = None,
         prompt_reader: Any = None,
     ) -> None:
         if conditioning is None:
@@ -106,10 +89,25 @@ class Pipeline:
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
-        self.classes = tuple(classes)
+        self.classes = tuple(classes) or conditioning.classes
         self.sampling_defaults = dict(sampling_defaults or {})
         self.conditioning = conditioning
         self.source = source
+        self.weak = weak
+        if weak is not None:
+            self._check_weak(weak)
+        self._bar: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        what = "texts" if self.conditioning.takes_prompts else f"{self.generator.num_classes} classes"
+        width, height = self.conditioning.image_size()
+        millions = sum(parameter.numel() for parameter in self.generator.parameters()) / 1e6
+        halves, dtype = (type(self.generator).__name__, type(self.tokenizer).__name__), str(self.dtype)
+        return (
+            f"<Pipeline {self.name or 'without a name'}: {halves[0]} of {millions:,.3g} M parameters "
+            f"({dtype.removeprefix('torch.')} on {self.device}) with {halves[1]}, "
+            f"draws {what}, {width} x {height} pixels in {self.num_tokens()} tokens>"
+        )
 
     @classmethod
     def from_pretrained(
@@ -117,33 +115,55 @@ class Pipeline:
         model: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         generator_checkpoint: str | Path | None = None,
         tokenizer_checkpoint: str | Path | None = None,
         quantize: str | None = None,
-        kv_cache_dtype: torch.dtype | None = None,
+        kv_cache_dtype: torch.dtype | str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | None = None,
+        weak: str | Path | Pipeline | None = None,
+        image_size_eval: int | None = None,
+        **unknown: Any,
     ) -> Pipeline:
-        """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder by its path.
+        """Load a model of the zoo by name ("fashion", "alitok-xl"), or a model folder.
+
+        A model folder is given by its path; or by the name "user/repository" of one on Hugging Face, which is
+        downloaded (see `save_pretrained` and `push_to_hub`).
 
         Args:
             device: "cuda" where there is one, else "cpu", by default.
-            dtype: of the generator; by default what suits the model, float32 for most. The tokenizer stays in float32.
+            dtype: of the generator, such as "bfloat16" or torch.bfloat16; by default what suits the model, float32 for
+                most. The tokenizer stays in float32.
+            torch_dtype: the same, by its name in diffusers and transformers.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
-            quantize: "int8" or "int4", the weights of the generator's linear layers (see `zoo.placement.quantize`).
+            quantize: "int8" or "int4", the weights of the linear layers of the generator, and of the text encoder where
+                it has one (see `zoo.placement.quantize`).
             kv_cache_dtype: torch.int8 keeps keys and values in a quarter of the memory of float32, rounded; by default
                 they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
                 `zoo.placement.spread`).
+            weak: the weak model, loaded with the same dtypes, as in "rar-xl" with "rar-b"; or the pipeline of one.
+            image_size_eval: H and W that images are resized to (see `with_image_size`); by default they are not.
 
         Raises:
             UserError: no such model, or its files are missing or do not fit (`CheckpointError`).
         """
+        for name in unknown:
+            known = inspect.signature(cls.from_pretrained).parameters.keys() - {"model", "unknown"}
+            raise UnexpectedArgumentError("from_pretrained", name, known)
+        if dtype is not None and torch_dtype is not None:
+            raise UserError("dtype and torch_dtype are one setting: give one of them")
+        dtype = as_dtype(torch_dtype, "torch_dtype") if dtype is None else as_dtype(dtype)
+        kv_cache_dtype = _cache_dtype(kv_cache_dtype)
+        if isinstance(model, str) and is_repository(model):
+            fetch(model)
         entry = resolve(model)
+        require_files(entry, generator_checkpoint, tokenizer_checkpoint)
         device = _device(device)
-        _check_cache_dtype(kv_cache_dtype)
+        size = None if image_size_eval is None else checked_size(image_size_eval)
         if quantize is not None and device_map is not None:
             raise UserError("quantize and device_map do not go together: give one of them")
         moves = quantize is not None or device_map is not None
@@ -157,20 +177,35 @@ class Pipeline:
         generator.cache_dtype = kv_cache_dtype
         tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
         source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
-        return cls._of_entry(entry, generator, tokenizer, source)
+        if isinstance(weak, (str, Path)):
+            weak = cls.from_pretrained(
+                weak, device=generator.device, dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype
+            )
+        pipeline = cls._of_entry(entry, generator, tokenizer, source, weak)
+        return pipeline if size is None else pipeline.with_image_size(size)
 
     @classmethod
     def _of_entry(
-        cls, entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, source: ModelSource | None = None
+        cls,
+        entry: ModelEntry,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        source: ModelSource | None = None,
+        weak: Pipeline | None = None,
     ) -> Pipeline:
+        kind = None if source is None else source.quantize
+        place = None if kind is None else functools.partial(placement.quantize, kind=kind, device=generator.device)
         return cls(
             generator,
             tokenizer,
             name=entry.name,
             classes=entry.classes,
             sampling_defaults=entry.sampling,
-            conditioning=load_conditioning(entry, generator, tokenizer, with_files=source is not None),
+            conditioning=load_conditioning(
+                entry, generator, tokenizer, with_files=source is not None, quantize=kind, place=place
+            ),
             source=source,
+            weak=weak,
         )
 
     @classmethod
@@ -179,17 +214,99 @@ class Pipeline:
         model: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        kv_cache_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        kv_cache_dtype: torch.dtype | str | None = None,
+        weak: str | Path | None = None,
     ) -> Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
-        _check_cache_dtype(kv_cache_dtype)
-        dtype = getattr(torch, entry.generator.dtype) if dtype is None else dtype
+        dtype = as_dtype(entry.generator.dtype if dtype is None else dtype)
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
-        generator.cache_dtype = kv_cache_dtype
-        return cls._of_entry(entry, generator, random_weights(entry.tokenizer, device=device))
+        generator.cache_dtype = _cache_dtype(kv_cache_dtype)
+        tokenizer = random_weights(entry.tokenizer, device=device)
+        weaker = None
+        if weak is not None:
+            weaker = cls.with_random_weights(weak, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+            weaker.tokenizer = tokenizer
+        return cls._of_entry(entry, generator, tokenizer, weak=weaker)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator computes; where it is spread over several devices, the first."""
+        return self.generator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the generator's weights; the tokenizer's stay in float32."""
+        return self.generator.dtype
+
+    def to(
+        self,
+        *where: torch.device | torch.dtype | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> Pipeline:
+        """Move both halves to a device, give the generator a dtype, or both: `pipe.to("cuda", torch.bfloat16)`.
+
+        Returns the pipeline itself. The tokenizer stays in float32.
+
+        Raises:
+            UserError: there is no such device or dtype, or the generator is quantized or spread over several devices.
+        """
+        quantized = None if self.source is None else self.source.quantize
+        placement.move(self.generator, self.tokenizer, where, device, dtype, quantized)
+        if self.weak is not None:
+            self.weak.to(*where, device=device, dtype=dtype)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a model folder, which `from_pretrained` and all commands read; return its path.
+
+        The weights are written in the dtype that they have, as safetensors.
+
+        Raises:
+            UserError: the model cannot be saved (see `zoo.saving.write_model_folder`), or the folder not be written.
+        """
+        return saving.write_model_folder(
+            folder,
+            self.generator,
+            self.tokenizer,
+            self.conditioning,
+            name=self.name,
+            description=self._description,
+            sampling=self.sampling_defaults,
+            classes=self.classes,
+        )
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a model of softcfg",
+    ) -> str:
+        """Save the model in the repository "user/name" on Hugging Face, which is made if need be; return its address.
+
+        `from_pretrained("user/name")` then loads it anywhere.
+
+        Raises:
+            UserError: the model cannot be saved, or the Hub refused it or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save_pretrained(folder)
+            prompts = self.conditioning.takes_prompts
+            saving.write_card(path, repository, name=self.name, description=self._description, takes_prompts=prompts)
+            return saving.push_folder(path, repository, private=private, token=token, commit_message=commit_message)
+
+    @property
+    def _description(self) -> str:
+        return "" if self.entry is None else self.entry.description
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm for the bar that calls show, such as `disable=True`."""
+        self._bar = options
 
     @property
     def entry(self) -> ModelEntry | None:
@@ -202,14 +319,46 @@ class Pipeline:
         warnings.warn("prompt_reader is deprecated: ask conditioning", DeprecationWarning, stacklevel=2)
         return self.conditioning if self.conditioning.takes_prompts else None
 
+    def with_image_size(self, size: int) -> Pipeline:
+        """The same pipeline, whose images are resized to `size` x `size` pixels before they are clamped and rounded.
+
+        LlamaGen's released sampler does this as --image-size-eval: the published figures of its models of 384 pixels
+        are of images of 256. See `softcfg.tokenizers.base.resize`.
+
+        Raises:
+            UserError: no such size.
+        """
+        resized = copy.copy(self)
+        resized.tokenizer = copy.copy(self.tokenizer)  # of the same weights
+        resized.tokenizer.output_size = checked_size(size)
+        return resized
+
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
-        """`method` with the scale, power and schedule that suit the model, and `settings` on top."""
+        """`method` with the scale, power, schedule and rule that suit the model, and `settings` on top.
+
+        Where there is a weak model, it takes the place of the unconditional branch (`weak_share` 1).
+        """
         suited: dict[str, Any] = {
             name: self.sampling_defaults[name]
-            for name in ("guidance_scale", "guidance_scale_pow", "schedule")
+            for name in ("guidance_scale", "guidance_scale_pow", "schedule", "rule")
             if name in self.sampling_defaults
         }
+        if self.weak is not None:
+            suited["weak_share"] = 1.0
         return method(**{**suited, **settings})
+
+    def check_guidance(self, guidance: CFG) -> None:
+        """Raise `UserError` for guidance away from a weak model where there is none."""
+        if guidance.has_weak_model and self.weak is None:
+            raise UserError(
+                f"weak_share {guidance.weak_share:g} takes a weak model, and {self.name or 'this model'} has none: "
+                "give one (--weak-model NAME, or Pipeline(..., weak=...)), or a weak_share of 0"
+            )
+
+    @property
+    def weak_generator(self) -> Generator | None:
+        """The generator of the weak model; None where there is none."""
+        return None if self.weak is None else self.weak.generator
 
     def sampling(
         self, temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0, **settings: Any
@@ -233,106 +382,163 @@ class Pipeline:
     def __call__(
         self,
         labels: LabelsLike = None,
-        guidance: CFG | None = None,
+        guidance: CFG | float | None = None,
         *,
+        prompt: Any = None,
         prompts: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
         width: int | None = None,
         height: int | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
+        generator: torch.Generator | None = None,
         indices: Sequence[int] | None = None,
         sampling: Sampling | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         batch_size: int | None = None,
+        pad_batches: bool = False,
         speculative_jacobi: int = 0,
         forced_tokens: Any = None,
         forced_mask: Any = None,
         on_step: Callable[[int], None] | None = None,
         on_tokens: Callable[[Tensor], None] | None = None,
-    ) -> PipelineOutput:
+        callback_on_step_end: Callable[..., Any] | None = None,
+        progress: bool | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **settings: Any,
+    ) -> Any:
         """Draw one image per label, or one per prompt.
 
         Args:
-            labels: B class ids. In their place, prompts may be given here too.
-            guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power.
-            prompts: B texts or `Prompt`s, for images of one size.
+            labels: B class ids or names of classes. In their place, prompts may be given here too.
+            guidance: `CFG` or `SoftCFG`; by default the paper's SoftCFG at the model's own scale and power. A
+                number is that at this scale.
+            prompts, prompt: B texts or `Prompt`s, for images of one size; or one text.
+            negative_prompt: what the unconditional branch reads, of models where it reads a text; or one per prompt.
+            num_images_per_prompt: images of each prompt or label, side by side.
             width, height: of the images of prompts that do not say, in pixels; the model's by default.
             seed, indices: image n of a seed draws from the random stream (seed, n), whatever the batch; the
-                indices are 0 .. B - 1 by default.
+                indices are 0 .. B - 1 by default. A seed of None is a new one each time, which the output tells.
+            generator: takes the seed from the next number of a `torch.Generator`.
             sampling: temperature, top-k and top-p; by default those of the model.
             temperature, top_k, top_p: the same one by one, in place of `sampling`; what is not given is the model's.
-            batch_size: images drawn at once; by default all. The last batch is padded to the same shape, so with
-                one batch size an image is the same to the last bit in whatever batch it is drawn.
+            batch_size: images drawn at once; by default all.
+            pad_batches: draw a last batch that is not full in the shape of a full one, as runs do: with one batch size
+                an image is then the same to the last bit in whatever batch it is drawn.
             speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
                 generator; 0 draws token by token. Another window draws other images, of the same distribution.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
             on_step: called with (batches so far) x T + (tokens drawn in the current batch) after every step.
-            on_tokens: called with the tokens of the current batch so far, int64 [batch_size, n], after every step;
+            on_tokens: called with the tokens of the current batch so far, int64 [B of the batch, n], after every step;
                 what it raises ends the drawing.
+            callback_on_step_end: as in diffusers, called after every step with the pipeline, the number of the step
+                (twice) and {"tokens": as of `on_tokens`}; or, if it takes one argument, as `on_step`.
+            progress: whether to show a bar on the error stream; by default unless `on_step` or `on_tokens` is given.
+                `set_progress_bar_config(disable=True)` switches it off for good.
+            output_type: of `images`: "pil", "np" (float32 [B, H, W, 3] in [0, 1]) or "pt" ([B, 3, H, W]).
+            return_dict: False gives the tuple (images,), as in diffusers.
+            settings: of guidance (`softcfg.guidance.all_settings`), such as guidance_scale=4.0, strength=0.5 or
+                rule="apg": on top of the model's own, or of `guidance`; and further ones of `Sampling`.
+
+        Returns:
+            A `PipelineOutput`.
 
         Raises:
             UserError: labels out of range, prompts for a model that draws classes or the other way round, or arguments
-                that do not fit together.
+                that do not fit together or are not known (`UnexpectedArgumentError`).
         """
-        guidance = guidance or self.default_guidance()
-        sampling = one_sampling(sampling, temperature, top_k, top_p, self.sampling)
-        requests = self.conditioning.requests(labels, prompts, width, height)
-        inputs = self.conditioning.inputs(requests)
+        of_guidance, of_sampling = calls.sorted_settings(self.__call__, settings)
+        calls.check_output_type(output_type)
+        guidance = calls.guidance_of(self.default_guidance, guidance, of_guidance)
+        self.check_guidance(guidance)
+        if sampling is not None and of_sampling:
+            raise UserError(f"give sampling or {', '.join(of_sampling)}, not both")
+        default = functools.partial(self.sampling, **of_sampling)
+        sampling = one_sampling(sampling, temperature, top_k, top_p, default)
+        seed = calls.seed_of(seed, generator)
+        if prompt is not None and prompts is not None:
+            raise UserError("give prompt or prompts, not both")
+        prompts = prompt if prompts is None else prompts
+        negative = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+        requests = self.conditioning.requests(labels, prompts, width, height, **negative)
+        inputs = calls.repeated(self.conditioning.inputs(requests), num_images_per_prompt)
+        requests = calls.repeated(requests, num_images_per_prompt)
         from_prompts = self.conditioning.takes_prompts
         count = len(inputs)
-        indices = list(range(count)) if indices is None else [int(index) for index in indices]
+        indices = list(range(count)) if indices is None else as_ids(indices, "indices", (1 << 63) - 1).tolist()
+        if not isinstance(indices, list):
+            raise UserError(f"indices must be a list, got {indices}")
         if len(indices) != count:
             raise UserError(
                 f"indices must be as many as {'prompts' if from_prompts else 'labels'}, {count}, got {len(indices)}"
             )
         batch_size = count if batch_size is None else batch_size
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        require_whole(batch_size, "batch_size", 1)
+        require_whole(speculative_jacobi, "speculative_jacobi", 0)
+        if forced_tokens is not None:
+            forced_tokens = as_ids(forced_tokens, "forced_tokens", self.generator.vocab_size)
+            if forced_tokens.dim() != 2 or len(forced_tokens) != count:
+                raise UserError(f"forced_tokens must have shape [{count}, T], got {list(forced_tokens.shape)}")
         if speculative_jacobi and forced_tokens is not None:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
-        total = self.generator.condition(inputs, guided=False).num_tokens
+        condition = self.generator.condition(inputs, guided=False)
+        total = condition.num_tokens
+        self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
+        after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)
+        shown = (on_step is None and on_tokens is None) if progress is None else progress
 
         tokens, codes, pixels, passes = [], [], [], 0
-        for batch, start in enumerate(range(0, count, batch_size)):
-            # A partial batch is filled up with its last image.
-            rows = [min(start + i, count - 1) for i in range(batch_size)]
-            kept = min(batch_size, count - start)
-            chosen = [inputs[row] for row in rows]
-            streams = ImageStreams(seed, [indices[row] for row in rows])
-            report = _shifted(on_step, batch * total)
-            if speculative_jacobi:
-                drawn, taken = jacobi_decode(
-                    self.generator,
-                    chosen,
-                    guidance,
-                    streams=streams,
-                    window=speculative_jacobi,
-                    sampling=sampling,
-                    on_step=report,
-                    on_tokens=on_tokens,
-                )
-            else:
-                taken = total
-                drawn = decode(
-                    self.generator,
-                    chosen,
-                    guidance,
-                    uniforms=streams.uniforms(total),
-                    sampling=sampling,
-                    forced_tokens=_rows(forced_tokens, rows),
-                    forced_mask=_rows(forced_mask, rows),
-                    on_step=report,
-                    on_tokens=on_tokens,
-                )
-            passes += taken
-            tokens.append(drawn[:kept].cpu())
-            condition = self.generator.condition(chosen, guided=False)
-            decoded = self.generator.image_codes(drawn, condition)
-            codes.append(decoded[:kept].cpu())
-            image = self.tokenizer.decode(decoded, condition.grid)
-            pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
-        return PipelineOutput(
+        with calls.progress_bar(-(-count // batch_size) * total, self._bar, shown) as bar:
+            for batch, start in enumerate(range(0, count, batch_size)):
+                kept = min(batch_size, count - start)
+                # A partial batch is filled up with its last image.
+                rows = [min(start + i, count - 1) for i in range(batch_size if pad_batches else kept)]
+                chosen = [inputs[row] for row in rows]
+                streams = ImageStreams(seed, [indices[row] for row in rows])
+
+                def step(done: int, before: int = batch * total) -> None:
+                    bar.update(before + done - bar.n)
+                    if on_step is not None:
+                        on_step(before + done)
+
+                def look(drawn: Tensor, before: int = batch * total) -> None:
+                    if on_tokens is not None:
+                        on_tokens(drawn)
+                    if after_step is not None:
+                        after_step(before + drawn.shape[1], drawn)
+
+                watched: dict[str, Any] = {
+                    "sampling": sampling,
+                    "weak": self.weak_generator,
+                    "on_step": step,
+                    "on_tokens": None if on_tokens is None and after_step is None else look,
+                }
+                if speculative_jacobi:
+                    drawn, taken = jacobi_decode(
+                        self.generator, chosen, guidance, streams=streams, window=speculative_jacobi, **watched
+                    )
+                else:
+                    taken = total
+                    drawn = decode(
+                        self.generator,
+                        chosen,
+                        guidance,
+                        uniforms=streams.uniforms(total),
+                        forced_tokens=_rows(forced_tokens, rows),
+                        forced_mask=_rows(forced_mask, rows),
+                        **watched,
+                    )
+                passes += taken
+                tokens.append(drawn[:kept].cpu())
+                condition = self.generator.condition(chosen, guided=False)
+                decoded = self.generator.image_codes(drawn, condition)
+                codes.append(decoded[:kept].cpu())
+                image = self.tokenizer.decode(decoded, condition.grid)
+                pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
+        output = PipelineOutput(
             labels=None if from_prompts else torch.tensor(requests),
             indices=indices,
             tokens=torch.cat(tokens),
@@ -340,21 +546,52 @@ class Pipeline:
             pixels=np.concatenate(pixels),
             prompts=requests if from_prompts else None,
             passes=passes,
+            seed=seed,
+            output_type=output_type,
         )
+        return output if return_dict else output.to_tuple()
+
+    def _check_weak(self, weak: Pipeline) -> None:
+        """Raise `UserError` unless the weak model draws the same codes under the same conditions."""
+        check_weak(self.generator, weak.generator)
+        one, other = self.tokenizer, weak.tokenizer
+        if one is not other and not (type(one) is type(other) and _same_weights(one, other)):
+            raise UserError(
+                f"{weak.name or 'the weak model'} and {self.name or 'this model'} have different image tokenizers, so "
+                "their codes do not mean the same: take a weak model with the same one"
+            )
+        if _read_with(self) != _read_with(weak) or (self.classes and weak.classes and self.classes != weak.classes):
+            raise UserError(
+                f"{weak.name or 'the weak model'} and {self.name or 'this model'} are conditioned on different things: "
+                "take a weak model with the same classes, or one that reads prompts in the same way"
+            )
 
 
-def _check_cache_dtype(dtype: torch.dtype | None) -> None:
+def _read_with(pipeline: Pipeline) -> tuple[Any, ...]:
+    """What decides which inputs of a generator stand for a label or a prompt."""
+    conditioning = pipeline.conditioning
+    return (
+        type(conditioning),
+        conditioning.settings,
+        hash_files(conditioning.files.values()) if conditioning.files else None,
+    )
+
+
+def _same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine)
+
+
+def _cache_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = as_dtype(dtype, "kv_cache_dtype")
     if dtype is not None and dtype not in CACHES:
         raise UserError(f"kv_cache_dtype must be None or one of {', '.join(map(str, CACHES))}, got {dtype}")
+    return dtype
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return as_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def _rows(values: Any, rows: list[int]) -> Tensor | None:
     return None if values is None else torch.as_tensor(values)[rows]
-
-
-def _shifted(on_step: Callable[[int], None] | None, offset: int) -> Callable[[int], None] | None:
-    return None if on_step is None else lambda done: on_step(offset + done)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, require_whole
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from softcfg.images import Picture
 
 # The fields of a prompt that only some families read; `PromptConditioning.options` says which.
 PROMPT_OPTIONS = ("task", "image", "negative_text")
@@ -29,24 +29,35 @@ class Prompt:
         text: the description.
         width, height: of the picture, in pixels; by default the model's.
         task: what kind of picture, for families that have several.
-        image: an image, or the path of one, for families that draw from images too.
+        image: a picture, for families that draw from pictures too: the path of a file, an image of PIL, the bytes of a
+            file or an array uint8 [H, W, 3]; see `softcfg.images.read_picture`.
         negative_text: what the unconditional branch reads, for families where it reads a text.
 
     Raises:
-        UserError: a text that is no string.
+        UserError: a text that is no string or no UTF-8, a size that is no number of pixels, or an image that is none.
+            What a path leads to is read later.
     """
 
     text: str
     width: int | None = None
     height: int | None = None
     task: str | None = None
-    image: str | Path | Image | None = None
+    image: Picture | None = None
     negative_text: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("text", self.text), ("negative text", self.negative_text or "")):
             if not isinstance(value, str):
                 raise UserError(f"the {name} of a prompt must be a string, got {quote(value)}")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise UserError(f"the {name} of a prompt is no UTF-8, but of another encoding: {quote(value)}")
+        for name, size in (("width", self.width), ("height", self.height)):
+            if size is not None:
+                require_whole(size, name, 1)
+        if self.image is not None and not isinstance(self.image, (str, os.PathLike)):
+            from softcfg.images import read_picture
+
+            object.__setattr__(self, "image", read_picture(self.image, name="the image of a prompt"))
 
     @property
     def title(self) -> str:
@@ -79,6 +90,26 @@ def as_prompts(prompts: Any, width: int | None = None, height: int | None = None
             raise UserError(f"prompts must be texts or Prompt objects, got {quote(prompt)}")
         made.append(replace(prompt, width=prompt.width or width, height=prompt.height or height))
     return made
+
+
+def with_negative(prompts: list[Prompt], negative: Any) -> list[Prompt]:
+    """The prompts with negative texts, one for all or one each, where they have none of their own.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    if negative is None or isinstance(negative, str):
+        texts = [negative] * len(prompts)
+    elif isinstance(negative, Sequence) and len(negative) == len(prompts):
+        texts = list(negative)
+    else:
+        raise UserError(
+            f"negative_prompt must be a text, or one for each of {len(prompts)} prompts, got {quote(negative)}"
+        )
+    return [
+        prompt if prompt.negative_text is not None else replace(prompt, negative_text=text)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Text tokenizers and templates from files of others: what they may do to a prompt is bounded."""
+"""Text tokenizers and templates from foreign files; what they may do to a prompt is bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import CheckpointError, UserError, clean, quote
-from softcfg.files import read_text
+from softcfg.files import read_text, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,16 +29,14 @@ def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or its steps would let a text grow beyond measure.
     """
+    with reading(path, CheckpointError):
+        text = read_text(path, LARGEST)
     try:
-        content = json.loads(read_text(path, LARGEST))
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
         steps = list(_steps([content.get("normalizer"), content.get("pre_tokenizer")]))
         growth = math.prod(max(1, len(str(step.get("content", "")))) for step in steps if step["type"] == "Replace")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     if len(steps) > MOST_STEPS or growth > LONGEST_GROWTH:
@@ -69,17 +67,14 @@ def text_ids(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list
     Raises:
         UserError: the text is too long or no text, or the tokenizer fails on it or does not come to an end.
     """
-    if len(text) > LONGEST_TEXT:
-        raise UserError(f"a prompt of {len(text):,} characters is too long; the limit is {LONGEST_TEXT:,}")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"a prompt holds half a character: {quote(text)}; write it again")
+    check_text(text)
     found: list[Any] = []
 
     def encode() -> None:
         try:
             # Unlike `encode`, this lets other threads run, so that somebody can watch the clock.
             found.append(tokenizer.encode_batch([text], add_special_tokens=specials)[0].ids)
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             found.append(error)
 
     worker = threading.Thread(target=encode, daemon=True)
@@ -90,6 +85,14 @@ def text_ids(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list
     if isinstance(found[0], BaseException):
         raise UserError(f"the text tokenizer fails on a prompt: {clean(found[0], 200)}") from found[0]
     return found[0]
+
+
+def check_text(text: str) -> None:
+    """Raise `UserError` for a text that is too long or no valid Unicode."""
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"a prompt of {len(text):,} characters is too long; the limit is {LONGEST_TEXT:,}")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"a prompt holds half a character: {quote(text)}; write it again")
 
 
 def check_template(template: str, fields: Collection[str]) -> None:

@@ -202,7 +202,7 @@ def test_wrong_benches_are_one_sentence(
     assert not out.with_name("out.run").exists()
 
 
-def test_pictures_in_two_halves(prompt_model_folder: Path, tmp_path: Path) -> None:
+def test_pictures_in_two_halves(prompt_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     shutil.copytree(prompt_model_folder, folder)
     description = yaml.safe_load((folder / "model.yaml").read_text())
@@ -223,6 +223,10 @@ def test_pictures_in_two_halves(prompt_model_folder: Path, tmp_path: Path) -> No
     assert run.settings["task"] == "depth"
     Image.new("RGB", (8, 4), "blue").save(tmp_path / "given.png")
     assert sample(folder, tmp_path / "given", *flags) == 2  # another image under the same name
+    Image.new("RGBA", (8, 4), (255, 0, 0, 9)).save(tmp_path / "given.png")
+    assert sample(folder, tmp_path / "clear", *flags) == 2
+    assert "given.png is partly transparent" in capsys.readouterr().err
+    assert not (tmp_path / "clear" / "run.json").exists()
 
 
 def test_a_file_without_prompts(prompt_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from softcfg import Pipeline, SoftCFG
 from softcfg.cli import released
 from softcfg.cli.main import main
 from softcfg.zoo import MODELS
+from tiny_models import lumina_on_hub, write_lumina_files
 
 # As published, without the parts that only training reads but for a few lines.
 ALITOK_XL = """
@@ -203,3 +204,163 @@ def test_a_tokenizer_beside_the_generator_is_found(xl: Path, tmp_path: Path, mon
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "AliTok.pth").write_bytes(b"x")
     assert parse(f"config={xl}").tokenizer_checkpoint == "weights/AliTok.pth"
+
+
+# ---- every command line of the READMEs of the released code, after the name of its program
+
+RAR = "config={rar} experiment.output_dir={size} experiment.generator_checkpoint={size}.bin "
+RAR += "model.generator.hidden_size={0} model.generator.num_hidden_layers={1} model.generator.num_attention_heads=16 "
+RAR += "model.generator.intermediate_size={2} model.generator.randomize_temperature={3} "
+RAR += "model.generator.guidance_scale={4} model.generator.guidance_scale_pow={5}"
+C2I = "--vq-ckpt ./vq_ds16_c2i.pt --gpt-ckpt ./{0} --gpt-model {1} --image-size 384"
+PLAIN = {"softcfg_strength": 0.0}
+
+
+def rar(size: str, *values: Any) -> str:
+    return RAR.replace("{size}", size).replace("{rar}", "RAR_YAML").format(*values)
+
+
+README: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        "--config ALITOK_YAML --experiment.output_dir=output/softcfg_alitok_xl "
+        "--experiment.generator_checkpoint=weights/alitok_xl.bin --model.generator.guidance_scale=9 "
+        "--model.generator.guidance_scale_pow=1.5 --model.generator.softcfg_strength=1 "
+        "--model.generator.step_norm=True",
+        "alitok-xl",
+        {"guidance_scale": 9, "guidance_scale_pow": 1.5, "softcfg_strength": 1, "step_norm": True,
+         "preset": "released"},
+    ),
+    (
+        "--model_path LUMINA --save_path outputs/softcfg_lumina/ --task t2i --cfg 9.0 --temperature 1.0 --top_k 2048 "
+        "--speculative_jacobi --softcfg_strength 1.0 --softcfg_disable_step_norm false",
+        "lumina-mgpt-2",
+        {"guidance_scale": 9.0, "temperature": 1.0, "top_k": 2048, "speculative_jacobi": 16, "softcfg_strength": 1.0,
+         "step_norm": True, "task": None, "output_dir": "outputs/softcfg_lumina/", "quantize": None},
+    ),
+    (
+        "--model_path Alpha-VLLM/Lumina-mGPT-2.0 --save_path save_samples/ --cfg 4.0 --top_k 4096 --temperature 1.0 "
+        "--width 768 --height 768",
+        "lumina-mgpt-2",
+        {"guidance_scale": 4.0, "top_k": 4096, "width": 768, "height": 768, "speculative_jacobi": 0, "step_norm": None},
+    ),
+    (
+        "--model_path Alpha-VLLM/Lumina-mGPT-2.0 --save_path save_samples/ --cfg 4.0 --top_k 4096 --temperature 1.0 "
+        "--width 768 --height 768 --task depth --input_image_path /path/to/image.jpg --prompt words",
+        "lumina-mgpt-2",
+        {"task": "depth", "image": "/path/to/image.jpg", "prompt": ["words"]},
+    ),
+    (
+        "--model_path Alpha-VLLM/Lumina-mGPT-2.0 --save_path save_samples/ --cfg 4.0 --top_k 4096 --temperature 1.0 "
+        "--width 768 --height 768 --speculative_jacobi --quant",
+        "lumina-mgpt-2",
+        {"speculative_jacobi": 16, "quantize": "int4"},
+    ),
+    (
+        "config=ROBUSTOK_YAML experiment.output_dir=output/softcfg_robus "
+        "experiment.generator_checkpoint=weights/rar_b.pt model.generator.guidance_scale=16.0 "
+        "model.generator.guidance_scale_pow=2.75 model.generator.softcfg_strength=1 model.generator.step_norm=True",
+        "robustok-b",
+        {"guidance_scale": 16.0, "guidance_scale_pow": 2.75, "softcfg_strength": 1, "step_norm": True},
+    ),
+    (rar("rar_b", 768, 24, 3072, 1.0, 16.0, 2.75), "rar-b", {"temperature": 1.0, "guidance_scale": 16.0, **PLAIN}),
+    (rar("rar_l", 1024, 24, 4096, 1.02, 15.5, 2.5), "rar-l", {"temperature": 1.02, "guidance_scale": 15.5, **PLAIN}),
+    (rar("rar_xl", 1280, 32, 5120, 1.02, 6.9, 1.5), "rar-xl", {"guidance_scale_pow": 1.5, **PLAIN}),
+    (rar("rar_xxl", 1408, 40, 6144, 1.02, 8.0, 1.2), "rar-xxl", {"num_samples": 50_000, "npz": True, **PLAIN}),
+    (C2I.format("c2i_L_384.pt", "GPT-L"), "llamagen-l-384", {"guidance_scale": 4.0, "top_k": 2000, **PLAIN}),
+    (C2I.format("c2i_XXL_384.pt", "GPT-XXL --from-fsdp"), "llamagen-xxl-384", {"num_samples": 8, **PLAIN}),
+    (
+        "--vq-ckpt ./vq_ds16_t2i.pt --gpt-ckpt ./t2i_XL_stage1_256.pt --gpt-model GPT-XL --image-size 256",
+        "llamagen-t2i-xl-256",
+        {"labels": None, "num_samples": None, "images_per_prompt": 1, **PLAIN},
+    ),
+    (
+        "--vq-ckpt ./vq_ds16_t2i.pt --gpt-ckpt ./t2i_XL_stage2_512.pt --gpt-model GPT-XL --image-size 512",
+        "llamagen-t2i-xl-512",
+        {"prompts": None, **PLAIN},
+    ),
+    *(
+        (
+            C2I.format(f"c2i_{size}.pt", f"GPT-{size}{fsdp}") + f" --image-size-eval 256 --cfg-scale {scale}",
+            f"llamagen-{size.lower()}-384",
+            {"guidance_scale": scale, "num_samples": 50_000, "labels": "random", "npz": True, "top_k": 0,
+             "generator_checkpoint": f"./c2i_{size}.pt", **PLAIN},
+        )
+        for size, fsdp, scale in (
+            ("B", "", 2.0), ("L", "", 2.0), ("XL", "", 1.75), ("XXL", " --from-fsdp", 1.75),
+            ("3B", " --from-fsdp", 1.65),
+        )
+    ),
+]  # fmt: skip
+
+
+def config_of(name: str) -> str:
+    entry = MODELS[name]
+    return yaml.safe_dump(
+        {"model": {"generator": dict(entry.generator.config), "vq_model": dict(entry.tokenizer.config)}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "model", "expected"), README, ids=lambda value: value[:60] if isinstance(value, str) else ""
+)
+def test_command_lines_of_the_readmes(
+    line: str, model: str, expected: dict[str, Any], xl: Path, tmp_path: Path
+) -> None:
+    for word, name in (("RAR_YAML", "rar-b"), ("ROBUSTOK_YAML", "robustok-b")):
+        (tmp_path / word).write_text(config_of(name))
+        line = line.replace(word, str(tmp_path / word))
+    checkpoint = tmp_path / "lumina"
+    checkpoint.mkdir()
+    for file in ("model.safetensors.index.json", "config.json", "tokenizer.json"):
+        (checkpoint / file).write_text("{}")
+    args = parse(*line.replace("ALITOK_YAML", str(xl)).replace("LUMINA", str(checkpoint)).split())
+    name = args.model if isinstance(args.model, str) else args.model.name
+    assert name == model
+    assert {key: getattr(args, key) for key in expected} == expected
+    if "lumina" in model:
+        assert args.prompt
+
+
+def test_a_lumina_checkpoint_is_drawn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, "lumina-mgpt-2", lumina_on_hub())
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "outputs"
+    checkpoint.mkdir()
+    write_lumina_files(checkpoint)
+    words = ["sample", "--model_path", str(checkpoint), "--save_path", str(out), "--task", "t2i", "--cfg", "9.0",
+             "--temperature", "1.0", "--top_k", "2048", "--speculative_jacobi", "--softcfg_strength", "1.0",
+             "--softcfg_disable_step_norm", "false"]  # fmt: skip
+    assert main(words) == 0
+    assert "4 examples are drawn" in capsys.readouterr().err
+    settings = json.loads((out / "run.json").read_text())
+    assert settings["guidance"]["guidance_scale"] == 9.0
+    assert settings["guidance"]["step_norm"] is True
+    assert len(list(out.glob("0*.png"))) == 4
+    assert main(words) == 0  # continues
+    for name in ("config.json", "tokenizer.json"):
+        (checkpoint / name).unlink()
+    assert main([*words, "--prompt", "red apple"]) == 2
+    assert f"--model-path {checkpoint} lacks config.json, tokenizer.json of tiny-lumina" in capsys.readouterr().err
+    assert main(["sample", "--model_path", "nowhere"]) == 2
+    assert "--model-path: there is no folder nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ("--softcfg_disable_step_norm", "--no-step-norm"),
+        ("--softcfg_disable_step_norm true", "--no-step-norm"),
+        ("--softcfg-disable-step-norm=False", "--step-norm"),
+        ("--step_norm True", "--step-norm"),
+        ("--step_norm false --cfg=9 --quant", "--no-step-norm --guidance-scale 9 --quantize int4"),
+        ("--step-norm fashion", "--step-norm fashion"),
+    ],
+)
+def test_switches(words: str, flags: str) -> None:
+    assert released.as_flags(words.split()) == flags.split()
+
+
+def test_a_switch_that_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "fashion", "--step_norm=maybe"]) == 2
+    assert "--step-norm takes true, false or nothing, got 'maybe'" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def step_from(
     """A decoder that has drawn the first token, and its next steps by number; it holds all that a step needs."""
     device = generator.device
     if condition is None:
-        condition = generator.condition(generator.example_inputs(2), guided=guidance.is_active)
+        condition = generator.condition(generator.example_inputs(2), guided=guidance.has_unconditional_branch)
     decoder = Decoder(generator, condition, guidance, sampling)
     total = condition.num_tokens
     tokens = torch.zeros(2, total, dtype=torch.int64, device=device)
@@ -165,7 +165,7 @@ def test_speculative_decoding_reads_once_a_pass(
     generators: dict[str, Generator], family: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, guidance = generators[family], GUIDANCE[name]
-    condition = generator.condition(generator.example_inputs(2), guided=guidance.is_active)
+    condition = generator.condition(generator.example_inputs(2), guided=guidance.has_unconditional_branch)
     streams = ImageStreams(0, range(2))
     with torch.inference_mode():
         decoder = JacobiDecoder(generator, condition, guidance, FILTERS["both"], 3)
@@ -209,7 +209,7 @@ def test_steps_on_fake_cuda_tensors(
     monkeypatch.setattr(TritonDecode, "why_not", lambda self, call: "a fake tensor has no memory")
     guidance, generator = GUIDANCE[name], load(family)
     generator.cache_dtype = cache_dtype
-    condition = generator.condition(generator.example_inputs(2), guided=guidance.is_active)
+    condition = generator.condition(generator.example_inputs(2), guided=guidance.has_unconditional_branch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with mode:

@@ -266,7 +266,7 @@ def test_class_accuracy() -> None:
     assert class_accuracy(logits, torch.tensor([1, 0, 2, 1])) == 1
     assert class_accuracy(logits, torch.tensor([1, 1, 2, 2])) == 0.5
     for labels, text in (
-        (torch.tensor([0, 1]), "one label an image"),
+        (torch.tensor([0, 1]), "one label per image"),
         (torch.tensor([0, 1, 3, 0]), "found 3"),
     ):
         with pytest.raises(UserError, match=text):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -335,5 +336,40 @@ def test_a_damaged_cache_is_made_anew(files: dict[str, Path], tmp_path: Path) ->
 
 def test_a_cache_that_cannot_be_written(files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="features cannot be kept in"):
-        evaluate(files["samples"], extractor=extractor(), cache=tmp_path / "file" / "cache")
+    with pytest.warns(UserWarning, match="features are not kept: cannot write into folder"):
+        found = evaluate(files["samples"], extractor=extractor(), cache=tmp_path / "file" / "cache")
+    assert found.metrics == evaluate(files["samples"], extractor=extractor()).metrics
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"reference": 3}, "images must be the path of"),
+        ({"metrics": 5}, "metrics must be a list of names, got 5"),
+        ({"metrics": [None]}, "no metric named 'None'"),
+        ({"labels": "abc"}, "labels must be the class of every sample"),
+        ({"labels": [1.5] * 6}, "labels must be whole numbers, got float32"),
+        ({"batch_size": "64"}, "batch size must be at least 1, got '64'"),
+        ({"dtype": torch.bfloat16}, "dtype must be float32 or float64"),
+        ({"device": "nonsense"}, "device 'nonsense' is not available"),
+        ({"device": "meta"}, "device 'meta' is not available"),
+        ({"extractor": None}, "the extractor must be a name or an Extractor"),
+        ({"weights": 5}, "weights must be a path"),
+        ({"cache": 5}, "cache must be a path"),
+        ({"save_stats": 5}, "save_stats must be a path"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_arguments_that_mean_nothing(settings: dict[str, Any], text: str) -> None:
+    images = np.zeros((6, 8, 8, 3), dtype=np.uint8)
+    with pytest.raises(UserError, match=text):
+        evaluate(images, **{"extractor": extractor(), **settings})
+
+
+def test_pictures_in_lists_measure_like_arrays(case: Golden, files: dict[str, Path], tmp_path: Path) -> None:
+    samples = case.arrays["sample_arr_0"].numpy()
+    folder = write_pngs(tmp_path / "samples", samples[:20])
+    mixed = [*folder.glob("*.png"), *map(Image.fromarray, samples[20:100]), *samples[100:]]
+    found = evaluate(mixed, [*map(Image.fromarray, case.arrays["ref_arr_0"].numpy())], extractor(), dtype="float32")
+    assert found.metrics == pytest.approx(evaluate(files["samples"], files["images"], extractor()).metrics, abs=1e-9)
+    assert list(evaluate(files["samples"], files["images"], extractor(), "fid").metrics) == ["fid"]

@@ -1,5 +1,6 @@
 import io
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -226,17 +227,101 @@ def test_images_of_several_sizes(images: np.ndarray, tmp_path: Path) -> None:
         read(folder)
 
 
+# ---- lists of pictures, and what is left out of folders
+
+
+def test_lists_of_pictures(images: np.ndarray, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "a", images)
+    pictures = [Image.fromarray(image) for image in images]
+    mixed = [
+        folder / "000000.png", str(folder / "000001.png"), (folder / "000002.png").read_bytes(), images[3],
+        torch.from_numpy(images[4]), *pictures[5:],
+    ]  # fmt: skip
+    for given in (pictures, tuple(pictures), list(images), mixed):
+        np.testing.assert_array_equal(read(given), images)
+        assert open_source(given).fingerprint == open_source(pictures).fingerprint
+    np.testing.assert_array_equal(read([pictures[0]] * 9), images[[0] * 9])
+    with pytest.raises(UserError, match="picture 0 of the list is 6 x 8, picture 5 of the list is 8 x 6"):
+        read([*pictures[:5], pictures[5].rotate(90, expand=True)])
+
+
 @pytest.mark.parametrize(
-    ("image", "text"),
+    ("given", "text"),
     [
-        (Image.new("RGBA", (8, 6), (1, 2, 3, 100)), "partly transparent"),
-        (Image.new("I;16", (8, 6)), "mode I;16"),
+        (None, "must be the path of"),
+        (3, "must be the path of"),
+        (b"PNG", "must be the path of"),
+        ({"images": []}, "must be the path of"),
+        (Image.new("RGB", (8, 6)), "or a list of pictures, got <PIL"),
+        (iter([]), "or a list of pictures"),
+        ([], "the list of pictures holds no images"),
+        ([None], "picture 0 of the list must be a path"),
+        ([Image.new("RGB", (8, 6)), Image.new("RGBA", (8, 6))], "picture 1 of the list is partly transparent"),
+        ([np.zeros((2, 6, 8, 3), dtype=np.uint8)], r"got uint8 \[2, 6, 8, 3\]"),
+        ([[1, 2]], "picture 0 of the list must be a path"),
+        (["gone.png"], "gone.png cannot be read"),
+        (torch.zeros(2, 6, 8, 3, dtype=torch.bfloat16), "got bfloat16"),
+        (torch.zeros(2, 6, 8, 3, dtype=torch.uint8, device="meta"), "on meta"),
+        (np.array([None, 1]), r"got \[2\]"),
     ],
+    ids=lambda value: value[:20] if isinstance(value, str) else type(value).__name__,
 )
-def test_images_that_are_not_rgb(image: Image.Image, text: str, tmp_path: Path) -> None:
-    image.save(tmp_path / "a.png")
+def test_what_holds_no_images(given: Any, text: str) -> None:
     with pytest.raises(UserError, match=text):
+        read(given)
+
+
+def test_links_to_folders_are_followed_once(images: np.ndarray, tmp_path: Path) -> None:
+    write_pngs(tmp_path / "set" / "a", images[:3])
+    write_pngs(tmp_path / "elsewhere" / "deep", images[3:6])
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
+    np.testing.assert_array_equal(read(tmp_path / "set"), images[:6])
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "c").symlink_to("a")
+    with pytest.warns(UserWarning, match=r"6 images are read; left out: links to folders that are read already \(2\)"):
+        np.testing.assert_array_equal(read(tmp_path / "set"), images[:6])
+
+
+def test_folders_that_cannot_be_read_are_not_left_out(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pngs(tmp_path / "a", images[:1])
+    write_pngs(tmp_path / "b", images[:1])
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"b cannot be read: Permission denied"):
         open_source(tmp_path)
+
+
+def test_what_is_left_out_of_folders_is_said(images: np.ndarray, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "a", images[:1])
+    for n, suffix in enumerate((".bmp", ".tif", ".TIFF"), 1):
+        Image.fromarray(images[n]).save(folder / f"00000{n}{suffix}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read(folder), images[:4])
+    for name in ("a.heic", "b.HEIC", "notes", "._000000.png", ".DS_Store"):
+        (folder / name).touch()
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "000000-checkpoint.png").touch()
+    (folder / "n01440764").symlink_to("gone")
+    left_out = (
+        r"a: 4 images are read; left out: files of other kinds \(2 \.heic, 1 without a suffix\), "
+        r"hidden files and folders \(2\), links to what is not there \(1\)"
+    )
+    with pytest.warns(UserWarning, match=left_out) as caught:
+        np.testing.assert_array_equal(read(folder), images[:4])
+    assert len(caught) == 1
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.heic").touch()
+    with pytest.raises(UserError, match=r"holds no images .* left out: files of other kinds \(1 \.heic\)"):
+        read(tmp_path / "b")
 
 
 def test_damaged_images(images: np.ndarray, tmp_path: Path) -> None:

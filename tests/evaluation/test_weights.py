@@ -79,6 +79,16 @@ def test_a_file_is_downloaded_once(web: Web, folder: Path, path: str) -> None:
     assert len(web.asked) == asked
 
 
+def test_a_folder_that_cannot_be_written(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SOFTCFG_CHECKPOINTS", str(tmp_path / "file" / "folder"))
+    file = web.file("/weights.pth")
+    with pytest.warns(UserWarning, match=r"weights\.pth is not kept: cannot write into folder"):
+        path = require_weights(file)
+    assert path.read_bytes() == CONTENT
+    assert require_weights(file) == path  # until the process ends
+
+
 @pytest.mark.parametrize(
     ("path", "text"),
     [
@@ -157,7 +167,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         load_network(FashionClassifier, tmp_path / "gone.safetensors", cpu, float32)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="truncated, damaged or no weights file"):
+    with pytest.raises(CheckpointError, match="truncated, damaged or not a weights file"):
         load_network(FashionClassifier, tmp_path / "cut.safetensors", cpu, float32)
     with pytest.raises(CheckpointError, match=r"does not fit the configured InceptionV3: 566 missing \("):
         load_network(InceptionV3, tmp_path / "good.safetensors", cpu, float32)

@@ -377,6 +377,68 @@ def test_plain_guidance_is_that_of_janus(models: dict[str, Any]) -> None:
     assert torch.equal(usual, ours)
 
 
+def image_mode(prompts: Tensor, **settings: Any) -> dict[str, Any]:
+    config = transformers.GenerationConfig(
+        bos_token_id=1, pad_token_id=0, do_sample=False, guidance_scale=5.0, max_length=20,
+        generation_kwargs={"boi_token_id": 4},
+    )  # fmt: skip
+    mask = torch.ones_like(prompts)
+    mask[0, :2] = 0
+    return {"attention_mask": mask, "generation_mode": "image", "generation_config": config, **settings}
+
+
+def test_the_image_mode_of_janus_takes_the_plug(models: dict[str, Any]) -> None:
+    """Plain guidance is the one of Janus itself, token by token, and SoftCFG that of `decode`."""
+    model, prompts = models["janus"], torch.tensor([[0, 0, 1, 7, 4], [1, 10, 11, 12, 4]])
+    usual = model.generate(prompts, **image_mode(prompts))
+    ours = {"custom_generate": plug.generate}
+    plain = CFG(5.0, schedule="constant")
+    assert torch.equal(model.generate(prompts, **image_mode(prompts, guidance=plain, **ours)), usual)
+    by_default = model.generate(prompts, **image_mode(prompts, **ours))
+    assert by_default.shape == usual.shape
+    assert not torch.equal(by_default, usual)
+    mask = image_mode(prompts)["attention_mask"]
+    unconditional = torch.tensor([[0, 0, 1, 0, 4], [1, 0, 0, 0, 4]])
+    expected = plug.decode(
+        model, prompts, SoftCFG(5.0, schedule="constant"), num_tokens=usual.shape[1], attention_mask=mask,
+        unconditional_ids=unconditional, unconditional_mask=mask, sampling=Sampling(top_k=1),
+    )  # fmt: skip
+    assert torch.equal(by_default, expected)
+    repeated = model.generate(
+        prompts, **image_mode(prompts, do_sample=True, guidance_scale=3.0, num_return_sequences=2, **ours)
+    )
+    assert repeated.shape == (4, usual.shape[1])
+    with pytest.raises(UserError, match="give guidance or guidance_scale, not both"):
+        model.generate(prompts, **image_mode(prompts, guidance=plain, guidance_scale=3.0, **ours))
+    bare = transformers.GenerationConfig(bos_token_id=1)
+    with pytest.raises(UserError, match="the generation config needs bos_token_id, pad_token_id, boi_token_id"):
+        model.generate(prompts, **image_mode(prompts, generation_config=bare, **ours))
+
+
+def test_the_head_of_janus_is_found(models: dict[str, Any]) -> None:
+    model, settings = models["janus"], {"num_tokens": T, "unconditional_ids": SHORT}
+    tokens = plug.decode(model, PROMPTS[1:], SoftCFG(), **settings)
+    assert torch.equal(tokens, plug.decode(model, PROMPTS[1:], SoftCFG(), head=plug.ImageHead.janus(model), **settings))
+    assert plug.TransformersGenerator(model, T).vocab_size == model.config.vq_config.num_embeddings
+    drawn = model.generate(
+        PROMPTS[1:], custom_generate=plug.generate, guidance=SoftCFG(), unconditional_ids=SHORT, max_new_tokens=T,
+        do_sample=True, top_k=0,
+    )  # fmt: skip
+    assert torch.equal(drawn[:, 5:], tokens)
+
+
+def test_an_image_head_that_is_not_known_is_refused(models: dict[str, Any]) -> None:
+    other = copy.deepcopy(models["llama"])
+    other.gen_head = torch.nn.Linear(4, 4)
+    for call in (
+        lambda: plug.decode(other, PROMPTS, SoftCFG(), num_tokens=4, unconditional_ids=SHORT),
+        lambda: plug.TransformersGenerator(other, 4),
+        lambda: other.generate(PROMPTS, custom_generate=plug.generate, guidance=SoftCFG(), unconditional_ids=SHORT),
+    ):
+        with pytest.raises(UserError, match=r"has an image head, gen_head, of a kind .* give head=ImageHead\(embed="):
+            call()
+
+
 def test_several_images_a_prompt(models: dict[str, Any]) -> None:
     model, settings = models["llama"], {"guidance": SoftCFG(), "max_new_tokens": T, "do_sample": True}
     sequences = model.generate(
@@ -505,7 +567,7 @@ def test_refusals(models: dict[str, Any]) -> None:
 
     with pytest.raises(UserError, match="needs unconditional_ids"):
         draw_four(unconditional_ids=None)
-    with pytest.raises(UserError, match="1 row or 2, one a prompt, got 3"):
+    with pytest.raises(UserError, match="1 row or 2, one per prompt, got 3"):
         draw_four(unconditional_ids=SHORT.repeat(3, 1))
     with pytest.raises(UserError, match="padded on the left"):
         draw_four(attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
@@ -697,7 +759,7 @@ MODES = {"num_beams=2": {"num_beams": 2}, "contrastive search": {"penalty_alpha"
 
 @pytest.mark.parametrize("what", MODES)
 def test_other_ways_of_generating_are_refused(models: dict[str, Any], what: str) -> None:
-    with pytest.raises(UserError, match=f"{what} does not go with softcfg's decoding"):
+    with pytest.raises(UserError, match=f"{what} is not supported by softcfg's decoding"):
         models["llama"].generate(PROMPTS, custom_generate=plug.generate, guidance=CFG(1.0), **MODES[what])
 
 
@@ -716,5 +778,5 @@ def test_logits_that_are_no_numbers(models: dict[str, Any]) -> None:
 def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, plug.__name__)
-    with pytest.raises(UserError, match=r"pip install 'softcfg\[transformers\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[transformers\]'"):
         importlib.import_module(plug.__name__)

@@ -93,9 +93,40 @@ def test_emu3(tmp_path: Path) -> None:
     plain = emu3(tmp_path, positive_text="").inputs([Prompt("a cat", negative_text="")])[0]
     assert len(plain.ids) == len("a cat") + len("4*4") + 3
     assert plain.negative == [special["bos"], *list(plain.ids)[-len("4*4") - 2 :]]
+    assert prompts.default_size == (32, 32)
+    assert prompts.size_of_ratio("2:1") == (48, 24)
+    with pytest.raises(UserError, match="WIDTH:HEIGHT"):
+        prompts.size_of_ratio("2x1")
     for size, message in ((20, "width must be a multiple of 8"), (16, "3 columns")):
         with pytest.raises(UserError, match=message):
             prompts.requests(prompts="a cat", width=size, height=32)
+
+
+def test_sizes_of_ratios(tmp_path: Path) -> None:
+    prompts = emu3(tmp_path)  # images of 32 x 32 pixels
+    assert prompts.size_of_ratio("4:1") == (64, 16)
+    assert prompts.size_of_ratio("1:1") == (32, 32)
+    for ratio, message in (("4x1", "WIDTH:HEIGHT"), ("1:16", "3 columns")):
+        with pytest.raises(UserError, match=message):
+            prompts.size_of_ratio(ratio)
+    with pytest.raises(UserError, match="not the ratio 1:1"):
+        janus(tmp_path).size_of_ratio("1:1")
+
+
+def test_a_template_of_one_s_own(tmp_path: Path) -> None:
+    made = janus(tmp_path)
+    assert made.settings == {"template": "<|User|>: {prompt}\n\n<|Assistant|>:<begin_of_image>"}
+    other = JanusPrompts(
+        made.generator,
+        made.tokenizer,
+        name="tiny",
+        files=made.files,
+        settings={"template": "draw {prompt}<begin_of_image>"},
+    )
+    (ids,) = other.inputs(other.requests(prompts=["a cat"]))
+    assert (len(ids), ids[0], ids[-1]) == (len("draw a cat") + 2, 256, 258)
+    with pytest.raises(UserError, match="another field"):
+        JanusPrompts(made.generator, made.tokenizer, settings={"template": "{caption}"})
 
 
 def test_emu3_needs_the_tokenizer_of_its_codes(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import random
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +228,76 @@ def test_what_cleaning_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
     with pytest.raises(UserError, match=r"needs ftfy: install it with pip install 'softcfg\[llamagen-t2i\]'"):
         clean_caption("a cat")
+
+
+# ---- the vocabulary of Emu3 in the format of tiktoken
+
+
+def write_vocabulary(folder: Path, merges: list[bytes]) -> tuple[Path, Path]:
+    """Bytes, in an order of their own, then `merges`; and a file of special tokens."""
+    tokens = [bytes([255 - letter]) for letter in range(256)] + merges
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    (folder / "emu3.tiktoken").write_text("".join(lines))
+    visual = [f"<|visual token {i:06d}|>" for i in range(4)]
+    (folder / "emu3_vision_tokens.txt").write_text("\n".join([*MARKS[4:], MARKS[3], "<|image end|>", *visual, ""]))
+    return folder / "emu3.tiktoken", folder / "emu3_vision_tokens.txt"
+
+
+def merged(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Byte pairs by definition: the pair of the lowest rank, the first of those, again and again."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while True:
+        pairs = [(ranks[one + two], i) for i, (one, two) in enumerate(pairwise(parts)) if one + two in ranks]
+        if not pairs:
+            return parts
+        at = min(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def test_byte_pairs_of_emu3(tmp_path: Path) -> None:
+    numbers = random.Random(0)
+    merges: list[bytes] = []
+    known = [letter.encode() for letter in "abé "]
+    while len(merges) < 60:
+        token = numbers.choice(known) + numbers.choice(known)
+        if token not in known and len(token) < 8:
+            merges.append(token)
+            known.append(token)
+    path, special = write_vocabulary(tmp_path, merges)
+    tokenizer = emu3.EmuTokenizer(path, special)
+    ranks = {token: 256 + i for i, token in enumerate(merges)} | {bytes([255 - i]): i for i in range(256)}
+    for _ in range(300):
+        word = "".join(numbers.choices("abé", k=numbers.randint(1, 14)))
+        expected = [word.encode()] if word.encode() in ranks else merged(word.encode(), ranks)
+        assert tokenizer.ids([word]) == [ranks[part] for part in expected]
+    assert len(tokenizer.ids(["a" * 20_000])) > 1  # a word of any length, in a moment
+
+
+def test_words_and_special_tokens_of_emu3(tmp_path: Path) -> None:
+    tokenizer = emu3.EmuTokenizer(*write_vocabulary(tmp_path, [b"90", b" a", b"a "]))
+    bos = 259 + 3 + 203
+    assert [tokenizer.special_id(name) for name in (MARKS[2], MARKS[4], MARKS[3])] == [bos, 259 + 208, 259 + 209]
+    digits = [255 - ord(digit) for digit in "90"]
+    assert tokenizer.ids(["90"]) == digits  # digits are words of their own
+    assert tokenizer.ids(["x a"]) == [255 - ord("x"), 257]
+    ids = tokenizer.ids(emu3.prompt_pieces(f"a {MARKS[4]}", (90, 90)))
+    assert ids[0] == bos
+    assert ids.count(259 + 208) == 1
+    published = emu3.Emu3Prompts.published_config({"tokenizer": tokenizer.path, "special_tokens": special_of(tmp_path)})
+    assert published["special_ids"]["visual0"] == 259 + 211
+    assert emu3.Emu3Prompts.published_config({"tokenizer": tokenizer.path}) == {}
+
+
+def special_of(folder: Path) -> Path:
+    return folder / "emu3_vision_tokens.txt"
+
+
+@pytest.mark.parametrize("content", ["", "YQ== 0\n", "no base 64!! 1\n", "YQ==\n", "YQ== 0\nYQ== 1\n"])
+def test_vocabularies_that_are_damaged(tmp_path: Path, content: str) -> None:
+    path, special = write_vocabulary(tmp_path, [])
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"emu3\.tiktoken is damaged"):
+        emu3.EmuTokenizer(path, special)
+    special.unlink()
+    with pytest.raises(CheckpointError, match=r"emu3_vision_tokens\.txt cannot be read"):
+        emu3.EmuTokenizer(write_vocabulary(tmp_path, [])[0], tmp_path / "gone" / special.name)

@@ -259,7 +259,7 @@ def test_configuration_needs_its_sizes_and_ignores_the_rest() -> None:
         load_config(AliTokConfig, {"hidden_size": 32})
     config = load_config(AliTokConfig, {**SMALL, "dropout": 0.1, "rms_norm_eps": "1e-6"})
     assert config.rms_norm_eps == 1e-6
-    with pytest.warns(UserWarning, match="did you mean 'grid_size'"):
+    with pytest.warns(UserWarning, match=r"did you mean grid_size\?"):
         load_config(AliTokConfig, {**SMALL, "gridsize": 16})
 
 

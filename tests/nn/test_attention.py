@@ -148,3 +148,21 @@ def test_a_mask_by_query_takes_the_place_of_the_causal_rule(weighted: bool) -> N
                 value_weights=None if weights is None else weights[:, :slots],
             )
             torch.testing.assert_close(got[:, :, i : i + 1], alone, atol=1e-12, rtol=0)
+
+
+def test_queries_that_see_nothing_are_no_concern_of_the_others() -> None:
+    """Products in bfloat16 read over the end of a row of odd length, and so a NaN that stands there."""
+    rows, new, dim = 2, 203, 16
+    torch.manual_seed(0)
+    query = torch.randn(rows, 4, new, dim).bfloat16()
+    key, value = torch.randn(2, rows, 2, new, dim).bfloat16()
+    padding = torch.tensor([147, 120])
+    mask = torch.arange(new) >= padding[:, None]
+    weights = torch.ones(rows, new)
+    got = weighted_attention(query, key, value, value_weights=weights, mask=mask)
+    assert got.isfinite().all()
+    for row, blind in enumerate(padding.tolist()):
+        assert (got[row, :, :blind] == 0).all()
+        alone = [tensor[row : row + 1, :, blind:] for tensor in (query, key, value)]
+        expected = weighted_attention(*alone, value_weights=weights[:1, blind:])
+        torch.testing.assert_close(got[row : row + 1, :, blind:], expected, rtol=0, atol=0.02)

@@ -374,7 +374,7 @@ def test_agreement_counts_what_prompts_say() -> None:
     wanted = torch.tensor([[0, 1, UNKNOWN], [1, 0, UNKNOWN]])
     found = agreement(Fixed(), torch.zeros(2, 3, 96, 96), wanted)
     assert found == {"name": 1.0, "style": 0.5, "all": 0.5}
-    with pytest.raises(UserError, match="one prompt an image, got 2 for 1 images"):
+    with pytest.raises(UserError, match="one prompt per image, got 2 for 1 images"):
         agreement(Fixed(), torch.zeros(1, 3, 96, 96), wanted)
 
 

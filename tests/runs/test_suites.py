@@ -59,8 +59,8 @@ def test_geneval_finds_the_line_and_four_samples(tmp_path: Path, images: list[np
         (DPGBench, {"a.txt": " \n"}, "a.txt is empty"),
         (GenEval, {}, "evaluation_metadata.jsonl cannot be read"),
         (GenEval, {"evaluation_metadata.jsonl": "\n"}, "is empty"),
-        (GenEval, {"evaluation_metadata.jsonl": '{"prompt": "a"}\n{"tag": 1}'}, "line 2 is no JSON object with a"),
-        (GenEval, {"evaluation_metadata.jsonl": '{"prompt": 3}'}, "line 1 is no JSON object with a prompt"),
+        (GenEval, {"evaluation_metadata.jsonl": '{"prompt": "a"}\n{"tag": 1}'}, "line 2 is not a JSON object with a"),
+        (GenEval, {"evaluation_metadata.jsonl": '{"prompt": 3}'}, "line 1 is not a JSON object with a prompt"),
     ],
 )
 def test_unusable_prompts_are_one_sentence(

@@ -372,7 +372,7 @@ def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:
         (alitok, {"num_buffer_tokens": -1}, "num_buffer_tokens"),
         (robustok, {"image_size": 13}, "image_size 13 must be a multiple of patch_size 4"),
         (robustok, {"vit_num_heads": 5}, "vit_embed_dim 24 must be a multiple of vit_num_heads 5"),
-        (robustok, {"num_latent_tokens": 8}, "num_latent_tokens 8 must be one a patch, here 9"),
+        (robustok, {"num_latent_tokens": 8}, "num_latent_tokens 8 must be one per patch, here 9"),
         (robustok, {"vit_depth": 0}, "vit_depth"),
         (llamagen_vq, {"ch_mult": []}, "ch_mult"),
         (llamagen_vq, {"ch": 12}, "ch 12 must be a multiple of num_groups 8"),

@@ -44,7 +44,7 @@ def test_the_command_lines_words() -> None:
     ("word", "text"),
     [
         ("guidance_scales=1:2", "no setting named 'guidance_scales'; did you mean guidance_scale"),
-        ("guidance_scale", "says not where to search; write guidance_scale=LOW:HIGH"),
+        ("guidance_scale", "does not say where to search; write guidance_scale=LOW:HIGH"),
         ("guidance_scale=a:3", "guidance_scale must be a number, got 'a'"),
         ("guidance_scale=3:1", "from a number to a greater one, got 3:1"),
         ("guidance_scale=1:inf", "from a number to a greater one, got 1:inf"),
@@ -81,7 +81,7 @@ def test_every_setting_can_be_searched_and_reaches_the_methods(pipeline: Pipelin
         "confidence": "margin", "step_norm": False, "strength": 0.1 + 0.2, "floor": 0.01, "eps": 1e-3, "target": "both",
         "alignment": "successor", "temperature": 1.1, "top_k": 7, "top_p": 0.9, "entropy_gain": 2.5,
         "entropy_decay": 4.0, "entropy_base": 0.5, "entropy_top_p": 0.6, "min_candidates": 3,
-        "perturbation_scale": 1.5,
+        "perturbation_scale": 1.5, "weak_share": 0.0,
     }  # fmt: skip
     fields = [field.name for kind in (SoftCFG, Sampling) for field in dataclasses.fields(kind)]
     assert sorted(fields) == sorted([*values, "rule", "perturbation"])

@@ -312,7 +312,7 @@ def test_a_study_is_of_one_sweep(make: Maker, tmp_path: Path) -> None:
         ({"rungs": [8]}, "rungs mean nothing without early_stop"),
         ({"seed": -1}, "seed must be in"),
         ({"labels": [1] * 20_000}, "20000 labels do not fit"),
-        ({"storage": "somewhere"}, "'somewhere' is no storage URL such as sqlite:///study.db"),
+        ({"storage": "somewhere"}, "'somewhere' is not a storage URL such as sqlite:///study.db"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(

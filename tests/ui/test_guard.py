@@ -73,7 +73,7 @@ def test_large_requests_are_refused(client: TestClient) -> None:
     big = json.dumps({"data": ["x" * MAX_BODY], "fn_index": 0, "session_hash": "a"})
     response = client.post("/gradio_api/queue/join", content=big, headers={"content-type": "application/json"})
     assert response.status_code == 413
-    assert response.text == f"A request may have {MAX_BODY} bytes.\n"
+    assert response.text == f"A request may have at most {MAX_BODY} bytes.\n"
 
 
 def test_large_requests_of_unknown_length_are_cut_off(client: TestClient) -> None:

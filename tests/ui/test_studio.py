@@ -9,6 +9,7 @@ import time
 import urllib.parse
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ from PIL import Image
 
 import softcfg
 from softcfg import CFG, SoftCFG, UserError
+from softcfg.guidance import PERTURBATIONS, RULES, SCHEDULES
 from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline
-from softcfg.ui.studio import METHODS, Canvas, Drawing, Limits, Model, Panel, Settings, Studio
+from softcfg.ui.settings import METHODS, Settings
+from softcfg.ui.studio import Canvas, Drawing, Limits, Model, Panel, Studio
+from softcfg.zoo.registry import MODELS
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ class TestSettings:
     def test_a_link_brings_every_setting_back_to_the_last_bit(self, studio: Studio) -> None:
         settings = studio.settings(
             subject=2, methods=["released", "none"], scale=0.1 + 0.2, power=1 / 3, strength=0.7, step_norm=False,
-            temperature=1.1, seed=2**32 - 1,
+            temperature=1.1, seed=2**32 - 1, seeds=3,
         )  # fmt: skip
         query = dict(urllib.parse.parse_qsl(settings.query(), strict_parsing=True))
         assert studio.settings_from_query(query) == settings
@@ -78,9 +82,16 @@ class TestSettings:
             ({"subject": "9" * 5000}, "class must be"),
             ({"subject": True}, "class must be"),
             ({"subject": [1]}, "class must be"),
-            ({"methods": []}, "at least one method of none, cfg, softcfg, released"),
-            ({"methods": ["cfg", "other"]}, "at least one method"),
-            ({"methods": 3}, "at least one method"),
+            ({"methods": []}, "Choose at least one method."),
+            ({"methods": ["cfg", "other"]}, "There is no method 'other' here; choose from the list."),
+            ({"methods": 3}, "Choose at least one method."),
+            ({"methods": [["cfg"]]}, "There is no method ['cfg']"),
+            ({"seeds": 0}, "The number of seeds must be a whole number from 1 to 8, not 0"),
+            ({"seeds": 9}, "number of seeds must be"),
+            (
+                {"seeds": 8, "methods": ["none", "cfg", "softcfg", "released"]},
+                "at most 24 pictures here, and these would",
+            ),
             ({"scale": 20.5}, "scale must be a number from 0 to 20, not 20.5"),
             ({"scale": "nan"}, "scale must be"),
             ({"scale": None}, "scale must be"),
@@ -114,6 +125,37 @@ class TestSettings:
         settings = studio.settings(scale=5, power=0.25, strength=0.5, step_norm=False)
         assert settings.guidance(method, pipeline) == expected
 
+    def test_every_rule_and_perturbation_is_a_method_with_a_line_about_it(self) -> None:
+        rules = {f"none+{rule}" for rule in RULES} - {"none+cfg"}
+        perturbations = {f"{name}+cfg" for name in PERTURBATIONS} - {"none+cfg", "softcfg+cfg"}
+        assert {"none", "cfg", "softcfg", "released"} | rules | perturbations < set(METHODS)
+        for method in METHODS.values():
+            assert 0 < len(method.line) < 80
+            assert "\n" not in method.title + method.line
+        assert len({method.title for method in METHODS.values()}) == len(METHODS)
+
+    def test_examples_are_drawn_with_the_settings_of_the_model(self, pipeline: Pipeline) -> None:
+        entry = replace(pipeline.entry, examples={"Star": 5, "T-shirt/top": 1})
+        pipeline.source = replace(pipeline.source, entry=entry)
+        studio = Studio({"tiny": pipeline})
+        assert studio.models["tiny"].examples == [(3, 5), (2, 1)]
+        methods = ("none", "cfg", "softcfg")
+        assert studio.example("tiny", 1) == studio.settings(subject=2, seed=1, methods=methods)
+        for number in (-1, 2):
+            with pytest.raises(UserError, match="example is gone"):
+                studio.example("tiny", number)
+
+    @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+    def test_whether_the_power_matters(self, pipeline: Pipeline, schedule: str) -> None:
+        pipeline.sampling_defaults["schedule"] = schedule
+        assert Model(pipeline).uses_power == (schedule == "cosine_power")
+
+    @pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.examples])
+    def test_examples_of_the_bundled_models_are_of_their_classes(self, name: str) -> None:
+        entry = MODELS[name]
+        assert entry.text is not None or set(entry.examples) <= set(entry.classes)
+        assert all(0 <= seed < 2**32 for seed in entry.examples.values())
+
 
 class TestDraw:
     def test_pictures_are_those_of_the_pipeline(self, studio: Studio, pipeline: Pipeline) -> None:
@@ -128,13 +170,40 @@ class TestDraw:
             assert torch.equal(panel.picture.tokens, expected.tokens[0])
             assert np.array_equal(panel.picture.pixels, expected.pixels[0])
 
+    def test_each_method_draws_from_each_seed(self, studio: Studio, pipeline: Pipeline) -> None:
+        panels = drawn(studio, subject=1, methods=["cfg", "softcfg"], seed=5, seeds=3)
+        assert [(panel.method, panel.seed) for panel in panels] == [
+            (method, seed) for method in ("cfg", "softcfg") for seed in (5, 6, 7)
+        ]
+        for panel in panels:
+            guidance = studio.settings().guidance(panel.method, pipeline)
+            assert panel.picture is not None
+            assert np.array_equal(panel.picture.pixels, pipeline([1], guidance=guidance, seed=panel.seed).pixels[0])
+            assert panel.picture.caption.endswith(f"seed {panel.seed}")
+            assert panel.picture.description()["seed"] == panel.seed
+        # Its link brings all of them back, and so does the gallery.
+        picture = panels[4].picture
+        assert picture is not None
+        query = dict(urllib.parse.parse_qsl(picture.description()["link"].removeprefix("?")))
+        assert studio.settings_from_query(query) == picture.settings
+        session = studio.session("visitor")
+        session.show_again(picture.number)
+        assert [panel.picture for panel in session.panels] == [panel.picture for panel in panels]
+
+    def test_the_first_seed_is_drawn_under_all_methods_first(self, slow: Pipeline) -> None:
+        studio = Studio({"tiny": slow})
+        for _, panels in studio.draw("visitor", studio.settings(methods=["cfg", "softcfg"], seeds=2)):
+            if panels[2].done:
+                studio.stop("visitor")
+        assert [panel.done > 0 for panel in panels] == [True, False, True, False]
+
     def test_it_grows_token_by_token(self, slow: Pipeline) -> None:
         studio = Studio({"tiny": slow})
         settings = studio.settings(methods=["softcfg"])
         tokens = slow(labels=[0], guidance=settings.guidance("softcfg", slow), seed=0).tokens[0]
         seen = []
         for drawing, (panel,) in studio.draw("visitor", settings):
-            so_far = drawing.tokens("softcfg")
+            so_far = drawing.tokens("softcfg", 0)
             if so_far is not None:
                 assert torch.equal(so_far.clone(), tokens[: len(so_far)])
             if panel.pixels is not None:

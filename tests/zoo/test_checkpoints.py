@@ -87,10 +87,10 @@ def test_a_prefix_that_not_all_names_share_stays(tmp_path: Path) -> None:
             b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
             "Git LFS pointer",
         ),
-        ("weights.bin", b"PK\x03\x04 and no archive", "is truncated, damaged or no weights file"),
-        ("weights.bin", bytes(range(256)), "is truncated, damaged or no weights file"),
-        ("weights.safetensors", struct.pack("<Q", 1 << 40) + b"{}", "is truncated, damaged or no weights file"),
-        ("weights.safetensors", struct.pack("<Q", 8) + b"{broken}", "is truncated, damaged or no weights file"),
+        ("weights.bin", b"PK\x03\x04 and no archive", "is truncated, damaged or not a weights file"),
+        ("weights.bin", bytes(range(256)), "is truncated, damaged or not a weights file"),
+        ("weights.safetensors", struct.pack("<Q", 1 << 40) + b"{}", "is truncated, damaged or not a weights file"),
+        ("weights.safetensors", struct.pack("<Q", 8) + b"{broken}", "is truncated, damaged or not a weights file"),
         ("weights.txt", b"a b c", "must end in one of .safetensors, .bin, .pt, .pth"),
     ],
 )
@@ -114,7 +114,7 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
 def test_truncated_files(tmp_path: Path, state: dict[str, Tensor], suffix: str, kept: float) -> None:
     path = save(state, tmp_path / f"weights{suffix}")
     os.truncate(path, int(path.stat().st_size * kept))
-    with pytest.raises(CheckpointError, match="truncated, damaged or no weights file"):
+    with pytest.raises(CheckpointError, match="truncated, damaged or not a weights file"):
         read_state_dict(path)
 
 
@@ -122,7 +122,7 @@ def test_a_truncated_file_in_the_format_before_zip(tmp_path: Path, state: dict[s
     path = tmp_path / "old.pth"
     torch.save(state, path, _use_new_zipfile_serialization=False)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match="truncated, damaged or no weights file"):
+    with pytest.raises(CheckpointError, match="truncated, damaged or not a weights file"):
         read_state_dict(path)
 
 

@@ -166,6 +166,7 @@ def hub() -> Iterator[Hub]:
     server.add("someone/tiny", "tiny_rar.bin", generator)
     server.add("someone/tiny", "tiny_vq.bin", tokenizer)
     server.add("someone/damaged", "tiny_rar.bin", generator, sha256="0" * 64)
+    server.gated.add("someone/gated")
     server.cut["/someone/tiny/resolve/main/tiny_rar.bin"] = 11 << 20
     assert len(generator) > 12 << 20
     with serving(server):
@@ -197,13 +198,14 @@ for repository, file in json.loads(sys.argv[1]):
 
 def test_the_hub(hub: Hub, tmp_path: Path, folder: Path) -> None:
     home = tmp_path / "hf"
-    good, damaged, no_file, no_repository = fetch_elsewhere(
+    good, damaged, no_file, no_repository, gated = fetch_elsewhere(
         hub,
         home,
         ("someone/tiny", "tiny_rar.bin"),
         ("someone/damaged", "tiny_rar.bin"),
         ("someone/tiny", "gone.bin"),
         ("nobody/nothing", "tiny_rar.bin"),
+        ("someone/gated", "tiny_rar.bin"),
     )
     # The first download broke off and went on where it was cut, from what was on the disk by then.
     path = "/someone/tiny/resolve/main/tiny_rar.bin"
@@ -217,6 +219,10 @@ def test_the_hub(hub: Hub, tmp_path: Path, folder: Path) -> None:
     assert re.search(r"tiny_rar\.bin is damaged, its SHA-256 is not the Hub's", damaged["error"])
     assert no_file["error"] == "gone.bin was not downloaded from someone/tiny: the repository has no such file"
     assert "nobody/nothing: there is no such repository, or it is private" in no_repository["error"]
+    assert gated["error"] == (
+        "tiny_rar.bin was not downloaded from someone/gated: accept its licence at "
+        f"http://127.0.0.1:{hub.server_port}/someone/gated first, and log in with `hf auth login`"
+    )
     assert not folder.exists()
 
     # Offline the cache serves, and what is not in it is an error that says why.

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from softcfg import UserError
-from softcfg.zoo import MODELS, resolve
+from softcfg.zoo import MODELS, ModelEntry, resolve
 from tiny_models import module
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -19,6 +20,11 @@ KEYS = {
         for size, pixels in [("b", 256), ("l", 256), *((size, 384) for size in ("b", "l", "xl", "xxl", "3b"))]
     },
     **dict.fromkeys(("lumina-mgpt-2", "lumina-mgpt-2-omni"), GOLDEN / "lumina" / "keys-7b.json"),
+    **{f"janus-pro-{size}": GOLDEN / "janus" / f"keys-hf-{size}.json" for size in ("1b", "7b")},
+    **{f"janus-pro-{size}-original": GOLDEN / "janus" / f"keys-original-{size}.json" for size in ("1b", "7b")},
+    "emu3-gen": GOLDEN / "emu3" / "keys-gen-hf.json",
+    "emu3-gen-original": GOLDEN / "emu3" / "keys-gen-original.json",
+    **{f"llamagen-t2i-xl-{pixels}": GOLDEN / "llamagen-t2i" / "keys-gpt-xl-t2i.json" for pixels in (256, 512)},
 }
 MODEL_YAML = """\
 name: shapes
@@ -33,12 +39,21 @@ description: two shapes
 @pytest.mark.parametrize("name", KEYS)
 def test_models_have_exactly_the_released_tensors(name: str) -> None:
     entry = MODELS[name]
-    released = entry.generator.family.needed(json.loads(KEYS[name].read_text())["tensors"])
+    tensors = json.loads(KEYS[name].read_text())["tensors"]
+    released = entry.generator.family.needed(tensors)
     generator, tokenizer = (module(part, "meta") for part in entry.components)
     assert {key: list(tensor.shape) for key, tensor in generator.state_dict().items()} == released
     for part, half in zip(entry.components, (generator, tokenizer), strict=True):
         assert part.parameters == sum(tensor.numel() for tensor in half.state_dict().values())
-    if entry.text is None:
+    if entry.generator.file == entry.tokenizer.file:
+        needed = entry.tokenizer.family.needed(
+            {key: torch.empty(shape, device="meta") for key, shape in tensors.items()}
+        )
+        assert needed.keys() == tokenizer.state_dict().keys()
+    if name.startswith("emu3"):
+        assert (generator.num_tokens, generator.config.code_count) == (90 * 91 + 3, tokenizer.codebook_size)
+        assert tokenizer.num_tokens == 90 * 90
+    elif not name.startswith("lumina"):
         assert (generator.num_tokens, generator.vocab_size) == (tokenizer.num_tokens, tokenizer.codebook_size)
     else:
         assert (generator.num_tokens, generator.config.num_codes) == (96 * 97 + 1, tokenizer.codebook_size)
@@ -50,11 +65,32 @@ def test_configurations_are_those_of_the_released_models(name: str) -> None:
     if "block_size_by_image_size" in released:
         released["block_size"] = released["block_size_by_image_size"][name.rpartition("-")[2]]
     entry = MODELS[name]
-    assert entry.generator.config == {key: released[key] for key in entry.generator.config}
+    ours = {key: value for key, value in entry.generator.config.items() if key in released}
+    if "special_ids" in ours:
+        released["special_ids"] = {key: released["special_ids"][key] for key in ours["special_ids"]}
+    assert ours == {key: released[key] for key in ours}
+    assert entry.generator.config.keys() - released.keys() <= {"image_size", "block_size", "multiple_of"}
     if "default_sampling" in released:
         defaults = {key.removeprefix("randomize_"): value for key, value in released["default_sampling"].items()}
         assert entry.sampling == defaults
         assert entry.generator.file.name == released["checkpoint_file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "top_k"),
+    [("janus-pro-7b", 5.0, 0), ("emu3-gen", 3.0, 2048), ("llamagen-t2i-xl-512", 7.5, 1000)],
+)
+def test_text_to_image_models_draw_as_released(name: str, scale: float, top_k: int) -> None:
+    sampling = {"temperature": 1.0, "top_k": top_k, "guidance_scale": scale, "schedule": "constant", "rule": "cfg"}
+    family = MODELS[name].generator.family
+    assert all(entry.sampling == sampling for entry in MODELS.values() if entry.generator.family == family)
+
+
+@pytest.mark.parametrize("entry", MODELS.values(), ids=lambda entry: entry.name)
+def test_every_model_has_a_licence(entry: ModelEntry) -> None:
+    assert entry.licence
+    if entry.name.startswith("janus"):
+        assert "DeepSeek License Agreement" in entry.licence
 
 
 def test_names_in_the_checkpoints_folder_are_unique() -> None:
@@ -116,7 +152,12 @@ def test_a_model_is_found_by_name_folder_or_file(tmp_path: Path) -> None:
         ("alitok-xxl", "there is no model named 'alitok-xxl'; did you mean alitok-xl"),
         ("RAR_B", "did you mean rar-b"),
         ("qwertyuiop", "known: .*alitok-b, .*rar-xxl"),
-        ("some/where", "some/where does not exist"),
+        ("some/where", "there is no folder some/where; .* run `softcfg fetch some/where` first"),
+        ("./nofolder", r"there is no folder \./nofolder; give the name of a model or the path of a model folder"),
+        ("/no/such/folder", "there is no folder /no/such/folder"),
+        ("~/mine", "there is no folder ~/mine"),
+        ("../up", r"there is no folder \.\./up"),
+        ("a/b/c", "there is no folder a/b/c"),
     ],
 )
 def test_unknown_models_get_suggestions(name: str, text: str) -> None:

@@ -105,7 +105,7 @@ print(load_generator(entry).cache_shape[0])
         (lambda d: (d / SHARDS[2]).write_bytes(b"x"), rf"{SHARDS[2]} is truncated"),
         (lambda d: (d / INDEX).write_text("{"), "damaged or no JSON file"),
         (lambda d: (d / INDEX).write_text("{}"), "no weight_map"),
-        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "no file beside it"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "not a file beside it"),
         (lambda d: (d / SHARDS[0]).write_bytes((d / SHARDS[1]).read_bytes()), "tensors that its files lack"),
         (lambda d: (d / "config.json").write_text('{"num_hidden_layers": 3}'), "does not fit the configured Lumina"),
         (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json is damaged"),

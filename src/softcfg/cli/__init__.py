@@ -1,1 +1,1 @@
-"""The command line: a thin shell over the Python API, one file a command."""
+"""The command line: a thin shell over the Python API, one file per command."""

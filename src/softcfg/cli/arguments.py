@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
+import os
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError, quote
-from softcfg.files import read_text
+from softcfg.files import read_text, split_lines
 from softcfg.guidance import CFG, PRESETS, Setting, all_settings, compose, settings_of
 
 if TYPE_CHECKING:
@@ -18,15 +19,36 @@ if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
 
 
+HELP_WIDTH = 80  # columns
 LARGEST_LIST = 1 << 24  # bytes of a file of labels or prompts
 MOST_PROMPTS = 100_000
+WINDOW = 16  # of speculative Jacobi decoding
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and leaves room for flag names."""
+    """Fills the paragraphs of descriptions to 80 columns, keeps lists and examples as they are."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=100)
+        super().__init__(prog, max_help_position=26, width=HELP_WIDTH)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(
+            "\n".join(map(_command, part.replace(" \\\n      ", " ").splitlines()))
+            if "\n  " in part
+            else textwrap.fill(part, width)
+            for part in paragraphs
+        )
+
+
+def _command(line: str) -> str:
+    """An example, a long one in several lines as a shell takes them."""
+    if len(line) <= HELP_WIDTH:
+        return line
+    lines = textwrap.wrap(
+        line, HELP_WIDTH - 2, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    )
+    return " \\\n".join(lines)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -50,14 +72,53 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         choices=("float32", "bfloat16"),
         help="of the generator (default: the model's own, float32 for all but the largest)",
     )
-    group.add_argument("--quantize", choices=("int8", "int4"), help="round the generator's weights; needs torchao")
+    group.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="round the weights of the generator and, where it has one, of its text encoder; needs torchao",
+    )
     group.add_argument(
         "--kv-cache-dtype",
         choices=("int8",),
         help="round the cached keys and values (default: of the generator's dtype)",
     )
     group.add_argument(
+        "--weak-model",
+        metavar="NAME",
+        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
+        "branch or, with a --weak-share below 1, beside it",
+    )
+    group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
+    )
+
+
+def add_extractor_arguments(group: argparse._ArgumentGroup, default: str | None = "inception", note: str = "") -> None:
+    """The network that describes images for metrics, and where its features are kept."""
+    note = note or f"default: {default}"
+    names = "inception, fashion, or your own as package.module:factory"
+    group.add_argument("--extractor", default=default, metavar="NAME", help=f"{names} ({note})")
+    group.add_argument(
+        "--extractor-weights",
+        "--inception-weights",
+        metavar="FILE",
+        help="weights of the extractor, instead of its own",
+    )
+    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
+
+
+def parse_metrics(text: str | None) -> list[str] | None:
+    """The names in a list of metrics; None for all."""
+    return [name.strip().replace("-", "_") for name in text.split(",")] if text else None
+
+
+def add_output_size_argument(group: argparse._ArgumentGroup) -> None:
+    """`--image-size-eval`, as LlamaGen's released sampler has it; see `Pipeline.with_image_size`."""
+    group.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="resize images to SIZE x SIZE pixels, before they are rounded to 8 bits (default: the model's own size)",
     )
 
 
@@ -80,6 +141,20 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     for setting in settings_of(Sampling).values():
         _add_setting(group, setting)
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Speculative Jacobi decoding."""
+    parser.add_argument_group("speed").add_argument(
+        "--speculative-jacobi",
+        nargs="?",
+        type=int,
+        const=WINDOW,
+        default=0,
+        metavar="WINDOW",
+        help=f"draft WINDOW tokens (default: {WINDOW}) and verify them in one pass: fewer passes, other images of the "
+        "same distribution",
+    )
 
 
 def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
@@ -128,15 +203,9 @@ def parse_interval(text: str) -> tuple[int, int]:
 
 def parse_device(name: str | None) -> torch.device | None:
     """The device called `name`; None for None. Raises `UserError` if it is not available."""
-    import torch
+    from softcfg.nn.precision import as_device
 
-    try:
-        device = torch.device(name) if name else None
-        if device is not None:
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} is not available here; use cpu, or cuda on a machine with a GPU") from None
-    return device
+    return as_device(name) if name else None
 
 
 def load_pipeline(
@@ -157,7 +226,9 @@ def load_pipeline(
     if random_weights:
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
-        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype)
+        return Pipeline.with_random_weights(
+            args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype, weak=args.weak_model
+        )
     return Pipeline.from_pretrained(
         args.model,
         device=device,
@@ -167,6 +238,8 @@ def load_pipeline(
         quantize=args.quantize,
         kv_cache_dtype=cache_dtype,
         device_map=args.device_map,
+        weak=args.weak_model,
+        image_size_eval=getattr(args, "image_size_eval", None),
     )
 
 
@@ -195,10 +268,10 @@ def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
 
 def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
     """Temperature (the model's by default), top-k and top-p; the seed is checked, and 0 by default."""
-    from softcfg.decoding.randomness import check_word
+    from softcfg.decoding.randomness import check_uint64
 
     args.seed = 0 if args.seed is None else args.seed
-    check_word(args.seed, "seed")
+    check_uint64(args.seed, "seed")
     try:
         return pipeline.sampling(**sampling_settings(args))
     except ValueError as error:
@@ -211,10 +284,15 @@ def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
         "--prompt", action="append", metavar="TEXT", help="text to draw, for text-to-image models; may be repeated"
     )
     group.add_argument("--prompts", metavar="FILE", help="texts to draw, one per line")
+    add_negative_argument(group)
+    add_size_arguments(group)
+
+
+def add_negative_argument(group: argparse._ArgumentGroup) -> None:
+    """The text of the unconditional branch."""
     group.add_argument(
         "--negative-prompt", metavar="TEXT", help="what the unconditional branch reads, for models that read one there"
     )
-    add_size_arguments(group)
 
 
 def add_size_arguments(group: argparse._ArgumentGroup) -> None:
@@ -242,11 +320,7 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
         raise UserError(f"--labels: {pipeline.name} draws texts, not classes; give them with --prompt or --prompts")
     prompts = list(args.prompt or ())
     if args.prompts is not None:
-        try:
-            lines = read_text(args.prompts, LARGEST_LIST).splitlines()
-        except OSError as error:
-            raise UserError(f"--prompts: {args.prompts} cannot be read: {error.strerror}") from None
-        prompts += filter(None, map(str.strip, lines))
+        prompts += read_lines(args.prompts, "--prompts")
         if not prompts:
             raise UserError(f"--prompts: {args.prompts} holds no text")
         if len(prompts) > MOST_PROMPTS:
@@ -254,6 +328,15 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
     if not prompts:
         raise UserError(f"{pipeline.name} draws texts: give one with --prompt, or a file of them with --prompts")
     return prompts
+
+
+def _lines(flag: str, path: str) -> list[str]:
+    """The lines of the file that a flag names, without blanks around them and without empty ones."""
+    try:
+        lines = read_text(path, LARGEST_LIST).splitlines()
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
@@ -291,40 +374,36 @@ def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
 
 
 def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
-    """Class ids from "all", or a list of ids, ranges "0-9" and class names, separated by commas.
+    """Class ids from "all", or a list of ids, ranges "0-9" and class names; see `softcfg.models.class_names`.
 
     "@FILE" stands for the content of a file; there, line ends separate as well.
     """
+    from softcfg.models.class_names import ClassNames
     from softcfg.runs.plan import MOST_LABELS
 
-    count = pipeline.generator.num_classes
-    if text.startswith("@"):
-        path = text.removeprefix("@")
-        try:
-            text = ",".join(filter(None, map(str.strip, read_text(path, LARGEST_LIST).splitlines())))
-        except OSError as error:
-            raise UserError(f"--labels: {path} cannot be read: {error.strerror}") from None
-    if text.strip().lower() == "all":
-        return list(range(count))
-    if text.count(",") >= MOST_LABELS:
+    names = ClassNames(pipeline.classes, pipeline.generator.num_classes, pipeline.name)
+    lines = read_lines(text.removeprefix("@"), "--labels") if text.startswith("@") else [text]
+    if [line.strip().lower() for line in lines] == ["all"]:
+        return list(range(names.count))
+    if sum(line.count(",") + 1 for line in lines) > MOST_LABELS:
         raise UserError(f"--labels: more than {MOST_LABELS:,} labels, the limit")
-    names = {name.lower(): index for index, name in enumerate(pipeline.classes)}
     labels: list[int] = []
-    for word in (part.strip() for part in text.split(",")):
-        ids = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", word)
-        if word.lower() in names:
-            labels.append(names[word.lower()])
-        elif ids:
-            first, last = int(ids[1]), int(ids[2] or ids[1])
-            if max(first, last) >= count:
-                outside = first if first >= count else last
-                raise UserError(f"label {outside} is out of range: {pipeline.name} has classes 0 to {count - 1}")
-            labels.extend(range(first, last + 1))
-        else:
-            known = f" or one of {', '.join(pipeline.classes)}" if names else ""
-            raise UserError(f"--labels: {quote(word)} is not a class id, a range such as 0-9, 'all'{known}")
+    for line in lines:
+        try:
+            labels += names.read(line)
+        except UserError as error:
+            raise UserError(f"--labels: {error}") from None
         if len(labels) > MOST_LABELS:
             raise UserError(f"--labels: more than {MOST_LABELS:,} labels, the limit")
     if not labels:
-        raise UserError(f"--labels {quote(text)} names no class: {pipeline.name} has classes 0 to {count - 1}")
+        raise UserError(f"--labels {quote(text)} names no class: {names.model} has classes 0 to {names.count - 1}")
     return labels
+
+
+def read_lines(path: str, flag: str) -> list[str]:
+    """The lines of a file that a flag names, without those that are empty."""
+    try:
+        text = read_text(os.path.expanduser(path), LARGEST_LIST)
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
+    return [stripped for line in split_lines(text) if (stripped := line.strip())]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from softcfg.models.base import Condition
     from softcfg.tokenizers.base import Tokenizer
 
+HELP = "measure how fast this machine draws"
+USAGE = "softcfg bench MODEL [options]"
 DESCRIPTION = """\
 Measure how fast this machine draws images of a model at several batch sizes, and name the smallest batch size
 that comes within 5 % of the best. Steps are timed at several positions of the sequence; their mean stands for all.
@@ -25,28 +28,18 @@ examples:
   softcfg bench fashion
   softcfg bench alitok-b --random-weights --batch-sizes 1 4 16"""
 
-WITHIN = 0.95
+NEAR_BEST = 0.95
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure how fast this machine draws",
-        usage="softcfg bench MODEL [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("measurement")
     group.add_argument("--random-weights", action="store_true", help="measure without the model's files")
     group.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", default=[1, 4, 16, 64])
-    group.add_argument("--repeats", type=int, default=3, metavar="N", help="times a step is timed (default: 3)")
+    group.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each step is timed (default: 3)")
     group.add_argument("--no-pixels", action="store_true", help="leave out the decoding of pixels")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from softcfg.decoding.throughput import batch_bytes, time_steps
+    from softcfg.nn import products
     from softcfg.nn.memory import free_memory
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
@@ -61,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
     generator = pipeline.generator
     guidance = arguments.guidance_from(args, pipeline)
-    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else "CPU"
+    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else products.machine()
+    products.forget_choices()
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
     print(
         f"{'batch':>5} {'set-up, s':>9} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} "
@@ -69,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
     )
     speed: dict[int, float] = {}
     for batch in sorted(set(args.batch_sizes)):
-        needed, free = batch_bytes(generator, batch, guidance), free_memory(generator.device)
+        needed, free = batch_bytes(generator, batch, guidance, pipeline.weak_generator), free_memory(generator.device)
         if free is not None and needed > free:
             print(f"{batch:5} needs {needed / 2**20:.0f} MiB beside the weights, {free / 2**20:.0f} MiB are free")
             continue
-        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats)
-        condition = generator.condition(generator.example_inputs(batch), guided=guidance.is_active)
+        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats, weak=pipeline.weak_generator)
+        condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
         pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, condition, batch) / batch
         seconds = (set_up + step * condition.num_tokens) / batch + pixels
         speed[batch] = 1 / seconds
@@ -86,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
     if not speed:
         raise UserError("there is not enough memory for any of --batch-sizes; give smaller ones")
     best = max(speed.values())
-    chosen = min(batch for batch, images in speed.items() if images >= WITHIN * best)
+    chosen = min(batch for batch, images in speed.items() if images >= NEAR_BEST * best)
+    if products.CHOICES:
+        counts = Counter(products.CHOICES.values())
+        shares = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
+        print(f"\nmatrix products, by shapes of linear layers: {shares}")
     print(f"\nrecommended: --batch-size {chosen}")
     return 0
 

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments, sample
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 METHODS = "none,cfg,softcfg"
 
+HELP = "the same seeds under several guidance methods"
+USAGE = "softcfg compare MODEL --methods LIST [--scales LIST] [options]"
 DESCRIPTION = """\
 Draw the same seeds under several guidance methods and scales, and measure them.
 
@@ -36,17 +38,8 @@ examples:
       --reference test-images --extractor fashion"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "compare",
-        help="the same seeds under several guidance methods",
-        usage="softcfg compare MODEL --methods LIST [--scales LIST] [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to compare")
     group.add_argument("--methods", default=METHODS, metavar="LIST", help=f"see above (default: {METHODS})")
@@ -55,18 +48,12 @@ def add_parser(commands: Any) -> None:
     sample.add_subject_arguments(parser)
     group = parser.add_argument_group("metrics")
     group.add_argument("--reference", metavar="PATH", help="images or statistics, as of 'softcfg eval'")
-    group.add_argument(
-        "--extractor",
-        metavar="NAME",
-        help="inception, fashion, emoji, or package.module:factory (default: inception with --reference, else nothing "
-        "is measured)",
-    )
-    group.add_argument("--extractor-weights", "--inception-weights", metavar="FILE", help="weights of the extractor")
-    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
+    note = "default: inception with --reference, else nothing is measured"
+    arguments.add_extractor_arguments(group, None, note)
     group = parser.add_argument_group("results")
+    arguments.add_output_size_argument(group)
     group.add_argument("--output-dir", default="comparison", metavar="DIR", help="folder for the results")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,7 +118,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
         try:
             write_plots(folder, chosen)
         except ModuleNotFoundError as error:
-            print(f"no figures: they need {error.name}; install it with: pip install 'softcfg[plot]'")
+            print(f"no figures: they need {error.name}: {how_to_install('plot')}")
         print(f"{folder}: grid.png, table.md, comparison.json")
 
 

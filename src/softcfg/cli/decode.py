@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments, drawing
 from softcfg.runs.signals import termination_raises
@@ -13,6 +13,7 @@ from softcfg.runs.signals import termination_raises
 if TYPE_CHECKING:
     from softcfg.runs.folder import RunFolder
 
+HELP = "make pixels from the tokens of a run again"
 DESCRIPTION = """\
 Decode the tokens of a run again, for example with another tokenizer, into the folder of a new run.
 
@@ -21,30 +22,28 @@ be stopped and continued, and shared by many processes."""
 
 EXAMPLES = """\
 examples:
-  softcfg decode run --tokenizer-checkpoint finetuned.safetensors --output-dir run-finetuned --npz"""
+  softcfg decode run --tokenizer-checkpoint finetuned.safetensors --output-dir run-finetuned --npz
+  softcfg decode run --image-size-eval 256 --output-dir run-256 --npz"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "decode",
-        help="make pixels from the tokens of a run again",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("folder", metavar="DIR", help="folder of the run whose tokens are decoded")
     parser.add_argument("--output-dir", required=True, metavar="NEW", help="folder of the new run")
     parser.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer decodes (default: the run's)")
     parser.add_argument("--tokenizer-checkpoint", metavar="FILE", help="its weights, instead of the model's own")
+    parser.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="resize images to SIZE x SIZE pixels (default: as in the run)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
-        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file an image (default)"
+        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
     )
     parser.add_argument("--npz", action=argparse.BooleanOptionalAction, help="all images in one file, NEW.npz")
     parser.add_argument("--overwrite", action="store_true", help="discard the run in NEW and begin anew")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             folder,
             model=args.tokenizer,
             tokenizer_checkpoint=args.tokenizer_checkpoint,
+            image_size_eval=args.image_size_eval,
             processes=processes,
             overwrite=args.overwrite,
             command=drawing.command_of(args),

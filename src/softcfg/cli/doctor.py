@@ -9,6 +9,7 @@ from typing import Any
 
 from softcfg.cli import arguments
 
+HELP = "say what this machine will do, and test it"
 DESCRIPTION = """\
 Print what to paste into a report of a problem, and test the machine for less than a minute: versions, device, driver
 and compiler; which attention and matrix product a step will use, and why; for each model whose files are here the
@@ -23,20 +24,11 @@ examples:
 MARKS = {True: "ok", False: "FAILED", None: "-"}
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "doctor",
-        help="say what this machine will do, and test it",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--no-test", action="store_true", help="leave out the test")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

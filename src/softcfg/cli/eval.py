@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError
 
+HELP = "measure images: FID, sFID, Inception Score, precision, recall"
 DESCRIPTION = """\
 Measure images by the protocol of ImageNet papers: FID, sFID, Inception Score, precision and recall.
 
-SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG or WebP images,
-or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
+SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders of PNG, JPEG, WebP, BMP or TIFF
+images, or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
 reference batches and --save-stats have them. Without a reference there is only the Inception Score, and class
 accuracy where the extractor knows the classes (fashion) and SAMPLES says what was drawn (a run folder, arr_1).
 
@@ -26,16 +26,8 @@ examples:
   softcfg eval train-images --save-stats train.npz --metrics inception_score"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "eval",
-        help="measure images: FID, sFID, Inception Score, precision, recall",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("samples", metavar="SAMPLES", help=".npz file, folder of images or run folder")
     parser.add_argument("--reference", metavar="PATH", help="what to compare with; the same, or statistics")
     parser.add_argument(
@@ -43,29 +35,23 @@ def add_parser(commands: Any) -> None:
         metavar="LIST",
         help="some of fid,sfid,inception_score,precision,recall,class_accuracy (default: all that can be computed)",
     )
+    parser.add_argument(
+        "--image-size-eval",
+        type=int,
+        metavar="SIZE",
+        help="first resize images of another size to SIZE x SIZE pixels (bicubic). Figures of papers are of images "
+        "that were resized before they were rounded to 8 bits: better give this flag to 'softcfg sample' or 'decode'",
+    )
     group = parser.add_argument_group("features")
-    group.add_argument(
-        "--extractor",
-        default="inception",
-        metavar="NAME",
-        help="inception (default), fashion (for the bundled model), or your own as package.module:factory",
-    )
-    group.add_argument(
-        "--extractor-weights",
-        "--inception-weights",
-        metavar="FILE",
-        help="weights of the extractor, instead of its own",
-    )
+    arguments.add_extractor_arguments(group)
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     group.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)")
     group.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at once (default: 64)")
-    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
     group.add_argument("--no-cache", action="store_true", help="keep no features")
     group = parser.add_argument_group("results")
     group.add_argument("--output", metavar="FILE", help="write the results, and all it takes to get them, as JSON")
     group.add_argument("--json", action="store_true", help="print that JSON instead of a table")
     group.add_argument("--save-stats", metavar="FILE", help="write the statistics of SAMPLES as .npz")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.samples,
         args.reference,
         args.extractor,
-        [name.strip().replace("-", "_") for name in args.metrics.split(",")] if args.metrics else None,
+        arguments.parse_metrics(args.metrics),
         weights=args.extractor_weights,
         device=arguments.parse_device(args.device),
         dtype=getattr(torch, args.dtype),
@@ -95,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         cache=None if args.no_cache else args.cache_dir or cache_folder(),
         save_stats=args.save_stats,
         progress=True,
+        image_size_eval=args.image_size_eval,
     )
     if args.output:
         write_atomically(args.output, report.to_json().encode() + b"\n")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from softcfg.cli import arguments
 from softcfg.errors import UserError
 
+HELP = "download the weights of a model"
 DESCRIPTION = """\
 Bring the weights of a model onto this machine and check that they fit it.
 
@@ -21,20 +20,11 @@ examples:
   softcfg fetch alitok-xl --from ~/Downloads"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "fetch",
-        help="download the weights of a model",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="a name that 'softcfg models' lists")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("model", metavar="MODEL", help="a name that 'softcfg models' lists, or a repository USER/NAME")
     parser.add_argument("--from", dest="source", metavar="PATH", help="take the files from this folder, or this file")
     parser.add_argument("--link", action="store_true", help="with --from: link to the files instead of copying them")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.link and args.source is None:
         raise UserError("--link needs --from, the files to link to")
+    paths = fetch(args.model, args.source, link=args.link)
     entry = resolve(args.model)
-    paths = fetch(entry, args.source, link=args.link)
     if entry.bundled:
         print(f"{entry.name} is bundled with softcfg: there is nothing to fetch")
     for path in paths:

@@ -7,10 +7,11 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from softcfg.cli import arguments
-
 if TYPE_CHECKING:
-    from softcfg.zoo.registry import Component, ModelEntry
+    from softcfg.zoo.registry import Component, ModelEntry, ModelFile
+
+HELP = "list the models and which of their files are here"
+DESCRIPTION = "List the models, their default guidance, and which of their files are here."
 
 EXAMPLES = """\
 examples:
@@ -19,19 +20,10 @@ examples:
   softcfg models --json"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "models",
-        help="list the models and which of their files are here",
-        description="List the models, their default guidance, and which of their files are here.",
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="show one model in full: a name or a model folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,31 +43,32 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
     """What there is to know about a model, ready for JSON; a file that is missing has the `path` None."""
     from softcfg.zoo.files import find_file, missing_files
 
-    def described(component: Component) -> dict[str, Any]:
-        missing = missing_files(component.files)
-        return {
-            "family": component.family.name,
-            "parameters": component.parameters,
-            "config": dict(component.config),
-            "file": component.file.name,
-            "published": component.file.published,
-            "path": None if missing else str(find_file(component.file)),
-            "missing": [file.name for file in missing],
-        }
-
-    text = None
-    if entry.text is not None:
-        files = list(entry.text.files.values())
+    def where(files: list[ModelFile]) -> dict[str, Any]:
         missing = missing_files(files)
-        text = {
+        return {
             "file": files[0].name,
             "published": files[0].published,
             "path": None if missing else str(find_file(files[0])),
             "missing": [file.name for file in missing],
+            "files": [
+                {"file": file.name, "published": file.published, "path": str(path) if path else None}
+                for file, path in zip(files, map(find_file, files), strict=True)
+            ],
         }
+
+    def described(component: Component) -> dict[str, Any]:
+        return {
+            "family": component.family.name,
+            "parameters": component.parameters,
+            "config": dict(component.config),
+            **where(component.files),
+        }
+
+    text = None if entry.text is None else where(list(entry.text.files.values()))
     return {
         "name": entry.name,
         "description": entry.description,
+        "licence": entry.licence,
         "generator": described(entry.generator),
         "tokenizer": described(entry.tokenizer),
         "text": text,
@@ -86,12 +79,12 @@ def describe(entry: ModelEntry) -> dict[str, Any]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """One line a model."""
+    """One line per model."""
     rows = [("MODEL", "GENERATOR", "TOKENIZER", "SCALE", "POWER", "TEMP.", "FID", "PUBLISHED", "FILES HERE")]
     for entry in entries:
         halves = (entry["generator"], entry["tokenizer"])
         files = (*halves, *([entry["text"]] if entry["text"] else []))
-        missing = [name for file in files for name in file["missing"]]
+        missing = list(dict.fromkeys(name for file in files for name in file["missing"]))
         settings = (entry["sampling"].get(key, "") for key in ("guidance_scale", "guidance_scale_pow", "temperature"))
         rows.append(
             (
@@ -124,11 +117,14 @@ def details(entry: ModelEntry) -> str:
             ("", half["path"] or f"{half['file']} is missing: {half['published']}"),
         ]
     if known["text"]:
-        text = known["text"]
-        facts.append(("prompts", text["path"] or f"{text['file']} is missing: {text['published']}"))
+        for i, file in enumerate(known["text"]["files"]):
+            found = file["path"] or f"{file['file']} is missing: {file['published']}"
+            facts.append(("" if i else "prompts", found))
     facts.append(("defaults", _listing(known["sampling"])))
     if entry.fid:
         facts.append(("FID", f"{entry.fid:.2f}, as its authors report for plain guidance"))
+    if entry.licence:
+        facts.append(("licence", entry.licence))
     if entry.classes:
         facts.append(("classes", ", ".join(entry.classes)))
     if missing := missing_files(entry.files):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from softcfg.inspection.trace import Trace
     from softcfg.pipeline import Pipeline
 
+HELP = "draw figures of what guidance did"
+USAGE = "softcfg plot MODEL (--labels LABELS | --prompt TEXT) [options]"
 DESCRIPTION = """\
 Draw images (or take a given one), trace them, and write figures:
+
   confidence   the images, and the confidence in each token over them
-  gap          how far the branches are apart over the steps, with CFG and with SoftCFG
+  gap          how far apart the branches are over the steps, of CFG and SoftCFG
   budget       the perturbation of each step, with and without Step Normalisation
-  weights      the weight that every step puts on every earlier token of the first image
-  candidates   the likeliest codes of one token of the first image, in both branches and guided"""
+  weights      the weight of every earlier token at every step, of one image
+  candidates   the likeliest codes of one token, in both branches and guided"""
 
 EXAMPLES = """\
 examples:
@@ -36,17 +39,8 @@ FIGURES = ("confidence", "gap", "budget", "weights", "candidates")
 MAX_IMAGES = 16
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "plot",
-        help="draw figures of what guidance did",
-        usage="softcfg plot MODEL (--labels LABELS | --prompt TEXT) [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to plot")
     group.add_argument("--labels", help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
@@ -58,7 +52,6 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures (default: png)")
     group.add_argument("--output-dir", default="plots", metavar="DIR", help="folder for the figures (default: plots)")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from softcfg.inspection import plots
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"figures need the package {error.name}; install it with: pip install 'softcfg[plot]'"
-        ) from None
+        raise UserError(f"figures need the package {error.name}: {how_to_install('plot')}") from None
     import torch
 
     from softcfg.inspection import trace
@@ -103,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             seed=args.seed,
             value_weights=False,
+            weak=pipeline.weak_generator,
         )
 
     def of_codes(made: Trace) -> Trace:

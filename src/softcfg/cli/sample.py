@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from softcfg.runs.processes import Processes
     from softcfg.runs.progress import Progress
     from softcfg.runs.tracking import Tracker
+    from softcfg.runs.worker import BatchDrawer
 
 PER_LABEL = 8
 PER_PROMPT = 4
-WINDOW = 16  # of speculative Jacobi decoding
+LARGE_BATCH = 8  # from which a CPU gains nothing by it
+WORTH_IT = 0.7  # share of the passes, each of which costs more than one of token by token decoding
 COMPARE_UP_TO = 100  # images
 COMPARE_UP_TO_TOKENS = 1024
 
+HELP = "draw images"
+USAGE = "softcfg sample MODEL [options]"
 DESCRIPTION = """\
 Draw images into a folder: a few, or a run of any size by any number of processes.
 
@@ -38,7 +42,7 @@ or 'accelerate launch', all processes share the work; see docs/cluster.md."""
 EXAMPLES = """\
 examples:
   softcfg sample fashion --labels all --output-dir out
-  softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0   # plain CFG
+  softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0
   softcfg sample emoji --prompt "red apple" --prompt "cat face"
   softcfg sample lumina-mgpt-2 --prompts prompts.txt --images-per-prompt 2 --width 768 --height 768
   softcfg sample lumina-mgpt-2 --prompt "a lighthouse" --task depth --image photo.jpg --height 1024
@@ -47,17 +51,8 @@ examples:
   softcfg sample config=configs/alitok_xl.yaml experiment.output_dir=out model.generator.guidance_scale=9"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "sample",
-        help="draw images",
-        usage="softcfg sample MODEL [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser, required=False)
     add_subject_arguments(parser)
     group = parser.add_argument_group("results")
@@ -67,12 +62,15 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="discard the run in that folder and begin anew",
     )
-    group.add_argument("--png", action=argparse.BooleanOptionalAction, default=True, help="one file an image (default)")
+    group.add_argument(
+        "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
+    )
     group.add_argument(
         "--npz",
         action=argparse.BooleanOptionalAction,
         help="all images in one file beside the folder, DIR.npz, for ADM's evaluation (default: with --config)",
     )
+    arguments.add_output_size_argument(group)
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
@@ -80,19 +78,8 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--track", choices=("tensorboard", "wandb"), help="report settings, throughput and a grid")
     arguments.add_guidance_arguments(parser)
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--speculative-jacobi",
-        nargs="?",
-        type=int,
-        const=WINDOW,
-        default=0,
-        metavar="WINDOW",
-        help=f"draft WINDOW tokens (default: {WINDOW}) and verify them in one pass: fewer passes, other images of the "
-        "same distribution",
-    )
+    arguments.add_speed_arguments(parser)
     released.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +87,8 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--labels",
-        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one a line; "
-        "or random, from the seed",
+        help="class ids, ranges or names taken in turn: 0,3,7 or 0-9 or all (default: all); @FILE with one per line; "
+        'or random, from the seed; a name with commas or of digits goes in quotes, \'"maillot, tank suit","7"\'',
     )
     arguments.add_prompt_arguments(group)
     group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")
@@ -164,6 +151,17 @@ def _draw(args: argparse.Namespace, processes: Processes) -> None:
     )
 
 
+def _passes(drawer: BatchDrawer) -> str:
+    """How many passes speculative decoding took, and whether that can pay (docs/performance.md)."""
+    said = f"{drawer.passes} passes in place of {drawer.steps}"
+    on_cpu = drawer.pipeline.device.type == "cpu"
+    if on_cpu and drawer.batch_size >= LARGE_BATCH:
+        return f"{said}; on a CPU this saves little or no time in batches of {drawer.batch_size}, try --batch-size 1"
+    if drawer.passes > WORTH_IT * drawer.steps:
+        return f"{said}; that is too many to save time with this model, leave out --speculative-jacobi"
+    return said
+
+
 def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """What is drawn and how often, as fields of a `RunRequest`."""
     from softcfg.runs.plan import RANDOM, Prompts
@@ -200,7 +198,10 @@ def _finish(args: argparse.Namespace, drawn: DrawnRun, tracker: Tracker | None) 
     if args.png:
         export_pngs(run, run.path, absent_only=True)
     grid = write_grid(run, label_names(drawn.drawer))
-    print(f"{images} images in {seconds:.1f} s ({images / seconds:.2f} images/s) in {run.path}")
+    if images:
+        print(f"{images} images in {seconds:.1f} s ({images / seconds:.2f} images/s) in {run.path}")
+    if images and args.speculative_jacobi:
+        print(_passes(drawn.drawer))
     count = run.plan.num_samples
     drawn_fast = count <= COMPARE_UP_TO and run.require(0).codes.shape[1] <= COMPARE_UP_TO_TOKENS
     wanted = drawn_fast if args.compare is None else args.compare

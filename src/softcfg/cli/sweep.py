@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # rows of the last table
 
+HELP = "search for the settings with the best metric"
+USAGE = "softcfg sweep MODEL --search NAME=VALUES ... [options]"
 DESCRIPTION = """\
 Search for the settings of guidance and sampling that give the best metric, with Optuna.
 
-  --search NAME=LOW:HIGH        all numbers between            guidance_scale=2:16
-  --search NAME=LOW:HIGH:STEP   in steps                       guidance_scale_pow=0.5:3:0.5
-  --search NAME=LOW:HIGH:log    uniform in the logarithm       temperature=0.5:2:log
-  --search NAME=A,B,...         one of these                   confidence=max,entropy  step_norm=on,off
+  --search NAME=LOW:HIGH        all numbers between    guidance_scale=2:16
+  --search NAME=LOW:HIGH:STEP   in steps               guidance_scale=2:8:0.5
+  --search NAME=LOW:HIGH:log    uniform in logarithm   temperature=0.5:2:log
+  --search NAME=A,B,...         one of these           confidence=max,entropy
 
 NAME is a flag of 'softcfg sample' (without --), a field of SoftCFG or Sampling, or preset. Flags fix the other
 settings. Settings of a rule or perturbation are for the trials that have it. Every trial is a run folder,
@@ -42,17 +44,8 @@ examples:
       --reference VIRTUAL_imagenet256_labeled.npz --storage postgresql://user@host/sweeps --device cuda:1"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "sweep",
-        help="search for the settings with the best metric",
-        usage="softcfg sweep MODEL --search NAME=VALUES ... [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("search")
     group.add_argument(
@@ -82,18 +75,12 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--objective", default="fid", metavar="METRIC", help="the metric to improve (default: fid)")
     group.add_argument("--metrics", metavar="LIST", help="what to measure besides (default: all that can be)")
     group.add_argument("--reference", metavar="PATH", help="images or statistics, as of 'softcfg eval'")
-    group.add_argument(
-        "--extractor",
-        default="inception",
-        metavar="NAME",
-        help="inception (default), fashion (for the bundled model), or package.module:factory",
-    )
-    group.add_argument("--extractor-weights", "--inception-weights", metavar="FILE", help="weights of the extractor")
-    group.add_argument("--cache-dir", metavar="DIR", help="keep features in this folder")
+    arguments.add_extractor_arguments(group)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images of a trial (default: 1000)")
     group.add_argument("--batch-size", type=int, metavar="B", help="images drawn at once (default: at most 100)")
     group.add_argument("--labels", default="all", help="as of 'softcfg sample' (default: all, in turn)")
+    arguments.add_output_size_argument(group)
     group = parser.add_argument_group("where")
     group.add_argument("--output-dir", default="sweep", metavar="DIR", help="folder of the sweep (default: sweep)")
     group.add_argument(
@@ -106,7 +93,6 @@ def add_parser(commands: Any) -> None:
         "--discard-images", action="store_true", help="remove the images of a trial when it has been measured"
     )
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import optuna  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError("sweeps need optuna; install it with: pip install 'softcfg[tune]'") from None
+        raise UserError(f"sweeps need optuna: {how_to_install('tune')}") from None
     from softcfg.runs.processes import Processes
 
     with termination_raises(), Processes(args.device) as processes:
@@ -175,7 +161,7 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         search,
         fixed=fixed,
         objective=args.objective.replace("-", "_"),
-        metrics=[name.strip().replace("-", "_") for name in args.metrics.split(",")] if args.metrics else None,
+        metrics=arguments.parse_metrics(args.metrics),
         reference=args.reference,
         extractor=load_extractor(args.extractor, args.extractor_weights, pipeline.generator.device),
         num_samples=args.num_samples,
@@ -206,5 +192,5 @@ def _finish(sweep: Sweep, table: Any) -> None:
     try:
         paths += write_plots(sweep)
     except ModuleNotFoundError as error:
-        print(f"no figures: they need {error.name}; install it with: pip install 'softcfg[plot]'")
+        print(f"no figures: they need {error.name}: {how_to_install('plot')}")
     print("\n".join(map(str, paths)))

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
     from softcfg.runs.job import DrawnRun
 
+HELP = "draw the prompts of DPG-Bench or GenEval for their scorers"
+USAGE = "softcfg t2i-bench MODEL --suite SUITE --prompts PATH [options]"
 DESCRIPTION = """\
 Draw four images for every prompt of a benchmark, laid out as its own scorer expects.
 
-dpg      DPG-Bench: PROMPTS holds a text file a prompt; DIR receives a picture of 2 x 2 images for each,
-         under the name of the text file
-geneval  GenEval: PROMPTS holds evaluation_metadata.jsonl; DIR receives 00000/metadata.jsonl and
-         00000/samples/0000.png ... 0003.png for its first line, and so on
+  dpg      DPG-Bench: PROMPTS holds a text file per prompt; DIR receives a
+           picture of 2 x 2 images for each, under the name of the text file
+  geneval  GenEval: PROMPTS holds evaluation_metadata.jsonl; DIR receives
+           00000/metadata.jsonl and 00000/samples/0000.png ... 0003.png for its
+           first line, and so on
 
 DIR holds nothing else. The run itself, its settings and all images, is in the folder DIR.run beside it.
 The same command continues a run that was stopped, and can be shared by many processes, as 'softcfg sample'."""
@@ -34,21 +37,13 @@ examples:
   softcfg t2i-bench lumina-mgpt-2 --suite geneval --prompts geneval/prompts --output-dir geneval"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "t2i-bench",
-        help="draw the prompts of DPG-Bench or GenEval for their scorers",
-        usage="softcfg t2i-bench MODEL --suite SUITE --prompts PROMPTS --output-dir DIR [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--suite", choices=SUITES, required=True, help="the benchmark")
     group.add_argument("--prompts", metavar="PROMPTS", required=True, help="folder of its prompts")
+    arguments.add_negative_argument(group)
     arguments.add_size_arguments(group)
     group.add_argument(
         "--batch-size",
@@ -61,7 +56,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
+    arguments.add_speed_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
             remove_temporary(folder)
         return {
             "labels": [number for number in range(len(suite.prompts)) for _ in range(IMAGES_PER_PROMPT)],
-            "prompts": Prompts(tuple(suite.prompts), width, height),
+            "prompts": Prompts(tuple(suite.prompts), width, height, negative_text=args.negative_prompt),
+            "speculative_jacobi": args.speculative_jacobi,
         }
 
     def finish(drawn: DrawnRun) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError
 from softcfg.files import make_folder
 
+HELP = "save what guidance did at every step"
+USAGE = "softcfg trace MODEL (--labels LABELS | --prompt TEXT) [options]"
 DESCRIPTION = """\
 Draw images (or replay given tokens) and save what guidance did at every step, as safetensors:
 labels [B] (where they are classes), tokens [B, T], cond_logits, uncond_logits, guided_logits [B, T, V],
@@ -23,17 +24,8 @@ examples:
   softcfg trace fashion --labels 0,3 --tokens sneaker.safetensors --softcfg-strength 0.5"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "trace",
-        help="save what guidance did at every step",
-        usage="softcfg trace MODEL (--labels LABELS | --prompt TEXT) [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("what to trace")
     group.add_argument("--labels", help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
@@ -46,7 +38,6 @@ def add_parser(commands: Any) -> None:
         help="save the [B, T, T] weights (default: up to 1,024 tokens)",
     )
     arguments.add_guidance_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         seed=args.seed,
         value_weights=args.value_weights,
+        weak=pipeline.weak_generator,
     )
     result.save(output, **({"prompts": names} if pipeline.conditioning.takes_prompts else {}))
     for name, tensor in result.tensors().items():

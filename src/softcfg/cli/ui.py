@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 PORT = 7860
 
+HELP = "show a web page to draw and look into images"
+USAGE = "softcfg ui [MODEL ...] [options]"
 DESCRIPTION = """\
 Show a web page to draw, compare and look into images in a browser.
 
@@ -24,17 +25,8 @@ examples:
   softcfg ui --host 0.0.0.0 --port 8000 --max-seconds 30"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers."""
-    parser = commands.add_parser(
-        "ui",
-        help="show a web page to draw and look into images",
-        usage="softcfg ui [MODEL ...] [options]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=arguments.HelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument(
         "models",
         metavar="MODEL",
@@ -72,7 +64,6 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--max-places", type=int, default=4, metavar="N", help="requests of one visitor that wait (default: 4)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from softcfg.ui import page
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the web page needs the package {error.name}; install it with: pip install 'softcfg[ui]'"
-        ) from None
+        raise UserError(f"the web page needs the package {error.name}: {how_to_install('ui')}") from None
     import torch
 
     from softcfg.pipeline import Pipeline

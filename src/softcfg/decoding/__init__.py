@@ -5,8 +5,9 @@ The names below are imported when they are first used: the command line reads th
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from softcfg.lazy import lazy_names
 
 if TYPE_CHECKING:
     from softcfg.decoding.filtering import Sampling, draw
@@ -15,18 +16,12 @@ if TYPE_CHECKING:
     from softcfg.decoding.sequential import decode
 
 _HOMES = {
-    "ImageStreams": "randomness",
-    "Sampling": "filtering",
-    "decode": "sequential",
-    "draw": "filtering",
-    "image_uniforms": "randomness",
-    "jacobi_decode": "jacobi",
+    "softcfg.decoding.filtering": ("Sampling", "draw"),
+    "softcfg.decoding.jacobi": ("jacobi_decode",),
+    "softcfg.decoding.randomness": ("ImageStreams", "image_uniforms"),
+    "softcfg.decoding.sequential": ("decode",),
 }
 
 __all__ = ["ImageStreams", "Sampling", "decode", "draw", "image_uniforms", "jacobi_decode"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(globals(), _HOMES)

@@ -12,7 +12,7 @@ from softcfg.guidance.settings import check, setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Sampling:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Distribution [..., V] that tokens are drawn from, float32, zero for codes that were filtered out."""
         given = logits
-        logits = given.float() / self.temperature
+        logits = given.float() / float(self.temperature)
         if 0 < self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -125,8 +125,10 @@ def one_sampling(
         default: fills in what was not given.
 
     Raises:
-        UserError: both forms are given.
+        UserError: both forms are given, or something else than `Sampling`.
     """
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise UserError(f"sampling must be Sampling(...), got {quote(sampling)}")
     loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     given = {name: value for name, value in loose.items() if value is not None}
     if sampling is None:
@@ -153,7 +155,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     else:
         cdf = probabilities.double().cumsum(dim=-1)
         total = cdf[..., -1:]
-        # u * total may round up to the total itself, behind the last possible code.
+        # u * total may round up to the total itself, past the last possible code.
         threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # Without a distribution there is no such code, and an id outside of the vocabulary ends a GPU's process.
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)

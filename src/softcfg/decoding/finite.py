@@ -1,4 +1,4 @@
-"""Logits that are no numbers: noted at every step without waiting for the device, reported in one sentence."""
+"""Logits that are not finite: noted at every step without waiting for the device, reported in one sentence."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 
-BRANCHES = ("", "unconditional ", "perturbed ")
+BRANCHES = {"cond": "", "uncond": "unconditional ", "weak": "weak model's ", "perturbed": "perturbed "}
 
 
 def branches_of(guidance: CFG) -> list[str]:
     """The branches that guidance has, in the order of their logits: the conditional one, which needs no name, first."""
-    there = (True, guidance.is_active, guidance.has_third_branch)
-    return [name for name, is_there in zip(BRANCHES, there, strict=True) if is_there]
+    there = (True, guidance.has_unconditional_branch, guidance.has_weak_model, guidance.has_third_branch)
+    return [name for name, is_there in zip(BRANCHES.values(), there, strict=True) if is_there]
 
 
 class FiniteLogits:
-    """Whether the logits of every step make a distribution, kept on the device until `check` reads it.
+    """Whether the logits of every step make a distribution; kept on the device until `check` reads it.
 
     The largest logit of a row is a finite number unless the row holds a NaN or an infinity, or nothing but minus
     infinity, which rules a code out. One reduction a step finds them all.

@@ -21,8 +21,8 @@ WORTHWHILE = 8  # steps; capturing costs about as much as launching a few of the
 def repeat(step: Callable[[Tensor], None], steps: range, device: torch.device) -> Iterator[None]:
     """Run `step` for every number in `steps`, given as an int64 tensor [1] on the device.
 
-    The step reads and writes tensors that stay where they are, and never waits for the device. On a GPU its first
-    runs are as they are; then it is captured and replayed.
+    The step reads and writes tensors that keep their place in memory, and never waits for the device. On a GPU it is
+    captured after a few runs, then replayed.
     """
     at = torch.tensor([steps.start], device=device)
 
@@ -39,10 +39,10 @@ def repeat(step: Callable[[Tensor], None], steps: range, device: torch.device) -
 
 
 def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """What repeats `step`: on a GPU a CUDA graph of it, which keeps its tensors; elsewhere the step itself.
+    """A function that repeats `step`: on a GPU a CUDA graph of it, which keeps its tensors; elsewhere the step itself.
 
-    The step has run before, so that kernels are compiled and libraries are set up. If it cannot be captured, because
-    the memory is not enough for example, it is repeated as it is, with a warning.
+    The step must have run before, so that kernels are compiled and libraries are set up. If it cannot be captured, for
+    lack of memory for example, it is repeated as it is, with a warning.
     """
     capture = CAPTURES.get(device.type)
     if capture is None:

@@ -6,13 +6,14 @@ numbers can be made alone, on any machine, in any batch and by any number of pro
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.nn.precision import has_float64
 
 BITS = 53  # of a uniform number
@@ -35,9 +36,9 @@ class ImageStreams:
     """
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
-        check_word(seed, "seed")
+        check_uint64(seed, "seed")
         for index in indices:
-            check_word(index, "image index")
+            check_uint64(index, "image index")
         self._streams = [philox(seed, index) for index in indices]
 
     def __len__(self) -> int:
@@ -56,7 +57,7 @@ def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
     """Move uniform numbers to a device: as they are or, where it has no float64, as int64 in units of 2^-53.
 
     Raises:
-        UserError: they are no numbers in [0, 1) (looked at where nothing has to wait for it).
+        UserError: they are not in [0, 1) (checked on the CPU only, where nothing has to wait for it).
     """
     if uniforms.device.type == "cpu" and uniforms.is_floating_point() and not ((uniforms >= 0) & (uniforms < 1)).all():
         raise UserError("uniforms must be numbers in [0, 1)")
@@ -78,7 +79,9 @@ def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=block)
 
 
-def check_word(value: int, name: str) -> None:
-    """Raise `UserError` unless `value`, half of a stream's key, fits into 64 bits."""
-    if not 0 <= value < 2**64:
+def check_uint64(value: object, name: str) -> None:
+    """Raise `UserError` unless `value`, half of a stream's key, is a whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UserError(f"{name} must be a whole number in 0..2^64-1, got {quote(value)}")
+    if not 0 <= int(value) < 2**64:
         raise UserError(f"{name} must be in 0..2^64-1, got {value}")

@@ -1,4 +1,4 @@
-"""A small network that says of an emoji what it shows, in which style and colour, to compare with the prompt."""
+"""A small network that recognises what an emoji shows, its style and its colour, to compare with the prompt."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.evaluation.arithmetic import full_float32
+from softcfg.evaluation.fashion_classifier import SmallNetwork, conv_block
 from softcfg.evaluation.weights import load_network
 from softcfg.files import read_text
 
@@ -75,7 +76,7 @@ class Vocabulary:
         raise UserError(f"the judge does not know what {quote(prompt)} shows: no picture of the model has its name")
 
 
-class EmojiJudge(nn.Module):
+class EmojiJudge(SmallNetwork):
     """A residual convolutional network over 96 x 96 images, with heads for name, style and colour."""
 
     image_size = 96
@@ -84,31 +85,19 @@ class EmojiJudge(nn.Module):
     def __init__(self, names: int, styles: int, colours: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            _convolution(3, 32, 2),  # 48 x 48
-            _convolution(32, 64, 2),  # 24 x 24
+            conv_block(3, 32, 2),  # 48 x 48
+            conv_block(32, 64, 2),  # 24 x 24
             Residual(64),
-            _convolution(64, 128, 2),  # 12 x 12
+            conv_block(64, 128, 2),  # 12 x 12
             Residual(128),
-            _convolution(128, self.num_features, 2),  # 6 x 6
+            conv_block(128, self.num_features, 2),  # 6 x 6
             Residual(self.num_features),
         )
         self.heads = nn.ModuleList(nn.Linear(self.num_features, count) for count in (names, styles, colours))
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """Describe images.
-
-        Args:
-            pixels: float `[B, 3, 96, 96]` in [0, 1].
-
-        Returns:
-            float `[B, 256]`, the channel means of the last block.
-
-        Raises:
-            ValueError: the images have another shape.
-        """
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"images must be [B, 3, {self.image_size}, {self.image_size}], got {list(pixels.shape)}")
-        return self.blocks(2 * pixels - 1).mean(dim=(2, 3))
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """See `SmallNetwork.scaled`: [0, 1] to [-1, 1]."""
+        return 2 * pixels - 1
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return logits of names, styles and colours for images `[B, 3, 96, 96]` in [0, 1]."""
@@ -121,18 +110,12 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = _convolution(channels, channels)
+        self.first = conv_block(channels, channels)
         self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, h, w] -> the same shape."""
         return F.relu(x + self.second(self.first(x)))
-
-
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
 
 
 def load_judge(
@@ -166,7 +149,7 @@ def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int
         UserError: there are not as many prompts as images.
     """
     if wanted.shape != (len(pixels), 3):
-        raise UserError(f"agreement needs one prompt an image, got {len(wanted)} for {len(pixels)} images")
+        raise UserError(f"agreement needs one prompt per image, got {len(wanted)} for {len(pixels)} images")
     scale = 1 if pixels.is_floating_point() else 255
     seen = torch.cat(
         [torch.stack([logits.argmax(1) for logits in judge(part / scale)], 1) for part in pixels.split(batch_size)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softcfg.errors import UserError
 from softcfg.evaluation.emoji_judge import EmojiJudge, load_judge
@@ -16,6 +17,8 @@ from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.evaluation.features import Extractor, Features
 from softcfg.evaluation.inception import InceptionV3
 from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
+from softcfg.files import as_path
+from softcfg.nn.precision import as_device, as_dtype
 from softcfg.zoo.registry import BUNDLED, find
 
 ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
@@ -47,11 +50,11 @@ def load_extractor(
             raise UserError(f"extractor {name} cannot be imported: {error}") from error
     else:
         factory = find(EXTRACTORS, name, "there is no feature extractor named")
-    arguments = (None if weights is None else Path(weights), torch.device(device), dtype)
+    arguments = (None if weights is None else as_path(weights), as_device(device), as_dtype(dtype))
     try:
         inspect.signature(factory).bind(*arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"extractor {name} is no function of weights, device and dtype: {error}") from error
+        raise UserError(f"extractor {name} is not a function of weights, device and dtype: {error}") from error
     extractor = factory(*arguments)
     if not isinstance(extractor, Extractor):
         raise UserError(f"extractor {name} must return an Extractor, got a {type(extractor).__name__}")
@@ -70,30 +73,25 @@ def _inception(weights: Path | None, device: torch.device, dtype: torch.dtype) -
 def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     path = weights or BUNDLED / "fashion" / "classifier.safetensors"
     network, digest = load_network(FashionClassifier, path, device, dtype)
-
-    def describe(pixels: Tensor) -> Features:
-        side = FashionClassifier.image_size
-        if pixels.shape[2:] != (side, side):
-            size = f"{pixels.shape[2]} x {pixels.shape[3]}"
-            raise UserError(f"the extractor fashion takes images of {side} x {side} pixels, these have {size}")
-        pooled = network.features(pixels.to(dtype) / 255)
-        return Features(pooled, logits=network.head(pooled))
-
+    describe = functools.partial(_describe, "fashion", network, network.head, dtype)
     return Extractor("fashion", describe, digest, device, dtype, classifies=True)
 
 
 def _emoji(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     judge, _, digest = load_judge(weights or BUNDLED / "emoji-styles" / "judge.safetensors", device, dtype)
-
-    def describe(pixels: Tensor) -> Features:
-        side = EmojiJudge.image_size
-        if pixels.shape[2:] != (side, side):
-            size = f"{pixels.shape[2]} x {pixels.shape[3]}"
-            raise UserError(f"the extractor emoji takes images of {side} x {side} pixels, these have {size}")
-        pooled = judge.features(pixels.to(dtype) / 255)
-        return Features(pooled, logits=judge.heads[0](pooled))
-
+    describe = functools.partial(_describe, "emoji", judge, judge.heads[0], dtype)
     return Extractor("emoji", describe, digest, device, dtype)
+
+
+def _describe(
+    name: str, network: FashionClassifier | EmojiJudge, head: nn.Module, dtype: torch.dtype, pixels: Tensor
+) -> Features:
+    """The features and logits of uint8 [B, 3, H, W] by a network for images of one size."""
+    side, (height, width) = network.image_size, pixels.shape[2:]
+    if (height, width) != (side, side):
+        raise UserError(f"the extractor {name} takes images of {side} x {side} pixels, these have {height} x {width}")
+    pooled = network.features(pixels.to(dtype) / 255)
+    return Features(pooled, logits=head(pooled))
 
 
 register_extractor("inception", _inception)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.sources import ImageSource
-from softcfg.files import make_folder, open_regular, reopened, write_atomically
+from softcfg.files import as_path, make_folder, open_regular, reopened, write_atomically
 
 Item = TypeVar("Item")
 
@@ -29,7 +30,7 @@ CACHE_VARIABLE = "SOFTCFG_FEATURES"
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of N images; which metrics can be computed depends on what there is.
+    """The output of a network for N images; which metrics can be computed depends on what it has.
 
     Attributes:
         pooled: float `[N, D]`, for FID, precision and recall.
@@ -93,7 +94,7 @@ def extract(
     if cache is not None:
         key = "\n".join((extractor.name, extractor.identity, str(extractor.dtype), source.fingerprint))
         name = re.sub(r"[^\w.-]", "-", extractor.name)[:100]
-        path = Path(cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        path = as_path(cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if (known := _read_cached(path, len(source))) is not None:
             return known
     features = _extract(extractor, source, batch_size, progress)
@@ -104,7 +105,7 @@ def extract(
 
 def cache_folder() -> Path:
     """Where features are kept: $SOFTCFG_FEATURES, or a folder in the user's cache."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/softcfg/features").expanduser()
+    return as_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/softcfg/features")
 
 
 @torch.inference_mode()
@@ -117,7 +118,7 @@ def _extract(extractor: Extractor, source: ImageSource, batch_size: int, progres
         full_float32(),
         tqdm(total=len(source), desc=source.name, unit="image", disable=None if progress else True) as bar,
     ):
-        for pixels in _ahead(source.batches(batch_size)):
+        for pixels in _prefetched(source.batches(batch_size)):
             batch = extractor.describe(pixels.to(extractor.device).permute(0, 3, 1, 2).contiguous())
             for name, tensor in batch.tensors().items():
                 if tensor.ndim != 2 or len(tensor) != len(pixels):
@@ -137,7 +138,7 @@ def _extract(extractor: Extractor, source: ImageSource, batch_size: int, progres
     return Features(**collected)
 
 
-def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+def _prefetched(items: Iterable[Item]) -> Iterator[Item]:
     """The same items, each fetched while the one before it is in use."""
     iterator = iter(items)
     end = object()
@@ -168,7 +169,7 @@ def _write_cached(path: Path, features: Features) -> None:
         make_folder(path.parent)
         write_atomically(path, save(tensors, {"sha256": _digest(tensors)}), durable=False, replace=True)
     except UserError as error:
-        raise UserError(f"features cannot be kept in {path.parent} ({error}); give another folder, or none") from error
+        warnings.warn(f"features are not kept: {error}; $SOFTCFG_FEATURES names another folder", stacklevel=2)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

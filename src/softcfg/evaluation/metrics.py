@@ -17,11 +17,10 @@ from softcfg.evaluation.arithmetic import full_float32
 SPLIT_SIZE = 5000
 NEIGHBOUR = 3
 BLOCK = 2048  # rows at once; a block of distances takes 16 MiB
-PANEL = 512  # columns of a covariance at once
-CACHED = 1 << 17  # float64 numbers that stay in a processor's cache
-
-ERROR = 1e-5  # bound of the error of a squared distance in float32, relative to the squared norms
-SPARE = 4  # rows looked at beyond the k nearest, since float32 may put rows at nearly one distance in another order
+COLUMNS_AT_ONCE = 512  # columns of a covariance at once
+NUMBERS_IN_CACHE = 1 << 17  # float64 numbers that stay in a processor's cache
+DISTANCE_ERROR = 1e-5  # bound of the error of a squared distance in float32, relative to the squared norms
+EXTRA_NEIGHBOURS = 4  # rows kept beyond the k nearest, since float32 may order nearly equal distances otherwise
 ROUNDING = 1e-12  # two float64 sums of the same numbers may differ by this
 
 
@@ -46,7 +45,7 @@ def statistics(features: Tensor) -> Statistics:
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
     for part in features.split(BLOCK):
         centred = part.double() - mean
-        for panel in _blocks(len(mean), PANEL):  # the part above the diagonal: half the work
+        for panel in _blocks(len(mean), COLUMNS_AT_ONCE):  # the part above the diagonal: half the work
             covariance[panel, panel.start :].addmm_(centred[:, panel].T, centred[:, panel.start :])
     return Statistics(mean, (covariance.triu() + covariance.triu(1).T) / (count - 1))
 
@@ -58,7 +57,7 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     S1^(1/2) S2^(1/2), which exists for every covariance, of full rank or not.
 
     Raises:
-        UserError: the widths differ, a number is not finite, or a matrix is no covariance.
+        UserError: the widths differ, a number is not finite, or a matrix is not a covariance.
     """
     if one.mean.shape != other.mean.shape:
         raise UserError(f"features of width {len(one.mean)} and {len(other.mean)} cannot be compared")
@@ -79,11 +78,13 @@ def _root(given: Statistics) -> Tensor:
         raise UserError("the mean or the covariance holds numbers that are not finite")
     scale = float(covariance.abs().max())
     if float((covariance - covariance.T).abs().max()) > 1e-6 * scale:
-        raise UserError("the covariance is not symmetric, so it is none")
+        raise UserError("the covariance is not symmetric: the statistics are damaged")
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     largest = float(values[-1])
     if float(values[0]) < -1e-6 * scale:
-        raise UserError(f"the covariance has a negative eigenvalue ({float(values[0]):.3g}), so it is none")
+        raise UserError(
+            f"the covariance has a negative eigenvalue ({float(values[0]):.3g}), so the statistics are damaged"
+        )
     # What is below the rounding of eigh stands for 0; its square root would be far above it.
     kept = values > width * torch.finfo(torch.float64).eps * largest
     return vectors[:, kept] * values[kept].sqrt()
@@ -114,7 +115,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     """
     count, classes = _checked(logits, "logits").shape
     if labels.shape != (count,) or not count:
-        raise UserError(f"class accuracy needs one label an image, got {list(labels.shape)} for {count} images")
+        raise UserError(f"class accuracy needs one label per image, got {list(labels.shape)} for {count} images")
     least, most = (int(bound) for bound in labels.aminmax())
     if least < 0 or most >= classes:
         raise UserError(f"labels must be classes in 0..{classes - 1}, found {least if least < 0 else most}")
@@ -137,17 +138,17 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, blo
     if reference.shape[1:] != samples.shape[1:]:
         raise UserError(f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
     reach = [radii(each, k, block) * (1 + ROUNDING) for each in (reference, samples)]
-    screen = _Screen(reference, samples)
+    fast = _FastDistances(reference, samples)
     sample_hit = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     reference_hit = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     for rows in _blocks(len(reference), block):
         for columns in _blocks(len(samples), block):
-            squared, slack = screen.distances(rows, columns)
+            squared, slack = fast.distances(rows, columns)
             for dim, hit, limit in (
                 (0, sample_hit[columns], reach[0][rows, None]),
                 (1, reference_hit[rows], reach[1][columns]),
             ):
-                rim = (limit / screen.unit).to(squared)
+                rim = (limit / fast.unit).to(squared)
                 hit |= (squared <= rim - slack).any(dim=dim)
                 unsure = ((squared - rim).abs() <= slack) & ~hit.unsqueeze(dim)
                 for pairs in unsure.nonzero().split(block):
@@ -163,9 +164,9 @@ def radii(features: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> Tensor:
     count = len(_checked(features, "features"))
     if count < k + 1:
         raise UserError(f"precision and recall with k = {k} need at least {k + 1} images on both sides, got {count}")
-    screen = _Screen(features, features)
+    fast = _FastDistances(features, features)
     # Of each row the nearest rows so far, itself included. Each pair of blocks is computed once.
-    kept = min(k + 1 + SPARE, count)
+    kept = min(k + 1 + EXTRA_NEIGHBOURS, count)
     least = torch.full((count, kept), torch.inf, dtype=torch.float32, device=features.device)
     nearest = torch.zeros(count, kept, dtype=torch.int64, device=features.device)
 
@@ -178,17 +179,17 @@ def radii(features: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> Tensor:
     for rows in _blocks(count, block):
         for columns in _blocks(count, block):
             if columns.start >= rows.start:
-                squared, _ = screen.distances(rows, columns)
+                squared, _ = fast.distances(rows, columns)
                 update(rows, columns, squared)
                 if columns != rows:
                     update(columns, rows, squared.T)
-    step = max(1, CACHED // (kept * features.shape[1]))
+    step = max(1, NUMBERS_IN_CACHE // (kept * features.shape[1]))
     exact = [_exact(features[rows, None], features[nearest[rows]]) for rows in _blocks(count, step)]
     return torch.cat(exact).kthvalue(k + 1, dim=1).values
 
 
-class _Screen:
-    """Squared distances in float32, fast, with a bound of their error; what is closer than that is computed anew.
+class _FastDistances:
+    """Squared distances in float32, fast, with a bound of their error; closer calls are computed again in float64.
 
     They are those of the rows moved to the mean and divided by the largest number, so that neither an offset nor
     a scale costs accuracy. `unit` is the square of the divisor.
@@ -204,7 +205,7 @@ class _Screen:
     def distances(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """`[n, m]` of these rows of the one and the other set, and how far each may be off."""
         norms = self.norms[0][rows, None] + self.norms[1][columns]
-        return torch.addmm(norms, self.one[rows], self.other[columns].T, alpha=-2), norms.mul_(ERROR)
+        return torch.addmm(norms, self.one[rows], self.other[columns].T, alpha=-2), norms.mul_(DISTANCE_ERROR)
 
 
 def _exact(one: Tensor, other: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Arrays in .npz files, read as streams and never unpickled; what a header claims is bounded before it is believed."""
+"""Arrays in .npz files, read as streams and never unpickled; what a header claims is checked against limits first."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softcfg import files
 from softcfg.errors import UserError, clean
 from softcfg.files import open_regular
 
@@ -59,11 +60,8 @@ class Member:
 
 def is_npz(path: Path) -> bool:
     """Whether there is a regular file that looks like an .npz file; raises `UserError` if it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            return zipfile.is_zipfile(file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with files.reading(path), open_regular(path) as file:
+        return zipfile.is_zipfile(file)
 
 
 def names(path: Path) -> list[str]:
@@ -107,7 +105,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is no .npz file, or a truncated one ({clean(error, 200)})") from error
+            raise UserError(f"{path} is not an .npz file, or is truncated ({clean(error, 200)})") from error
         yield archive
 
 
@@ -125,7 +123,7 @@ def _directory_size(file: IO[bytes]) -> int:
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
-    """Shape, dtype and whether in Fortran order; `ValueError` for what is no header, or one of undue length."""
+    """Shape, dtype and whether in Fortran order; `ValueError` for anything else, or a header that is too long."""
     version = np.lib.format.read_magic(stream)
     form = "<H" if version == (1, 0) else "<I"
     packed = stream.read(struct.calcsize(form))

@@ -2,58 +2,63 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.evaluation import metrics as formulas
 from softcfg.evaluation.extractors import load_extractor
 from softcfg.evaluation.features import Extractor, Features, extract
 from softcfg.evaluation.metrics import Statistics
 from softcfg.evaluation.report import TITLES, Report
-from softcfg.evaluation.sources import ImageSource, open_source
+from softcfg.evaluation.sources import ImageSource, ResizedSource, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
 from softcfg.files import hash_file
 from softcfg.nn.precision import has_float64
+from softcfg.tokenizers.base import checked_size
 from softcfg.version import __version__
 from softcfg.zoo.registry import find
+
+if TYPE_CHECKING:
+    from softcfg.evaluation.sources import Images
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy")
 SAMPLES_ALONE = ("inception_score", "class_accuracy")  # they need no reference
 FRECHET = {"fid": "pooled", "sfid": "spatial"}  # the features they compare
-
-Images = str | Path | NDArray[Any] | Tensor | ImageSource
 
 
 def evaluate(
     samples: Images,
     reference: Images | None = None,
     extractor: str | Extractor = "inception",
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str] | str | None = None,
     *,
     labels: ArrayLike | Tensor | None = None,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     batch_size: int = 64,
     cache: str | Path | None = None,
     save_stats: str | Path | None = None,
     progress: bool = False,
+    image_size_eval: int | None = None,
 ) -> Report:
     """Measure samples.
 
     Args:
-        samples: an .npz file with `arr_0`, a folder of images, a run folder, or uint8 images `[N, H, W, 3]`.
+        samples: an .npz file with `arr_0`, a folder of images, a run folder, uint8 images `[N, H, W, 3]`, or a list of
+            pictures of one size, such as images of PIL, also mixed; see `softcfg.images.read_picture`.
         reference: the same, or an .npz file of statistics (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID);
             without it there are only the Inception Score and class accuracy. As in the ADM protocol, statistics in
             a file take the place of its images in FID and sFID, on both sides.
@@ -64,25 +69,43 @@ def evaluate(
             .npz file, holds.
         weights: of the extractor, instead of its own.
         device: where features and metrics are computed; CUDA where there is one.
-        dtype: of the extractor, float32 or float64.
+        dtype: of the extractor, float32 or float64; also by its name.
         batch_size: images described at once.
         cache: folder for features, so that the same images are described only once.
         save_stats: write the statistics of the samples to this .npz file, to serve as a reference.
         progress: show bars.
+        image_size_eval: resize samples and reference to squares of this side first, where they are of another size:
+            bicubic, without antialiasing, from 8-bit pixels to 8-bit pixels. Images that `softcfg sample` or `decode`
+            resized themselves, before they were rounded, are closer to those of published figures.
 
     Raises:
         UserError: images or weights cannot be used, or a metric that was asked for cannot be computed.
     """
     started = time.perf_counter()
-    wanted = [find({name: name for name in METRICS}, name, "there is no metric named") for name in metrics or METRICS]
-    if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    if not isinstance(metrics, (Sequence, set, frozenset, type(None))):
+        raise UserError(f"metrics must be a list of names, got {quote(metrics)}")
+    wanted = [
+        find({name: name for name in METRICS}, str(name), "there is no metric named") for name in metrics or METRICS
+    ]
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {quote(batch_size)}")
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise UserError(f"dtype must be float32 or float64, got {quote(dtype)}")
+    if not isinstance(extractor, (str, Extractor)):
+        raise UserError(f"the extractor must be a name or an Extractor, got {quote(extractor)}")
+    for name, path in (("weights", weights), ("cache", cache), ("save_stats", save_stats)):
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise UserError(f"{name} must be a path, got {quote(path)}")
+    device = _available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     # What can be refused is refused before anything takes time.
-    inputs = [_Input.open(given) for given in (samples, reference) if given is not None]
+    inputs = [_Input.open(given) for given in ((samples,) if reference is None else (samples, reference))]
+    if image_size_eval is not None:
+        inputs = [given.resized(checked_size(image_size_eval)) for given in inputs]
     _require_equal_sizes(inputs)
-    classes = inputs[0].labels if labels is None else torch.as_tensor(labels)
+    classes = inputs[0].labels if labels is None else _as_labels(labels)
     obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs, classes))}
     if metrics and obstacles:
         raise UserError("; ".join(f"{TITLES[name]} cannot be computed: {why}" for name, why in obstacles.items()))
@@ -135,11 +158,37 @@ def evaluate(
     }
     notes = [f"no {TITLES[name]}: {obstacle}" for name, obstacle in obstacles.items()]
     notes += [extractor.note] if extractor.note else []
+    notes += [
+        f"the images of {given.name} were resized from {given.source.original.size[0]} to {image_size_eval} pixels "
+        "a side"
+        for given in inputs
+        if isinstance(given.source, ResizedSource)
+    ]
     if values.keys() & FRECHET.keys():
         if inputs[0].file and inputs[0].source:
             notes.append(f"FID and sFID use the statistics in {inputs[0].name}, not its images")
         notes += [note for side in sides if (note := side.note())]
     return Report(values, settings, notes)
+
+
+def _available(device: str | torch.device) -> torch.device:
+    """The device; raises `UserError` if nothing can be computed there."""
+    try:
+        torch.zeros(1, device=device).cpu()  # "meta" has no values to bring back
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UserError(f"device {quote(device)} is not available; use cpu, or cuda where there is a GPU") from error
+
+
+def _as_labels(labels: ArrayLike | Tensor) -> Tensor:
+    """Labels as a tensor of whole numbers."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"labels must be the class of every sample, got {quote(labels)}") from error
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise UserError(f"labels must be whole numbers, got {str(found.dtype).removeprefix('torch.')}")
+    return found
 
 
 class _UnavailableError(UserError):
@@ -218,9 +267,17 @@ class _Input:
 
     @classmethod
     def open(cls, given: Images) -> _Input:
-        file = read_statistics(given) if isinstance(given, (str, Path)) else None
+        file = read_statistics(given) if isinstance(given, (str, os.PathLike)) else None
         source = open_source(given) if file is None or file.has_images else None
         return cls(str(given) if source is None else source.name, source, file)
+
+    def resized(self, size: int) -> _Input:
+        """The same with images of `size` x `size` pixels."""
+        if self.source is None or self.source.size == (size, size):
+            return self
+        if self.file is not None:
+            raise UserError(f"{self.name} holds statistics of images of another size than image_size_eval {size}")
+        return replace(self, source=ResizedSource(self.source, size))
 
     @property
     def labels(self) -> Tensor | None:
@@ -290,12 +347,14 @@ class _Side:
     def describe(self) -> dict[str, Any]:
         """What a report says of it."""
         source, file = self.given.source, self.given.file
+        images = source.original if isinstance(source, ResizedSource) else source
         return {
             "name": self.given.name,
             "count": source.count if source else None,
             "size": list(self.given.size) if self.given.size else None,
-            "sha256": source.fingerprint if source else hash_file(self.given.name),
+            "sha256": images.fingerprint if images else hash_file(self.given.name),
             "statistics": "from the file" if file else "of the images",
+            **({"resized_from": list(images.size)} if images and images is not source else {}),
             **({"statistics_of": file.origin} if file and file.origin else {}),
         }
 

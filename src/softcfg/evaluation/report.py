@@ -39,7 +39,7 @@ class Report:
         return json.dumps(asdict(self), indent=2, allow_nan=False)
 
     def to_table(self) -> str:
-        """One line a metric, then what was compared, and the notes."""
+        """One line per metric, then what was compared, and the notes."""
         width = max(map(len, TITLES.values())) + 2
         lines = [f"{TITLES[name]:{width}}{value:>10.{DECIMALS.get(name, 3)}f}" for name, value in self.metrics.items()]
         for name in ("samples", "reference", "extractor"):

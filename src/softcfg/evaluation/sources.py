@@ -5,28 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
-from softcfg.files import hash_file, is_file, is_folder
-from softcfg.images import read_picture
+from softcfg.files import as_path, hash_file, is_file, is_folder
+from softcfg.images import SUFFIXES, read_picture
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
+from softcfg.tokenizers.base import resize
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+if TYPE_CHECKING:
+    from softcfg.images import Picture
+
+    Images: TypeAlias = "str | Path | NDArray[Any] | Tensor | Sequence[Picture] | ImageSource"
+
 LARGEST_IMAGE = 1 << 24  # pixels
 MOST_IMAGES = 10_000_000
-MOST_OTHER_FILES = 200_000  # in a folder of images
+MOST_OTHER_FILES = 200_000  # and folders, in a folder of images
+MOST_KINDS = 8  # of files that are named where they do not count
 LARGEST_BATCH = 1 << 26  # bytes
 LARGEST_IN_MEMORY = 1 << 28  # bytes of an array that cannot be read image by image
 
@@ -70,8 +78,11 @@ class ImageSource(ABC):
     def _arrays(self, count: int) -> Iterator[NDArray[np.uint8]]: ...
 
 
-def open_source(source: str | Path | NDArray[Any] | Tensor | ImageSource) -> ImageSource:
-    """Open images: an .npz file with `arr_0`, a folder of images or of shards, or an array `[N, H, W, 3]`.
+def open_source(source: Images) -> ImageSource:
+    """Open images: an .npz file with `arr_0`, a folder of images or of shards, an array `[N, H, W, 3]`, or pictures.
+
+    Args:
+        source: also a list of pictures of any kind that `softcfg.images.read_picture` reads, such as images of PIL.
 
     Raises:
         UserError: there are no images, or they are not uint8 RGB of one size.
@@ -79,10 +90,17 @@ def open_source(source: str | Path | NDArray[Any] | Tensor | ImageSource) -> Ima
     if isinstance(source, ImageSource):
         return source
     if isinstance(source, Tensor):
-        return ArraySource(source.detach().cpu().numpy())
+        return ArraySource(_as_array(source))
     if isinstance(source, np.ndarray):
         return ArraySource(source)
-    path = Path(source)
+    if isinstance(source, (list, tuple)):
+        return ListSource(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(
+            "images must be the path of an .npz file, a folder of images or a run folder, an array uint8 [N, H, W, 3], "
+            f"or a list of pictures, got {clean(quote(source), 100)}"
+        )
+    path = as_path(source)
     if is_folder(path):
         return _open_folder(path)
     if not os.path.exists(path):
@@ -164,37 +182,70 @@ class NpzSource(ImageSource):
                 yield np.frombuffer(data, dtype=np.uint8).reshape(n, height, width, 3)
 
 
-class FolderSource(ImageSource):
-    """Image files in a folder and the folders in it, in the order of their names; hidden ones do not count."""
+class ListSource(ImageSource):
+    """Pictures one by one, of any kind that `read_picture` reads; each is read when its batch is."""
 
-    def __init__(self, folder: Path) -> None:
-        self.name = str(folder)
-        skipped = {folder / name for name in PICTURES} if is_file(folder / SETTINGS) else set()
-        self.files = sorted(path for path in _image_files(folder) if path not in skipped)
-        if not self.files:
-            raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no shards of a run")
-        self.folder = folder
-        self.count = len(self.files)
-        first = _read_image(self.files[0])
+    workers = 1  # an image of PIL may be in the list twice
+
+    def __init__(self, pictures: Sequence[Picture], names: Sequence[str] = (), name: str = "list") -> None:
+        self.name = name
+        self.count = len(pictures)
+        self.pictures = pictures
+        self.names = names or [f"picture {n} of the list" for n in range(len(pictures))]
+        if not pictures:
+            raise UserError("the list of pictures holds no images")
+        first = self._read(0)
         self.size = (first.shape[0], first.shape[1])
 
     def _hash(self) -> str:
-        return _hash_files(self.folder, self.files)
+        digest = hashlib.sha256(repr((self.count, *self.size, 3)).encode())
+        for part in self._arrays(1024):
+            digest.update(part.data)
+        return digest.hexdigest()
 
     def _arrays(self, count: int) -> Iterator[NDArray[np.uint8]]:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
+        with ThreadPoolExecutor(self.workers) as workers:
             for start in range(0, self.count, count):
-                files = self.files[start : start + count]
-                yield np.stack(list(workers.map(self._read, files)))
+                yield np.stack(list(workers.map(self._read_sized, range(self.count)[start : start + count])))
 
-    def _read(self, path: Path) -> NDArray[np.uint8]:
-        image = _read_image(path)
+    def _read(self, number: int) -> NDArray[np.uint8]:
+        return np.array(read_picture(self.pictures[number], LARGEST_IMAGE, self.names[number]))
+
+    def _read_sized(self, number: int) -> NDArray[np.uint8]:
+        image = self._read(number)
         if image.shape[:2] != self.size:
             raise UserError(
-                f"the images of {self.folder} differ in size: {self.files[0].name} is {_by(self.size)}, "
-                f"{path.relative_to(self.folder)} is {_by(image.shape[:2])}"
+                f"the images of {self.name} differ in size: {self.names[0]} is {_by(self.size)}, "
+                f"{self.names[number]} is {_by(image.shape[:2])}"
             )
         return image
+
+
+class FolderSource(ListSource):
+    """Image files in a folder and the folders in it, also behind links, in the order of their names.
+
+    Hidden ones do not count, nor do files of other kinds; a warning says what was left out, and why.
+    """
+
+    workers = min(8, os.cpu_count() or 1)
+
+    def __init__(self, folder: Path) -> None:
+        own = {folder / name for name in PICTURES} if is_file(folder / SETTINGS) else set()
+        found, left_out = _image_files(folder)
+        files = sorted(path for path in found if path not in own)
+        if left_out:
+            left_out = f"left out: {clean(left_out, 500)}"
+        if not files:
+            problem = f"{folder} holds no images ({', '.join(SUFFIXES)}) and no shards of a run"
+            raise UserError(f"{problem}; {left_out}" if left_out else problem)
+        if left_out:
+            warnings.warn(f"{clean(folder)}: {len(files):,} images are read; {left_out}", stacklevel=2)
+        self.folder = folder
+        super().__init__(files, [path.relative_to(folder).as_posix() for path in files], str(folder))
+        self.files = files
+
+    def _hash(self) -> str:
+        return _hash_files(self.folder, self.files)
 
 
 class RunSource(ImageSource):
@@ -228,26 +279,82 @@ class RunSource(ImageSource):
         yield from waiting
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    """Image files below a folder, but no hidden ones: macOS and Jupyter keep shadows of pictures there."""
-    others = 0
-    for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+class ResizedSource(ImageSource):
+    """The square images of another source, resized to `size` x `size` pixels as `softcfg.tokenizers.base.resize` does.
+
+    Attributes:
+        original: that source.
+    """
+
+    def __init__(self, original: ImageSource, size: int) -> None:
+        if original.size[0] != original.size[1]:
+            raise UserError(f"image_size_eval makes squares; the images of {original.name} are {_by(original.size)}")
+        self.original = original
+        self.name, self.count, self.size, self.labels = original.name, original.count, (size, size), original.labels
+
+    def _hash(self) -> str:
+        return hashlib.sha256(f"{self.original.fingerprint} {self.size}".encode()).hexdigest()
+
+    def _arrays(self, count: int) -> Iterator[NDArray[np.uint8]]:
+        for batch in self.original.batches(count):
+            pixels = resize(batch.permute(0, 3, 1, 2).float(), self.size[0])
+            yield pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _image_files(folder: Path) -> tuple[list[Path], str]:
+    """Image files below a folder, and in words what else is there and does not count, "" if nothing is.
+
+    Hidden files and folders do not count: macOS and Jupyter keep shadows of pictures there. Links to folders are
+    followed, but each folder is read once, so none is read without end.
+    """
+    found: list[Path] = []
+    others: Counter[str] = Counter()
+    hidden = broken = again = 0
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            again += 1
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        hidden += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
+            is_image = name.lower().endswith(SUFFIXES)
             if name.startswith("."):
-                continue
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                yield Path(here, name)
+                hidden += is_image
+            elif is_image:
+                found.append(Path(here, name))
+            elif os.path.islink(path := os.path.join(here, name)) and not os.path.exists(path):
+                broken += 1
             else:
-                others += 1
-        if others > MOST_OTHER_FILES:
+                others[Path(name).suffix.lower()] += 1
+        if others.total() + broken + len(seen) + again > MOST_OTHER_FILES:
             raise UserError(
                 f"{folder} holds more than {MOST_OTHER_FILES:,} files that are no images; give their folder"
             )
+    kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in others.most_common(MOST_KINDS)]
+    left_out = {
+        "files of other kinds": ", ".join([*kinds, *(["others"] if len(others) > MOST_KINDS else [])]),
+        "hidden files and folders": hidden,
+        "links to what is not there": broken,
+        "links to folders that are read already": again,
+    }
+    return found, ", ".join(f"{what} ({amount})" for what, amount in left_out.items() if amount)
 
 
-def _read_image(path: Path) -> NDArray[np.uint8]:
-    return np.array(read_picture(path, LARGEST_IMAGE))
+def _as_array(images: Tensor) -> NDArray[Any]:
+    """The values of a tensor of images; raises `UserError` if it has none that NumPy knows."""
+    try:
+        return images.detach().cpu().numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        dtype = str(images.dtype).removeprefix("torch.")
+        raise UserError(f"images must be a dense tensor, uint8 [N, H, W, 3], got {dtype} on {images.device}") from error
 
 
 def _check(what: str, dtype: np.dtype[Any], shape: Iterable[int]) -> tuple[int, tuple[int, int]]:

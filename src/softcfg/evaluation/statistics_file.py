@@ -15,7 +15,7 @@ from torch import Tensor
 from softcfg.errors import UserError, quote
 from softcfg.evaluation.metrics import Statistics
 from softcfg.evaluation.npz import is_npz, names, open_member, read_member
-from softcfg.files import is_file, write_atomically
+from softcfg.files import as_path, is_file, write_atomically
 
 ARRAYS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ORIGIN = ("extractor", "identity", "count", "size", "fingerprint")
@@ -51,12 +51,12 @@ class StatisticsFile:
 
 
 def read_statistics(path: str | Path) -> StatisticsFile | None:
-    """Read the statistics in an .npz file; None if it is no .npz file or holds no `mu`.
+    """Read the statistics in an .npz file; None if it is not an .npz file or has no `mu`.
 
     Raises:
         UserError: they are incomplete, misshapen or not finite.
     """
-    path = Path(path)
+    path = as_path(path)
     if not is_file(path) or not is_npz(path):
         return None
     held = names(path)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import http.client
+import shutil
+import tempfile
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +20,7 @@ import torch
 from torch import nn
 
 from softcfg.errors import CheckpointError, UserError
-from softcfg.files import hash_file, make_folder, open_atomically
+from softcfg.files import hash_file, is_file, make_folder, open_atomically
 from softcfg.zoo.files import checkpoints_folder
 from softcfg.zoo.loading import load_weights
 from softcfg.zoo.reading import read_state_dict
@@ -67,11 +72,30 @@ def load_network(
 def require_weights(file: PublishedFile) -> Path:
     """Return where `file` lies in the checkpoints folder; download it if it is not there.
 
+    Where nothing can be written into that folder, it is downloaded for this process alone, with a warning.
+
     Raises:
         CheckpointError: it cannot be downloaded, or is not what was published; nothing is left behind.
     """
     path = checkpoints_folder() / file.name
-    return path if path.is_file() else download(file, path)
+    if is_file(path):
+        return path
+    try:
+        make_folder(path.parent)
+    except UserError as error:
+        path = _own_folder() / file.name
+        if is_file(path):
+            return path
+        warnings.warn(f"{file.name} is not kept: {error}; $SOFTCFG_CHECKPOINTS names another folder", stacklevel=2)
+    return download(file, path)
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """A folder that goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="softcfg-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def download(file: PublishedFile, target: Path) -> Path:

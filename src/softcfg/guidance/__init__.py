@@ -2,6 +2,7 @@
 
 from softcfg.guidance.composition import (
     all_settings,
+    as_guidance,
     compose,
     describe,
     register_perturbation,
@@ -56,6 +57,7 @@ __all__ = [
     "View",
     "Window",
     "all_settings",
+    "as_guidance",
     "compose",
     "describe",
     "guidance_scales",

@@ -1,12 +1,13 @@
 """Guidance and its settings by name: for files, the command line, sweeps and links.
 
-Rules and perturbations join here: whatever is registered is known to all of these by its name, and a setting of it as
-NAME_FIELD. The settings of SoftCFG are called as its fields are.
+Rules and perturbations come together here: whatever is registered is known to all of these by its name, its settings as
+NAME_FIELD. The settings of SoftCFG have the names of its fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -27,8 +28,8 @@ _HELP = {"rule": "how the logits of the branches are combined", "perturbation": 
 def register_rule(name: str, *, label: str = "", description: str = "") -> Callable[[KindT], KindT]:
     """Return a decorator that makes a subclass of `Rule` known by `name`.
 
-    The class becomes a frozen dataclass if it is none; all of its fields need defaults. The decorator raises
-    `ValueError` where the class or its name will not do.
+    The class becomes a frozen dataclass if it is not one; all of its fields need defaults. The decorator raises
+    `ValueError` if the class or its name does not qualify.
 
     Args:
         label: a short title, for figures and the web page; by default the name.
@@ -152,3 +153,19 @@ def _registering(kind: str, base: type, name: str, label: str, description: str)
         return part
 
     return add
+
+
+def as_guidance(guidance: object, default: Callable[..., CFG] = SoftCFG) -> CFG:
+    """The guidance itself; of a number `default` at that scale, and of None `default` as it is.
+
+    Raises:
+        ValueError: it is none of these, or a scale out of range.
+    """
+    if isinstance(guidance, CFG):
+        return guidance
+    if guidance is None:
+        return default()
+    if isinstance(guidance, bool) or not isinstance(guidance, numbers.Real):
+        what = f"the class {guidance.__name__}" if isinstance(guidance, type) else repr(guidance)[:100]
+        raise ValueError(f"guidance must be CFG(...), SoftCFG(...) or a scale such as 4.0, got {what}")
+    return default(guidance_scale=float(guidance))

@@ -1,4 +1,4 @@
-"""How sure the conditional branch is of a token: numbers in [0, 1] from its distribution p_c [..., V].
+"""Confidences: how sure the conditional branch is of a token, in [0, 1], from its distribution p_c [..., V].
 
 torch is imported where it is needed, here and in the modules beside: the command line reads names and settings
 without it.
@@ -76,7 +76,7 @@ def random_number(probabilities: Tensor, tokens: Tensor) -> Tensor:
     return (scrambled(tokens) + 1).to(probabilities.dtype) / SCRAMBLED
 
 
-SCRAMBLED = 1 << 24  # so that a float32 holds all of these numbers
+SCRAMBLED = 1 << 24  # float32 represents all smaller integers exactly
 
 
 def scrambled(numbers: Tensor, salt: int = 0) -> Tensor:

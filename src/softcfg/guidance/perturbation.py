@@ -1,5 +1,5 @@
-"""Perturbations: what the unconditional branch sees of the tokens generated so far. Here is what they have in common
-and SoftCFG; the others are in `softcfg.guidance.weakened`.
+"""Perturbations: what the unconditional branch sees of the tokens generated so far. This module has the base class and
+SoftCFG; the others are in `softcfg.guidance.weakened`.
 
 The one state is the confidence buffer [..., T]: entry i is the confidence in generated token i, 0 where none
 was generated yet. A zero confidence is a weight of one, so the same formula with the same shapes serves every
@@ -24,10 +24,9 @@ ALIGNMENTS = ("own", "successor")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What a perturbation is: weights on what attention in the unconditional rows has cached of the tokens so far, or
-    other tokens in their place.
+    """Weights on what the unconditional rows have cached of the tokens so far, or other tokens in their place.
 
-    Derive from it, override `weights` (or `weights_at`, or `source`) and what else differs, and register the class.
+    Derive from it, override `weights` (or `weights_at`, or `source`) and register the class.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -59,8 +58,8 @@ class Perturbation:
     def weights(self, confidence: Tensor) -> Tensor:
         """Weights [..., T] of the generated tokens' slots for the confidences [..., T] so far (0: not generated).
 
-        A step sees the slots generated before it, so the weights of the others, where the confidence is 0, are of no
-        account for `target` "value" and must be 1 for "key" and "both".
+        A step sees the slots generated before it, so the weights of the others, where the confidence is 0, do not
+        matter for `target` "value" and must be 1 for "key" and "both".
         """
         raise NotImplementedError
 
@@ -68,7 +67,7 @@ class Perturbation:
         """Weights as of `weights`, for a perturbation that needs the number of the step; by default `weights`.
 
         Args:
-            confidence: [..., T], 0 for tokens that are not drawn yet or are no image codes.
+            confidence: [..., T], 0 for tokens that are not drawn yet or are not image codes.
             step: int64 [..., 1] or of a shape that broadcasts to it, 0-based: as many tokens are drawn.
         """
         return self.weights(confidence)
@@ -76,7 +75,7 @@ class Perturbation:
     def source(self, index: Tensor) -> Tensor:
         """Which token the unconditional branch reads in the place of token `index`, int64 [...]; by default the same.
 
-        It must not come after it. Tokens that are no image codes stay as they are, and take no other's place.
+        It must not come after it. Tokens that are not image codes stay as they are and replace no other.
         """
         return index
 
@@ -177,13 +176,14 @@ def perturbation_weights(
     Returns:
         Weights [..., T] in [floor, 1], in the dtype of `confidence`.
     """
-    import torch
     import torch.nn.functional as F
 
     if alignment == "successor":
         confidence = F.pad(confidence[..., 1:], (0, 1))
     if step_norm:
-        total = confidence.sum(dim=-1, keepdim=True) + eps
-        confidence = confidence / torch.where(total > 0, total, 1)
-    # A share may round to just above one.
-    return (1 - confidence).clamp_min(0).pow(strength).clamp_min(floor)
+        total = confidence.sum(dim=-1, keepdim=True)
+        total = total + eps if eps else total
+        confidence = confidence / total.where(total > 0, 1)
+    weights = (1 - confidence).clamp_min(0)  # a share may round to just above one
+    weights = weights if strength == 1 else weights.pow(strength)
+    return weights.clamp_min(floor) if floor else weights

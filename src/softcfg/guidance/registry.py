@@ -1,4 +1,4 @@
-"""Tables of things by name that anyone may add to."""
+"""Registries: functions and classes by name, to which anyone may add."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _Entry(Generic[T]):
 
 
 class Registry(MutableMapping[str, T]):
-    """Functions or classes by name. Whatever offers a choice of them reads the table when it is asked.
+    """Functions or classes by name. Whatever offers a choice of them reads the registry each time.
 
-    Besides `register`, an entry may be added as to a dictionary: its label is then its name, and its description the
-    first line of its docstring.
+    An entry may also be added as to a dictionary: its label is then its name, and its description the first line of its
+    docstring.
 
     Attributes:
         kind: what the entries are, in the words of messages.
@@ -100,7 +100,7 @@ class Registry(MutableMapping[str, T]):
 
 
 class View(Mapping[str, T]):
-    """A mapping that is worked out whenever it is looked at."""
+    """A mapping that is computed at each access."""
 
     def __init__(self, read: Callable[[], Mapping[str, T]]) -> None:
         self._read = read
@@ -116,6 +116,6 @@ class View(Mapping[str, T]):
 
 
 def _place(value: object) -> str:
-    """Where a function or class is defined; a module that is loaded again defines the same."""
+    """Where a function or class is defined, which stays the same when its module is loaded again."""
     name = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{value.__module__}.{name}"

@@ -2,7 +2,7 @@
 
 A rule is a frozen dataclass of its settings. Most rules need nothing but the logits of the step. One that remembers
 something over the steps (a momentum, for example) returns it as its state, a tensor with a row per image, and gets it
-back at the next step: there is nothing hidden, so whoever steps through a sequence can go back.
+back at the next step. Nothing is hidden, so a decoder can go back to an earlier step.
 
 In the formulas, z_c and z_u are the logits of the conditional and the unconditional branch and s is the scale of the
 step. Papers on diffusion write them for a predicted noise, velocity or image. Logits differ from those in that adding a
@@ -20,7 +20,11 @@ from softcfg.guidance.settings import check, setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-Guided = tuple["Tensor", "Tensor | None"]
+    Scale = Tensor | float
+    Step = Tensor | int
+    State = Tensor | None
+    Guided = tuple[Tensor, State]
+
 RULED_OUT = float("-inf")  # the logit of a code that the model itself does not allow
 
 
@@ -44,9 +48,7 @@ class Rule:
     def __post_init__(self) -> None:
         check(self)
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """Guided logits [..., V] of a step, and the state after it (None for rules without one).
 
         Args:
@@ -59,7 +61,7 @@ class Rule:
         are hidden, as zeros in both branches, unless the rule is `constrained`.
         """
         guided = uncond + scale * (cond - uncond)
-        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), None  # minus infinity less itself is no number
+        return guided.masked_fill(cond == RULED_OUT, RULED_OUT), None  # -inf minus -inf is NaN
 
 
 RULES: Registry[type[Rule]] = Registry("rule")
@@ -77,18 +79,16 @@ class Centred(Rule):
 
     constrained: ClassVar[bool] = True
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """See `Rule.guide`."""
-        possible = cond.isfinite() & uncond.isfinite()
-        (centred_cond, mean), (centred_uncond, _) = _centre(cond, possible), _centre(uncond, possible)
+        possible = cond + uncond > RULED_OUT
+        weight = possible.to(cond.dtype)
+        count = weight.sum(dim=-1, keepdim=True).clamp_min(1)
+        (centred_cond, mean), (centred_uncond, _) = (_centre(z, possible, weight, count) for z in (cond, uncond))
         guided, state = self.combine(centred_cond, centred_uncond, scale, step=step, state=state)
         return (guided + mean).where(possible, cond), state
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """As `Rule.guide`, for finite logits [..., V] whose sum is 0; those of impossible codes are 0."""
         raise NotImplementedError
 
@@ -105,12 +105,10 @@ class Rescale(Centred):
 
     share: float = setting(0.7, low=0, high=1, help="of the rescaled logits in the result; 0: CFG", shown=(0.0, 1.0))
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         guided = uncond + scale * (cond - uncond)
-        ratio = _divided(_dot(cond, cond), _dot(guided, guided)).sqrt()
+        ratio = _divided(_norm(cond), _norm(guided))
         return guided * (self.share * ratio + 1 - self.share), None
 
 
@@ -141,16 +139,15 @@ class ProjectedGuidance(Centred):
         """See `Rule.stateful`: with a momentum."""
         return self.momentum != 0
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         push = cond - uncond if state is None else cond - uncond + self.momentum * state
         state = push if self.stateful else None
         if self.norm_threshold:
-            push = push * _divided(self.norm_threshold, _dot(push, push).sqrt()).clamp(max=1)
-        along = _divided(_dot(push, cond), _dot(cond, cond)) * cond
-        return cond + (scale - 1) * (push - (1 - self.eta) * along), state
+            push = push * _divided(self.norm_threshold, _norm(push)).clamp(max=1)
+        along = _divided(_dot(push, cond), _norm(cond).square())
+        # cond + (scale - 1) (push - (1 - eta) along cond)
+        return (1 - (scale - 1) * (1 - self.eta) * along) * cond + (scale - 1) * push, state
 
 
 @RULES.register("zero_star", label="CFG-Zero*", description="CFG from the unconditional logits at their best length")
@@ -170,13 +167,11 @@ class ZeroStar(Centred):
 
     init_steps: int = setting(1, low=0, off=0, help="first steps without guidance")
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         scale = scale + (step < self.init_steps) * (1 - scale)
-        uncond = _divided(_dot(cond, uncond), _dot(uncond, uncond)) * uncond
-        return uncond + scale * (cond - uncond), None
+        length = _divided(_dot(cond, uncond), _norm(uncond).square())
+        return scale * cond + (1 - scale) * length * uncond, None
 
 
 @RULES.register("tcfg", label="TCFG", description="CFG from what the unconditional logits share with the conditional")
@@ -194,14 +189,13 @@ class TangentialDamping(Centred):
     Where the rows are orthogonal and of one length, v is not unique, and u is z_u / 2.
     """
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
-        product, gap = _dot(cond, uncond), _dot(cond, cond) - _dot(uncond, uncond)
+        product, gap = _dot(cond, uncond), _norm(cond).square() - _norm(uncond).square()
         length = gap.hypot(2 * product)
-        uncond = _divided(product, length) * cond + (1 - _divided(gap, length)) / 2 * uncond
-        return uncond + scale * (cond - uncond), None
+        # u = a z_c + b z_u
+        a, b = _divided(product, length), (1 - _divided(gap, length)) / 2
+        return (scale + (1 - scale) * a) * cond + (1 - scale) * b * uncond, None
 
 
 @RULES.register("adaptive", label="Adaptive scale", description="CFG whose scale falls with the branches' distance")
@@ -217,12 +211,10 @@ class AdaptiveScale(Centred):
 
     alpha: float = setting(1.0, low=0, help="how fast the scale falls with the distance; 0: CFG", shown=(0.0, 5.0))
 
-    def combine(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None
-    ) -> Guided:
+    def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         push = cond - uncond
-        ratio = _divided(_dot(push, push), _dot(uncond, uncond)).sqrt()
+        ratio = _divided(_norm(push), _norm(uncond))
         return cond + (scale - 1) * (-self.alpha * ratio).exp() * push, None
 
 
@@ -239,9 +231,7 @@ class ProbabilitySpace(Rule):
 
     constrained: ClassVar[bool] = True
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """See `Rule.guide`."""
         p_cond, p_uncond = cond.softmax(dim=-1), uncond.softmax(dim=-1)
         return (p_cond + (scale - 1) * (p_cond - p_uncond)).clamp_min(0).log(), None
@@ -260,20 +250,28 @@ class LogSoftmax(Rule):
 
     constrained: ClassVar[bool] = True
 
-    def guide(
-        self, cond: Tensor, uncond: Tensor, scale: Tensor | float, *, step: Tensor | int, state: Tensor | None = None
-    ) -> Guided:
+    def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """See `Rule.guide`."""
         cond, uncond = cond.log_softmax(dim=-1), uncond.log_softmax(dim=-1)
         guided = uncond + scale * (cond - uncond)
         return guided.where(cond.isfinite() & uncond.isfinite(), cond), None
 
 
-def _centre(logits: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits [..., V] less their mean over the possible codes, 0 for the others; and the mean, [..., 1]."""
+def _centre(logits: Tensor, possible: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits [..., V] less their mean over the possible codes, 0 for the others; and the mean, [..., 1].
+
+    Args:
+        weight: `possible` as numbers.
+        count: how many are possible, [..., 1].
+    """
     kept = logits.where(possible, 0)
-    mean = kept.sum(dim=-1, keepdim=True) / possible.sum(dim=-1, keepdim=True).clamp_min(1)
-    return (kept - mean).where(possible, 0), mean
+    mean = kept.sum(dim=-1, keepdim=True) / count
+    return kept.addcmul(weight, mean, value=-1), mean
+
+
+def _norm(logits: Tensor) -> Tensor:
+    """The Euclidean norm over the codes, [..., 1]."""
+    return logits.norm(dim=-1, keepdim=True)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

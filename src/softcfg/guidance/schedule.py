@@ -1,4 +1,4 @@
-"""How the guidance scale moves over the decoding steps.
+"""Schedules: the guidance scale of every decoding step.
 
 The scale of step t (0-based, of T) is s_t = 1 + gamma_t; with s_t = 1 the guided logits are the conditional
 ones. A ramp maps the progress t / T in [0, 1) to the fraction of the way from 1 to the full scale.
@@ -61,8 +61,8 @@ def cosine_power(progress: Tensor, power: float) -> Tensor:
 def lumina_released(steps: int, scale: float, power: float, codes: int) -> Tensor:
     """The scales of the released Lumina-mGPT 2.0: they drift from `scale` to 4 and stay there.
 
-    Every step multiplies the scale by 1 - n / (codes / 4), n = t + 2, and raises it to 4 if it is less: a scale
-    between 1 and 4 acts as 4, too. Up to 1 there is no guidance.
+    Every step multiplies the scale by 1 - n / (codes / 4), n = t + 2, and raises it to 4 if it is less, so a scale
+    between 1 and 4 acts as 4. A scale of 1 or less is no guidance.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Fields of dataclasses that are settings.
 
-What a field may be is declared once, where it is defined: `strength: float = setting(1.0, low=0, help="...")`. The
+What a field may be is declared once, at its definition: `strength: float = setting(1.0, low=0, help="...")`. The
 checks, the command line, sweeps and the web page are made from that. A field without `setting` is one too if it is a
-number, a text or a truth value; it then has no help and no range.
+number, a string or a boolean; it then has no help and no range.
 """
 
 from __future__ import annotations
@@ -17,13 +17,8 @@ from typing import Any
 
 _METADATA = "setting"
 LARGEST = 3.4e38  # settings meet logits in float32, where larger numbers are infinite
-_KINDS: dict[str, type] = {
-    "float": float,
-    "int": int,
-    "bool": bool,
-    "str": str,
-    "tuple[int, int] | None": tuple,
-}
+MOST_STEPS = 999_999_999
+_KINDS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str, "tuple[int, int] | None": tuple}
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Setting:
 
     def _wanted(self) -> str:
         if self.kind is tuple:
-            return "two steps 0 <= start <= stop"
+            return f"two steps 0 <= start <= stop <= {MOST_STEPS:,}"
         if self.kind is bool:
             return "True or False"
         if self.kind is str:
@@ -133,4 +128,4 @@ def check(owner: Any) -> None:
 def _is_interval(value: Any) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
-    return all(isinstance(step, int) for step in value) and 0 <= value[0] <= value[1]
+    return all(isinstance(step, int) for step in value) and 0 <= value[0] <= value[1] <= MOST_STEPS

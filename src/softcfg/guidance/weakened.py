@@ -1,8 +1,8 @@
-"""Perturbations beside SoftCFG: other ways to make the unconditional branch know less of the tokens so far.
+"""Perturbations besides SoftCFG: other ways to let the unconditional branch know less about the tokens so far.
 
 Most of their papers are about diffusion, where a pass sees the whole image at once and is perturbed anew at every
-step. Token by token, a pass sees the tokens so far, and what it has cached of them stays. The docstrings say what
-becomes of each method. Image codes alone are perturbed: the condition and the ends of lines are seen as they are.
+step. Token by token, a pass sees the tokens so far, and their cached keys and values stay. The docstrings say how each
+method is adapted. Only image codes are perturbed: the condition and the ends of lines are seen as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from softcfg.guidance.settings import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-ON_AGE = ("attention", "value")  # what weights by age may scale
+AGE_TARGETS = ("attention", "value")  # what weights by age may scale
 
 
 @PERTURBATIONS.register("low_confidence", label="Low confidence", description="the tokens it was unsure of are hidden")
@@ -58,7 +58,7 @@ class LowConfidence(Perturbation):
 @PERTURBATIONS.register("window", label="Window", description="nothing but the newest tokens is seen")
 @dataclass(frozen=True)
 class Window(Perturbation):
-    """The unconditional branch sees the newest tokens alone: a model of shorter memory.
+    """The unconditional branch sees only the newest tokens, like a model with a shorter memory.
 
     Attributes:
         size: how many tokens are seen, the newest included.
@@ -66,7 +66,7 @@ class Window(Perturbation):
     """
 
     size: int = setting(16, low=1, help="how many of the newest tokens are seen")
-    target: str = setting("attention", choices=ON_AGE, help="what the weights scale")
+    target: str = setting("attention", choices=AGE_TARGETS, help="what the weights scale")
 
     def weights_at(self, confidence: Tensor, step: Tensor) -> Tensor:
         """See `Perturbation.weights_at`: 0 for tokens older than the window."""
@@ -84,7 +84,7 @@ class Decay(Perturbation):
     """
 
     half_life: float = setting(16.0, low=0, above=True, help="tokens after which a weight is halved")
-    target: str = setting("attention", choices=ON_AGE, help="what the weights scale")
+    target: str = setting("attention", choices=AGE_TARGETS, help="what the weights scale")
 
     def weights_at(self, confidence: Tensor, step: Tensor) -> Tensor:
         """See `Perturbation.weights_at`."""
@@ -98,7 +98,7 @@ class SelfAttention(Perturbation):
     """Perturbed attention guidance (PAG, arXiv 2403.17377, equation 15): the attention map becomes the identity.
 
     A token attends to itself and to the condition, which in these models stands in the same sequence; where images and
-    text do so in diffusion, PAG leaves the text visible as well. All layers are perturbed. So the branch predicts from
+    text do so in diffusion, PAG leaves the text visible as well. All layers are perturbed, so the branch predicts from
     the newest token and its position.
     """
 
@@ -113,10 +113,10 @@ class SelfAttention(Perturbation):
 
 
 class OtherTokens(Perturbation):
-    """A perturbation that puts other tokens of the image in the place of some; it derives `source` and has no weights.
+    """A perturbation that replaces some tokens by others of the image; subclasses define `source`, it has no weights.
 
-    Which token stands where is a fixed function of the place, the same for all images, so that an image depends on
-    nothing but its own random numbers. Replaced tokens are cached as such and stay.
+    Which token is read where is a fixed function of the index, the same for all images, so that an image depends only
+    on its own random numbers. Replaced tokens are cached as such and stay.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Numbers that a trace holds implicitly: what the figures show, as tensors for figures of one's own."""
+"""Numbers that follow from a trace: what the figures show, as tensors for your own figures."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def perturbation_budget(trace: Trace, *, step_norm: bool | None = None) -> Tenso
     """Sum over the tokens so far of (1 - w), [B, T]: how much perturbation each step carries (the paper's Fig. 7).
 
     Args:
-        step_norm: as traced if None; else what the same confidences give with or without Step Normalisation. It means
-            nothing to perturbations without that setting.
+        step_norm: as traced if None; else what the same confidences give with or without Step Normalisation. Ignored
+            by perturbations without that setting.
     """
     perturbation = trace.guidance.weak_branch
     if step_norm is not None and has_step_norm(trace):
@@ -55,12 +55,6 @@ def perturbation_budget(trace: Trace, *, step_norm: bool | None = None) -> Tenso
 def has_step_norm(trace: Trace) -> bool:
     """Whether the perturbation has Step Normalisation as a setting."""
     return "step_norm" in settings_of(type(trace.guidance.weak_branch))
-
-
-def grid_of(num_tokens: int) -> tuple[int, int]:
-    """The largest square grid of the last tokens of an image: (tokens in front of it, its side); 273 -> (17, 16)."""
-    geometry = Geometry.square(num_tokens)
-    return geometry.front, geometry.rows
 
 
 def on_grid(per_token: Tensor, geometry: Geometry | None = None) -> Tensor:

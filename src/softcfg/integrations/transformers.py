@@ -12,6 +12,8 @@ it:
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -26,8 +28,8 @@ from torch import Tensor, nn
 from softcfg.decoding import Sampling, draw, image_uniforms
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
-from softcfg.errors import UserError
-from softcfg.guidance import CFG
+from softcfg.errors import UserError, how_to_install
+from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
@@ -38,14 +40,29 @@ from softcfg.nn.precision import own_dtype
 from softcfg.prompts import Prompt
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        DynamicCache,
+        JanusForConditionalGeneration,
+        StaticCache,
+    )
     from transformers.generation import EosTokenCriteria, GenerationMode
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
-    raise UserError("this needs transformers 5 or later: pip install 'softcfg[transformers]'") from error
+    raise UserError(f"this needs transformers 5 or later: {how_to_install('transformers')}") from error
 
 ATTENTION = "softcfg"  # its name for `attn_implementation`
+JANUS_SCALE = 5.0  # of its image mode, where its configuration has none
+IMAGE_HEADS = (
+    "generation_head",
+    "gen_head",
+    "image_head",
+    "img_head",
+    "vision_head",
+    "visual_head",
+)  # their usual names
 
 # Whether each call of `attention` in this pass brought weights: a layer that loses them would draw plain CFG.
 _brought_weights: ContextVar[list[bool] | None] = ContextVar("brought_weights", default=None)
@@ -124,12 +141,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @dataclass(frozen=True)
 class ImageHead:
-    """The way of image tokens through a model that keeps them apart from its text vocabulary.
+    """How image tokens go through a model that keeps them apart from its text vocabulary.
 
     Attributes:
         embed: image tokens int64 [rows, n] -> [rows, n, width].
         backbone: takes `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and what
-            it hands on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
+            it passes on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
         logits: [rows, n, width] -> [rows, n, V], the logits of the image codes.
         vocab_size: V.
     """
@@ -138,6 +155,23 @@ class ImageHead:
     backbone: nn.Module
     logits: Callable[[Tensor], Tensor]
     vocab_size: int
+
+    @classmethod
+    def of(cls, model: Any) -> ImageHead | None:
+        """The image head of a model that has one; None for a model whose image tokens are in its vocabulary.
+
+        Raises:
+            UserError: there is an image head, of a kind that is not known here.
+        """
+        if isinstance(model, JanusForConditionalGeneration):
+            return cls.janus(model)
+        heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in IMAGE_HEADS]
+        if heads:
+            raise UserError(
+                f"{type(model).__name__} has an image head, {heads[0]}, of a kind that is not known here: give "
+                "head=ImageHead(embed=..., backbone=..., logits=..., vocab_size=...)"
+            )
+        return None
 
     @classmethod
     def janus(cls, model: Any) -> ImageHead:
@@ -158,7 +192,7 @@ class Prompts:
         input_ids: int64 [B, L], the conditional prompts, left-padded where `attention_mask` [B, L] is 0. Without a
             mask, padding tokens of the model (unless they end texts too) in front of a prompt are its padding, as in
             transformers.
-        unconditional_ids: int64 [1 or B, U], one for all or one a prompt, of any length, left-padded where
+        unconditional_ids: int64 [1 or B, U], one for all or one per prompt, of any length, left-padded where
             `unconditional_mask` is 0. Needed where guidance is active.
     """
 
@@ -195,7 +229,7 @@ def _padded(ids: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
 
 
 class PromptCondition(Condition):
-    """Prompts of all rows in one left-padded batch, and behind them the tokens that were fed.
+    """Prompts of all rows in one left-padded batch, followed by the tokens that were fed.
 
     Attributes:
         sequence: int64 [rows, slots + T]; a pass writes the tokens that it feeds.
@@ -218,7 +252,7 @@ class PromptCondition(Condition):
         return PromptCondition(ids, self.padding[rows], self.prompt_slots, self.num_tokens, geometry)
 
     def conditional(self, batch: int, fed: int = 0) -> Tensor:
-        """The conditional prompts as they were given and the first `fed` tokens behind them, [batch, L + fed]."""
+        """The conditional prompts as they were given and the first `fed` tokens after them, [batch, L + fed]."""
         return self.sequence[:batch, self.slots - self.prompt_slots : self.slots + fed]
 
 
@@ -228,8 +262,8 @@ class TransformersGenerator(Generator):
     Args:
         model: of transformers; for SoftCFG with `model.set_attn_implementation("softcfg")`.
         num_tokens: T, tokens to draw after a prompt.
-        head: for models whose image tokens have an embedding and a head of their own. None: token ids go in,
-            `logits` come out.
+        head: for models whose image tokens have an embedding and a head of their own; that of Janus is found by
+            itself. Without one, token ids go in and `logits` come out.
         code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
             end of image) are never weighted.
         logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
@@ -238,7 +272,7 @@ class TransformersGenerator(Generator):
         pad_token_id: fills the shorter prompts on the left; no query sees it.
 
     Raises:
-        UserError: `cache` or `code_steps` are none of these.
+        UserError: `cache` or `code_steps` are none of these, or the model has an image head that is not known here.
     """
 
     supports_row_positions = False
@@ -260,6 +294,7 @@ class TransformersGenerator(Generator):
             raise UserError(f"cache must be 'dynamic' or 'static', got {cache!r}")
         if code_steps is not None and (code_steps.dtype != torch.bool or code_steps.shape != (num_tokens,)):
             raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
+        head = ImageHead.of(model) if head is None else head
         self.model = model
         self.num_tokens = num_tokens
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size if head is None else head.vocab_size
@@ -287,7 +322,7 @@ class TransformersGenerator(Generator):
             branches.append(self._prompts("unconditional_ids", inputs.unconditional_ids, inputs.unconditional_mask))
             if len(branches[1][0]) not in (1, batch):
                 raise UserError(
-                    f"unconditional_ids must have 1 row or {batch}, one a prompt, got {len(branches[1][0])}"
+                    f"unconditional_ids must have 1 row or {batch}, one per prompt, got {len(branches[1][0])}"
                 )
         slots = max(ids.shape[1] for ids, _ in branches)
         rows, padding = [], []
@@ -325,11 +360,7 @@ class TransformersGenerator(Generator):
         condition.sequence[:, first:filled] = tokens
         weights = {}
         if tokens.shape[1]:  # prompts are never weighted
-            given = {
-                "value_weights": value_weights,
-                "key_weights": key_weights,
-                "attention_weights": attention_weights,
-            }
+            given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
             weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
 
         inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}
@@ -373,7 +404,7 @@ class TransformersGenerator(Generator):
         return DynamicCache(config=self.model.config)
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], behind the tokens that were fed."""
+        """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], after the tokens that were fed."""
         assert isinstance(condition, PromptCondition)
         if not self.logits_processor:
             return logits
@@ -413,7 +444,7 @@ class TransformersGenerator(Generator):
         return ((text.cumsum(dim=1) > 0) | ~text.any(dim=1, keepdim=True)).long()
 
     def _logits(self, prompt: Tensor, tokens: Tensor, first: int, inputs: dict[str, Any]) -> Tensor:
-        """Logits behind the inputs from index `first` on; `prompt` [rows, 0] where it was fed before."""
+        """Logits after the inputs from index `first` on; `prompt` is [rows, 0] if it was fed before."""
         if self.head is None:
             ids = torch.cat((prompt, tokens), dim=1)
             if "logits_to_keep" in self._arguments:
@@ -490,18 +521,16 @@ class TextPrompts(PromptConditioning):
 
     def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
         """See `Conditioning.geometry`."""
-        own = self.default_size
-        if (width or own[0], height or own[1]) != own:
-            raise UserError(f"{self.name} draws images of {own[0]} x {own[1]} pixels, without other sizes")
+        super().geometry(width, height)  # refuses other sizes
         return self.generator.config.geometry
 
 
 class ImageGenerator(TransformersGenerator):
     """A model of transformers as the generator of a `softcfg.Pipeline`, and so of runs, traces and the web page.
 
-    Its inputs are `Prompts` of one row each. What may stand where is a rule: codes in the rows, structure elsewhere.
-    A run knows it by the name of the pipeline, by `tokens` and by the hash of its weights; that `encode` has stayed
-    the same is the user's business.
+    Its inputs are `Prompts` of one row each. Codes are allowed in the rows only, structure tokens elsewhere only.
+    A run identifies it by the name of the pipeline, by `tokens` and by the hash of its weights; keeping `encode` the
+    same is up to the user.
 
     Args:
         model, head, cache, pad_token_id: see `TransformersGenerator`.
@@ -601,6 +630,8 @@ def decode(
         UserError: prompts, masks, image codes or the cache do not fit, the weights do not reach every attention layer,
             or the logits hold NaN or infinity.
     """
+    if guidance.has_weak_model:
+        raise UserError("a weak model is not for this function: leave out weak_share, or use a Pipeline with weak=")
     codes = None if image_codes is None else torch.as_tensor(image_codes)
     by_step = codes is not None and codes.dtype == torch.bool
     generator = TransformersGenerator(
@@ -615,12 +646,11 @@ def decode(
     if codes is not None and not by_step:
         codes = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
     prompts = Prompts(input_ids, unconditional_ids, attention_mask, unconditional_mask)
+    if not isinstance(cache, str) and cache.get_seq_length():
+        raise UserError("the cache must be empty")
     condition = generator.condition(prompts, guided=guidance.is_active)
-    decoder = Decoder(generator, condition, guidance, sampling or Sampling())
-    if not isinstance(cache, str):
-        if cache.get_seq_length():
-            raise UserError("the cache must be empty")
-        decoder.cache = cache
+    own = None if isinstance(cache, str) else cache
+    decoder = Decoder(generator, condition, guidance, sampling or Sampling(), own)
 
     batch = decoder.batch
     uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens)
@@ -651,7 +681,7 @@ def decode(
 
 @dataclass(frozen=True)
 class _Processed(Sampling):
-    """Drawing from logits to which processors of transformers have done everything, the temperature included.
+    """Drawing from logits that the processors of transformers have finished, temperature included.
 
     Attributes:
         temperature: that of the confidences.
@@ -706,7 +736,8 @@ def generate(
 
     Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
     the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
-    as in `decode`. An end token among the image codes ends nothing.
+    as in `decode`. An end token that is an image code does not end a sequence. With Janus's `generation_mode="image"`
+    there are as many tokens as an image has; `guidance` and `unconditional_ids` default to those of Janus.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.
@@ -717,10 +748,10 @@ def generate(
     config = generation_config
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("return_dict_in_generate", False)):
         if getattr(config, name) not in (None, usual):
-            raise UserError(f"{name}={getattr(config, name)} does not go with softcfg's decoding")
+            raise UserError(f"{name}={getattr(config, name)} is not supported by softcfg's decoding")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UserError(f"{mode.value.replace('_', ' ')} does not go with softcfg's decoding")
+        raise UserError(f"{mode.value.replace('_', ' ')} is not supported by softcfg's decoding")
     caller = sys._getframe(1)
     if streamer is None and caller.f_code.co_name == "generate":  # which hands it to its own loops alone
         streamer = caller.f_locals.get("streamer")
@@ -742,7 +773,8 @@ def generate(
         if unconditional_mask is not None:
             unconditional_mask = unconditional_mask.repeat_interleave(copies, dim=0)
     sampling = _Processed(config.temperature or 1.0) if config.do_sample else _Processed(greedy=True)
-    # An image head's tokens are no text, and none of them is the end of it.
+    head = ImageHead.of(model) if head is None else head
+    # The tokens of an image head are not text, so none of them ends it.
     criteria = [c for c in stopping_criteria if head is None or not isinstance(c, EosTokenCriteria)]
     if image_codes is not None:
         image_codes, length = torch.as_tensor(image_codes), input_ids.shape[1]
@@ -773,3 +805,41 @@ def generate(
     if streamer is not None:
         streamer.end()
     return torch.cat((input_ids, tokens.to(input_ids.device)), dim=1)
+
+
+def _image_mode(usual: Callable[..., Any]) -> Callable[..., Any]:
+    """The `generate` of Janus, whose image mode has a loop of its own and knows no `custom_generate`.
+
+    Calls with the one of this module go to the loop here: by default with Janus's guidance scale at every step, and
+    with its unconditional prompts, where padding that is seen stands for the text. All other calls are left alone.
+    """
+
+    @functools.wraps(usual)
+    def janus_generate(self: Any, inputs: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("custom_generate") is not generate or kwargs.get("generation_mode") != "image":
+            return usual(self, inputs, attention_mask, *args, **kwargs)
+        del kwargs["generation_mode"]
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        config = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
+        scale = kwargs.pop("guidance_scale", None)
+        if kwargs.get("guidance") is None:
+            kwargs["guidance"] = SoftCFG(scale or config.guidance_scale or JANUS_SCALE, schedule="constant")
+        elif scale is not None:
+            raise UserError("give guidance or guidance_scale, not both")
+        if kwargs.get("unconditional_ids") is None:
+            kept = ["bos_token_id", "pad_token_id", "boi_token_id"]
+            known = {**config.to_dict(), **(getattr(config, "generation_kwargs", None) or {}), **kwargs}
+            bos, pad, boi = (known.get(name) for name in kept)
+            if None in (bos, pad, boi):
+                raise UserError(f"the generation config needs {', '.join(kept)}; or give unconditional_ids")
+            framing = (ids == bos) | (ids == boi)
+            kwargs.update(unconditional_ids=ids.where(framing, pad), unconditional_mask=attention_mask)
+        config.guidance_scale = config.max_length = None
+        config.max_new_tokens = self.model.vision_model.config.num_image_tokens
+        kwargs.update(generation_config=config, attention_mask=attention_mask)
+        return super(JanusForConditionalGeneration, self).generate(ids, *args, **kwargs)[:, ids.shape[1] :]
+
+    return janus_generate
+
+
+JanusForConditionalGeneration.generate = _image_mode(JanusForConditionalGeneration.generate)

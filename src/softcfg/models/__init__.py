@@ -1,1 +1,1 @@
-"""Generators: one file a family."""
+"""Generators: one file or folder per family."""

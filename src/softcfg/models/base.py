@@ -1,4 +1,4 @@
-"""What a generator is: the interface that decoding, guidance and tracing are written against."""
+"""The generator: the interface that decoding, guidance and tracing are written against."""
 
 from __future__ import annotations
 
@@ -37,12 +37,7 @@ class Condition(ABC):
     """
 
     def __init__(
-        self,
-        rows: int,
-        slots: int,
-        num_tokens: int,
-        padding: Tensor | None = None,
-        geometry: Geometry | None = None,
+        self, rows: int, slots: int, num_tokens: int, padding: Tensor | None = None, geometry: Geometry | None = None
     ) -> None:
         self.rows = rows
         self.slots = slots
@@ -67,7 +62,7 @@ class Condition(ABC):
 
 
 class ClassCondition(Condition):
-    """One class id a row, `num_classes` for the null class.
+    """One class id per row, `num_classes` for the null class.
 
     Attributes:
         classes: int64 [rows].
@@ -122,7 +117,7 @@ class Generator(KeepsTables, ABC):
         """The condition of a batch: rows for `inputs` and, if `guided`, as many unconditional rows after them.
 
         Args:
-            inputs: one a row: the labels of class-conditional models, the prompts of others.
+            inputs: one per row: the labels of class-conditional models, the prompts of others.
 
         Raises:
             UserError: the inputs do not fit the model.
@@ -246,7 +241,7 @@ class Generator(KeepsTables, ABC):
         return layers, condition.rows, heads, condition.cache_slots, head_dim
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """Rule out the tokens that may not stand at a position, by logits of -inf; by default none.
+        """Rule out the tokens that are not allowed at a position, by logits of -inf; by default none.
 
         Args:
             logits: guided logits [B, n, V].

@@ -7,16 +7,19 @@ and names it in its generator's `conditioning_type`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_whole
+from softcfg.models.class_names import ClassNames
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
-from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text
+from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text, with_negative
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from softcfg.models.base import Generator
     from softcfg.tokenizers.base import Tokenizer
 
@@ -33,6 +36,8 @@ class Conditioning(ABC):
         classes: names of the classes, where the model has them.
         files: where the files lie that the family reads texts with, by their role in the model's entry.
         settings: how texts are read, from the model's entry, such as its template.
+        quantize: the kind of integers that the weights of a text encoder are rounded to, as those of the generator.
+        place: rounds and moves a text encoder; by default it goes where the generator is.
 
     Attributes:
         takes_prompts: whether images are drawn from texts rather than from class ids.
@@ -53,6 +58,8 @@ class Conditioning(ABC):
         classes: Sequence[str] = (),
         files: Mapping[str, Path] | None = None,
         settings: Mapping[str, Any] | None = None,
+        quantize: str | None = None,
+        place: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
@@ -60,6 +67,8 @@ class Conditioning(ABC):
         self.classes = tuple(classes)
         self.files = dict(files or {})
         self.settings = dict(settings or {})
+        self.quantize = quantize
+        self.place = place or (lambda encoder: encoder.to(generator.device))
         self.check_tokenizer()
 
     @classmethod
@@ -83,14 +92,22 @@ class Conditioning(ABC):
 
     @abstractmethod
     def requests(
-        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+        self,
+        labels: Any = None,
+        prompts: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        negative_prompt: Any = None,
     ) -> list[Any]:
         """What to draw, one request per image: class ids, or `Prompt`s with a size.
 
         Args:
-            labels: class ids; prompts may be given here too.
+            labels: class ids or names of classes; prompts may be given here too.
             prompts: texts or `Prompt`s.
             width, height: of the images of prompts that do not say, in pixels; the model's by default.
+            negative_prompt: what the unconditional branch reads, of models where it reads a text: a text, or one per
+                prompt, for prompts that do not say.
 
         Raises:
             UserError: something that the model does not draw.
@@ -103,6 +120,10 @@ class Conditioning(ABC):
         Raises:
             UserError: a request that cannot be read, or files that are missing.
         """
+
+    def check_inputs(self, requests: Sequence[Any]) -> None:
+        """Raise `UserError` for requests that cannot be read or drawn; families that read slowly only look at them."""
+        self.generator.condition(self.inputs(requests), guided=False)
 
     @abstractmethod
     def title(self, request: Any) -> str:
@@ -126,17 +147,37 @@ class Conditioning(ABC):
 
 
 class LabelConditioning(Conditioning):
-    """Images of classes: requests and inputs are class ids."""
+    """Images of classes: requests and inputs are class ids.
+
+    Attributes:
+        names: which class a name means.
+    """
 
     takes_prompts = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = ClassNames(self.classes, self.generator.num_classes, self.name)
+
     def requests(
-        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+        self,
+        labels: Any = None,
+        prompts: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        negative_prompt: Any = None,
     ) -> list[int]:
-        """See `Conditioning.requests`."""
-        if prompts is not None or is_text(labels):
+        """See `Conditioning.requests`. A text in `labels` is the name of a class, a number its id."""
+        if prompts is not None or isinstance(labels, Prompt):
             raise UserError(f"{self.name} draws classes: give labels, it does not read prompts")
+        if negative_prompt is not None:
+            raise UserError(f"{self.name} draws classes: it takes no negative prompt")
         self.image_size(width, height)
+        labels = [labels] if isinstance(labels, str) else labels
+        if isinstance(labels, Sequence):
+            texts = [label.text if isinstance(label, Prompt) else label for label in labels]
+            labels = [self.names.id_of(text) if isinstance(text, str) else text for text in texts]
         classes = as_ids(labels, "labels", self.generator.num_classes)
         if classes.dim() != 1 or not len(classes):
             raise UserError(f"labels must be a flat list of at least one class id, got shape {list(classes.shape)}")
@@ -148,7 +189,7 @@ class LabelConditioning(Conditioning):
 
     def title(self, request: int) -> str:
         """The name of the class, where it has one."""
-        return self.classes[request] if self.classes else f"class {request}"
+        return self.names.title(request)
 
     def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """See `Conditioning.image_size`; there is one size."""
@@ -164,7 +205,7 @@ class LabelConditioning(Conditioning):
 class PromptConditioning(Conditioning):
     """Images from texts: requests are `Prompt`s, and a family says what its generator reads in their place.
 
-    A family defines `inputs` and `geometry`; where its images have one size only, `geometry` refuses all others.
+    A family defines `inputs` and, unless its images are square grids of codes of one size, `geometry`.
 
     Attributes:
         options: which of the `softcfg.prompts.PROMPT_OPTIONS` the model reads.
@@ -174,14 +215,20 @@ class PromptConditioning(Conditioning):
     options: Sequence[str] = ()
 
     def requests(
-        self, labels: Any = None, prompts: Any = None, width: int | None = None, height: int | None = None
+        self,
+        labels: Any = None,
+        prompts: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        negative_prompt: Any = None,
     ) -> list[Prompt]:
         """See `Conditioning.requests`."""
         if prompts is None and is_text(labels):
             labels, prompts = None, labels
         if labels is not None:
             raise UserError(f"{self.name} draws from prompts: give texts, it has no classes")
-        completed = as_prompts(prompts, *self.image_size(width, height))
+        completed = with_negative(as_prompts(prompts, *self.image_size(width, height)), negative_prompt)
         for prompt in completed:
             self.check(prompt)
         return completed
@@ -199,7 +246,9 @@ class PromptConditioning(Conditioning):
     def image_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """See `Conditioning.image_size`."""
         default_width, default_height = self.default_size
-        size = width or default_width, height or default_height
+        size = default_width if width is None else width, default_height if height is None else height
+        require_whole(size[0], "width", 1)
+        require_whole(size[1], "height", 1)
         self.geometry(*size)
         return size
 
@@ -215,3 +264,10 @@ class PromptConditioning(Conditioning):
     def default_size(self) -> tuple[int, int]:
         """Width and height, in pixels, of images whose prompt does not say."""
         return self.tokenizer.image_size, self.tokenizer.image_size
+
+    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
+        """See `Conditioning.geometry`; by default there is one size, of codes alone in a square grid."""
+        size = self.default_size
+        if (width or size[0], height or size[1]) != size:
+            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
+        return Geometry.square(self.generator.num_tokens)

@@ -1,4 +1,4 @@
-"""Where the tokens of an image stand: the one description that drawing, figures and the web page share."""
+"""Where the tokens of an image are: one description for drawing, figures and the web page."""
 
 from __future__ import annotations
 

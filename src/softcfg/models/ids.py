@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 
 
 def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:
     """Turn a tensor, array or list of ids into an int64 tensor and check that all lie in 0 .. count - 1.
 
     Raises:
-        UserError: naming `name` and the first value that is no id.
+        UserError: a value is not such an id; `name` and the value are named.
     """
     try:
         ids = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name} must be integers in 0..{count - 1}, got {values!r}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} must be integers in 0..{count - 1}, got {quote(values)}") from error
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise UserError(f"{name} must be integers in 0..{count - 1}, got values of type {ids.dtype}")
     ids = ids.long()

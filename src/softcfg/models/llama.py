@@ -1,7 +1,8 @@
-"""What the generators share that are Llama decoders and read prompts as token ids."""
+"""Shared parts of the generators that are Llama decoders and read prompts as token ids."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,6 +16,7 @@ from softcfg.errors import UserError
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
+from softcfg.nn.linear import Linear
 from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
 from softcfg.nn.position import Position
 from softcfg.nn.rotary import Rotary, angles_1d
@@ -112,7 +114,7 @@ def prompt_ids(prompt: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
     """A prompt of token ids as int64 [n].
 
     Raises:
-        UserError: it is empty, or holds what is no token id.
+        UserError: it is empty, or holds something that is not a token id.
     """
     ids = as_ids(prompt, "prompt ids", vocab_size)
     if ids.dim() != 1 or not len(ids):
@@ -169,6 +171,67 @@ class LlamaGenerator(Generator):
                 f"prompt and image take {condition.cache_slots} positions, but the model has {most}; give a shorter "
                 "prompt or a smaller image"
             )
+
+
+class SharedVocabularyGenerator(LlamaGenerator):
+    """A Llama decoder over one vocabulary of text, structure and image codes, with published names `model`, `lm_head`.
+
+    Image tokens are ids of the whole vocabulary; a rule says which are allowed at a step. A family says which structure
+    token stands where no code does.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.model = self.make_body()
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def make_body(self) -> LlamaDecoder:
+        """A new body; by default of `LlamaBlock`s."""
+        return make_decoder(self.config)
+
+    @property
+    @abstractmethod
+    def code_ids(self) -> range:
+        """The tokens that are image codes, in the order of the codes."""
+
+    @abstractmethod
+    def structure(self, steps: Tensor, condition: Condition) -> Tensor:
+        """The tokens, int64 like `steps` [n] or [B, n], that must stand at steps where no code does."""
+
+    @property
+    def decoder(self) -> LlamaDecoder:
+        """See `LlamaGenerator.decoder`."""
+        return self.model
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """See `Generator.embed_tokens`."""
+        return self.model.embed_tokens(tokens)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Generator.logits`; they are float32 or better."""
+        return precise(self.lm_head(self.model.norm(x)))
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """See `Generator.constrain`."""
+        token = torch.arange(self.vocab_size, device=logits.device)
+        is_code = (token >= self.code_ids.start) & (token < self.code_ids.stop)
+        is_structure = token == self.structure(steps, condition)[..., None]
+        allowed = torch.where(condition.geometry.is_code(steps)[..., None], is_code, is_structure)
+        return logits.masked_fill(~allowed, float("-inf"))
+
+    def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """See `Generator.image_codes`."""
+        steps = torch.arange(condition.num_tokens, device=tokens.device)
+        return tokens[:, condition.geometry.is_code(steps)] - self.code_ids.start
+
+
+def only_size(sizes: Sequence[tuple[int, int]], what: str = "") -> tuple[int, int]:
+    """The size that all images of a batch have; raises `UserError` if they differ. `what` the sizes are, in words."""
+    if len(found := sorted(set(sizes))) > 1:
+        listed = ", ".join(f"{one} x {other}" for one, other in found)
+        raise UserError(f"all images of a batch must have one size, got {what}{listed}")
+    return found[0]
 
 
 def llama_block(config: LlamaConfig) -> LlamaBlock:

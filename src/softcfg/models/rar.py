@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.configuration import require_positive
+from softcfg.configuration import require_multiple, require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
 from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.linear import Linear
@@ -46,10 +46,7 @@ class RARConfig:
             self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "codebook_size", "condition_num_classes", "image_seq_len",
         )  # fmt: skip
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads ({self.num_attention_heads})"
-            )
+        require_multiple(self, ("hidden_size", "num_attention_heads"))
 
 
 @dataclass(frozen=True)
@@ -149,11 +146,7 @@ class RAR(ClassGenerator):
         self.vocab_size = config.codebook_size
         self.num_classes = config.condition_num_classes
         width, length = config.hidden_size, config.image_seq_len
-        self.cache_shape = (
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            width // config.num_attention_heads,
-        )
+        self.cache_shape = (config.num_hidden_layers, config.num_attention_heads, width // config.num_attention_heads)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         # The released tables are longer than generation needs.

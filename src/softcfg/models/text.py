@@ -1,6 +1,6 @@
 """Prompts as pieces of text and special tokens, and their token ids.
 
-What a user writes is text, whatever it looks like: the name of a special token in a caption is not that token.
+What a user writes is text: the name of a special token in a caption is not that token.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softcfg.errors import CheckpointError, quote
+from softcfg.files import as_path
 from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
 
 TOKENIZER = "tokenizer"  # the role of tokenizer.json among the files of a model
@@ -76,7 +77,7 @@ class TextTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         content = read_tokenizer_json(path)
         plain = {**plain_tokenizer(content, path), "post_processor": None, "truncation": None}
         self._plain = text_tokenizer(plain, path)

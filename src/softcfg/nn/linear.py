@@ -1,14 +1,11 @@
-"""Linear layers that can lay out their weights for one batch size.
-
-A decoding step multiplies a few dozen rows with every weight of the model. At such sizes a CPU's matrix product
-spends much of its time copying the weights into its kernel's own layout; doing that once, before the loop, makes
-the product 1.2 to 2.7 times as fast. It needs PyTorch with MKL; elsewhere the layers stay as they are.
-"""
+"""Linear layers that lay out their weights for one batch size (`products` says how, and what for)."""
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,58 +13,87 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.memory import is_out_of_memory
+from softcfg.nn.products import Product, choose
+
+_preparing = threading.RLock()
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose product with exactly `rows` rows can run on prepared weights."""
+    """`nn.Linear` whose product with `rows` rows can run on weights that are laid out for it.
+
+    Attributes:
+        product: with which it multiplies; None: plainly.
+        laid_out: the weights for it. Where it serves any number of rows, `weight` is empty meanwhile.
+    """
 
     rows = 0
-    packed: Tensor | None = None
+    product: Product | None = None
+    laid_out: Tensor | None = None
 
-    def prepare(self, rows: int) -> None:
-        """Lay out the weights for inputs of `rows` rows, as they are now; 0 gives the memory back."""
-        self.rows, self.packed = rows, None
-        if rows and _can_pack(self.weight):
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows)
+    def prepare(self, product: Product, rows: int, *, keep: bool = False) -> None:
+        """Lay out the weights, as they are now, for inputs of `rows` rows; `keep` them as they are as well."""
+        if product.name == "plain":
+            return
+        self.rows, self.laid_out, self.product = rows, product.lay_out(self.weight.detach(), rows), product
+        if product.serves_any_rows and not keep:
+            self.weight.data = self.weight.new_empty(0, self.in_features)
+
+    def restore(self) -> None:
+        """Give the memory back."""
+        if self.product is not None and self.laid_out is not None and not self.weight.numel():
+            self.weight.data = self.product.restore(self.laid_out)
+        self.product = self.laid_out = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if self.packed is not None and x.numel() == self.rows * self.in_features:
-            return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.rows)
-        return F.linear(x, self.weight, self.bias)
+        product, laid_out = self.product, self.laid_out
+        if product is None or laid_out is None:
+            return F.linear(x, self.weight, self.bias)
+        return product.multiply(x, laid_out, self.weight, self.bias, self.rows)
 
 
 @contextmanager
 def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
     """Prepare all `Linear` layers of `module` for inputs of `rows` rows; inside, its weights must not change.
 
-    Layers for which the memory is not enough stay as they are, with a warning.
+    Layers for which the memory is not enough stay as they are, with a warning. Inside another such context, also of
+    another thread, all layers stay as that one has prepared them.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
-    try:
+    with _preparing, torch.inference_mode(False), torch.no_grad():
+        mine = not any(layer.product for layer in layers)
         try:
-            for layer in layers:
-                layer.prepare(rows)
+            if mine:
+                _prepare(module, layers, rows)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
+                _restore(layers)
                 raise
             warnings.warn(
-                "there is no memory for a second layout of the weights, so their products are slower",
-                RuntimeWarning,
-                stacklevel=3,
+                "there is no memory to lay out the weights, so their products are slower", RuntimeWarning, stacklevel=3
             )
+        except BaseException:
+            _restore(layers)
+            raise
+    try:
         yield
     finally:
+        if mine:
+            _restore(layers)
+
+
+def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int) -> None:
+    uses = Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
+    alike = defaultdict(list)
+    for layer in layers:
+        alike[layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.bias is None].append(layer)
+    for group in alike.values():
+        product = choose([layer.weight for layer in group], group[0].bias, rows)
+        for layer in group:
+            layer.prepare(product, rows, keep=uses[id(layer.weight)] > 1)
+
+
+def _restore(layers: Iterable[Linear]) -> None:
+    with _preparing, torch.inference_mode(False), torch.no_grad():
         for layer in layers:
-            layer.prepare(0)
-
-
-def _can_pack(weight: Tensor) -> bool:
-    return (
-        type(weight.data) is Tensor  # not a quantized one
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkl.is_available()
-        and hasattr(torch.ops.mkl, "_mkl_linear")
-        and hasattr(torch.ops.mkl, "_mkl_reorder_linear_weight")
-    )
+            layer.restore()

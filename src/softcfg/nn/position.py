@@ -1,6 +1,6 @@
 """Where a pass through the generator starts in the sequence of each row.
 
-A sequence is a line of slots: first those of the condition, then one for every image token. A pass feeds `new`
+A sequence is a row of slots: first those of the condition, then one for every image token. A pass feeds `new`
 neighbouring slots. If all rows start at the same slot, that slot is a plain number: attention and tables are cut to the
 filled part of the sequence. If rows start at slots of their own, the slots are a tensor on the device: shapes do not
 depend on them, attention covers the whole cache, and a mask hides what comes after each query. A step of such shapes

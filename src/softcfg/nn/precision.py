@@ -1,4 +1,4 @@
-"""Dtypes: that of a model's weights is that of its numbers, whatever is set around it; float64 where there is one."""
+"""Dtypes: a model computes in the dtype of its weights, whatever default or autocast is set; float64 if it exists."""
 
 from __future__ import annotations
 
@@ -9,8 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcfg.errors import UserError, quote, suggestion
+
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that have it
+
+
+def as_dtype(value: torch.dtype | str | None, name: str = "dtype") -> torch.dtype | None:
+    """A dtype from itself or its name, such as "bfloat16"; None, and "auto", for the default.
+
+    Raises:
+        UserError: there is no such dtype; `name` is what it was given as.
+    """
+    if value is None or value == "auto" or isinstance(value, torch.dtype):
+        return None if value == "auto" else value  # type: ignore[return-value]
+    known = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
+    found = known.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    if found is None:
+        hint = suggestion({"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(str(value), str(value)), known)
+        raise UserError(f"{name} must be a dtype of torch or its name, got {quote(value)}{hint and '; '}{hint}")
+    return found
 
 
 def has_float64(device: torch.device) -> bool:
@@ -21,6 +39,25 @@ def has_float64(device: torch.device) -> bool:
 def as_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64: on its device, or on the CPU where the device has none."""
     return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+
+
+def as_device(device: torch.device | str | int) -> torch.device:
+    """The device, which is there and can compute.
+
+    Raises:
+        UserError: it is not, or there is none of this name.
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise UserError("the device meta holds no numbers, so nothing can be computed there; use cpu or cuda")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        shown = str(device) if isinstance(device, torch.device) else device
+        raise UserError(
+            f"device {quote(shown)} is not available here; use cpu, or cuda on a machine with a GPU"
+        ) from None
+    return found
 
 
 @contextlib.contextmanager
@@ -34,9 +71,9 @@ def own_dtype() -> Iterator[None]:
 
 
 class KeepsTables(nn.Module):
-    """A module whose tables, buffers that no checkpoint has, keep their dtype when its weights get another one.
+    """A module whose non-persistent buffers keep their dtype when its weights get another one.
 
-    Angles of rotations in bfloat16 would tell few positions apart.
+    In bfloat16, rotation angles would tell few positions apart.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # what `to` and its kin call

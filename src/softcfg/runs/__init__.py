@@ -22,21 +22,14 @@ if TYPE_CHECKING:
     from softcfg.runs.shards import Shard
 
 _HOMES = {
-    "DrawnRun": "softcfg.runs.job",
-    "Processes": "softcfg.runs.processes",
-    "Progress": "softcfg.runs.progress",
-    "ProgressBar": "softcfg.runs.progress",
-    "Prompts": "softcfg.runs.plan",
-    "RunFolder": "softcfg.runs.folder",
-    "RunRequest": "softcfg.runs.job",
-    "Shard": "softcfg.runs.shards",
-    "decode_run": "softcfg.runs.job",
-    "draw_run": "softcfg.runs.job",
-    "export_npz": "softcfg.runs.export",
-    "export_pngs": "softcfg.runs.export",
-    "write_comparison": "softcfg.runs.pictures",
-    "write_grid": "softcfg.runs.pictures",
-    "write_pngs": "softcfg.runs.export",
+    "softcfg.runs.export": ("export_npz", "export_pngs", "write_pngs"),
+    "softcfg.runs.folder": ("RunFolder",),
+    "softcfg.runs.job": ("DrawnRun", "RunRequest", "decode_run", "draw_run"),
+    "softcfg.runs.pictures": ("write_comparison", "write_grid"),
+    "softcfg.runs.plan": ("Prompts",),
+    "softcfg.runs.processes": ("Processes",),
+    "softcfg.runs.progress": ("Progress", "ProgressBar"),
+    "softcfg.runs.shards": ("Shard",),
 }
 
 __all__ = [

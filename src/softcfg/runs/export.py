@@ -1,4 +1,4 @@
-"""What is made from shards, in the memory of one shard: PNG files and the .npz of the ADM evaluation."""
+"""PNG files and the .npz of the ADM evaluation, made from shards in the memory of one shard."""
 
 from __future__ import annotations
 

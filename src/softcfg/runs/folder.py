@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from softcfg.errors import UserError, clean, quote
-from softcfg.files import is_folder, make_folder, read_text, remove_temporary, write_atomically
+from softcfg.files import as_path, is_folder, make_folder, read_text, remove_temporary, write_atomically
 from softcfg.runs.plan import Plan, check_growth, differences, fingerprint
 from softcfg.runs.shards import DamagedShardError, Shard, glance, read_shard
 from softcfg.version import __version__
@@ -57,7 +57,7 @@ class RunFolder:
         Raises:
             UserError: there is none, or its settings cannot be read.
         """
-        path = Path(path)
+        path = as_path(path)
         settings = _read_settings(path)
         if settings is None:
             raise UserError(f"{path} holds no run: there is no {SETTINGS}")
@@ -90,7 +90,7 @@ class RunFolder:
             settings["batch_size"] = found["batch_size"] if found else min(settings["num_samples"], 100)
         settings = json.loads(json.dumps(settings))
         run = cls(path, settings)
-        if found is None and run._of_others_only():
+        if found is None and run._has_only_foreign_shards():
             raise UserError(f"{path} holds shards of a run with other settings, and no {SETTINGS}; {advice}")
         if found is not None and before is not None:
             before.require_own_shards()
@@ -111,7 +111,7 @@ class RunFolder:
         That is so where there are shards of other runs only, or with more images than are planned: then run.json was
         altered, and the shards are not to blame.
         """
-        if self._of_others_only():
+        if self._has_only_foreign_shards():
             problem = "its shards are of a run with other settings"
         elif any(self._count(number) > len(self.plan.indices(number)) for number in self.present()):
             problem = f"its shards hold more than {self.plan.num_samples} images"
@@ -122,7 +122,7 @@ class RunFolder:
             f"belongs to the shards, which are left as they are{_newer(self.settings)}"
         )
 
-    def _of_others_only(self) -> bool:
+    def _has_only_foreign_shards(self) -> bool:
         """Whether there are whole shards, but none of this run."""
         runs = set()
         for number in self.present():
@@ -219,7 +219,7 @@ class RunFolder:
         try:
             return self.read(number)
         except DamagedShardError as problem:
-            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' tells more") from problem
+            raise UserError(f"{problem}; 'softcfg runs verify {self.path}' says more") from problem
 
     def discard(self, number: int) -> None:
         """Remove a shard and its images, so that the run draws them again."""
@@ -259,7 +259,15 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
         )
     texts: dict[str, type] = dict.fromkeys(("model", "command", "dtype", "task", "negative_text"), str)
     mappings: dict[str, type] = dict.fromkeys(("guidance", "sampling", "generator", "tokenizer", "image"), dict)
-    kinds = {**texts, **mappings, "environment": list, "prompts": list, "width": int, "height": int}
+    kinds = {
+        **texts,
+        **mappings,
+        "environment": list,
+        "prompts": list,
+        "width": int,
+        "height": int,
+        "image_size_eval": int,
+    }
     for name, kind in kinds.items():
         if not isinstance(settings.get(name, kind()), kind):
             raise UserError(f"{path} is not the settings of a run: {name} is {quote(settings[name])}")
@@ -297,7 +305,7 @@ def _order(version: str) -> list[int]:
 
 
 def _discard_run(folder: Path) -> None:
-    """Remove the run's own files, behind a link to the shards too; others stay."""
+    """Remove the run's own files, also if the folder of shards is a link; others stay."""
     for path in (folder / SHARDS).glob("shard-*.safetensors"):
         _remove(path)
     for path in folder.glob("*.png"):

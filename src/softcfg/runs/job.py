@@ -11,21 +11,23 @@ from typing import Any
 import torch
 
 from softcfg.decoding import Sampling
-from softcfg.decoding.randomness import check_word
-from softcfg.errors import UserError
-from softcfg.files import make_folder
-from softcfg.guidance import CFG
+from softcfg.decoding.filtering import one_sampling
+from softcfg.decoding.randomness import check_uint64
+from softcfg.errors import UserError, quote, require_whole
+from softcfg.files import as_path, make_folder
+from softcfg.guidance import CFG, as_guidance
 from softcfg.models.base import as_ids
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SETTINGS, RunFolder
 from softcfg.runs.lock import Lock, holder
-from softcfg.runs.plan import RANDOM, Prompts
+from softcfg.runs.plan import MOST_IMAGES, RANDOM, Prompts
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress, ProgressWatch
-from softcfg.runs.settings import run_settings
+from softcfg.runs.settings import resizing, run_settings
 from softcfg.runs.shards import Shard
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards
+from softcfg.tokenizers.base import checked_size
 from softcfg.zoo.files import require_file
 from softcfg.zoo.loading import load_tokenizer
 from softcfg.zoo.registry import resolve
@@ -39,15 +41,19 @@ class RunRequest:
     Attributes:
         model: a name or folder as in `Pipeline.from_pretrained`, which every process loads onto its own device; or
             a pipeline.
-        labels: class ids that the images take in turn, or "random": uniform, from the seed and the image's index. By
-            default all classes. Where there are prompts, their numbers.
+        labels: class ids or names that the images take in turn, or "random": uniform, from the seed and the image's
+            index. By default all classes. Where there are prompts, their numbers.
         prompts: texts for models that draw from prompts, or `Prompts`, which have a size.
         num_samples: images in all; by default one per label or prompt.
-        guidance, sampling: by default those that suit the model.
+        guidance, sampling: by default those that suit the model; a number is a guidance scale.
         batch_size: images drawn at once, which make up a shard; by default that of the run that is continued, or up
             to 100.
         seed: image n draws from the random stream (seed, n).
         speculative_jacobi: the window of speculative Jacobi decoding; 0 draws token by token.
+        negative_prompt: what the unconditional branch reads, for families that read a text there; not with `Prompts`,
+            which have their own.
+        image_size_eval: H and W that images are resized to, see `Pipeline.with_image_size`; by default as the pipeline
+            says.
         command: kept in run.json, to tell people how the run is continued.
     """
 
@@ -55,18 +61,20 @@ class RunRequest:
     labels: Sequence[int] | str | None = None
     prompts: str | Sequence[str] | Prompts | None = None
     num_samples: int | None = None
-    guidance: CFG | None = None
+    guidance: CFG | float | None = None
     sampling: Sampling | None = None
     batch_size: int | None = None
     seed: int = 0
     speculative_jacobi: int = 0
+    negative_prompt: str | None = None
     command: str = ""
+    image_size_eval: int | None = None
 
     def load(self, device: torch.device | str | None = None) -> Pipeline:
         """The pipeline: the given one, or the model of that name on `device`."""
-        if isinstance(self.model, Pipeline):
-            return self.model
-        return Pipeline.from_pretrained(self.model, device=device)
+        if not isinstance(self.model, Pipeline):
+            return Pipeline.from_pretrained(self.model, device=device, image_size_eval=self.image_size_eval)
+        return self.model if self.image_size_eval is None else self.model.with_image_size(self.image_size_eval)
 
     def settings(self, pipeline: Pipeline) -> dict[str, Any]:
         """The settings of the run, for `RunFolder.claim`.
@@ -82,12 +90,13 @@ class RunRequest:
             ("batch_size", self.batch_size, 1),
             ("speculative_jacobi", self.speculative_jacobi, 0),
         ):
-            if value is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
-        check_word(self.seed, "seed")
+            given = value is not None or name == "speculative_jacobi"
+            if given and require_whole(value, name, least) > MOST_IMAGES:
+                raise UserError(f"{name} must be at most {MOST_IMAGES:,}, got {quote(value)}")
+        check_uint64(self.seed, "seed")
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)
-        labels = self._labels(count)
+        labels = self._labels(pipeline, count)
         if self.num_samples is None and isinstance(labels, str):
             raise UserError("random labels need num_samples")
         return run_settings(
@@ -116,32 +125,40 @@ class RunRequest:
         )
 
     def _guidance(self, pipeline: Pipeline) -> CFG:
-        return self.guidance or pipeline.default_guidance()
+        return as_guidance(self.guidance, pipeline.default_guidance)
 
     def _sampling(self, pipeline: Pipeline) -> Sampling:
-        return self.sampling or pipeline.sampling()
+        return one_sampling(self.sampling, None, None, None, pipeline.sampling)
 
-    def _labels(self, count: int) -> list[int] | str:
+    def _labels(self, pipeline: Pipeline, count: int) -> list[int] | str:
         if isinstance(self.labels, str):
             if self.labels != RANDOM:
                 raise UserError(f"labels must be class ids or {RANDOM!r}, got {self.labels!r}")
             return RANDOM
         labels = range(count) if self.labels is None else self.labels
+        if not hasattr(labels, "__len__"):
+            raise UserError(f"labels must be a list of class ids or {RANDOM!r}, got {quote(labels)}")
         if not len(labels):
             raise UserError("labels must name at least one class")
-        return as_ids(list(labels), "labels", count).tolist()
+        if pipeline.conditioning.takes_prompts:
+            return as_ids(list(labels), "labels", count).tolist()
+        return pipeline.conditioning.requests(labels)
 
     def _prompts(self, pipeline: Pipeline) -> Prompts | None:
         prompts = self.prompts
         if not pipeline.conditioning.takes_prompts:
-            if prompts is not None:
+            if prompts is not None or self.negative_prompt is not None:
                 raise UserError(f"{pipeline.name} draws classes: give labels, it does not read prompts")
             return None
+        if not isinstance(prompts, (Prompts, Sequence, type(None))):
+            raise UserError(f"prompts must be a list of texts, got {quote(prompts)}")
         if prompts is None or not (isinstance(prompts, Prompts) or len(prompts)):
             raise UserError(f"{pipeline.name} draws from prompts: give at least one text")
         if not isinstance(prompts, Prompts):
             texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-            prompts = Prompts(texts, *pipeline.conditioning.image_size())
+            prompts = Prompts(texts, *pipeline.conditioning.image_size(), negative_text=self.negative_prompt)
+        elif self.negative_prompt is not None:
+            raise UserError("give the negative prompt in Prompts, as negative_text")
         prompts.check(pipeline)
         return prompts
 
@@ -197,7 +214,7 @@ def draw_run(
             be written, or there is no memory for a single image.
         KeyboardInterrupt: the user, or SIGTERM (`softcfg.runs.signals.Terminated`), asked for the end.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     processes = processes or Processes()
     with termination_raises():
         if lock is None:
@@ -233,6 +250,7 @@ def decode_run(
     *,
     model: str | Path | None = None,
     tokenizer_checkpoint: str | Path | None = None,
+    image_size_eval: int | None = None,
     processes: Processes | None = None,
     overwrite: bool = False,
     command: str = "",
@@ -246,12 +264,13 @@ def decode_run(
         source: the run whose codes are decoded; it must be complete.
         model: the model whose tokenizer decodes; by default that of the run.
         tokenizer_checkpoint: weights in place of that tokenizer's own.
+        image_size_eval: H and W that images are resized to, see `Pipeline.with_image_size`; by default as in the run.
         folder, processes, overwrite, on_shard, on_progress, on_finish: as in `draw_run`.
 
     Raises:
         UserError: as `draw_run`, or a shard of `source` is missing or damaged.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.resolve() == source.path.resolve():
         raise UserError(f"--output-dir {folder} is the run itself; give another folder")
     processes = processes or Processes()
@@ -265,10 +284,15 @@ def decode_run(
         checkpoint = tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
         device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = load_tokenizer(entry, config, checkpoint, device)
+        size = source.settings.get("image_size_eval") if image_size_eval is None else image_size_eval
+        if size is not None:
+            tokenizer.output_size = checked_size(size)
+        resized = resizing(tokenizer, Prompts.of(source.settings))
 
         def settings() -> dict[str, Any]:
             return {
-                **source.settings,
+                **{name: value for name, value in source.settings.items() if name != "image_size_eval"},
+                **resized,
                 "tokenizer": {**describe_component(entry.tokenizer, entry, checkpoint), "config": dict(config)},
                 "decoded_from": str(source.path.resolve()),
                 "command": command,

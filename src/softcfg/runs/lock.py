@@ -17,14 +17,14 @@ from softcfg.files import open_own, open_regular
 
 NAME = "run.lock"
 LONGEST = 1000  # bytes that say who holds the lock
-LOCKED_BYTE = 1 << 30  # Windows locks bytes, which nobody else can read: one far behind the text
+LOCKED_BYTE = 1 << 30  # Windows locks bytes, which nobody else can then read: one far past the text
 
 
 class Lock:
-    """A lock on a folder that the operating system takes away when its holder ends, however it ends.
+    """A lock on a folder that the operating system releases when its holder ends, however it ends.
 
-    The file says who holds the lock; it stays when the lock is gone. It works over NFS where the mount has
-    locks, and on Windows. On a file system without any, a warning takes their place.
+    The file says who holds the lock; it stays when the lock is gone. This works over NFS if the mount has locks, and on
+    Windows. On a file system without locks a warning is printed instead.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,7 +59,7 @@ class Lock:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def release(self) -> None:
-        """Let the next job in."""
+        """Release the lock."""
         self._file.close()
 
     def __enter__(self) -> Lock:

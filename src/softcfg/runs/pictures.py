@@ -79,7 +79,8 @@ def label_names(drawer: BatchDrawer) -> Sequence[str]:
     """What labels stand for, short enough for the title of a row: the names of classes, or prompts."""
     if drawer.prompts is not None:
         return [drawer.prompts[label].title for label in range(len(drawer.prompts.texts))]
-    return drawer.pipeline.classes or [str(label) for label in range(drawer.pipeline.generator.num_classes)]
+    labels = range(drawer.pipeline.generator.num_classes)
+    return list(map(drawer.pipeline.conditioning.title if drawer.pipeline.classes else str, labels))
 
 
 def _first(run: RunFolder) -> Shown:

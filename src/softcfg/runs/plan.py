@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import dotted
 from softcfg.errors import UserError, quote
-from softcfg.files import hash_file
+from softcfg.files import as_path, hash_file
 from softcfg.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -31,15 +32,23 @@ class Prompts:
 
     Attributes:
         width, height: of the images, in pixels.
-        task, image, negative_text: of all prompts; see `Prompt`.
+        task, image, negative_text: of all prompts; see `Prompt`. The image is the path of a file, from which the run
+            goes on.
+
+    Raises:
+        UserError: an image that is no path.
     """
 
     texts: tuple[str, ...]
     width: int
     height: int
     task: str | None = None
-    image: str | None = None
+    image: str | Path | None = None
     negative_text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is not None and not isinstance(self.image, (str, os.PathLike)):
+            raise UserError(f"the image of a run must be the path of a file, got {quote(self.image)}; save it first")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Prompts | None:
@@ -67,7 +76,7 @@ class Prompts:
         if self.task is not None:
             facts["task"] = self.task
         if self.image is not None:
-            facts["image"] = {"path": str(Path(self.image).absolute()), "sha256": hash_file(self.image)}
+            facts["image"] = {"path": str(as_path(self.image).absolute()), "sha256": hash_file(self.image)}
         if self.negative_text is not None:
             facts["negative_text"] = self.negative_text
         return facts
@@ -75,8 +84,7 @@ class Prompts:
     def check(self, pipeline: Pipeline) -> None:
         """Raise `UserError` for prompts that the model of `pipeline` cannot draw."""
         for label in range(len(self.texts)):
-            inputs = pipeline.conditioning.inputs(pipeline.conditioning.requests(prompts=[self[label]]))
-            pipeline.generator.condition(inputs, guided=False)
+            pipeline.conditioning.check_inputs(pipeline.conditioning.requests(prompts=[self[label]]))
 
     def __getitem__(self, label: int) -> Prompt:
         """The prompt that a label stands for."""

@@ -1,4 +1,4 @@
-"""How far a run is, over all its processes."""
+"""The progress of a run, over all its processes."""
 
 from __future__ import annotations
 

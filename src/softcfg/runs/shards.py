@@ -1,4 +1,4 @@
-"""Shard files: the images of one batch, whole or not at all, with a checksum over all they mean.
+"""Shard files: the images of one batch, whole or not at all, with a checksum over their content.
 
 A shard is a safetensors file with the entries
     indices, labels   int64 [n]

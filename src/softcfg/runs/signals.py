@@ -1,4 +1,4 @@
-"""Ending a run on request: SIGTERM, as cluster schedulers send it, becomes an exception like Ctrl-C."""
+"""SIGTERM, as cluster schedulers send it, becomes an exception like Ctrl-C."""
 
 from __future__ import annotations
 

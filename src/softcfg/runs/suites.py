@@ -1,4 +1,4 @@
-"""Benchmarks of text-to-image models: their prompts, and pictures laid out as their own scorers expect.
+"""Text-to-image benchmarks: their prompts, and pictures laid out as their own scorers expect.
 
 DPG-Bench (https://github.com/TencentQQGYLab/ELLA): a text file per prompt; a picture of 2 x 2 images, without gaps,
 under the name of the prompt's file. GenEval (https://github.com/djghosh13/geneval): the lines of
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.errors import UserError
-from softcfg.files import make_folder, read_text, write_atomically
+from softcfg.files import as_path, make_folder, read_text, split_lines, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class Suite(ABC):
     scorer: str
 
     def __init__(self, source: str | Path) -> None:
-        self.prompts = self.read(Path(source))
+        self.prompts = self.read(as_path(source))
 
     @abstractmethod
     def read(self, source: Path) -> list[str]:
@@ -109,12 +109,12 @@ class GenEval(Suite):
     def read(self, source: Path) -> list[str]:
         """See `Suite.read`."""
         path = source / "evaluation_metadata.jsonl"
-        self.lines = [line for line in _text(path).splitlines() if line.strip()]
+        self.lines = [line for line in split_lines(_text(path)) if line.strip()]
         if not self.lines:
             raise UserError(f"{path} is empty")
         prompts = [_prompt_of(line) for line in self.lines]
         if None in prompts:
-            raise UserError(f"{path}: line {prompts.index(None) + 1} is no JSON object with a prompt")
+            raise UserError(f"{path}: line {prompts.index(None) + 1} is not a JSON object with a prompt")
         return [prompt for prompt in prompts if prompt is not None]
 
     def files(self, folder: Path, number: int) -> list[Path]:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TRACKERS = ("tensorboard", "wandb")
-EVERY = 10.0  # seconds between two reports of the throughput
+SECONDS_BETWEEN_REPORTS = 10.0  # seconds between two reports of the throughput
 
 
 class Tracker:
@@ -32,7 +32,7 @@ class Tracker:
         """
         for module in ("accelerate", name):
             if importlib.util.find_spec(module) is None:
-                raise UserError(f"--track {name} needs {module}: pip install 'softcfg[{name}]'")
+                raise UserError(f"--track {name} needs {module}: {how_to_install(name)}")
         from accelerate import Accelerator
 
         self.name = name
@@ -43,8 +43,8 @@ class Tracker:
         self._reported = time.monotonic()
 
     def throughput(self, done: int, rate: float) -> None:
-        """Report the images done and the images a second, every few seconds."""
-        if time.monotonic() - self._reported > EVERY:
+        """Report the images done and the images per second, every few seconds."""
+        if time.monotonic() - self._reported > SECONDS_BETWEEN_REPORTS:
             self._report(done, rate)
 
     def finish(self, done: int, rate: float, picture: Image | None) -> None:

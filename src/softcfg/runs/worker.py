@@ -1,4 +1,4 @@
-"""Making the shards of a run, by one process among many: drawing them, or decoding those of another run again."""
+"""Make the shards of a run in one process of many: draw them, or decode those of another run again."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class BatchDrawer:
         batch_size: images that the model draws at once, from now on.
         speculative_jacobi: the window, see `Pipeline`.
         prompts: what labels stand for; None where they are classes.
+        passes: of the generator so far, and `steps`, what token by token they would have been.
     """
 
     pipeline: Pipeline
@@ -48,14 +49,22 @@ class BatchDrawer:
     batch_size: int
     speculative_jacobi: int = 0
     prompts: Prompts | None = None
+    passes: int = 0
+    steps: int = 0
 
     def draw(
-        self, indices: Sequence[int], labels: Sequence[int], on_step: Callable[[float], None] | None = None
+        self,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        on_step: Callable[[float], None] | None = None,
+        *,
+        pad_batches: bool = False,
     ) -> PipelineOutput:
         """Draw the images `indices` of the seed, of the classes or prompts `labels`.
 
         Args:
             on_step: called with the share of the work that is done, after every token.
+            pad_batches: see `Pipeline`; shards of a run are drawn so.
 
         Raises:
             UserError: there is not even memory for one image at a time.
@@ -73,16 +82,20 @@ class BatchDrawer:
                     on_step(done / steps)
 
             try:
-                return self.pipeline(
+                drawn: PipelineOutput = self.pipeline(
                     **what,
                     guidance=self.guidance,
                     seed=self.seed,
                     indices=indices,
                     batch_size=self.batch_size,
+                    pad_batches=pad_batches,
                     sampling=self.sampling,
                     speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
                 )
+                self.passes += drawn.passes
+                self.steps += steps
+                return drawn
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -107,7 +120,7 @@ class BatchDrawer:
         def draw(number: int, on_step: Callable[[float], None]) -> Shard:
             indices = run.plan.indices(number)
             labels = run.plan.labels_of(indices)
-            drawn = self.draw(indices, labels, on_step)
+            drawn = self.draw(indices, labels, on_step, pad_batches=True)
             return Shard(
                 number,
                 run.fingerprint,

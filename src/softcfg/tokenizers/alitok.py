@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.configuration import require_positive
+from softcfg.configuration import require_multiple, require_positive
 from softcfg.tokenizers.base import Codebook, Tokenizer
 
 
@@ -22,7 +22,7 @@ class AliTokTokenizerConfig:
 
     Attributes:
         codebook_size, token_size: codes, and channels of a code.
-        num_latent_tokens: T, the tokens of an image: the prefix, then one a patch.
+        num_latent_tokens: T, the tokens of an image: the prefix, then one per patch.
         aux_tokens: tokens of the prefix; by default what `num_latent_tokens` leaves beside the patches.
         num_buffer_tokens: learned inputs of the decoder in front of the T tokens.
         use_l2_norm: compare and read codes at unit length.
@@ -53,18 +53,17 @@ class AliTokTokenizerConfig:
         )  # fmt: skip
         if self.num_buffer_tokens < 0:
             raise ValueError(f"num_buffer_tokens must be 0 or more, got {self.num_buffer_tokens}")
-        for whole, part in (
+        require_multiple(
+            self,
             ("image_size", "patch_size"),
             ("encoder_width", "encoder_num_heads"),
             ("decoder_width", "decoder_num_heads"),
-        ):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} {getattr(self, whole)} must be a multiple of {part} {getattr(self, part)}")
+        )
         patches = self.grid_size**2
         prefix = self.num_latent_tokens - patches
         if prefix < 0 or self.aux_tokens not in (None, prefix):
             raise ValueError(
-                f"num_latent_tokens {self.num_latent_tokens} must be aux_tokens plus one a patch, "
+                f"num_latent_tokens {self.num_latent_tokens} must be aux_tokens plus one per patch, "
                 f"here {self.aux_tokens or 0} + {patches}"
             )
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.nn.precision import KeepsTables, own_dtype
 
 # Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
 DISTANCES_AT_ONCE = 2**24
 # How far outside of [0, 1] a pixel may lie and still count as rounding.
 PIXEL_TOLERANCE = 1e-3
+LARGEST_OUTPUT = 4096  # pixels of a side that images are resized to
 
 
 class Codebook(nn.Module):
@@ -64,17 +65,27 @@ class Tokenizer(KeepsTables):
 
     A tokenizer of `any_size` takes images of other sizes too: the attributes that say the size are the defaults,
     tokens come with their grid (h, w), and pixels have a height and width that are multiples of `patch_size`.
+
+    With an `output_size`, decoded images, which must be squares, are resized to it before they are clamped and rounded:
+    published figures of models of 384 pixels are of images of 256 (see `resize`).
     """
 
-    num_tokens: int  # tokens an image, T = h * w
+    num_tokens: int  # tokens per image, T = h * w
     codebook_size: int
     image_size: int  # H and W
     latent_size: tuple[int, int]  # (h, w)
     any_size: bool = False
-    patch_size: int  # pixels a token is wide, where `any_size`
+    patch_size: int  # width of a token in pixels, where tokens form a grid
     num_channels: int = 3
+    output_size: int | None = None  # H and W of decoded images, where they are resized
     rounds: bool = False  # whether 8-bit values are rounded, not truncated
     quantize: Codebook
+
+    def set_size(self, image_size: int, patch_size: int) -> None:
+        """Set the attributes of square images of one token per patch."""
+        side = image_size // patch_size
+        self.image_size, self.patch_size = image_size, patch_size
+        self.latent_size, self.num_tokens = (side, side), side * side
 
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """Return the encoder's output before quantisation, [B, channels, h, w]; differentiable, unchecked."""
@@ -120,8 +131,9 @@ class Tokenizer(KeepsTables):
         if grid is None and self.any_size and tokens.ndim == 3 and tokens.shape[1] > 1:
             grid = (tokens.shape[1], tokens.shape[2])
             tokens = tokens.flatten(1)
-        grid = self._checked_grid(grid)
-        return self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
+        grid = self.checked_grid(grid)
+        pixels = self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
+        return pixels if self.output_size is None else resize(pixels, self.output_size)
 
     @torch.no_grad()
     @own_dtype()
@@ -157,7 +169,19 @@ class Tokenizer(KeepsTables):
                 "(load it in float32)"
             )
 
-    def _checked_grid(self, grid: tuple[int, int] | None) -> tuple[int, int]:
+    @property
+    def decoded_size(self) -> int:
+        """H and W of decoded images of the default size."""
+        return self.output_size or self.image_size
+
+    def checked_grid(self, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """The grid (h, w) of images, by default that of the default size; raises `UserError` if it is not decoded."""
+        height, width = grid or self.latent_size
+        if self.output_size is not None and height != width:
+            raise UserError(
+                f"images are resized to squares of {self.output_size} pixels, but these have {height} x {width} "
+                "tokens; draw squares, or leave out image_size_eval"
+            )
         if grid is None or grid == self.latent_size:
             return self.latent_size
         if not self.any_size:
@@ -208,6 +232,22 @@ class Tokenizer(KeepsTables):
         return shape[2:] == (self.image_size, self.image_size)
 
 
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """Resize images [B, 3, H, W] to `size` x `size` pixels as LlamaGen's released evaluation does.
+
+    Bicubic with the coefficient -0.75, centres of pixels at halves, no antialiasing: `torch.nn.functional.interpolate`.
+    Values may go beyond those of the images. Images of that size stay as they are.
+    """
+    return pixels if pixels.shape[2:] == (size, size) else F.interpolate(pixels, (size, size), mode="bicubic")
+
+
+def checked_size(size: Any) -> int:
+    """Return a side that images can be resized to, in pixels; raises `UserError` for anything else."""
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_OUTPUT:
+        raise UserError(f"image_size_eval must be a whole number from 1 to {LARGEST_OUTPUT}, got {quote(size)}")
+    return size
+
+
 @torch.no_grad()
 def to_uint8(pixels: Tensor, *, rounded: bool = False) -> Tensor:
     """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3]: 255 x, truncated or `rounded`."""
@@ -220,9 +260,12 @@ def to_uint8(pixels: Tensor, *, rounded: bool = False) -> Tensor:
 
 def _as_tensor(values: Any, name: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} must be a tensor, an array or a nested list of numbers: {error}") from None
+        raise UserError(f"{name} must be a tensor, an array or a nested list of numbers: {error}") from error
+    if found.is_meta:
+        raise UserError(f"{name} have no values, they are on the meta device")
+    return found
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softcfg.configuration import require_positive
 from softcfg.layouts import rename
 from softcfg.tokenizers.base import Codebook, Tokenizer
+from softcfg.tokenizers.convolution import check_size
 from softcfg.tokenizers.movq import EPS, GROUPS, Decoder, Encoder, MoVQConfig, decode_in_pieces
 
 PAST_FRAMES = 2  # zero frames in front of every convolution in time
@@ -64,11 +65,7 @@ class Emu3VQConfig:
         if not all(0 <= level < len(self.ch_mult) for level in self.attn_resolutions):
             levels = list(self.attn_resolutions)
             raise ValueError(f"attn_resolutions must list levels from 0 to {len(self.ch_mult) - 1}, got {levels}")
-        if self.image_size % self.spatial.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} must be a multiple of {self.spatial.patch_size}: every level of ch_mult "
-                "after the first halves it"
-            )
+        check_size(self, "image_size", self.spatial.patch_size)
 
     @property
     def spatial(self) -> MoVQConfig:
@@ -98,14 +95,9 @@ class Emu3VQ(Tokenizer):
 
     def __init__(self, config: Emu3VQConfig) -> None:
         super().__init__()
-        spatial = config.spatial
         self.config = config
+        self.set_size(config.image_size, config.spatial.patch_size)
         self.codebook_size = config.codebook_size
-        self.patch_size = spatial.patch_size
-        self.image_size = config.image_size
-        side = config.image_size // self.patch_size
-        self.latent_size = (side, side)
-        self.num_tokens = side * side
         self.encoder = VideoEncoder(config)
         self.decoder = VideoDecoder(config)
         self.quantize = Codebook(config.codebook_size, config.embed_dim)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softcfg.configuration import require_positive
 from softcfg.layouts import rename
+from softcfg.tokenizers.convolution import check_levels
 from softcfg.tokenizers.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 
 
@@ -43,12 +44,7 @@ class JanusVQConfig:
             self, "base_channels", "num_res_blocks", "latent_channels", "code_count", "code_dim", "num_groups",
             "norm_eps", "grid_size",
         )  # fmt: skip
-        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
-            raise ValueError(
-                f"channel_multiplier must list numbers greater than 0, got {list(self.channel_multiplier)}"
-            )
-        if self.base_channels % self.num_groups:
-            raise ValueError(f"base_channels {self.base_channels} must be a multiple of num_groups {self.num_groups}")
+        check_levels(self, "channel_multiplier", "base_channels", "num_groups")
 
 
 class JanusVQ(LlamaGenVQ):

@@ -6,6 +6,7 @@ are 16 and 8 pixels wide. Parameter names are those of the released `vq_ds16_c2i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.tokenizers.base import Codebook, Tokenizer
-from softcfg.tokenizers.convolution import Downsample, Upsample, conv, pixel_attention
+from softcfg.tokenizers.convolution import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    check_levels,
+    check_size,
+    conv,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,7 @@ class LlamaGenVQConfig:
         image_size: H and W of the images, unless given otherwise with them; 256, 384 or 512 for the released
             generators.
         grid_size: tokens along a side of the images; if given, it says `image_size`.
-        output_size: H and W that decoded images are resized to (bicubic, without antialiasing, as the released
-            evaluation of the 384 px models does with 256); None for `image_size`.
+        output_size: H and W that decoded images are resized to; None for `image_size`. See `Tokenizer.output_size`.
         codebook_l2_norm: compare and read codes at unit length.
     """
 
@@ -53,21 +61,14 @@ class LlamaGenVQConfig:
         for name in ("grid_size", "output_size"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
-        if not self.ch_mult or min(self.ch_mult) < 1:
-            raise ValueError(f"ch_mult must list numbers greater than 0, got {list(self.ch_mult)}")
-        if self.ch % self.num_groups:
-            raise ValueError(f"ch {self.ch} must be a multiple of num_groups {self.num_groups}")
+        check_levels(self, "ch_mult", "ch", "num_groups")
         if self.grid_size is not None:
             object.__setattr__(self, "image_size", self.grid_size * self.downsampling)
-        if self.image_size % self.downsampling:
-            raise ValueError(
-                f"image_size {self.image_size} must be a multiple of {self.downsampling}: every level of "
-                "ch_mult after the first halves it"
-            )
+        check_size(self, "image_size", self.downsampling)
 
     @property
     def downsampling(self) -> int:
-        """Pixels a token is wide."""
+        """Width of a token in pixels."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -79,21 +80,18 @@ class LlamaGenVQConfig:
 class LlamaGenVQ(Tokenizer):
     """LlamaGen's tokenizer: tokens in raster order; decoding needs `decoder`, `post_quant_conv` and `quantize` only.
 
-    It takes images of any size whose sides are multiples of `patch_size`, unless decoded images are resized.
+    It takes images of any size whose sides are multiples of `patch_size`.
     """
 
     rounds = True
+    any_size = True
 
     def __init__(self, config: LlamaGenVQConfig) -> None:
         super().__init__()
-        side = config.image_size // config.downsampling
         self.config = config
-        self.num_tokens = side * side
-        self.latent_size = (side, side)
+        self.set_size(config.image_size, config.downsampling)
         self.codebook_size = config.codebook_size
-        self.image_size = config.image_size
-        self.patch_size = config.downsampling
-        self.any_size = config.output_size is None
+        self.output_size = config.output_size
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, l2_norm=config.codebook_l2_norm)
@@ -106,10 +104,8 @@ class LlamaGenVQ(Tokenizer):
         return self.quant_conv(self.encoder(2 * pixels.contiguous() - 1))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Return pixels, nominally in [0, 1], of latents [B, codebook_embed_dim, h, w]; of the output size."""
-        pixels = (self.decoder(self.post_quant_conv(latents.contiguous())) + 1) / 2
-        size = self.config.output_size
-        return pixels if size is None else F.interpolate(pixels, (size, size), mode="bicubic")
+        """Return pixels, nominally in [0, 1], of latents [B, codebook_embed_dim, h, w]."""
+        return (self.decoder(self.post_quant_conv(latents.contiguous())) + 1) / 2
 
 
 class Encoder(nn.Module):
@@ -175,8 +171,9 @@ class Level(nn.Module):
         upsample: bool = False,
     ) -> None:
         super().__init__()
-        self.res = nn.ModuleList(ResidualBlock(config, outputs if i else inputs, outputs) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(config, outputs) for _ in range(blocks if attention else 0))
+        norm = functools.partial(group_norm, config)
+        self.res = nn.ModuleList(ResidualBlock(outputs if i else inputs, outputs, norm) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(outputs, norm) for _ in range(blocks if attention else 0))
         self.downsample = Downsample(outputs) if downsample else None
         self.upsample = Upsample(outputs) if upsample else None
 
@@ -186,50 +183,16 @@ class Level(nn.Module):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-        if self.upsample is not None:
-            x = self.upsample(x)
+        for step in (self.downsample, self.upsample):
+            x = x if step is None else step(x)
         return x
-
-
-class ResidualBlock(nn.Module):
-    """Two normalised convolutions and a shortcut."""
-
-    def __init__(self, config: LlamaGenVQConfig, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.norm1 = group_norm(config, inputs)
-        self.conv1 = conv(inputs, outputs)
-        self.norm2 = group_norm(config, outputs)
-        self.conv2 = conv(outputs, outputs)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w]."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
-
-
-class AttentionBlock(nn.Module):
-    """Normalised self-attention of all pixels to all, with one head, and a shortcut."""
-
-    def __init__(self, config: LlamaGenVQConfig, channels: int) -> None:
-        super().__init__()
-        self.norm = group_norm(config, channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, h, w] -> the same shape."""
-        y = self.norm(x)
-        return x + self.proj_out(pixel_attention(self.q(y), self.k(y), self.v(y)))
 
 
 def middle(config: LlamaGenVQConfig) -> nn.Sequential:
     """Return the blocks at the lowest resolution that encoder and decoder have between levels and latents."""
-    width = config.level_channels[-1]
+    width, norm = config.level_channels[-1], functools.partial(group_norm, config)
     return nn.Sequential(
-        ResidualBlock(config, width, width), AttentionBlock(config, width), ResidualBlock(config, width, width)
+        ResidualBlock(width, width, norm), AttentionBlock(width, norm), ResidualBlock(width, width, norm)
     )
 
 

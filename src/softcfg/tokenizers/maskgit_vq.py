@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.tokenizers.base import Codebook, Tokenizer
+from softcfg.tokenizers.convolution import check_levels, check_size
 
 NORM_GROUPS = 32
 
@@ -38,19 +39,12 @@ class MaskGITVQConfig:
             self, "hidden_channels", "num_channels", "num_res_blocks", "resolution", "z_channels",
             "codebook_size",
         )  # fmt: skip
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult must list numbers greater than 0, got {list(self.channel_mult)}")
-        if self.hidden_channels % NORM_GROUPS:
-            raise ValueError(f"hidden_channels {self.hidden_channels} must be a multiple of {NORM_GROUPS}")
-        if self.resolution % self.downsampling:
-            raise ValueError(
-                f"resolution {self.resolution} must be a multiple of {self.downsampling}: every level of "
-                "channel_mult after the first halves it"
-            )
+        check_levels(self, "channel_mult", "hidden_channels", NORM_GROUPS)
+        check_size(self, "resolution", self.downsampling)
 
     @property
     def downsampling(self) -> int:
-        """Pixels a token is wide."""
+        """Width of a token in pixels."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
@@ -64,12 +58,9 @@ class MaskGITVQ(Tokenizer):
 
     def __init__(self, config: MaskGITVQConfig) -> None:
         super().__init__()
-        side = config.resolution // config.downsampling
         self.config = config
-        self.num_tokens = side * side
-        self.latent_size = (side, side)
+        self.set_size(config.resolution, config.downsampling)
         self.codebook_size = config.codebook_size
-        self.image_size = config.resolution
         self.num_channels = config.num_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.tokenizers.base import Codebook, Tokenizer
-from softcfg.tokenizers.convolution import Downsample, Upsample, conv, pixel_attention
+from softcfg.tokenizers.convolution import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    check_levels,
+    check_size,
+    conv,
+)
 
 GROUPS = 32
 EPS = 1e-6
-# Pixels decoded at a time: the widest layer holds 512 channels of them.
-PIXELS_AT_ONCE = 2**20
+PIXELS_AT_ONCE = 2**20  # decoded at a time; the widest layer has 512 channels for each
 
 
 @dataclass(frozen=True)
@@ -52,21 +59,14 @@ class MoVQConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "ch", "num_res_blocks", "resolution", "z_channels", "n_embed", "embed_dim")
-        if not self.ch_mult or min(self.ch_mult) < 1:
-            raise ValueError(f"ch_mult must list numbers greater than 0, got {list(self.ch_mult)}")
-        if self.ch % GROUPS:
-            raise ValueError(f"ch {self.ch} must be a multiple of {GROUPS}, the groups of the norms")
-        if self.resolution % self.patch_size:
-            raise ValueError(
-                f"resolution {self.resolution} must be a multiple of {self.patch_size}: every level of ch_mult after "
-                "the first halves it"
-            )
+        check_levels(self, "ch_mult", "ch", GROUPS)
+        check_size(self, "resolution", self.patch_size)
         if (self.in_channels, self.out_ch, self.double_z) != (3, 3, False):
             raise ValueError("in_channels and out_ch must be 3 and double_z false")
 
     @property
     def patch_size(self) -> int:
-        """Pixels a code is wide."""
+        """Width of a code in pixels."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -87,13 +87,9 @@ class MoVQ(Tokenizer):
 
     def __init__(self, config: MoVQConfig) -> None:
         super().__init__()
-        side = config.resolution // config.patch_size
         self.config = config
-        self.num_tokens = side * side
-        self.latent_size = (side, side)
+        self.set_size(config.resolution, config.patch_size)
         self.codebook_size = config.n_embed
-        self.image_size = config.resolution
-        self.patch_size = config.patch_size
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Codebook(config.n_embed, config.embed_dim)
@@ -130,11 +126,11 @@ class Encoder(nn.Module):
         self.conv_in = conv(3, config.ch)
         self.down = nn.ModuleList()
         for i, (inputs, outputs) in enumerate(pairwise(channels)):
-            level = Level(inputs, outputs, config.num_res_blocks, Norm, attention=config.has_attention(i))
+            level = Level(inputs, outputs, config.num_res_blocks, group_norm, attention=config.has_attention(i))
             level.downsample = Downsample(outputs) if i != last else None
             self.down.append(level)
-        self.mid = Middle(channels[-1], Norm)
-        self.norm_out = Norm(channels[-1])
+        self.mid = Middle(channels[-1], group_norm)
+        self.norm_out = group_norm(channels[-1])
         self.conv_out = conv(channels[-1], config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,15 +169,9 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x, codes)))
 
 
-class Norm(nn.GroupNorm):
-    """The encoder's normalisation."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(GROUPS, channels, EPS)
-
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
-        """[B, channels, h, w] -> the same shape."""
-        return super().forward(x)
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return the encoder's normalisation."""
+    return nn.GroupNorm(GROUPS, channels, EPS)
 
 
 class SpatialNorm(nn.Module):
@@ -189,7 +179,7 @@ class SpatialNorm(nn.Module):
 
     def __init__(self, channels: int, code_channels: int) -> None:
         super().__init__()
-        self.norm_layer = Norm(channels)
+        self.norm_layer = group_norm(channels)
         self.conv_y = nn.Conv2d(code_channels, channels, 1)
         self.conv_b = nn.Conv2d(code_channels, channels, 1)
 
@@ -214,12 +204,12 @@ class Level(nn.Module):
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
         """[B, inputs, h, w] -> [B, outputs, h, w], or half or twice the size after a step."""
         for i, block in enumerate(self.block):
-            x = block(x, codes)
+            x = block(x, *codes)
             if self.attn:
-                x = self.attn[i](x, codes)
+                x = self.attn[i](x, *codes)
         for step in (self.downsample, self.upsample):
             x = x if step is None else step(x)
         return x
@@ -234,38 +224,6 @@ class Middle(nn.Module):
         self.attn_1 = AttentionBlock(channels, norm)
         self.block_2 = ResidualBlock(channels, channels, norm)
 
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
         """[B, channels, h, w] -> the same shape."""
-        return self.block_2(self.attn_1(self.block_1(x, codes), codes), codes)
-
-
-class ResidualBlock(nn.Module):
-    """Two normalised convolutions and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.norm1 = norm(inputs)
-        self.conv1 = conv(inputs, outputs)
-        self.norm2 = norm(outputs)
-        self.conv2 = conv(outputs, outputs)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
-
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w]."""
-        y = self.conv1(F.silu(self.norm1(x, codes)))
-        y = self.conv2(F.silu(self.norm2(y, codes)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
-
-
-class AttentionBlock(nn.Module):
-    """Normalised self-attention of all pixels to all, with one head, and a shortcut."""
-
-    def __init__(self, channels: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.norm = norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
-        """[B, channels, h, w] -> the same shape."""
-        y = self.norm(x, codes)
-        return x + self.proj_out(pixel_attention(self.q(y), self.k(y), self.v(y)))
+        return self.block_2(self.attn_1(self.block_1(x, *codes), *codes), *codes)

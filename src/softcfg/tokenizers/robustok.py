@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.configuration import require_positive
+from softcfg.configuration import require_multiple, require_positive
 from softcfg.nn.mlp import MLP
 from softcfg.tokenizers.base import Codebook, Tokenizer
 
@@ -27,7 +27,7 @@ class RobusTokTokenizerConfig:
         codebook_size, codebook_embed_dim: codes, and channels of a code.
         codebook_l2_norm: compare and read codes at unit length.
         vit_embed_dim, vit_depth, vit_num_heads, mlp_ratio: of the encoder and of the decoder.
-        num_latent_tokens: T, one a patch; by default what `image_size` and `patch_size` give.
+        num_latent_tokens: T, one per patch; by default what `image_size` and `patch_size` give.
     """
 
     codebook_size: int = 4096
@@ -46,12 +46,10 @@ class RobusTokTokenizerConfig:
             self, "codebook_size", "codebook_embed_dim", "vit_embed_dim", "vit_depth", "vit_num_heads", "mlp_ratio",
             "image_size", "patch_size",
         )  # fmt: skip
-        for whole, part in (("image_size", "patch_size"), ("vit_embed_dim", "vit_num_heads")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(f"{whole} {getattr(self, whole)} must be a multiple of {part} {getattr(self, part)}")
+        require_multiple(self, ("image_size", "patch_size"), ("vit_embed_dim", "vit_num_heads"))
         if self.num_latent_tokens not in (None, self.grid_size**2):
             raise ValueError(
-                f"num_latent_tokens {self.num_latent_tokens} must be one a patch, here {self.grid_size**2}"
+                f"num_latent_tokens {self.num_latent_tokens} must be one per patch, here {self.grid_size**2}"
             )
 
     @property
@@ -68,10 +66,8 @@ class RobusTokTokenizer(Tokenizer):
     def __init__(self, config: RobusTokTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_tokens = config.grid_size**2
-        self.latent_size = (config.grid_size, config.grid_size)
+        self.set_size(config.image_size, config.patch_size)
         self.codebook_size = config.codebook_size
-        self.image_size = config.image_size
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.vit_embed_dim, config.codebook_embed_dim, 1)
         self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, l2_norm=config.codebook_l2_norm)
@@ -108,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes to pixels: a mask token a patch and the codes attend to all, the mask tokens become the patches."""
+    """Codes to pixels: a mask token per patch and the codes attend to all, the mask tokens become the patches."""
 
     def __init__(self, config: RobusTokTokenizerConfig) -> None:
         super().__init__()
@@ -155,7 +151,7 @@ class Trunk(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """One token a patch."""
+    """One token per patch."""
 
     def __init__(self, config: RobusTokTokenizerConfig) -> None:
         super().__init__()
@@ -201,7 +197,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel."""
+    """A learned factor per channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What came out of a sweep: lines of a table, files, and figures."""
+"""The results of a sweep: lines of a table, files and figures."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write_results(sweep: Sweep) -> list[Path]:
 
 
 class Table:
-    """Lines for the terminal, one a trial; the columns are known before the first trial."""
+    """Lines for the terminal, one per trial; the columns are known before the first trial."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.settings = list(sweep.space.search)
@@ -82,7 +82,7 @@ class Table:
 
 
 def plot_settings(sweep: Sweep) -> Figure:
-    """Every metric against every setting that was searched; one dot a trial, the best one marked."""
+    """Every metric against every setting that was searched; one dot per trial, the best one marked."""
     from matplotlib.figure import Figure
 
     from softcfg.inspection.plots import COLOURS
@@ -172,7 +172,7 @@ def _short(value: Any) -> str:
 
 
 def _places(values: Sequence[Any], searched: Any) -> tuple[list[float], list[str] | None]:
-    """Where values lie on an axis, and the names of the places if they are no numbers."""
+    """Positions of values on an axis, and the labels of the positions unless the values are numbers."""
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return [float(value) for value in values], None
     names = [format_value(value) for value in searched]

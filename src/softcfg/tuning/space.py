@@ -1,4 +1,4 @@
-"""What a sweep searches: the settings of guidance and sampling, their ranges, and which values come next."""
+"""The search space of a sweep: settings of guidance and sampling, their ranges, and which values come next."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ STARTUP = 10  # trials that TPE draws at random before it models what it has see
 PRESET = Setting("preset", str, "paper", choices=PRESETS, flag="--preset")
 # Everything that can be searched, by name; what is registered later is there too.
 SETTINGS = View(lambda: {PRESET.name: PRESET, **all_settings(), **settings_of(Sampling)})
-TRUTH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-EVERYWHERE = "all"  # the interval None, as a word
+BOOLEAN_WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+ALL_STEPS = "all"  # the interval None, as a word
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def parse_search(words: Sequence[str]) -> dict[str, Values]:
         name, equals, text = word.partition("=")
         name = setting_named(name)
         if not equals or not text.strip():
-            raise UserError(f"{word!r} says not where to search; write {name}=LOW:HIGH or {name}=VALUE,VALUE")
+            raise UserError(f"{word!r} does not say where to search; write {name}=LOW:HIGH or {name}=VALUE,VALUE")
         if name in search:
             raise UserError(f"{name} is searched twice")
         parts = [part.strip() for part in text.split(":")]
@@ -105,17 +105,17 @@ def parse_value(name: str, text: str) -> Any:
     kind = SETTINGS[name].kind
     if kind is tuple:
         try:
-            return None if text == EVERYWHERE else read_interval(text)
+            return None if text == ALL_STEPS else read_interval(text)
         except ValueError as error:
-            raise UserError(f"{name}: {error}; or write {EVERYWHERE}") from None
+            raise UserError(f"{name}: {error}; or write {ALL_STEPS}") from error
     if kind is bool:
-        if text.lower() not in TRUTH:
+        if text.lower() not in BOOLEAN_WORDS:
             raise UserError(f"{name} must be on or off, got {text!r}")
-        return TRUTH[text.lower()]
+        return BOOLEAN_WORDS[text.lower()]
     try:
         return kind(text)
-    except ValueError:
-        raise UserError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
+    except ValueError as error:
+        raise UserError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from error
 
 
 def format_value(value: Any) -> str:
@@ -123,7 +123,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if value is None:
-        return EVERYWHERE
+        return ALL_STEPS
     return "-".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
@@ -139,16 +139,16 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
         name: float(value) if name in known and known[name].kind is float and type(value) is int else value
         for name, value in settings.items()
     }
-    preset = find(
-        {name: name for name in PRESETS}, str(chosen.pop("preset", PRESET.default)), "there is no preset named"
-    )
+    preset = str(chosen.pop("preset", PRESET.default))
+    find(PRESETS, preset, "there is no preset named")
     sampling = {name: chosen.pop(name) for name in settings_of(Sampling) if name in chosen}
     try:
         # A search over rules has settings of each; a trial has those of its own.
         guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
+        pipeline.check_guidance(guidance)
         return guidance, pipeline.sampling(**sampling)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error)) from error
 
 
 def sample_flags(guidance: CFG, sampling: Sampling) -> list[str]:
@@ -274,7 +274,7 @@ class Space:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Optuna's notes on every study and every experimental option to itself."""
+    """Silence Optuna's notes on every study and every experimental option."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -314,11 +314,6 @@ def _text(values: Values) -> str:
 
 
 def _copy(trial: FrozenTrial) -> FrozenTrial:
-    """What a proposal may depend on; without it the copy's number and times would go along."""
-    return create_trial(
-        state=trial.state,
-        value=trial.value,
-        params=trial.params,
-        distributions=trial.distributions,
-        intermediate_values=trial.intermediate_values,
-    )
+    """What a proposal may depend on: not the number and the times of a trial."""
+    names = ("state", "value", "params", "distributions", "intermediate_values")
+    return create_trial(**{name: getattr(trial, name) for name in names})

@@ -1,8 +1,8 @@
 """A sweep: trials of settings, each a run folder that is drawn and measured, shared by any number of processes.
 
-What there is to know lies in an Optuna study, so a process may end at any moment. A trial that nobody works on
-any more is taken up where it stopped, under its own number: its parameters are stored or proposed again, its images
-are continued like any run, and the metrics that were measured are not measured again.
+All state is in an Optuna study, so a process may end at any moment. A trial that nobody works on any more is resumed
+where it stopped, under its own number: its parameters are stored or proposed again, its images are continued like any
+run, and metrics that were measured are not measured again.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg import plugins
-from softcfg.decoding.randomness import check_word
+from softcfg.decoding.randomness import check_uint64
 from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
-from softcfg.files import make_folder
+from softcfg.files import as_path, make_folder
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SHARDS
 from softcfg.runs.job import RunRequest, draw_run
@@ -43,6 +43,7 @@ from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import ProgressBar
+from softcfg.runs.settings import resizing
 from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
 from softcfg.zoo.registry import find
 
@@ -51,15 +52,15 @@ DAMAGED = (LookupError, ValueError, TypeError, AttributeError, AssertionError)
 CHECKSUM = "sha256"  # the attribute of a finished trial
 TRIALS = "trials"  # the folder of the run folders
 DATABASE = "study.db"
-RUNGS = (8, 4, 2)  # the shares of the samples, one in so many, at which a trial may be stopped
-LEAST_RIVALS = 4  # trials that must have come as far before one is stopped
+RUNG_DIVISORS = (8, 4, 2)  # a trial may be stopped at these fractions (1/8, 1/4, 1/2) of its samples
+LEAST_COMPARED = 4  # trials that must have come as far before one is stopped
 DEFAULT_TRIALS = 50
 LONGEST_LABELS = 10_000  # characters
 PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
-SECONDS_BETWEEN_BEATS = 20.0  # the signs of life of a process
+SECONDS_BETWEEN_SIGNS_OF_LIFE = 20.0  # of a process
 SECONDS_OF_GRACE = 120.0  # without a sign of life, after which a trial of another machine is taken up
 SECONDS_BETWEEN_LOOKS = 1.0  # at the other processes' trials
-LOADING = ("device", "dtype", "generator_checkpoint", "tokenizer_checkpoint")  # of `Pipeline.from_pretrained`
+LOADING_OPTIONS = ("device", "dtype", "generator_checkpoint", "tokenizer_checkpoint")  # of `Pipeline.from_pretrained`
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Sweep:
             stacklevel=2,
         )
         where = {name: settings.pop(name) for name in ("storage", "study") if name in settings}
-        loading = {name: settings.pop(name) for name in LOADING if name in settings}
+        loading = {name: settings.pop(name) for name in LOADING_OPTIONS if name in settings}
         pipeline = settings.pop("pipeline", None)
         if pipeline is None:
             pipeline = Pipeline.from_pretrained(model, **{"dtype": torch.float32, **loading})
@@ -175,7 +176,7 @@ class Sweep:
     def _open(
         self, folder: str | Path, config: SweepConfig, storage: str | None = None, study: str | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self.config = config
         self.space = Space(config.search)
         self.fixed = {setting_named(name): value for name, value in (config.fixed or {}).items()}
@@ -185,7 +186,7 @@ class Sweep:
             raise UserError(f"{min(both)} is both fixed and searched")
         if config.sampler not in SAMPLERS:
             raise UserError(f"there is no sampler named {config.sampler!r}; known: {', '.join(SAMPLERS)}")
-        check_word(config.sampler_seed, "the seed of the sampler")
+        check_uint64(config.sampler_seed, "the seed of the sampler")
         self.points = math.prod(map(len, self.space.grid())) if config.sampler == "grid" else None
         if config.num_samples < 1:
             raise UserError(f"num_samples must be at least 1, got {config.num_samples}")
@@ -199,7 +200,8 @@ class Sweep:
         )
         self.pipeline = request.load()
         generator = self.pipeline.generator
-        if self.pipeline.source is None:
+        weak = self.pipeline.weak
+        if self.pipeline.source is None or (weak is not None and weak.source is None):
             raise UserError("a sweep needs a pipeline that was loaded from files, with Pipeline.from_pretrained")
         if not generator.num_classes:
             raise UserError(f"{self.pipeline.name} draws from prompts; a sweep needs a model that draws classes")
@@ -214,7 +216,7 @@ class Sweep:
         self._extractor = load_extractor(extractor, None, generator.device) if isinstance(extractor, str) else extractor
         # What cannot be measured is refused before anything is drawn.
         wanted = None if config.metrics is None else [self.objective, *config.metrics]
-        side = self.pipeline.tokenizer.image_size
+        side = self.pipeline.tokenizer.decoded_size
         black = np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8)
         report = self._measure(black, wanted, labels=[0] * PROBE_IMAGES)
         if self.objective not in report.metrics:
@@ -410,7 +412,7 @@ class Sweep:
         trial.set_user_attr("owner", self._owner())
 
         def beat() -> None:
-            while not over.wait(SECONDS_BETWEEN_BEATS):
+            while not over.wait(SECONDS_BETWEEN_SIGNS_OF_LIFE):
                 with contextlib.suppress(Exception):  # the storage may be out of reach for a while
                     trial.set_user_attr("owner", self._owner())
 
@@ -429,6 +431,8 @@ class Sweep:
             found = self._trials()[trial.number]
             guidance, sampling = methods(self.pipeline, {**self.fixed, **self._settings_of(trial, found)})
             words = [*self._words, *sample_flags(guidance, sampling)]
+            if self.pipeline.weak is not None and not guidance.weak_share:
+                words += ["--weak-share", "0"]
             trial.set_user_attr("command", shlex.join(words))
             folder = self.trial_folder(trial.number)
             request = dataclasses.replace(
@@ -474,16 +478,16 @@ class Sweep:
         return self.space.settings(params)
 
     def _is_hopeless(self, number: int, samples: int, value: float) -> bool:
-        """Whether too many of the trials that came as far were better there: compared at one number of samples."""
+        """Whether too many of the trials that came as far were better at this number of samples."""
         if self.config.early_stop is None:
             return False
-        rivals = [
+        others = [
             trial.intermediate_values[samples]
             for trial in self._trials()
             if trial.number != number and samples in trial.intermediate_values
         ]
-        better = sum(rival < value if self.minimize else rival > value for rival in rivals)
-        return len(rivals) >= LEAST_RIVALS and better >= self.config.early_stop * (len(rivals) + 1)
+        better = sum(other < value if self.minimize else other > value for other in others)
+        return len(others) >= LEAST_COMPARED and better >= self.config.early_stop * (len(others) + 1)
 
 
 def _checksum(trial: FrozenTrial) -> str:
@@ -502,7 +506,7 @@ def _rungs(num_samples: int, batch_size: int, early_stop: float | None, given: S
         return ()
     if not 0 < early_stop < 1:
         raise UserError(f"early_stop must be a share between 0 and 1, got {early_stop:g}")
-    looks = [num_samples / part for part in RUNGS] if given is None else list(given)
+    looks = [num_samples / part for part in RUNG_DIVISORS] if given is None else list(given)
     rungs = sorted({math.ceil(look / batch_size) * batch_size for look in looks})
     if given is None:
         rungs = [rung for rung in rungs if rung < num_samples]
@@ -524,8 +528,12 @@ def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
         ("--tokenizer-checkpoint", source.tokenizer_checkpoint),
     ):
         words += [flag, str(given)] if given else []
+    if pipeline.weak is not None and pipeline.weak.source is not None:
+        words += ["--weak-model", pipeline.weak.source.model]
     kind = str(pipeline.generator.dtype).removeprefix("torch.")
     words += ["--dtype", kind] if kind != "float32" else []
+    size = resizing(pipeline.tokenizer, None).get("image_size_eval")
+    words += ["--image-size-eval", str(size)] if size is not None else []
     words += ["--labels", _labels_text(request.labels), "--num-samples", str(request.num_samples)]
     return [*words, "--batch-size", str(request.batch_size), "--seed", str(request.seed), "--no-png", "--no-compare"]
 
@@ -547,7 +555,7 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
     try:
         url = make_url(storage)
     except ArgumentError as error:
-        raise UserError(f"{quote(storage)} is no storage URL such as sqlite:///study.db") from error
+        raise UserError(f"{quote(storage)} is not a storage URL such as sqlite:///study.db") from error
     # SQLite's own patience of 5 s is short for many processes.
     engine = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {}
     for patience in (1, 2, 4, 0):

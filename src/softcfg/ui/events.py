@@ -1,6 +1,6 @@
-"""What an event of the page carries, read strictly: text, numbers, truth values, null, and flat lists of those.
+"""The values of an event of the page, read strictly: text, numbers, booleans, null, and flat lists of those.
 
-Gradio takes an object inside `data` for a file and opens the path or address that it names, so there is none.
+Gradio takes an object inside `data` for a file and opens the path or address that it names, so objects are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def checked(route: str, body: bytes, inputs: Mapping[int, int]) -> dict[str, Any
         raise Refused(422, "A value is text, a number, true, false or null, or a list of those.")
     about = values.get("event_data")
     if not _plain(about) and not (isinstance(about, dict) and all(map(_plain, about.values()))):
-        raise Refused(422, "What happened is told in text, numbers, true, false and null.")
+        raise Refused(422, "Event data are text, numbers, true, false and null.")
     trigger = None if values.get("trigger_id") is None else _whole(values, "trigger_id")
     return {"session_hash": session, "fn_index": event, "data": data, "event_data": about, "trigger_id": trigger}
 

@@ -1,10 +1,9 @@
-"""The parts of the page that are not form fields, as HTML text. Pictures are in the text itself (data addresses), so
-that the server needs no file to serve them."""
+"""The parts of the page that are not form fields, as HTML. Pictures are embedded as data addresses, so that the server
+serves no files."""
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
@@ -14,7 +13,8 @@ from PIL import Image
 
 from softcfg.guidance import CONFIDENCES
 from softcfg.images import png_bytes
-from softcfg.ui.studio import METHODS, Inspection, Panel, Picture, Session
+from softcfg.ui.settings import METHODS
+from softcfg.ui.studio import Inspection, Model, Panel, Picture, Session
 
 HEAT = matplotlib.colormaps["viridis"]
 BRANCHES = ("conditional", "unconditional", "guided")
@@ -24,8 +24,8 @@ CURVE = (300, 92)  # size of the weight curve's drawing area
 EMPTY_STAGE = """
 <div class="hint">
   <p>Nothing drawn yet.</p>
-  <p>Choose what to draw and press <b>Draw</b>. Every method starts from the same seed, so what differs between the
-  pictures is the guidance alone.</p>
+  <p>Choose what to draw and press <b>Draw</b>, or pick an example. Every method starts from the same seed, so what
+  differs between the pictures is the guidance alone.</p>
 </div>"""
 EMPTY_INSPECTOR = """
 <p class="hint small">Click a place in a finished picture, or move to it with Tab and choose a token with the arrow
@@ -38,9 +38,15 @@ def data_address(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def link(query: str) -> str:
-    """The address of a settings link, relative to the page."""
-    return f"./?{query}"
+def examples(model: Model) -> str:
+    """Buttons that draw the examples of a model."""
+    if not model.examples:
+        return ""
+    chips = "".join(
+        f'<button type="button" data-example="{number}">{escape(model.name_of(subject))}</button>'
+        for number, (subject, _) in enumerate(model.examples)
+    )
+    return f'<div class="chips" role="group" aria-label="Examples on which methods differ">{chips}</div>'
 
 
 def stage(panels: Sequence[Panel], maps: dict[int, str] | None = None) -> str:
@@ -51,19 +57,24 @@ def stage(panels: Sequence[Panel], maps: dict[int, str] | None = None) -> str:
     """
     if not panels:
         return EMPTY_STAGE
-    shown = "".join(_panel(panel, maps or {}) for panel in panels)
-    return f'<div class="panels count-{len(panels)}">{shown}</div>'
+    seeds = len({panel.seed for panel in panels})
+    shown = "".join(_panel(panel, maps or {}, seeds > 1) for panel in panels)
+    # Of several seeds each has a column.
+    style = f'seeds" style="--seeds:{seeds}' if seeds > 1 else f"count-{len(panels)}"
+    return f'<div class="panels {style}">{shown}</div>'
 
 
-def _panel(panel: Panel, maps: dict[int, str]) -> str:
-    name, total, picture = escape(METHODS[panel.method]), panel.total, panel.picture
+def _panel(panel: Panel, maps: dict[int, str], with_seed: bool) -> str:
+    title, total, picture = escape(METHODS[panel.method].title), panel.total, panel.picture
+    name = f"{title}, seed {panel.seed}" if with_seed else title
+    head = f"<b>{title}</b> seed {panel.seed}" if with_seed else f"<b>{title}</b>"
     if picture is None:
         shown = ""
         if panel.pixels is not None:
             address = data_address(png_bytes(Image.fromarray(panel.pixels)), "image/png")
             shown = f'<img src="{address}" alt="{name}, {panel.done} of {total} tokens">'
         return f"""<figure class="panel">
-<figcaption><b>{name}</b><span class="count">{panel.done} of {total}</span></figcaption>
+<figcaption><span>{head}</span><span class="count">{panel.done} of {total}</span></figcaption>
 <div class="picture unfinished">{shown}</div>
 <progress max="{total}" value="{panel.done}" aria-label="{name}: tokens drawn"></progress></figure>"""
     grid = picture.grid
@@ -74,7 +85,7 @@ def _panel(panel: Panel, maps: dict[int, str]) -> str:
     front = f'<div class="front" aria-hidden="true">{front}</div>' if front else ""
     file, caption = escape(picture.file_name), escape(picture.caption)
     return f"""<figure class="panel">
-<figcaption><b>{name}</b><span class="count">{total} tokens</span></figcaption>
+<figcaption><span>{head}</span><span class="count">{total} tokens</span></figcaption>
 <div class="picture{" mapped" if laid else ""}" tabindex="0" role="slider" data-picture="{picture.number}"
  data-front="{grid.front}" data-rows="{grid.rows}" data-columns="{grid.columns}" data-stride="{grid.stride}"
  aria-valuemin="0" aria-valuemax="{total - 1}" aria-label="Token of the picture {caption}; choose with the arrow keys"
@@ -85,7 +96,7 @@ def _panel(panel: Panel, maps: dict[int, str]) -> str:
 
 def share(query: str) -> str:
     """The link to the settings of the drawing on the stage."""
-    address = escape(link(query))
+    address = escape(f"./?{query}")
     return f"""<div class="share"><a href="{address}">Link to these settings</a>
 <button type="button" data-copy="{address}">Copy link</button></div>"""
 
@@ -120,14 +131,14 @@ def inspector(picture: Picture, inspection: Inspection, token: int) -> str:
         f"<div><dt>{name}</dt><dd>{value}<small>{escape(note)}</small></dd></div>" for name, value, note in facts
     )
     return f"""<section class="inspector" aria-label="Token {token}">
-<h3>Token {token} <small>{where} · {escape(METHODS[picture.method])}</small></h3>
+<h2>Token {token} <small>{where} · {escape(METHODS[picture.method].title)}</small></h2>
 <dl>{cells}</dl>
 <div class="columns">{_weights(inspection, token)}{_candidates(inspection, token, drawn)}</div></section>"""
 
 
 def _weights(inspection: Inspection, token: int) -> str:
     guidance = inspection.guidance
-    title = "<h4>Its weight at later steps</h4>"
+    title = "<h3>Its weight at later steps</h3>"
     if not guidance.perturbs:
         return f'<div>{title}<p class="hint small">This method leaves every token at its full weight of 1.</p></div>'
     weights = inspection.weights_of(token)
@@ -160,7 +171,7 @@ def _candidates(inspection: Inspection, token: int, drawn: int) -> str:
         )
         mark = "<b>drawn</b>" if code == drawn else ""
         rows.append(f'<tr{" class=drawn" if mark else ""}><th scope="row">{code} {mark}</th>{cells}</tr>')
-    return f"""<div><h4>Likeliest codes</h4><table class="candidates">
+    return f"""<div><h3>Likeliest codes</h3><table class="candidates">
 <thead><tr><th scope="col">Code</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>"""
 
 
@@ -171,7 +182,8 @@ def gallery(session: Session) -> str:
     items = "".join(
         f"""<li><button type="button" data-open="{picture.number}" title="Show again">
 <img src="{_thumbnail(picture)}" alt="{escape(picture.caption)}"></button>
-<span>{escape(_shortened(picture.subject))}<br>{escape(METHODS[picture.method])}</span></li>"""
+<span>{escape(_shortened(picture.subject))}<br>
+{escape(METHODS[picture.method].title)}, seed {picture.seed}</span></li>"""
         for picture in reversed(session.pictures.values())
     )
     return f'<ul class="gallery">{items}</ul>'
@@ -184,6 +196,4 @@ def _shortened(text: str, most: int = 32) -> str:
 def _thumbnail(picture: Picture) -> str:
     image = Image.fromarray(picture.pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return data_address(buffer.getvalue(), "image/png")
+    return data_address(png_bytes(image), "image/png")

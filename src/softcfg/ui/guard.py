@@ -1,8 +1,8 @@
-"""What the server lets through: the page and its events, from the names it is known by, and nothing that touches files.
+"""What the server lets through: the page and its events, under the names it is known by, and nothing about files.
 
 Gradio's server also has routes that take uploads, hand out cached files, fetch other servers' pages and more; this
 page needs none of them, so only the routes on the list below exist for a visitor. What an event carries is read,
-checked and written anew (`softcfg.ui.events`), so Gradio sees nothing that was not looked at.
+checked and written anew (`softcfg.ui.events`), so Gradio sees only what was checked.
 """
 
 from __future__ import annotations
@@ -38,16 +38,7 @@ LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 DATA = "/gradio_api/queue/data"
 HEARTBEAT = "/gradio_api/heartbeat/"
 READABLE = frozenset(
-    {
-        "/",
-        "/config",
-        "/theme.css",
-        "/favicon.ico",
-        "/manifest.json",
-        "/robots.txt",
-        "/gradio_api/startup-events",
-        DATA,
-    }
+    ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/gradio_api/startup-events", DATA)
 )
 READABLE_UNDER = ("/assets/", "/static/", HEARTBEAT)
 WRITABLE = frozenset({JOIN, PREDICT, CANCEL, RESET})
@@ -162,12 +153,12 @@ class Guard:
         path = scope["path"]
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
-            raise Refused(400, "A request has one length.")
+            raise Refused(400, "A request must not give its length twice.")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 10 or int(length) > MAX_BODY:
-            raise Refused(413, f"A request may have {MAX_BODY} bytes.")
+            raise Refused(413, f"A request may have at most {MAX_BODY} bytes.")
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-            raise Refused(415, "An event is JSON, and says so.")
+            raise Refused(415, "An event must be sent as application/json.")
         values = checked(path, await _body(receive), self.waiting.inputs(path))
         if "session_hash" in values:
             values["session_hash"] = session = _session(token, values["session_hash"])
@@ -311,11 +302,11 @@ async def _body(receive: Receive) -> bytes:
                 if message["type"] == "http.disconnect":
                     raise Refused(400, "The request ended early.")
                 if len(body) > MAX_BODY:
-                    raise Refused(413, f"A request may have {MAX_BODY} bytes.")
+                    raise Refused(413, f"A request may have at most {MAX_BODY} bytes.")
                 if not message.get("more_body", False):
                     return bytes(body)
-    except TimeoutError:
-        raise Refused(408, f"A request must be complete in {BODY_SECONDS:g} seconds.") from None
+    except TimeoutError as error:
+        raise Refused(408, f"A request must be complete in {BODY_SECONDS:g} seconds.") from error
 
 
 async def _answer(refused: Refused, send: Send) -> None:

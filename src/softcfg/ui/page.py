@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,8 @@ from fastapi import FastAPI
 from softcfg.errors import UserError
 from softcfg.ui import fragments
 from softcfg.ui.guard import LOCAL, MAX_UNREAD, Access, Guard
-from softcfg.ui.studio import METHODS, RANGES, Session, Settings, Studio
+from softcfg.ui.settings import METHODS, RANGES, Settings
+from softcfg.ui.studio import Session, Studio
 from softcfg.ui.waiting import Waiting
 
 HERE = Path(__file__).parent
@@ -31,50 +33,41 @@ HEADER = """
 <header class="masthead"><h1>softcfg</h1>
 <p>Classifier-free guidance and SoftCFG for autoregressive image models, side by side from the same seed.</p>
 </header>"""
-# On a narrow screen the pictures are below the form.
-TO_THE_STAGE = """() => {
-  const stage = document.getElementById("stage");
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  if (innerWidth < 900) stage.scrollIntoView({behavior: still ? "auto" : "smooth", block: "start"});
-}"""
 NEW_SEED = f"() => Math.floor(Math.random() * {RANGES['seed'][1] + 1})"
+
+# The settings with a field of the same name, in the order of the form; the model and its subject come before them.
+SETTINGS = ("methods", "scale", "power", "strength", "step_norm", "temperature", "seed", "seeds")
 
 Update = dict[Any, Any]  # component -> its new value
 
 
 def application(studio: Studio, access: Access | None = None) -> FastAPI:
-    """The whole server: the page of `build` behind the guard.
+    """The whole server: the page of `build`, with the guard in front of it.
 
     Args:
         access: whom it answers; browsers of this machine by default.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     blocks = build(studio)
-    gr.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        footer_links=[],
-        show_error=False,
-        allowed_paths=[],
-        ssr_mode=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        max_file_size=0,
-        theme=gr.themes.Base(
-            primary_hue="indigo",
-            neutral_hue="slate",
-            radius_size="lg",
-            font=list(FONT),
-            font_mono=["ui-monospace", "monospace"],
-        ).set(
-            # Small print that can be read: a contrast of 4.5 and more.
-            body_text_color_subdued="*neutral_500",
-            block_info_text_color="*neutral_500",
-            block_label_text_color="*neutral_600",
-        ),
-        css=(HERE / "page.css").read_text(),
+    theme = gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=list(FONT),
+        font_mono=["ui-monospace", "monospace"],
+    ).set(  # small print with a contrast of 4.5 and more
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        block_label_text_color="*neutral_600",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+        link_text_color_dark="*primary_300",
+        button_primary_background_fill="*primary_600",
     )
+    gr.mount_gradio_app(
+        app, blocks, path="/", footer_links=[], show_error=False, allowed_paths=[], ssr_mode=False, mcp_server=False,
+        enable_monitoring=False, max_file_size=0, theme=theme, css=(HERE / "page.css").read_text(),
+    )  # fmt: skip
     # Mounting does not say so, and until then Gradio does not check which files it opens.
     blocks.has_launched = True
     waiting = Waiting(blocks, studio.limits)
@@ -85,55 +78,30 @@ def application(studio: Studio, access: Access | None = None) -> FastAPI:
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
+    html = functools.partial(gr.HTML, apply_default_css=False)
     first = next(iter(studio.models))
     with gr.Blocks(title="softcfg", analytics_enabled=False, delete_cache=None) as blocks:
-        gr.HTML(HEADER, apply_default_css=False)
+        html(HEADER)
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=1, min_width=300, elem_id="form"):
                 form = Form(studio, first)
             with gr.Column(scale=3, min_width=320):
-                status = gr.HTML(
-                    "",
-                    html_template='<div role="status" aria-live="polite">${value}</div>',
-                    elem_id="status",
-                    apply_default_css=False,
-                )
-                stage = gr.HTML(
-                    fragments.EMPTY_STAGE,
-                    js_on_load=(HERE / "stage.js").read_text(),
-                    elem_id="stage",
-                    apply_default_css=False,
-                )
-                share = gr.HTML(
-                    "", apply_default_css=False, elem_id="share", js_on_load=(HERE / "share.js").read_text()
-                )
+                headed = '<h2 class="hidden">Pictures</h2>${value}'
+                script = _script("stage")
+                stage = html(fragments.EMPTY_STAGE, html_template=headed, js_on_load=script, elem_id="stage")
+                share = html("", js_on_load=_script("share"), elem_id="share")
                 with gr.Row(elem_id="below-stage"):
-                    mode = gr.Radio(
-                        [(name, key) for key, name in MAPS.items()],
-                        value="none",
-                        label="Show over the pictures",
-                        container=False,
-                        elem_id="mode",
-                    )
-                    legend = gr.HTML("", apply_default_css=False, elem_id="legend")
-                inspector = gr.HTML(fragments.EMPTY_INSPECTOR, apply_default_css=False, elem_id="inspector")
+                    maps = [(name, key) for key, name in MAPS.items()]
+                    mode = gr.Radio(maps, value="none", label="Show over the pictures", container=False, elem_id="mode")
+                    legend = html("", elem_id="legend")
+                inspector = html(fragments.EMPTY_INSPECTOR, elem_id="inspector")
                 with gr.Row(elem_id="gallery-head"):
-                    gr.HTML("<h2>Gallery</h2>", apply_default_css=False)
+                    html("<h2>Gallery</h2>")
                     download = gr.Button("Download all", size="sm", elem_id="download", scale=0, min_width=140)
-                gallery = gr.HTML(
-                    fragments.EMPTY_GALLERY,
-                    js_on_load=(HERE / "gallery.js").read_text(),
-                    elem_id="gallery",
-                    apply_default_css=False,
-                )
-                archive = gr.HTML(
-                    "",
-                    html_template="",
-                    js_on_load=(HERE / "archive.js").read_text(),
-                    visible="hidden",
-                )
+                gallery = html(fragments.EMPTY_GALLERY, js_on_load=_script("gallery"), elem_id="gallery")
+                archive = gr.HTML("", html_template="", js_on_load=_script("archive"), visible="hidden")
         waiting = Waiting(blocks, studio.limits)
-        shown = Shown(studio, form, status, stage, share, legend, inspector, gallery, unread=waiting.unread)
+        shown = Shown(studio, form, stage, share, legend, inspector, gallery, unread=waiting.unread)
 
         def stop(request: gr.Request) -> None:
             studio.stop(_key(request))
@@ -141,31 +109,27 @@ def build(studio: Studio) -> gr.Blocks:
         def download_all(request: gr.Request) -> Update:
             session = _session(studio, request)
             if not session.pictures:
-                return {status: _alert("There is nothing to download yet; draw something first.")}
+                return {form.status: _alert("There is nothing to download yet; draw something first.")}
             return {archive: fragments.data_address(session.archive(), "application/zip")}
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         drawing = {"concurrency_limit": len(studio.models), "concurrency_id": "draw", **private}
         # One after the other, so that the answer to the last of several quick choices comes last.
         looking = {"concurrency_limit": 1, "concurrency_id": "look", **private}
-        form.model.change(form.on_model, form.model, form.of_model, **looking)
+        # Chosen by hand: what the server fills in comes with all other fields.
+        form.model.input(form.on_model, form.model, form.of_model, **looking)
         form.new_seed.click(None, None, form.seed, js=NEW_SEED)
-        gr.on(
-            [form.draw.click, form.prompt.submit, form.seed.submit],
-            shown.draw,
-            [*form.fields, mode],
-            shown.all,
-            trigger_mode="once",
-            **drawing,
-        )
-        gr.on([form.draw.click, form.prompt.submit, form.seed.submit], None, js=TO_THE_STAGE)
+        form.draw.click(shown.draw, [*form.fields, mode], shown.all, trigger_mode="once", **drawing)
+        everything = [*shown.all, *form.fields]
+        form.examples.pick(shown.pick, [form.model, mode], everything, trigger_mode="once", **drawing)
         # Past the queue: it must work when the queue is full.
         form.stop.click(stop, queue=False, **private)
-        stage.choose(shown.choose, mode, [stage, share, legend, inspector, status], trigger_mode="multiple", **looking)
-        mode.change(shown.choose_map, mode, [stage, share, legend, status], **looking)
-        gallery.open(shown.open, mode, [*shown.all, *form.fields], **looking)
-        download.click(download_all, None, [archive, status], **looking)
-        blocks.load(shown.open_link, mode, [*shown.all, *form.fields], **drawing)
+        looked = [stage, share, legend, form.status]
+        stage.choose(shown.choose, mode, [*looked, inspector], trigger_mode="multiple", **looking)
+        mode.change(shown.choose_map, mode, looked, **looking)
+        gallery.open(shown.open, mode, everything, **looking)
+        download.click(download_all, None, [archive, form.status], **looking)
+        blocks.load(shown.open_link, mode, everything, **drawing)
         blocks.unload(stop)
         blocks.queue(max_size=studio.limits.queue, default_concurrency_limit=1, api_open=False)
     return blocks
@@ -189,81 +153,52 @@ class Form:
         )
         self.prompt = gr.Textbox(
             label="Prompt",
-            lines=2,
+            lines=1,
+            max_lines=4,
             max_length=studio.limits.prompt,
             visible=model.takes_prompts,
             elem_id="prompt",
             placeholder="what to draw",
         )
+        self.examples = gr.HTML(
+            fragments.examples(model),
+            js_on_load=_script("form"),
+            elem_id="examples",
+            apply_default_css=False,
+        )
         self.methods = gr.CheckboxGroup(
-            [(name, key) for key, name in METHODS.items()],
+            # The style sheet sets the first line apart.
+            [(f"{method.title}\n{method.line}", key) for key, method in METHODS.items()],
             value=list(suited.methods),
             label="Guidance",
-            info="Each one draws a picture from the same seed.",
+            info="Each method draws from the same seed.",
             elem_id="methods",
         )
-        self.scale = gr.Slider(
-            0,
-            RANGES["scale"][1],
-            suited.scale,
-            step=0.1,
-            label="Scale",
-            info="0 or 1: no guidance",
-            elem_id="scale",
-        )
-        self.power = gr.Slider(
-            0,
-            RANGES["power"][1],
-            suited.power,
-            step=0.05,
-            label="Power",
-            info="of the scale's ramp",
-            elem_id="power",
-        )
-        with gr.Accordion("SoftCFG and sampling", open=True, elem_id="more"):
-            self.strength = gr.Slider(
-                0,
-                RANGES["strength"][1],
-                suited.strength,
-                step=0.1,
-                label="Strength",
-                info="exponent of the weights; 0: plain CFG",
-                elem_id="strength",
-            )
+        self.scale = _slider("scale", suited, 0.1, info="0 or 1: no guidance")
+        self.power = _slider("power", suited, 0.05, info="of the scale's ramp", visible=model.uses_power)
+        with gr.Accordion("SoftCFG and sampling", open=False, elem_id="more"):
+            self.strength = _slider("strength", suited, 0.1, info="exponent of the weights; 0: plain CFG")
             self.step_norm = gr.Checkbox(suited.step_norm, label="Step Normalisation", elem_id="step-norm")
-            low, high = RANGES["temperature"]
-            self.temperature = gr.Slider(
-                low, high, suited.temperature, step=0.05, label="Temperature", elem_id="temperature"
-            )
+            self.temperature = _slider("temperature", suited, 0.05)
         with gr.Row(elem_id="seed-row"):
-            self.seed = gr.Number(
-                suited.seed,
-                label="Seed",
-                precision=0,
-                minimum=0,
-                maximum=RANGES["seed"][1],
-                elem_id="seed",
-                min_width=120,
-            )
-            self.new_seed = gr.Button("New seed", size="sm", scale=0, min_width=100, elem_id="new-seed")
-        with gr.Row(elem_id="actions"):
-            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
-        self.of_model = [self.label, self.prompt, self.scale, self.power, self.temperature]
-        self.fields = [
-            self.model, self.label, self.prompt, self.methods, self.scale, self.power, self.strength, self.step_norm,
-            self.temperature, self.seed,
-        ]  # fmt: skip
+            self.seed = _number("seed", suited, label="Seed", min_width=90)
+            self.seeds = _number("seeds", suited, label="How many", min_width=60)
+            self.new_seed = gr.Button("New seed", size="sm", scale=0, min_width=90, elem_id="new-seed")
+        with gr.Column(elem_id="footer"):
+            live = '<div role="status" aria-live="polite">${value}</div>'
+            self.status = gr.HTML("", html_template=live, elem_id="status", apply_default_css=False)
+            with gr.Row(elem_id="actions"):
+                self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
+                self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
+        self.of_model = [self.label, self.prompt, self.examples, self.scale, self.power, self.temperature]
+        self.fields = [self.model, self.label, self.prompt, *(getattr(self, name) for name in SETTINGS)]
 
-    def settings(
-        self, model: Any, label: Any, prompt: Any, methods: Any, scale: Any, power: Any, strength: Any, step_norm: Any,
-        temperature: Any, seed: Any,
-    ) -> Settings:  # fmt: skip
-        """The settings of the fields' values, checked."""
-        return self.studio.settings(
-            model=model, subject=prompt if self.studio.model(model).takes_prompts else label, methods=methods,
-            scale=scale, power=power, strength=strength, step_norm=step_norm, temperature=temperature, seed=seed,
-        )  # fmt: skip
+    def settings(self, *values: Any) -> Settings:
+        """The settings of the values of `fields`, checked."""
+        model, label, prompt, *others = values
+        subject = prompt if self.studio.model(model).takes_prompts else label
+        named = dict(zip(SETTINGS, others, strict=True))
+        return self.studio.settings(model=model, subject=subject, **named)
 
     def on_model(self, name: str) -> Update:
         """The fields of another model: its classes or the prompt, and the settings that suit it."""
@@ -276,30 +211,24 @@ class Form:
                 visible=not model.takes_prompts,
             ),
             self.prompt: gr.Textbox(visible=model.takes_prompts),
+            self.examples: fragments.examples(model),
             self.scale: suited.scale,
-            self.power: suited.power,
+            self.power: gr.Slider(value=suited.power, visible=model.uses_power),
             self.temperature: suited.temperature,
         }
 
     def filled(self, settings: Settings) -> Update:
         """The fields with these settings."""
         model = self.studio.model(settings.model)
-        values = dict(zip(self.fields[3:], (
-            list(settings.methods), settings.scale, settings.power, settings.strength, settings.step_norm,
-            settings.temperature, settings.seed,
-        ), strict=True))  # fmt: skip
-        return {
-            **self.on_model(settings.model),
-            self.model: settings.model,
-            (self.prompt if model.takes_prompts else self.label): self._subject(settings),
-            **values,
-        }
-
-    def _subject(self, settings: Settings) -> Any:
-        model = self.studio.model(settings.model)
+        update = {**self.on_model(settings.model), self.model: settings.model, self.methods: list(settings.methods)}
+        update |= {getattr(self, name): getattr(settings, name) for name in SETTINGS[1:]}
+        update[self.power] = gr.Slider(value=settings.power, visible=model.uses_power)
         if model.takes_prompts:
-            return gr.Textbox(value=str(settings.subject), visible=True)
-        return gr.Dropdown(choices=_classes(self.studio, settings.model), value=settings.subject, visible=True)
+            update[self.prompt] = gr.Textbox(value=str(settings.subject), visible=True)
+        else:
+            choices = _classes(self.studio, settings.model)
+            update[self.label] = gr.Dropdown(choices=choices, value=settings.subject, visible=True)
+        return update
 
 
 class Shown:
@@ -311,8 +240,9 @@ class Shown:
         self.studio = studio
         self.form = form
         self.unread = unread  # messages that a session has not fetched
-        self.status, self.stage, self.share, self.legend, self.inspector, self.gallery = parts
-        self.all = [*parts, form.draw, form.stop]
+        self.stage, self.share, self.legend, self.inspector, self.gallery = parts
+        self.status = form.status
+        self.all = [*parts, form.status, form.draw, form.stop, form.examples]
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[Update]:
         """Draw what the form says."""
@@ -322,6 +252,16 @@ class Shown:
         except UserError as error:
             yield {self.status: _alert(error)}
             return
+        yield from self._draw(settings, mode, request)
+
+    def pick(self, model: str, mode: str, event: gr.EventData, request: gr.Request) -> Iterator[Update]:
+        """Draw an example of the model."""
+        try:
+            settings = self.studio.example(model, _whole(event, "example"))
+        except UserError as error:
+            yield {self.status: _alert(error)}
+            return
+        yield self.form.filled(settings)
         yield from self._draw(settings, mode, request)
 
     def open_link(self, mode: str, request: gr.Request) -> Iterator[Update]:
@@ -444,8 +384,24 @@ def _session(studio: Studio, request: gr.Request) -> Session:
 def _whole(event: gr.EventData, name: str) -> int:
     value = event._data.get(name) if isinstance(event._data, dict) else None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"The page asked for no {name}; load it again.")
+        raise UserError(f"The page did not say which {name}; load it again.")
     return value
+
+
+def _script(name: str) -> str:
+    return (HERE / f"{name}.js").read_text()
+
+
+def _slider(name: str, suited: Settings, step: float, **shown: Any) -> gr.Slider:
+    """The slider of a setting, at the value that suits the model."""
+    low, high = RANGES[name]
+    return gr.Slider(low, high, getattr(suited, name), step=step, label=name.capitalize(), elem_id=name, **shown)
+
+
+def _number(name: str, suited: Settings, **shown: Any) -> gr.Number:
+    """The field of a whole number, at the value that suits the model."""
+    low, high = RANGES[name]
+    return gr.Number(getattr(suited, name), precision=0, minimum=low, maximum=high, elem_id=name, **shown)
 
 
 def _classes(studio: Studio, name: str) -> list[tuple[str, int]]:
@@ -485,7 +441,7 @@ def serve(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from None
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
     shown = f"[{host}]" if ":" in host else host
     # Failures are printed where they happen; the server's own log would add the pages that are open at the end.
     access = Access(LOCAL | {name.lower() for name in (host, *allowed_hosts)}, behind_proxy)

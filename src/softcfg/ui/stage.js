@@ -86,5 +86,18 @@ element.addEventListener("keydown", (event) => {
   if (target >= -front && target < count) choose(places, target);
 });
 
-watch("value", mark);
+// On a narrow screen the pictures are below the form: go there when a drawing begins.
+let drawing = false;
+function follow() {
+  const before = drawing;
+  drawing = element.querySelector(".unfinished") !== null;
+  if (before || !drawing || innerWidth > 900) return;
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  element.scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
+}
+
+watch("value", () => {
+  mark();
+  follow();
+});
 mark();

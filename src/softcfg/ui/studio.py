@@ -1,18 +1,16 @@
-"""What the page does, without the page: settings and their links, drawings that are watched and stopped, sessions,
-and what became of each token."""
+"""What the page does, apart from its layout: drawings that can be watched and stopped, sessions, and what guidance did
+to each token."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import threading
 import time
 import traceback
-import urllib.parse
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,24 +22,15 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, PERTURBATIONS, RULES, SoftCFG, View, compose, settings_of, titled
+from softcfg.guidance import CFG
 from softcfg.inspection import trace
 from softcfg.inspection.trace import step_weights
 from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline
+from softcfg.ui.settings import METHODS, RANGES, Settings, check_methods, check_number
 from softcfg.version import __version__
 
-
-def _methods_by_key() -> dict[str, str]:
-    """The titles of all methods: those of the package, and what is registered besides as PERTURBATION+RULE."""
-    known = {"none": "No guidance", "cfg": "CFG", "softcfg": "SoftCFG", "released": "SoftCFG (released code)"}
-    more = [(perturbation, rule) for rule in RULES if rule != "cfg" for perturbation in ("none", "softcfg")]
-    more += [(perturbation, "cfg") for perturbation in PERTURBATIONS if perturbation not in ("none", "softcfg")]
-    return known | {f"{p}+{r}": titled(PERTURBATIONS[p], RULES[r]) for p, r in more}
-
-
-METHODS = View(_methods_by_key)
-CANDIDATES = 8  # codes kept a token
+CANDIDATES = 8  # codes kept per token
 FRAME_SECONDS = 0.12  # least time between two looks at a drawing
 
 
@@ -50,13 +39,13 @@ class Limits:
     """What one visitor, and all together, may take of the host.
 
     Attributes:
-        seconds: of computation, a drawing.
-        wait: seconds a drawing waits for its model.
+        seconds: of computation per drawing.
+        wait: seconds that a drawing waits for its model.
         prompt: characters.
-        pictures: kept a session; the oldest go first.
-        sessions: kept in memory; of the visitor with most of them, the least recently used go first.
-        queue: requests that wait at a time; further ones are refused.
-        places: of the queue, for one visitor.
+        pictures: of one drawing, and kept per session; the oldest go first.
+        sessions: kept in memory; the least recently used of the visitor with most of them go first.
+        queue: requests that may wait at a time; further ones are refused.
+        places: in the queue, for one visitor.
     """
 
     seconds: float = 120.0
@@ -66,58 +55,6 @@ class Limits:
     sessions: int = 64
     queue: int = 16
     places: int = 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides the images of one drawing; every method draws the same subject from the same seed.
-
-    Attributes:
-        subject: a class id, or the prompt of a model that takes prompts.
-        methods: keys of `METHODS`.
-        strength, step_norm: of the SoftCFG methods.
-    """
-
-    model: str
-    subject: int | str
-    methods: tuple[str, ...] = ("cfg", "softcfg")
-    scale: float = CFG.guidance_scale
-    power: float = CFG.guidance_scale_pow
-    strength: float = SoftCFG.strength
-    step_norm: bool = SoftCFG.step_norm
-    temperature: float = Sampling.temperature
-    seed: int = 0
-
-    def query(self) -> str:
-        """The settings as the query of a link; numbers come back to the last bit."""
-        values = asdict(self)
-        values["methods"] = ",".join(self.methods)
-        values["step_norm"] = int(self.step_norm)
-        return urllib.parse.urlencode(values)
-
-    def guidance(self, method: str, pipeline: Pipeline) -> CFG:
-        """The guidance of one of the methods."""
-        numbers: dict[str, Any] = {"guidance_scale": self.scale, "guidance_scale_pow": self.power}
-        if method == "none":
-            return pipeline.default_guidance(CFG, guidance_scale=1.0)
-        if method == "cfg":
-            return pipeline.default_guidance(CFG, **numbers)
-        preset = "released" if method == "released" else None
-        perturbation, _, rule = method.partition("+")
-        parts = {"perturbation": perturbation, "rule": rule} if rule else {}
-        if parts.get("perturbation", "softcfg") == "softcfg":
-            numbers |= {"strength": self.strength, "step_norm": self.step_norm}
-        return pipeline.default_guidance(compose, preset=preset, **parts, **numbers)
-
-
-_SHOWN = {name: known.shown for kind in (SoftCFG, Sampling) for name, known in settings_of(kind).items() if known.shown}
-RANGES: dict[str, tuple[float, float]] = {  # of the settings that are numbers
-    "scale": _SHOWN["guidance_scale"],
-    "power": _SHOWN["guidance_scale_pow"],
-    "strength": _SHOWN["strength"],
-    "temperature": _SHOWN["temperature"],
-    "seed": (0, 2**32 - 1),
-}
 
 
 @dataclass
@@ -153,7 +90,7 @@ class Picture:
 
     Attributes:
         number: its number in the session.
-        shot: the number of its drawing; the pictures of one drawing differ in the method alone.
+        shot: the number of its drawing; the pictures of one drawing differ in method and seed alone.
         settings: of the whole drawing.
         tokens: int64 [T].
         pixels: uint8 [H, W, 3].
@@ -163,6 +100,7 @@ class Picture:
     shot: int
     settings: Settings
     method: str
+    seed: int
     subject: str
     grid: Geometry
     tokens: Tensor
@@ -171,22 +109,22 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """What it shows and how it came about, in a line."""
-        parts = [self.subject, METHODS[self.method]]
+        """What it shows and how it was drawn, in one line."""
+        parts = [self.subject, METHODS[self.method].title]
         if self.method != "none":
             parts.append(f"scale {self.settings.scale:g}")
-        return ", ".join([*parts, f"seed {self.settings.seed}"])
+        return ", ".join([*parts, f"seed {self.seed}"])
 
     @property
     def file_name(self) -> str:
         """Without extension; letters, digits and hyphens alone."""
-        words = f"{self.settings.model}-{self.subject[:40]}-{self.method}-{self.settings.seed}-{self.number}"
+        words = f"{self.settings.model}-{self.subject[:40]}-{self.method}-{self.seed}-{self.number}"
         return "-".join(filter(None, "".join(c if c.isascii() and c.isalnum() else " " for c in words).split()))
 
     def description(self) -> dict[str, Any]:
         """The settings for a file beside the image; `link` brings the whole drawing back."""
-        values = {**asdict(self.settings), "method": self.method}
-        del values["methods"]
+        values = {**asdict(self.settings), "method": self.method, "seed": self.seed}
+        del values["methods"], values["seeds"]
         return {"softcfg": __version__, **values, "link": f"?{self.settings.query()}"}
 
     def json(self) -> str:
@@ -208,6 +146,7 @@ class Panel:
     no token was drawn yet."""
 
     method: str
+    seed: int
     total: int
     done: int = 0
     pixels: np.ndarray | None = None
@@ -253,7 +192,8 @@ class Session:
             raise UserError("A drawing is under way; stop it first or wait for it.")
         shot = [other for other in self.pictures.values() if other.shot == picture.shot]
         self.panels = [
-            Panel(other.method, other.grid.num_tokens, other.grid.num_tokens, picture=other) for other in shot
+            Panel(other.method, other.seed, other.grid.num_tokens, other.grid.num_tokens, picture=other)
+            for other in shot
         ]
         self.shown, self.chosen, self.note = picture.settings, None, ""
         return picture.settings
@@ -289,8 +229,24 @@ class Model:
     @property
     def subjects(self) -> list[str]:
         """The names of the classes."""
-        names = self.pipeline.classes
-        return list(names) if names else [f"Class {label}" for label in range(self.pipeline.generator.num_classes)]
+        titles = map(self.pipeline.conditioning.title, range(self.pipeline.generator.num_classes))
+        return [title if self.pipeline.classes else title.capitalize() for title in titles]
+
+    @property
+    def examples(self) -> list[tuple[int | str, int]]:
+        """Subjects and seeds on which methods differ."""
+        entry = self.pipeline.entry
+        known = {} if self.takes_prompts else {name: label for label, name in enumerate(self.subjects)}
+        return [(known.get(subject, subject), seed) for subject, seed in (entry.examples if entry else {}).items()]
+
+    @property
+    def uses_power(self) -> bool:
+        """Whether the model's schedule depends on the power."""
+        scales = [
+            self.pipeline.default_guidance(CFG, guidance_scale=4.0, guidance_scale_pow=power).scales(8)
+            for power in (1.0, 2.0)
+        ]
+        return not torch.equal(*scales)
 
     def name_of(self, subject: int | str) -> str:
         """The class's name, or the prompt itself."""
@@ -331,7 +287,7 @@ class Canvas:
         pixels = tokenizer.to_uint8(tokenizer.decode(codes, self.condition.grid))[0].cpu().numpy()
         height, width = pixels.shape[:2]
         drawn = grid.on_grid(np.arange(grid.num_tokens) < len(tokens))
-        mask = drawn.repeat(height // grid.rows, axis=0).repeat(width // grid.columns, axis=1)
+        mask = drawn[np.arange(height) * grid.rows // height][:, np.arange(width) * grid.columns // width]
         return np.dstack((pixels, np.uint8(255) * mask.astype(np.uint8)))
 
 
@@ -347,10 +303,10 @@ class Drawing:
         self.stopped = False
         self.seconds = 0.0
         self.waiting = True
-        self.outputs: dict[str, tuple[Tensor, np.ndarray]] = {}
+        self.outputs: dict[tuple[str, int], tuple[Tensor, np.ndarray]] = {}
         self._model = model
         self._limits = limits
-        self._so_far: dict[str, Tensor] = {}
+        self._so_far: dict[tuple[str, int], Tensor] = {}
         self._error: UserError | None = None
         self._stop = threading.Event()
         self._finished = threading.Event()
@@ -378,9 +334,9 @@ class Drawing:
         if self._error is not None:
             raise self._error
 
-    def tokens(self, method: str) -> Tensor | None:
-        """The tokens of a method so far, int64 [n] with n >= 1."""
-        return self._so_far.get(method)
+    def tokens(self, method: str, seed: int) -> Tensor | None:
+        """The tokens of a picture so far, int64 [n] with n >= 1."""
+        return self._so_far.get((method, seed))
 
     def _run(self) -> None:
         try:
@@ -388,8 +344,9 @@ class Drawing:
             try:
                 self.waiting = False
                 start = time.monotonic()
-                for method in self.settings.methods:
-                    self._draw(method, start)
+                # One seed after the other, so that the methods can be compared early.
+                for method, seed in sorted(self.settings.pictures, key=lambda picture: picture[1]):
+                    self._draw(method, seed, start)
             finally:
                 self._model.lock.release()
         except Stopped:
@@ -412,29 +369,29 @@ class Drawing:
                     f"The model was busy with other visitors for {self._limits.wait:g} seconds; try again later."
                 )
 
-    def _draw(self, method: str, start: float) -> None:
+    def _draw(self, method: str, seed: int, start: float) -> None:
         settings, pipeline = self.settings, self._model.pipeline
 
         def look(tokens: Tensor) -> None:
             self.seconds = time.monotonic() - start
-            self._so_far[method] = tokens[0]
+            self._so_far[method, seed] = tokens[0]
             if self._stop.is_set():
                 raise Stopped
             if self.seconds > self._limits.seconds:
                 raise UserError(
                     f"A drawing may take {self._limits.seconds:g} seconds on this host, and this one was not done by "
-                    f"then; ask for fewer methods at once."
+                    "then; choose fewer methods or seeds."
                 )
 
         output = pipeline(
             [settings.subject],
             guidance=settings.guidance(method, pipeline),
-            seed=settings.seed,
+            seed=seed,
             temperature=settings.temperature,
             on_tokens=look,
         )
         self.seconds = time.monotonic() - start
-        self.outputs[method] = (output.tokens[0], output.pixels[0])
+        self.outputs[method, seed] = (output.tokens[0], output.pixels[0])
 
 
 class Studio:
@@ -452,7 +409,7 @@ class Studio:
             session = self._sessions.setdefault(key, Session(visitor))
             self._sessions.move_to_end(key)
             while len(self._sessions) > self.limits.sessions:
-                # Whoever has most gives way, so that one visitor cannot push out the others.
+                # The visitor with most sessions loses one, so that nobody can push out the others.
                 ((most, _),) = Counter(kept.visitor for kept in self._sessions.values()).most_common(1)
                 oldest = next(name for name, kept in self._sessions.items() if kept.visitor == most)
                 _end(self._sessions.pop(oldest))
@@ -486,13 +443,31 @@ class Studio:
         if "subject" in values or model.takes_prompts:
             checked["subject"] = self._subject(model, values.get("subject", ""))
         if "methods" in values:
-            checked["methods"] = _methods(values["methods"])
+            checked["methods"] = check_methods(values["methods"])
         if "step_norm" in values:
             if not isinstance(values["step_norm"], bool):
                 raise UserError(f"Step Normalisation is either on or off, not {values['step_norm']!r}.")
             checked["step_norm"] = values["step_norm"]
-        checked.update((key, _number(key, values[key])) for key in RANGES if key in values)
-        return replace(model.defaults(name), **checked)
+        checked.update((key, check_number(key, values[key])) for key in RANGES if key in values)
+        settings = replace(model.defaults(name), **checked)
+        if (count := len(settings.pictures)) > self.limits.pictures:
+            raise UserError(
+                f"A drawing has at most {self.limits.pictures} pictures here, and these would be {count}; choose fewer "
+                "methods or seeds."
+            )
+        return settings
+
+    def example(self, name: Any, number: int) -> Settings:
+        """The settings that draw an example of a model: its own, without and with guidance.
+
+        Raises:
+            UserError: there is no such example.
+        """
+        model = self.model(name)
+        if not 0 <= number < len(model.examples):
+            raise UserError("That example is gone; load the page again.")
+        subject, seed = model.examples[number]
+        return replace(model.defaults(name), subject=subject, seed=seed, methods=("none", "cfg", "softcfg"))
 
     def settings_from_query(self, query: Mapping[str, str]) -> Settings:
         """The settings of a link made by `Settings.query`; keys that are no settings are left alone.
@@ -522,7 +497,7 @@ class Studio:
             if session.drawing is not None and session.drawing.active:
                 raise UserError("This page is drawing already; stop that first or wait for it.")
             session.drawing, session.shown, session.chosen = drawing, settings, None
-            session.panels = panels = [Panel(method, canvas.grid.num_tokens) for method in settings.methods]
+            session.panels = panels = [Panel(*picture, canvas.grid.num_tokens) for picture in settings.pictures]
             session.shots += 1
             shot = session.shots
         try:
@@ -537,13 +512,12 @@ class Studio:
                 yield drawing, panels
             self._look(canvas, drawing, panels)
             for panel in panels:
-                if panel.method in drawing.outputs:
-                    tokens, pixels = drawing.outputs[panel.method]
+                if output := drawing.outputs.get((panel.method, panel.seed)):
                     session.drawn += 1
+                    subject = model.name_of(settings.subject)
                     panel.picture = Picture(
-                        session.drawn, shot, settings, panel.method, model.name_of(settings.subject), canvas.grid,
-                        tokens, pixels,
-                    )  # fmt: skip
+                        session.drawn, shot, settings, panel.method, panel.seed, subject, canvas.grid, *output
+                    )
                     session.pictures[session.drawn] = panel.picture
             while len(session.pictures) > self.limits.pictures:
                 session.pictures.popitem(last=False)
@@ -605,8 +579,8 @@ class Studio:
                 )
             try:
                 subject.encode()
-            except UnicodeEncodeError:
-                raise UserError("The prompt holds half a character; write it again.") from None
+            except UnicodeEncodeError as error:
+                raise UserError("The prompt holds half a character; write it again.") from error
             return subject.strip()
         count = len(model.subjects)
         if isinstance(subject, str) and subject.isdecimal() and len(subject) < 10:
@@ -618,7 +592,7 @@ class Studio:
     @staticmethod
     def _look(canvas: Canvas, drawing: Drawing, panels: list[Panel]) -> None:
         for panel in panels:
-            tokens = drawing.tokens(panel.method)
+            tokens = drawing.tokens(panel.method, panel.seed)
             if tokens is not None and len(tokens) != panel.done:
                 panel.done, panel.pixels = len(tokens), canvas.sketch(tokens)
 
@@ -626,24 +600,3 @@ class Studio:
 def _end(session: Session) -> None:
     if session.drawing is not None:
         session.drawing.stop()
-
-
-def _methods(values: Any) -> tuple[str, ...]:
-    known = isinstance(values, Sequence) and all(isinstance(value, str) and value in METHODS for value in values)
-    if not known or not values:
-        raise UserError(f"Choose at least one method of {', '.join(METHODS)}.")
-    return tuple(method for method in METHODS if method in values)
-
-
-def _number(key: str, value: Any) -> float | int:
-    """A setting as a number of its kind; links hold text, forms may hold 3 for 3.0."""
-    low, high = RANGES[key]
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    whole = isinstance(low, int)
-    if not low <= number <= high or (whole and number != int(number)):
-        kind = "a whole number" if whole else "a number"
-        raise UserError(f"The {key} must be {kind} from {low:g} to {high:.0f}, not {value!r}.")
-    return int(number) if whole else number

@@ -1,7 +1,7 @@
 """How much of Gradio's queue each visitor holds.
 
-Gradio bounds the queue as a whole; the bounds here are a visitor's, so that one cannot take what is everyone's. This is
-the one place that looks into Gradio's own structures.
+Gradio bounds the queue as a whole; these bounds are per visitor, so that nobody can fill it alone. This is the only
+module that looks into Gradio's own structures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from softcfg.ui.studio import Limits
 
 
 class Waiting:
-    """What the queue of a page holds of each visitor and session."""
+    """What the queue of the page holds for each visitor and session."""
 
     def __init__(self, blocks: gr.Blocks, limits: Limits) -> None:
         self.places = limits.places
@@ -45,7 +45,7 @@ class Waiting:
         return 0 if messages is None else messages.qsize()
 
     def note(self, visitor: str, session: str) -> None:
-        """A visitor uses a session; of a visitor with many, Gradio forgets those that were not used for longest."""
+        """Note that a visitor uses a session; of too many, Gradio forgets the least recently used."""
         sessions = self._sessions.setdefault(visitor, OrderedDict())
         sessions[session] = None
         sessions.move_to_end(session)
@@ -58,7 +58,7 @@ class Waiting:
             states.time_last_used.pop(oldest, None)
 
     def keep_no_records(self) -> None:
-        """Gradio writes down every event, and sums all of them up again behind each; the page has no use for it."""
+        """Turn off Gradio's records of events, which it sums up after each one and the page never uses."""
         self._blocks._queue.event_analytics = _Nothing()
 
 

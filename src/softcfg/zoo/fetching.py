@@ -10,19 +10,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from softcfg.errors import CheckpointError, UserError
-from softcfg.files import TEMPORARY, hash_file, is_file, is_folder, open_atomically, open_regular
+from softcfg.errors import CheckpointError, UserError, quote
+from softcfg.files import TEMPORARY, as_path, hash_file, is_file, is_folder, open_atomically, open_regular
 from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
-from softcfg.zoo.loading import blank_module, config_of_texts, require_fit, weights_for
+from softcfg.zoo.loading import config_of_texts, empty_module, require_fit, weights_for
 from softcfg.zoo.reading import is_index, read_json, shards_of
-from softcfg.zoo.registry import ModelEntry, ModelFile, resolve
+from softcfg.zoo.registry import ModelEntry, ModelFile, is_repository, read_model_folder, resolve
+
+TRIES = 3  # of a download that breaks off
 
 
 def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, link: bool = False) -> list[Path]:
     """Bring the weights of a model onto this machine, check that they fit it, and return where they lie.
 
-    Files on Hugging Face are downloaded by its own client, into its own cache. Those on Google Drive are
-    downloaded in a browser, and taken from `source` into the checkpoints folder.
+    A model may also be the repository, "user/name", of a model folder on Hugging Face. Files there are downloaded by
+    its own client, into its own cache. Those on Google Drive are downloaded in a browser, and taken from `source` into
+    the checkpoints folder.
 
     Args:
         source: a file, or a folder, of which those with the names of the model's files are taken.
@@ -31,11 +34,13 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
     Raises:
         CheckpointError: a file cannot be had, is damaged or does not fit; nothing is left half-written.
     """
+    if isinstance(model, str) and is_repository(model):
+        return _fetch_repository(model)
     entry = resolve(model)
     if entry.folder:
         return [require_file(file, entry) for file in entry.files]
     if source is not None:
-        return _take(entry, Path(source), link)
+        return _take(entry, as_path(source), link)
     found: dict[ModelFile, Path] = {}
     missing: list[ModelFile] = []
     for file in entry.files:
@@ -56,6 +61,25 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
     return list(found.values())
 
 
+def _fetch_repository(repository: str) -> list[Path]:
+    """Download `model.yaml` of a repository and the files that it names, into one folder of the Hugging Face cache."""
+    try:
+        description = _download(ModelFile("model.yaml", repository))
+    except CheckpointError as error:
+        raise CheckpointError(f"there is no folder {repository}, and {error}") from error
+    entry = read_model_folder(description.parent)
+    found: dict[ModelFile, Path] = {}
+    for file in entry.files:
+        if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
+            raise CheckpointError(f"model.yaml of {repository} names {quote(file.name)}, which is not beside it")
+        found[file] = _download(ModelFile(file.name, repository))
+        if is_index(found[file]):
+            for shard in shards_of(found[file]):
+                found[file.beside(shard.name)] = _download(ModelFile(shard.name, repository))
+    _check_files(entry, found)
+    return [description, *found.values()]
+
+
 def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
     """Raise a `CheckpointError` unless the weights files among `found` hold exactly the tensors of their parts.
 
@@ -66,7 +90,7 @@ def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
             component = replace(component, config={**component.config, **read_json(found[component.config_file])})
         if component.file in found:
             path = found[component.file]
-            module, family = blank_module(component), component.family
+            module, family = empty_module(component), component.family
             require_fit(module, *weights_for(module, family, path), extras=family.extras)
     config_of_texts(entry, found)
 
@@ -75,20 +99,25 @@ def _download(file: ModelFile) -> Path:
     """Download a file into the Hugging Face cache and compare it with the hash that the Hub gives for it."""
     from huggingface_hub import constants, errors, hf_hub_download
 
-    try:
-        path = Path(hf_hub_download(file.repository, file.name))
-    except Exception as error:  # the client lets errors of several libraries through
-        reasons = (
-            (errors.GatedRepoError, "its authors give access on request only; see `hf auth login`"),
-            (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
-            (errors.LocalEntryNotFoundError, f"{constants.ENDPOINT} cannot be reached"),
-            (errors.EntryNotFoundError, "the repository has no such file"),
-        )
-        known = (text for kind, text in reasons if isinstance(error, kind))
-        reason = next(known, " ".join(str(error).split()))
-        if constants.HF_HUB_OFFLINE:
-            reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
-        raise CheckpointError(f"{file.name} was not downloaded from {file.repository}: {reason}") from error
+    page = f"{constants.ENDPOINT}/{file.repository}"
+    reasons = (
+        (errors.GatedRepoError, f"accept its licence at {page} first, and log in with `hf auth login`"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
+        (errors.LocalEntryNotFoundError, f"{constants.ENDPOINT} cannot be reached"),
+        (errors.EntryNotFoundError, "the repository has no such file"),
+    )
+    for left in reversed(range(TRIES)):
+        try:
+            path = Path(hf_hub_download(file.repository, file.name))
+            break
+        except Exception as error:  # the client lets errors of several libraries through
+            known = next((text for kind, text in reasons if isinstance(error, kind)), None)
+            reason = known or " ".join(str(error).split())
+            if constants.HF_HUB_OFFLINE:
+                reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
+            elif left and known is None and getattr(error, "errno", None) is None:
+                continue  # a connection that broke: what has come is on the disk, and the client goes on from there
+            raise CheckpointError(f"{file.name} was not downloaded from {file.repository}: {reason}") from error
     # In the cache a large file is a link to a blob that is named after its SHA-256.
     blob = Path(os.readlink(path)) if path.is_symlink() else path
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and hash_file(path) != blob.name:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from softcfg.errors import CheckpointError
-from softcfg.files import is_file
+from softcfg.files import as_path, is_file
 from softcfg.zoo.reading import is_index, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile
 
@@ -16,7 +16,7 @@ FOLDER_VARIABLE = "SOFTCFG_CHECKPOINTS"
 
 def checkpoints_folder() -> Path:
     """The folder of weights files put in place by hand: $SOFTCFG_CHECKPOINTS, or one in the user's cache."""
-    return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/checkpoints").expanduser()
+    return as_path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/checkpoints")
 
 
 def find_file(file: ModelFile) -> Path | None:
@@ -43,6 +43,19 @@ def require_file(file: ModelFile, entry: ModelEntry) -> Path:
         raise CheckpointError(f"{missing.name} of {entry.name} is missing: {how_to_get([missing], entry)}")
     assert path is not None
     return path
+
+
+def require_files(entry: ModelEntry, *given: object) -> None:
+    """Raise a `CheckpointError` that names all files of `entry` that are missing.
+
+    Args:
+        given: files that take the place of the weights of the generator and of the tokenizer; None: the model's own.
+    """
+    replaced = [part.file for part, file in zip(entry.components, given, strict=False) if file is not None]
+    missing = missing_files(file for file in entry.files if file not in replaced)
+    if missing:
+        names, are = ", ".join(file.name for file in missing), "is" if len(missing) == 1 else "are"
+        raise CheckpointError(f"{names} of {entry.name} {are} missing: {how_to_get(missing, entry)}")
 
 
 def missing_files(files: Iterable[ModelFile]) -> list[ModelFile]:

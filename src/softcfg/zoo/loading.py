@@ -6,13 +6,14 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.zoo.files import find_file, require_file
+from softcfg.zoo.mapped import MappedFiles
 from softcfg.zoo.reading import read_json, read_weights
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
 from softcfg.zoo.unwrapping import find_weights, require_plain
@@ -35,7 +36,7 @@ def load_generator(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Generator:
     """Load a generator in eval mode, its parameters without gradients.
 
@@ -46,7 +47,7 @@ def load_generator(
         checkpoint: a weights file, the index of several, or a state dict, under the released names. Tensors that need
             no conversion are used as they are, not copied.
         device: where the weights go; the CPU by default.
-        dtype: dtype of the weights; by default float32, or what suits a model of the zoo.
+        dtype: dtype of the weights, or its name; by default float32, or what suits a model of the zoo.
 
     Raises:
         CheckpointError: the weights are missing, damaged, unsafe to open or do not fit the configuration.
@@ -60,7 +61,7 @@ def load_tokenizer(
     config: ConfigSource | None = None,
     checkpoint: str | Path | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Tokenizer:
     """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
 
@@ -70,12 +71,19 @@ def load_tokenizer(
 
 
 def load_conditioning(
-    entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, *, with_files: bool = True
+    entry: ModelEntry,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    *,
+    with_files: bool = True,
+    quantize: str | None = None,
+    place: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Conditioning:
     """What turns labels or prompts into what the generator of a model is conditioned on.
 
     Args:
         with_files: whether to read the files that texts are read with; without them no prompt can be read.
+        quantize, place: of text encoders; see `Conditioning`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -87,6 +95,8 @@ def load_conditioning(
     text: dict[str, Any] = {}
     if entry.text is not None:
         text["settings"] = entry.text.settings
+        if quantize is not None or place is not None:
+            text |= {"quantize": quantize, "place": place}
         if with_files:
             text["files"] = {role: require_file(file, entry) for role, file in entry.text.files.items()}
     return conditioning_type(generator, tokenizer, name=entry.name, classes=entry.classes, **text)
@@ -98,10 +108,8 @@ def _load(
     config: ConfigSource | None,
     checkpoint: str | Path | Mapping[str, Tensor] | None,
     device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
 ) -> Any:
-    import torch
-
     kind = "generator" if families is GENERATORS else "tokenizer"
     if isinstance(name, str) and name in families:
         family = families[name]
@@ -115,12 +123,13 @@ def _load(
         family = component.family
         config = published_config(entry, component) if config is None else config
         checkpoint = require_file(component.file, entry) if checkpoint is None else checkpoint
-        dtype = getattr(torch, component.dtype) if dtype is None else dtype
+        dtype = component.dtype if dtype in (None, "auto") else dtype
     module_class, config_class = family.classes()
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     module = _on_meta(module_class, settings)
     state, source = weights_for(module, family, checkpoint)
-    return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras)
+    mapped = None if isinstance(checkpoint, Mapping) else MappedFiles()
+    return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras, mapped=mapped)
 
 
 def published_config(entry: ModelEntry, component: Component) -> dict[str, Any]:
@@ -162,6 +171,8 @@ def weights_for(
     def match(tensors: Mapping[str, Tensor]) -> int:
         return len(expected & family.needed(tensors).keys())
 
+    if not isinstance(checkpoint, (str, os.PathLike, Mapping)):
+        raise UserError(f"a checkpoint must be the path of a file or a state dict, got {quote(checkpoint)}")
     if isinstance(checkpoint, Mapping):
         source = "the given state dict"
         found = find_weights(checkpoint, source, family.entries, match, len(expected))
@@ -182,7 +193,7 @@ def load_weights(
     state_dict: Mapping[str, Tensor],
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     source: str = "the state dict",
     extras: bool = False,
 ) -> nn.Module:
@@ -204,32 +215,48 @@ def _fill(
     state_dict: Mapping[str, Tensor],
     *,
     device: str | torch.device | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     source: str,
     extras: bool,
+    mapped: MappedFiles | None = None,
 ) -> nn.Module:
-    """Give a module on the meta device its weights; see `load_weights`."""
+    """Give a module on the meta device its weights; see `load_weights`.
+
+    Args:
+        mapped: where the tensors may lie; what was converted, or copied to a device, is given back one by one.
+    """
     import torch
 
+    from softcfg.nn.precision import as_device, as_dtype
+
     require_fit(module, state_dict, source, extras=extras)
-    device = torch.device("cpu" if device is None else device)
-    dtype = torch.float32 if dtype is None else dtype
-    module.load_state_dict(
-        {
-            name: state_dict[name].detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in module.state_dict().items()
-        },
-        assign=True,
-    )
-    module.to(device)  # the tables that are no weights
+    device = as_device("cpu" if device is None else device)
+    number = as_dtype(dtype) or torch.float32
+
+    def take(name: str, like: Tensor) -> Tensor:
+        read = state_dict[name].detach()
+        made = read.to(device, number if like.is_floating_point() else like.dtype)
+        if mapped is not None and made is not read:
+            mapped.forget(read)
+        return made
+
+    taken = {name: take(name, tensor) for name, tensor in module.state_dict().items()}
+    module.load_state_dict(taken, assign=True)
+    module.to(device)  # tables that are not weights
     return module.requires_grad_(False).eval()
 
 
 def random_weights(
-    component: Component, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, seed: int = 0
+    component: Component,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    seed: int = 0,
 ) -> Any:
     """The module of `component` with random weights, for measuring speed without its file; in eval mode."""
     import torch
+
+    from softcfg.nn.precision import as_dtype
 
     module_class, config_class = component.family.classes()
     config: Any = load_config(config_class, component.config, component.family.sections)
@@ -241,15 +268,15 @@ def random_weights(
         except (RuntimeError, MemoryError) as error:
             family = component.family
             raise UserError(f"there is no memory for the {family.name} {family.kind} here") from error
-    return module.to(device, dtype).requires_grad_(False).eval()
+    return module.to(device, as_dtype(dtype)).requires_grad_(False).eval()
 
 
 def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class Sparing(TorchFunctionMode):
-        """Skips initial values, which are void on meta yet make torch import its compiler, and bounds what is built."""
+    class SkippingInit(TorchFunctionMode):
+        """Skips initialisation, which on meta only makes torch import its compiler, and bounds what is built."""
 
         tensors = 0
 
@@ -277,14 +304,14 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
             return 0
 
     try:
-        with torch.device("meta"), Sparing():
+        with torch.device("meta"), SkippingInit():
             return module_class(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         problem = clean(str(error).partition("\n")[0], 200)
         raise CheckpointError(f"the configured {module_class.__name__} cannot be built: {problem}") from error
 
 
-def blank_module(component: Component) -> nn.Module:
+def empty_module(component: Component) -> nn.Module:
     """The module of `component` as it should be, without memory for its weights."""
     module_class, config_class = component.family.classes()
     return _on_meta(module_class, load_config(config_class, component.config, component.family.sections))
@@ -329,14 +356,14 @@ def _short(name: str) -> str:
 
 def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> str:
     """Guess whose weights these are: those of a known model, or at least of another family."""
-    anatomy = _anatomy(found)
+    anatomy = _generic_names(found)
     likeness = {"": 0.8}  # the least for a guess
     seen: list[Component] = []
     for name, component in ((entry.name, component) for entry in MODELS.values() for component in entry.components):
         if component in seen:  # models share tokenizers
             continue
         seen.append(component)
-        known = blank_module(component)
+        known = empty_module(component)
         fits = not _differences(known.state_dict(), component.family.needed(found))
         label = f"{component.family.name} {component.family.kind}"
         if isinstance(known, module_class):
@@ -345,12 +372,12 @@ def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> st
         elif fits:
             return f"; this looks like a checkpoint of the {label} (it fits {name})"
         else:
-            expected = _anatomy(known.state_dict())
+            expected = _generic_names(known.state_dict())
             likeness[label] = len(expected & anatomy) / len(expected | anatomy)
     best = max(likeness, key=likeness.__getitem__)
     return f"; this looks like a checkpoint of the {best}" if best else ""
 
 
-def _anatomy(names: Iterable[str]) -> set[str]:
+def _generic_names(names: Iterable[str]) -> set[str]:
     """The names without their numbers: the same for every size of a family."""
     return {re.sub(r"\d+", "#", name) for name in names}

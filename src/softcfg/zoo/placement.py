@@ -1,27 +1,30 @@
-"""Fitting a large generator: weights of 8 or 4 bits through torchao, layers on several devices through Accelerate."""
+"""Make a large generator fit: 8 or 4 bit weights by torchao, layers on several devices by Accelerate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from softcfg.models.base import Generator
+    from softcfg.tokenizers.base import Tokenizer
+
+ModuleT = TypeVar("ModuleT", bound="nn.Module")
 
 QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)  # weights that share a scale in int4, the preferred number first
 
 
-def quantize(generator: Generator, kind: str, device: torch.device) -> Generator:
+def quantize(module: ModuleT, kind: str, device: torch.device) -> ModuleT:
     """Round the weights of the linear layers to integers, one layer after the other, and move all to `device`.
 
-    "int8" has one scale a row. "int4" has one for every 128 weights of a row (fewer in narrow layers) and saves memory
-    on GPUs alone, where the weights must be bfloat16; on a CPU it is the same rounding, kept in a byte each.
+    "int8" has one scale per row. "int4" has one per 128 weights of a row (fewer in narrow layers) and saves memory on
+    GPUs only, where the weights must be bfloat16; on a CPU it is the same rounding, kept in one byte per weight.
 
     Raises:
         UserError: torchao is missing, or there is no such kind.
@@ -34,9 +37,10 @@ def quantize(generator: Generator, kind: str, device: torch.device) -> Generator
     try:
         from torchao.quantization import quantize_
     except ImportError as error:
-        raise UserError(f"{kind} weights need torchao: pip install 'softcfg[quantize]'") from error
-    if kind == "int4" and device.type == "cuda" and generator.dtype != torch.bfloat16:
-        raise UserError(f"int4 weights on a GPU need bfloat16, not {str(generator.dtype).removeprefix('torch.')}")
+        raise UserError(f"{kind} weights need torchao: {how_to_install('quantize')}") from error
+    dtype = next(module.parameters()).dtype
+    if kind == "int4" and device.type == "cuda" and dtype != torch.bfloat16:
+        raise UserError(f"int4 weights on a GPU need bfloat16, not {str(dtype).removeprefix('torch.')}")
     for group in GROUP_SIZES if kind == "int4" else (1,):
 
         def fits(layer: nn.Module, name: str, group: int = group) -> bool:
@@ -44,8 +48,8 @@ def quantize(generator: Generator, kind: str, device: torch.device) -> Generator
                 return False
             return layer.in_features % group == 0
 
-        quantize_(generator, _recipe(kind, group, device), fits, device=device)
-    return generator.to(device)
+        quantize_(module, _recipe(kind, group, device), fits, device=device)
+    return module.to(device)
 
 
 def _recipe(kind: str, group: int, device: torch.device) -> Any:
@@ -84,7 +88,7 @@ def spread(
     try:
         from accelerate import dispatch_model, infer_auto_device_map
     except ImportError as error:
-        raise UserError("device_map needs Accelerate: pip install 'softcfg[runs]'") from error
+        raise UserError(f"device_map needs Accelerate: {how_to_install('runs')}") from error
     if not isinstance(device_map, str):
         placed = dict(device_map)
     elif device_map == "auto":
@@ -101,3 +105,59 @@ def spread(
     for name, buffer in generator.named_buffers(recurse=False):
         generator.register_buffer(name, buffer.to(generator.device), persistent=False)
     return generator
+
+
+def move(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    where: Iterable[torch.device | torch.dtype | str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantized: str | None = None,
+) -> None:
+    """Move both halves of a model to a device, give the generator a dtype, or both.
+
+    Args:
+        where: devices and dtypes in any order, as `nn.Module.to` takes them.
+        quantized: the integers that the generator's weights were rounded to, if any.
+
+    Raises:
+        UserError: there is no such device or dtype, or the generator is quantized or spread over several devices.
+    """
+    import torch
+
+    from softcfg.nn.precision import as_dtype
+
+    for what in where:
+        if isinstance(what, torch.dtype) or (isinstance(what, str) and not _is_device(what)):
+            dtype = what
+        else:
+            device = what
+    dtype = as_dtype(dtype)
+    if generator.layer_devices is not None:
+        raise UserError("the generator is spread over several devices and stays there: load the model anew")
+    if dtype is not None and quantized is not None:
+        raise UserError(f"the weights of the generator are {quantized}: load the model anew")
+    if dtype is not None and not dtype.is_floating_point:
+        raise UserError(f"a generator computes in floating point, not in {dtype}; see quantize of from_pretrained")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)  # before anything is moved
+        except (RuntimeError, AssertionError, TypeError):
+            raise UserError(
+                f"device {device} is not available here; use cpu, or cuda on a machine with a GPU"
+            ) from None
+        tokenizer.to(device)
+        generator.to(device)
+    if dtype is not None:
+        generator.to(dtype)
+
+
+def _is_device(name: str) -> bool:
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from softcfg.errors import CheckpointError, clean, quote
-from softcfg.files import hash_file, is_folder, open_regular, read_text, reopened
+from softcfg.files import as_path, hash_file, is_folder, open_regular, read_text, reading, reopened
 from softcfg.zoo.unwrapping import ENTRIES, Found, Match, find_weights, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 MOST_FILES = 1000  # of an index
 LARGEST_JSON = 1 << 24  # bytes of an index or a configuration
 LARGEST_HEADER = 1 << 24  # bytes of the header of a .safetensors file
-# What trainings keep beside weights: settings, numbers of numpy, paths. None of it is needed.
+# What training checkpoints keep beside weights: settings, numpy scalars, paths. None of it is needed.
 HARMLESS = (
     "argparse.Namespace",
     "types.SimpleNamespace",
@@ -45,7 +45,7 @@ HARMLESS = (
     "numpy.ndarray",
     "numpy.dtype",
 )
-UNPACKED = 4  # times the size of its file that the tensors of a checkpoint may have: some share their numbers
+MOST_GROWTH = 4  # times the size of its file that the tensors of a checkpoint may have: some share their numbers
 
 
 def read_state_dict(
@@ -53,7 +53,7 @@ def read_state_dict(
 ) -> dict[str, Tensor]:
     """Read a weights file (.safetensors, or .bin, .pt, .pth, .ckpt of PyTorch) without executing anything in it.
 
-    Of weights in several .safetensors files, `path` is the index.
+    Of weights in several files, `path` is the index.
 
     Tensors are mapped from the file where its format allows, so that reading is cheap until they are used.
 
@@ -75,16 +75,16 @@ def read_weights(
     wanted: int = 0,
 ) -> Found:
     """Like `read_state_dict`, with what was unwrapped; `match` and `wanted` as in `find_weights`."""
-    path = Path(path)
+    path = as_path(path)
     if is_index(path):
         content, size = _read_shards(path), sum(os.path.getsize(part) for part in shards_of(path))
     else:
         content, size = _read_content(path, allowed_types)
     found = find_weights(content, str(path), entries, match, wanted)
     require_plain(found.tensors, str(path))
-    if (unpacked := sum(tensor.numel() * tensor.itemsize for tensor in found.tensors.values())) > UNPACKED * size:
+    if (unpacked := sum(tensor.numel() * tensor.itemsize for tensor in found.tensors.values())) > MOST_GROWTH * size:
         raise CheckpointError(
-            f"{path} was refused: its {size:,} bytes unpack to {unpacked:,}, more than {UNPACKED} times as many"
+            f"{path} was refused: its {size:,} bytes unpack to {unpacked:,}, more than {MOST_GROWTH} times as many"
         )
     return found
 
@@ -101,7 +101,7 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
             if path.suffix.lower() == ".safetensors":
                 content: Any = load_file(reopened(file))
             else:
-                with torch.serialization.safe_globals([*allowed_types, *_stand_ins()]):
+                with torch.serialization.safe_globals([*allowed_types, *_placeholders()]):
                     mapped = head.startswith(b"PK")
                     content = torch.load(reopened(file), map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # readers raise a dozen types on damaged files
@@ -110,13 +110,13 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
                     f"{path} was refused: it contains Python objects other than tensors ({clean(forbidden[1], 100)}), "
                     "which could run code when opened; save its tensors alone, best as .safetensors"
                 ) from error
-            raise CheckpointError(f"{path} is truncated, damaged or no weights file; get it again") from error
+            raise CheckpointError(f"{path} is truncated, damaged or not a weights file; get it again") from error
     return content, size
 
 
 @cache
-def _stand_ins() -> tuple[type, ...]:
-    """A class for each of `HARMLESS` that takes its name and keeps nothing: no code of the real one is run."""
+def _placeholders() -> tuple[type, ...]:
+    """A class for each of `HARMLESS` that has its name and keeps nothing: the code of the real one never runs."""
     return tuple(
         type(name.rpartition(".")[2], (_Ignored,), {"__module__": name.rpartition(".")[0]}) for name in HARMLESS
     )
@@ -135,14 +135,14 @@ class _Ignored:
 
 def is_index(path: Path) -> bool:
     """Whether the file is the index of weights in several files."""
-    return path.name.endswith(INDEX_SUFFIX)
+    return path.name.endswith(INDEX_SUFFIXES)
 
 
 def shards_of(index: Path) -> list[Path]:
     """Return the files that the index of a checkpoint lists, beside it.
 
     Raises:
-        CheckpointError: it is no such index.
+        CheckpointError: it is not such an index.
     """
     names = _weight_map(index).values()
     return [index.with_name(name) for name in dict.fromkeys(names)]
@@ -151,12 +151,12 @@ def shards_of(index: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} is no index of weights files: it has no weight_map; get it again")
+        raise CheckpointError(f"{index} is not an index of weights files: it has no weight_map; get it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-            raise CheckpointError(f"{index} names {quote(name)}, which is no file beside it")
+            raise CheckpointError(f"{index} names {quote(name)}, which is not a file beside it")
         if not name.lower().endswith((".safetensors", *TORCH_SUFFIXES)):
-            raise CheckpointError(f"{index} names {quote(name)}, which is no weights file")
+            raise CheckpointError(f"{index} names {quote(name)}, which is not a weights file")
     if (files := len(set(weight_map.values()))) > MOST_FILES:
         raise CheckpointError(f"{index} names {files:,} files, more than {MOST_FILES:,}, the limit")
     return weight_map
@@ -178,12 +178,10 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping; raises `CheckpointError` if it is anything else."""
+    with reading(path, CheckpointError):
+        text = read_text(path, LARGEST_JSON)
     try:
-        content = json.loads(read_text(path, LARGEST_JSON))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no JSON file; get it again ({error})") from error
     if not isinstance(content, dict):
@@ -194,21 +192,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _open_weights(path: Path) -> BinaryIO:
     if is_folder(path):
         raise CheckpointError(f"{path} is a folder; give the path of a weights file")
-    try:
+    with reading(path, CheckpointError):
         return open_regular(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_head(file: BinaryIO, path: Path, size: int) -> bytes:
     """Return the first bytes of a weights file of `size` bytes, or say what the file is instead."""
-    try:
+    with reading(path, CheckpointError):
         head = file.read(512)
         file.seek(0)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not head:
         raise CheckpointError(f"{path} is empty; get it again")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -224,7 +216,7 @@ def _read_head(file: BinaryIO, path: Path, size: int) -> bytes:
 
 def hash_weights(path: str | Path) -> str:
     """Return the SHA-256 of a weights file; of weights in several files, that of their hashes, in order."""
-    path = Path(path)
+    path = as_path(path)
     if not is_index(path):
         return hash_file(path)
     hashes = "\n".join(hash_file(part) for part in (path, *shards_of(path)))

@@ -7,9 +7,9 @@ in the `model.yaml` of their folder, published ones in `published/FAMILY.yaml`, 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from softcfg.configuration import read_yaml
-from softcfg.errors import UserError, quote
-from softcfg.files import is_file, is_folder
+from softcfg.errors import UserError, quote, suggestion
+from softcfg.files import as_path, is_file, is_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,8 @@ class ModelFile:
     """A weights file: on Hugging Face (`repository`), on Google Drive (`drive_id`) or in a local `folder`.
 
     Attributes:
-        name: weights in several files go by their index, `NAME.safetensors.index.json`, which lists those beside it.
+        name: weights in several files go by their index, `NAME.safetensors.index.json` or `NAME.bin.index.json`, which
+            lists those beside it.
         alias: its name in the checkpoints folder, where another model's file has the name it was published under; may
             begin with a folder.
     """
@@ -153,9 +154,11 @@ class ModelEntry:
     Attributes:
         text: how it reads prompts; None for models that draw classes.
         sampling: default settings, as far as known: temperature, top_k, guidance_scale, guidance_scale_pow, schedule,
-            seed.
+            rule, seed.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
+        licence: under which its weights are published, in words.
+        examples: prompts or names of classes on which guidance methods differ, each with a seed.
     """
 
     name: str
@@ -166,6 +169,8 @@ class ModelEntry:
     fid: float | None = None
     classes: tuple[str, ...] = ()
     text: TextComponent | None = None
+    licence: str = ""
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[Component, Component]:
@@ -174,9 +179,9 @@ class ModelEntry:
 
     @property
     def files(self) -> list[ModelFile]:
-        """The files of the model; of weights in several files, the index."""
+        """The files of the model, each once; of weights in several files, the index."""
         files = [file for component in self.components for file in component.files]
-        return files if self.text is None else [*files, *self.text.files.values()]
+        return list(dict.fromkeys(files if self.text is None else [*files, *self.text.files.values()]))
 
     @property
     def folder(self) -> Path | None:
@@ -193,70 +198,45 @@ def _by_name(items: Iterable[Named]) -> dict[str, Named]:
     return {item.name: item for item in items}  # type: ignore[attr-defined]
 
 
-def _generator(name: str, module: str, model: str, config: str, **layout: Any) -> Family:
-    return Family("generator", name, module, model, config, ("model.vq_model", "model.generator"), **layout)
+def _generator(name: str, module: str, model: str, config: str = "", **layout: Any) -> Family:
+    sections = ("model.vq_model", "model.generator")
+    return Family("generator", name, f"softcfg.models.{module}", model, config or f"{model}Config", sections, **layout)
 
 
-def _tokenizer(name: str, module: str, model: str, config: str, **layout: Any) -> Family:
-    return Family("tokenizer", name, module, model, config, ("model.vq_model",), **layout)
+def _tokenizer(name: str, module: str, model: str, **layout: Any) -> Family:
+    sections = ("model.vq_model",)
+    return Family("tokenizer", name, f"softcfg.tokenizers.{module}", model, f"{model}Config", sections, **layout)
 
+
+_LLAMAGEN: dict[str, Any] = {"entries": ("model", "module", "state_dict"), "ignored": ("freqs_cis",)}
+_ROBUSTOK: dict[str, Any] = {
+    "entries": ("ema", "model", "state_dict"),
+    "ignored": ("semantic_model.", "quantize.ema_vocab_hit_SV", "encoder.lvl1LC", "decoder.lvl1LC"),
+}
+_CODEBOOK_USED = ("quantize.codebook_used",)
 
 GENERATORS: dict[str, Family] = _by_name(
     [
-        _generator("alitok", "softcfg.models.alitok", "AliTok", "AliTokConfig"),
-        _generator("rar", "softcfg.models.rar", "RAR", "RARConfig"),
-        _generator("robustok", "softcfg.models.rar", "RAR", "RobusTokConfig"),
-        _generator(
-            "llamagen",
-            "softcfg.models.llamagen",
-            "LlamaGen",
-            "LlamaGenConfig",
-            entries=("model", "module", "state_dict"),
-            ignored=("freqs_cis",),
-        ),
-        _generator(
-            "llamagen-t2i",
-            "softcfg.models.llamagen_t2i",
-            "LlamaGenT2I",
-            "LlamaGenT2IConfig",
-            entries=("model", "module", "state_dict"),
-            ignored=("freqs_cis",),
-        ),
-        _generator("janus-pro", "softcfg.models.janus", "Janus", "JanusConfig", layouts="from_published"),
-        _generator("emu3", "softcfg.models.emu3", "Emu3", "Emu3Config", layouts="from_published"),
-        _generator("lumina-mgpt-2", "softcfg.models.lumina", "Lumina", "LuminaConfig", ignored=("model.vqmodel.",)),
+        _generator("alitok", "alitok", "AliTok"),
+        _generator("rar", "rar", "RAR"),
+        _generator("robustok", "rar", "RAR", "RobusTokConfig"),
+        _generator("llamagen", "llamagen", "LlamaGen", **_LLAMAGEN),
+        _generator("llamagen-t2i", "llamagen_t2i", "LlamaGenT2I", **_LLAMAGEN),
+        _generator("janus-pro", "janus", "Janus", layouts="from_published"),
+        _generator("emu3", "emu3", "Emu3", layouts="from_published"),
+        _generator("lumina-mgpt-2", "lumina", "Lumina", ignored=("model.vqmodel.",)),
     ]
 )
 
 TOKENIZERS: dict[str, Family] = _by_name(
     [
-        _tokenizer("alitok", "softcfg.tokenizers.alitok", "AliTokTokenizer", "AliTokTokenizerConfig"),
-        _tokenizer("maskgit-vq", "softcfg.tokenizers.maskgit_vq", "MaskGITVQ", "MaskGITVQConfig"),
-        _tokenizer(
-            "robustok",
-            "softcfg.tokenizers.robustok",
-            "RobusTokTokenizer",
-            "RobusTokTokenizerConfig",
-            entries=("ema", "model", "state_dict"),
-            ignored=("semantic_model.", "quantize.ema_vocab_hit_SV", "encoder.lvl1LC", "decoder.lvl1LC"),
-        ),
-        _tokenizer(
-            "llamagen-vq",
-            "softcfg.tokenizers.llamagen_vq",
-            "LlamaGenVQ",
-            "LlamaGenVQConfig",
-            ignored=("quantize.codebook_used",),
-        ),
-        _tokenizer("movq", "softcfg.tokenizers.movq", "MoVQ", "MoVQConfig", extras=True),
-        _tokenizer(
-            "janus-vq",
-            "softcfg.tokenizers.janus_vq",
-            "JanusVQ",
-            "JanusVQConfig",
-            ignored=("quantize.codebook_used",),
-            layouts="from_published",
-        ),
-        _tokenizer("emu3-vq", "softcfg.tokenizers.emu3_vq", "Emu3VQ", "Emu3VQConfig", layouts="from_published"),
+        _tokenizer("alitok", "alitok", "AliTokTokenizer"),
+        _tokenizer("maskgit-vq", "maskgit_vq", "MaskGITVQ"),
+        _tokenizer("robustok", "robustok", "RobusTokTokenizer", **_ROBUSTOK),
+        _tokenizer("llamagen-vq", "llamagen_vq", "LlamaGenVQ", ignored=_CODEBOOK_USED),
+        _tokenizer("movq", "movq", "MoVQ", extras=True),
+        _tokenizer("janus-vq", "janus_vq", "JanusVQ", ignored=_CODEBOOK_USED, layouts="from_published"),
+        _tokenizer("emu3-vq", "emu3_vq", "Emu3VQ", layouts="from_published"),
     ]
 )
 
@@ -295,9 +275,7 @@ def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
     """Return `table[name]`, or raise a `UserError` that starts with `problem` and suggests near names."""
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name[:100].lower().replace("_", "-"), table, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(table)}"
-    raise UserError(f"{problem} {quote(name)}; {hint}")
+    raise UserError(f"{problem} {quote(name)}; {suggestion(name, table) or 'known: ' + ', '.join(table)}")
 
 
 def read_model_folder(folder: Path) -> ModelEntry:
@@ -361,9 +339,14 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             expect(str, settings, "template")
         return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
+    examples = expect(dict, content, "examples", {})
+    classes = expect(list, content, "classes", [])
+    for name in classes:
+        if isinstance(name, bool) or not isinstance(name, (str, int)):  # YAML reads no, on and null as something else
+            raise UserError(f"{path}: classes must be texts, got {quote(name)}; put names in quotes")
     sampling = expect(dict, content, "sampling", {})
     for key, value in sampling.items():
-        if key == "schedule":
+        if key in ("schedule", "rule"):
             expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
         else:
             number(f"sampling.{key}", value)
@@ -374,8 +357,10 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         expect(str, content, "description", ""),
         sampling,
         None if content.get("fid") is None else number("fid", content["fid"]),
-        tuple(str(name) for name in expect(list, content, "classes", [])),
+        tuple(map(str, classes)),
         text() if "text" in content else None,
+        expect(str, content, "licence", ""),
+        {str(name): expect(int, examples, name) for name in examples},
     )
 
 
@@ -396,21 +381,41 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
     """Return the entry of a model given by name or by the path of a model folder (or of its model.yaml).
 
     Raises:
-        UserError: no such model (the nearest names are suggested), or a folder that is no model folder.
+        UserError: no such model (the nearest names are suggested), or a folder that is not a model folder.
     """
     if isinstance(model, ModelEntry):
         return model
-    path = Path(model)
+    path = as_path(model)
     if str(model) not in MODELS:
         if path.name == "model.yaml" and is_file(path):
             return read_model_folder(path.parent)
         if is_folder(path):
             if not os.path.lexists(path / "model.yaml"):
-                raise UserError(f"folder {path} holds no model.yaml, so it is no model folder")
+                raise UserError(f"folder {path} holds no model.yaml, so it is not a model folder")
             return read_model_folder(path)
-        if path.parent != Path():
-            raise UserError(f"{path} does not exist; give the name of a model or the path of a model folder")
+        if isinstance(model, str) and is_repository(model):
+            return _fetched(model)
+        if path.parent != Path() or isinstance(model, Path) or set(model) & set("/\\~"):
+            raise UserError(f"there is no folder {model}; give the name of a model or the path of a model folder")
     return find(MODELS, str(model), "there is no model named")
+
+
+def is_repository(model: str) -> bool:
+    """Whether a name is that of a Hugging Face repository, "user/name", and not that of something here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII) is not None and not os.path.lexists(model)
+
+
+def _fetched(repository: str) -> ModelEntry:
+    """The model folder of a repository in the Hugging Face cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository, "model.yaml")
+    if not isinstance(path, str):
+        raise UserError(
+            f"there is no folder {repository}; if it is a model folder on Hugging Face, "
+            f"run `softcfg fetch {repository}` first"
+        )
+    return read_model_folder(Path(path).parent)
 
 
 def __getattr__(name: str) -> Any:

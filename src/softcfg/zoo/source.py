@@ -1,4 +1,4 @@
-"""Where a loaded model came from: what a run writes down of it."""
+"""Where a loaded model came from, as runs record it."""
 
 from __future__ import annotations
 
@@ -58,13 +58,19 @@ def describe_component(component: Component, entry: ModelEntry, checkpoint: str 
     return {"family": component.family.name, "config": dict(component.config), "sha256": hash_weights(path)}
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself, of what `torch.compile` makes of one."""
+    return getattr(module, "_orig_mod", module)
+
+
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Class, configuration and SHA-256 of one half of a model that was made in memory.
 
-    The hash is over names, dtypes, shapes and values of the weights. A configuration that is no dataclass is left out.
+    The hash is over names, dtypes, shapes and values of the weights. Only a dataclass is kept as configuration.
     """
     import torch
 
+    module = uncompiled(module)
     config: Any = getattr(module, "config", None)
     is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
     digest = hashlib.sha256()

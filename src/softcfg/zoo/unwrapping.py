@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENTRIES = ("model", "state_dict")
-# Where trainings keep weights, beside the entries of a family; those that are preferred come first.
+# Where training checkpoints keep weights, besides the entries of a family; the preferred ones come first.
 WRAPPERS = (
     *ENTRIES,
     "model_state_dict",
@@ -33,7 +33,7 @@ WRAPPERS = (
 # What torch.compile, FSDP and activation checkpointing put into names, wherever they wrapped a module.
 MARKERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 MARKED = re.compile("|".join(map(re.escape, MARKERS)))
-COUNTER = "n_averaged"  # the one tensor of an AveragedModel that is no weight
+COUNTER = "n_averaged"  # the one tensor of an AveragedModel that is not a weight
 DEEPEST = 8  # levels of entries, and of a prefix
 MOST_PREFIXES = 100  # that are tried
 MOST_NAMES = 50_000  # among which a prefix is looked for
@@ -62,7 +62,7 @@ def find_weights(
 
     Without `match` it is under the first of `entries`, or of what trainings usually call it, that is there; the prefix
     "module." is dropped if all names share it. What torch.compile and FSDP add to names is dropped in any case, and
-    so are entries beside the weights that are no tensors.
+    so are entries beside the weights that are not tensors.
 
     Args:
         entries: keys under which the weights may be, the preferred one first.

@@ -19,9 +19,7 @@ from softcfg.layouts import rename
 from softcfg.models.base import Condition
 from softcfg.models.emu3.prompts import PIXELS_PER_CODE, Emu3Prompt, Emu3Prompts, check_grid
 from softcfg.models.geometry import Geometry
-from softcfg.models.llama import LlamaConfig, LlamaGenerator, PromptIds, left_pad, make_decoder, precise, prompt_ids
-from softcfg.nn.linear import Linear
-from softcfg.nn.llama import LlamaDecoder
+from softcfg.models.llama import LlamaConfig, PromptIds, SharedVocabularyGenerator, left_pad, only_size, prompt_ids
 
 EXAMPLE_TOKENS = 64
 ENDING = ("eof", "eoi", "eos")  # what follows the last line
@@ -76,18 +74,17 @@ class Emu3Config(LlamaConfig):
         """The layout of an image with a grid of codes.
 
         Raises:
-            ValueError: the image is too small.
+            UserError: the image is too small.
         """
         check_grid(rows, columns)
         return Geometry(rows, columns, row_end=1, tail=len(ENDING))
 
 
-class Emu3(LlamaGenerator):
+class Emu3(SharedVocabularyGenerator):
     """The Emu3 generator.
 
     A row is a prompt and an image: lines of codes, each with an end of line, then the ends of the frame, the image and
-    the text. Image tokens are ids of the whole vocabulary; what may stand where is a rule. An unconditional row begins
-    with the negative prompt, which may be longer or shorter.
+    the text. An unconditional row begins with the negative prompt, which may be longer or shorter.
     """
 
     config: Emu3Config
@@ -96,14 +93,20 @@ class Emu3(LlamaGenerator):
     def __init__(self, config: Emu3Config) -> None:
         super().__init__(config)
         self.num_tokens = config.geometry(*config.default_grid).num_tokens
-        self.vocab_size = config.vocab_size
-        self.model = make_decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def decoder(self) -> LlamaDecoder:
-        """See `LlamaGenerator.decoder`."""
-        return self.model
+    def code_ids(self) -> range:
+        """See `SharedVocabularyGenerator.code_ids`."""
+        first = self.config.special_ids["visual0"]
+        return range(first, first + self.config.code_count)
+
+    def structure(self, steps: Tensor, condition: Condition) -> Tensor:
+        """See `SharedVocabularyGenerator.structure`: the end after a line, the three ends after the last one."""
+        special = self.config.special_ids
+        tokens = torch.full_like(steps, special["eol"])
+        for step, name in enumerate(ENDING, start=condition.num_tokens - len(ENDING)):
+            tokens = tokens.masked_fill(steps == step, special[name])
+        return tokens
 
     def condition(self, prompts: Sequence[Emu3Prompt], *, guided: bool) -> PromptIds:
         """See `Generator.condition`.
@@ -115,15 +118,8 @@ class Emu3(LlamaGenerator):
         config = self.config
         if not prompts or not all(isinstance(prompt, Emu3Prompt) for prompt in prompts):
             raise UserError(f"prompts must be a list of at least one Emu3Prompt, got {prompts!r}")
-        grids = {config.default_grid if prompt.grid is None else prompt.grid for prompt in prompts}
-        if len(grids) > 1:
-            listed = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(grids))
-            raise UserError(f"all images of a batch must have one size, got grids of {listed} codes")
-        try:
-            geometry = config.geometry(*grids.pop())
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
+        grids = [config.default_grid if prompt.grid is None else prompt.grid for prompt in prompts]
+        geometry = config.geometry(*only_size(grids, "grids of codes of "))
         ids = [prompt_ids(prompt.ids, self.vocab_size) for prompt in prompts]
         if guided:
             ids += [self._negative(prompt, own) for prompt, own in zip(prompts, list(ids), strict=True)]
@@ -142,31 +138,6 @@ class Emu3(LlamaGenerator):
         if not len(header):
             raise UserError("a prompt must have the header of its image; without it, give a negative prompt")
         return torch.cat((ids[:1], ids[int(header[-1]) :]))
-
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """See `Generator.embed_tokens`."""
-        return self.model.embed_tokens(tokens)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """See `Generator.logits`; they are float32 or better."""
-        return precise(self.lm_head(self.model.norm(x)))
-
-    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """Codes inside of a line, its end after it, the three ends after the last: see `Generator.constrain`."""
-        special, first = self.config.special_ids, self.config.special_ids["visual0"]
-        token = torch.arange(self.vocab_size, device=logits.device)
-        codes = (token >= first) & (token < first + self.config.code_count)
-        structure = torch.full_like(steps, special["eol"])
-        for step, name in enumerate(ENDING, start=condition.num_tokens - len(ENDING)):
-            structure = structure.masked_fill(steps == step, special[name])
-        code = condition.geometry.is_code(steps)
-        allowed = torch.where(code[..., None], codes, token == structure[..., None])
-        return logits.masked_fill(~allowed, float("-inf"))
-
-    def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
-        """See `Generator.image_codes`."""
-        steps = torch.arange(condition.num_tokens, device=tokens.device)
-        return tokens[:, condition.geometry.is_code(steps)] - self.config.special_ids["visual0"]
 
 
 def from_published(tensors: Mapping[str, Any]) -> dict[str, Any]:

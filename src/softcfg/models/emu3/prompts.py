@@ -18,8 +18,9 @@ from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.models.conditioning import PromptConditioning
+from softcfg.models.emu3.vocabulary import EmuTokenizer
 from softcfg.models.geometry import Geometry
-from softcfg.models.text import Piece, Special, TextTokenizer
+from softcfg.models.text import TOKENIZER, Piece, Special, TextTokenizer
 from softcfg.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -50,21 +51,22 @@ NEGATIVE_PROMPT = (
 
 IMAGE_AREA = 720 * 720  # pixels
 PIXELS_PER_CODE = 8
+SPECIAL_FILE = "special_tokens"  # the role of emu3_vision_tokens.txt, beside a vocabulary in tiktoken's format
 LEAST_COLUMNS = 3  # with fewer, the end of a line and the end of the image fall on the same token
 
 
 def grid_of_ratio(ratio: str, area: int = IMAGE_AREA) -> tuple[int, int]:
-    """Return the rows and columns (h, w) of codes of an image whose sides are as WIDTH:HEIGHT, on about `area` pixels.
+    """Return rows and columns (h, w) of codes of an image of about `area` pixels whose sides are as WIDTH:HEIGHT.
 
     Raises:
-        ValueError: `ratio` has another form, or the image would be too small.
+        UserError: `ratio` has another form, or the image would be too small.
     """
     match = re.fullmatch(r"(\d+):(\d+)", ratio, re.ASCII)
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height:
-        raise ValueError(f"ratio must be WIDTH:HEIGHT, such as 16:9, got {ratio!r}")
+        raise UserError(f"ratio must be WIDTH:HEIGHT, such as 16:9, got {ratio!r}")
     if area < 1:
-        raise ValueError(f"the area of an image must be greater than 0 pixels, got {area}")
+        raise UserError(f"the area of an image must be greater than 0 pixels, got {area}")
     unit = math.sqrt(area / (width * height))
     # Halves are rounded to the even number, as released.
     rows, columns = (round(side * unit / PIXELS_PER_CODE) for side in (height, width))
@@ -73,9 +75,9 @@ def grid_of_ratio(ratio: str, area: int = IMAGE_AREA) -> tuple[int, int]:
 
 
 def check_grid(rows: int, columns: int) -> None:
-    """Raise `ValueError` for a grid of codes that cannot be drawn."""
+    """Raise `UserError` for a grid of codes that cannot be drawn."""
     if rows < 1 or columns < LEAST_COLUMNS:
-        raise ValueError(
+        raise UserError(
             f"an image must have at least 1 row and {LEAST_COLUMNS} columns of codes of {PIXELS_PER_CODE} pixels, "
             f"got {rows} x {columns}"
         )
@@ -89,6 +91,13 @@ def prompt_pieces(text: str, grid: tuple[int, int]) -> list[Piece]:
 def prompt_ids(tokenizer: TextTokenizer, text: str, grid: tuple[int, int]) -> list[int]:
     """Return the token ids of `prompt_pieces`; the text is brought into Unicode's form NFC first."""
     return tokenizer.ids(prompt_pieces(unicodedata.normalize("NFC", text), grid))
+
+
+def text_tokenizer(files: Mapping[str, Path]) -> TextTokenizer | None:
+    """Return the text tokenizer among a model's files, in either format; None if it is not, or not all of it, there."""
+    if TOKENIZER not in files or files[TOKENIZER].suffix == ".json":
+        return TextTokenizer.of(files)
+    return EmuTokenizer(files[TOKENIZER], files[SPECIAL_FILE]) if SPECIAL_FILE in files else None
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,9 @@ class Emu3Prompt:
 class Emu3Prompts(PromptConditioning):
     """The prompts of an Emu3 model: texts and negative texts, for images of any size.
 
-    Its one file is "tokenizer", the `tokenizer.json`. Its settings are "positive_text", which is put after every text,
-    and "negative_text", what the unconditional branch reads where a prompt does not say; as released by default.
+    Its file is "tokenizer", the `tokenizer.json`; or, as the authors publish it, the vocabulary `emu3.tiktoken`, with
+    `emu3_vision_tokens.txt` as "special_tokens". Its settings are "positive_text", which is put after every text, and
+    "negative_text", what the unconditional branch reads where a prompt does not say; as released by default.
     """
 
     generator: Emu3
@@ -119,12 +129,12 @@ class Emu3Prompts(PromptConditioning):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = {"positive_text": POSITIVE_PROMPT, "negative_text": NEGATIVE_PROMPT, **self.settings}
-        self.reader = TextTokenizer.of(self.files)
+        self.reader = text_tokenizer(self.files)
 
     @classmethod
     def published_config(cls, files: Mapping[str, Path]) -> dict[str, Any]:
         """See `Conditioning.published_config`: the ids of the special tokens."""
-        reader = TextTokenizer.of(files)
+        reader = text_tokenizer(files)
         if reader is None:
             return {}
         return {"special_ids": {key: reader.special_id(name) for key, name in SPECIAL_TOKENS.items()}}
@@ -155,10 +165,13 @@ class Emu3Prompts(PromptConditioning):
         """See `Conditioning.geometry`."""
         default_width, default_height = self.default_size
         size = Geometry.of_image(width or default_width, height or default_height, PIXELS_PER_CODE)
-        try:
-            return self.generator.config.geometry(*size.grid)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return self.generator.config.geometry(*size.grid)
+
+    def size_of_ratio(self, ratio: str) -> tuple[int, int]:
+        """See `PromptConditioning.size_of_ratio`; the area is about that of an image of the default size."""
+        width, height = self.default_size
+        rows, columns = grid_of_ratio(ratio, width * height)
+        return columns * PIXELS_PER_CODE, rows * PIXELS_PER_CODE
 
     @property
     def default_size(self) -> tuple[int, int]:

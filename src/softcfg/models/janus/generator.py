@@ -25,7 +25,7 @@ from softcfg.nn.linear import Linear
 from softcfg.nn.llama import LlamaDecoder
 
 EXAMPLE_TOKENS = 64
-NEEDED = ("language_model.model.", "gen_embed.", "gen_aligner.", "gen_head.")
+GENERATOR_PREFIXES = ("language_model.model.", "gen_embed.", "gen_aligner.", "gen_head.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,4 +162,4 @@ def from_published(tensors: Mapping[str, Any]) -> dict[str, Any]:
             (r"^model\.generation_head\.", "gen_head."),
         ],
     )
-    return {name: tensor for name, tensor in renamed.items() if name.startswith(NEEDED)}
+    return {name: tensor for name, tensor in renamed.items() if name.startswith(GENERATOR_PREFIXES)}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.errors import UserError
 from softcfg.models.conditioning import PromptConditioning
-from softcfg.models.geometry import Geometry
 from softcfg.models.text import Piece, Special, TextTokenizer
 from softcfg.prompts import Prompt
+from softcfg.text_tokenizers import check_template
 
 if TYPE_CHECKING:
     from softcfg.models.janus.generator import Janus
@@ -20,6 +20,9 @@ PAD = Special("<｜▁pad▁｜>")
 BEGIN_OF_IMAGE = Special("<begin_of_image>")
 USER = Special("<|User|>", required=False)
 ASSISTANT = Special("<|Assistant|>", required=False)
+
+
+TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:<begin_of_image>"
 
 
 def prompt_pieces(caption: str) -> list[Piece]:
@@ -32,13 +35,15 @@ def prompt_pieces(caption: str) -> list[Piece]:
 class JanusPrompts(PromptConditioning):
     """The prompts of a Janus-Pro model: texts, for images of one size.
 
-    Its one file is "tokenizer", the `tokenizer.json`.
+    Its one file is "tokenizer", the `tokenizer.json`, and its one setting is "template", what stands around a caption.
     """
 
     generator: Janus
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.settings.setdefault("template", TEMPLATE)
+        check_template(self.settings["template"], ["prompt"])
         self.reader = TextTokenizer.of(self.files)
 
     @classmethod
@@ -55,11 +60,10 @@ class JanusPrompts(PromptConditioning):
         if self.reader is None:
             raise UserError(f"{self.name} has no text tokenizer, so it cannot read prompts")
         begin = self.generator.config.special_ids["bos"]
-        return [[begin, *self.reader.ids(prompt_pieces(prompt.text))] for prompt in requests]
+        return [[begin, *self.reader.ids(self._pieces(self.reader, prompt.text))] for prompt in requests]
 
-    def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
-        """See `Conditioning.geometry`; there is one size."""
-        size = self.default_size
-        if (width or size[0], height or size[1]) != size:
-            raise UserError(f"{self.name} draws images of {size[0]} x {size[1]} pixels only")
-        return self.generator.config.geometry
+    def _pieces(self, reader: TextTokenizer, caption: str) -> list[Piece]:
+        template = self.settings["template"]
+        if template == TEMPLATE:
+            return prompt_pieces(caption)
+        return reader.pieces(template, {"prompt": caption.strip()})

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.configuration import require_positive
+from softcfg.configuration import require_multiple, require_positive
 from softcfg.errors import UserError
 from softcfg.models.base import Condition
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
-from softcfg.models.llama import LlamaConfig, LlamaGenerator, PromptIds, left_pad, make_decoder, precise
+from softcfg.models.llama import LlamaConfig, PromptIds, SharedVocabularyGenerator, left_pad, make_decoder, only_size
 from softcfg.models.lumina.prompts import LuminaPrompts, TokenPrompt
 from softcfg.nn.context import AttentionContext
-from softcfg.nn.linear import Linear
 from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
 
 HEAD_NORM_EPS = 1e-5
@@ -39,7 +38,7 @@ class LuminaConfig(LlamaConfig):
         vocab_size: V, text, special tokens and image codes.
         max_position_embeddings: the longest sequence, prompt and image together.
         model_parallel_size: rows of the head norms' weights; each serves as many consecutive heads as the others.
-        swin_norm: norms behind attention and MLP rather than before them.
+        swin_norm: norms after attention and MLP rather than before them.
         prompt_start_id, separator_id: first and last token of a prompt.
         image_start_id, image_end_id, new_line_id: see above.
         size_id: a side of n grid cells is the token `size_id` + n.
@@ -79,14 +78,7 @@ class LuminaConfig(LlamaConfig):
                 f"num_key_value_heads must be num_attention_heads ({heads}), as released, got "
                 f"{self.num_key_value_heads}"
             )
-        if heads % self.model_parallel_size:
-            raise ValueError(
-                f"num_attention_heads {heads} must be a multiple of model_parallel_size ({self.model_parallel_size})"
-            )
-        if self.cell_pixels % self.codes_per_cell:
-            raise ValueError(
-                f"cell_pixels {self.cell_pixels} must be a multiple of codes_per_cell ({self.codes_per_cell})"
-            )
+        require_multiple(self, ("num_attention_heads", "model_parallel_size"), ("cell_pixels", "codes_per_cell"))
         for name in ("prompt_start_id", "separator_id", "image_start_id", "image_end_id", "new_line_id", "size_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"{name} {getattr(self, name)} is outside of the {self.vocab_size} tokens")
@@ -100,14 +92,14 @@ class LuminaConfig(LlamaConfig):
         """The tokens of an image of `width` x `height` pixels: lines of codes with an end each, and the image's end.
 
         Raises:
-            ValueError: a side is no multiple of a grid cell, or there is no token for its size.
+            UserError: a side is not a multiple of a grid cell, or there is no token for its size.
         """
         for name, side in (("width", width), ("height", height)):
             if side < 1 or side % self.cell_pixels:
-                raise ValueError(f"{name} must be a multiple of {self.cell_pixels}, got {side}")
+                raise UserError(f"{name} must be a multiple of {self.cell_pixels}, got {side}")
             token = self.size_id + side // self.cell_pixels
             if token >= self.vocab_size or self.first_code_id <= token < self.first_code_id + self.num_codes:
-                raise ValueError(f"{name} {side} is too large: the vocabulary has no token for this size")
+                raise UserError(f"{name} {side} is too large: the vocabulary has no token for this size")
         rows, columns = (side // self.cell_pixels * self.codes_per_cell for side in (height, width))
         return Geometry(rows, columns, row_end=1, tail=1)
 
@@ -147,7 +139,7 @@ class HeadNorm(nn.Module):
 
 
 class LuminaBlock(LlamaBlock):
-    """Transformer block; its norms stand before attention and MLP or, with `swin_norm`, behind them."""
+    """Transformer block; its norms stand before attention and MLP or, with `swin_norm`, after them."""
 
     def __init__(self, config: LuminaConfig) -> None:
         norms = (HeadNorm(config.model_parallel_size, config.head_dim) for _ in range(2))
@@ -163,13 +155,13 @@ class LuminaBlock(LlamaBlock):
         return x + self.post_attention_layernorm(self.mlp(x))
 
 
-class Lumina(LlamaGenerator):
+class Lumina(SharedVocabularyGenerator):
     """The Lumina-mGPT generator.
 
     A conditional row is: prompt, image start, height, width, image tokens; an unconditional row begins at the image
     start. Both stand left-padded in one batch, and positions count from 0 at a row's first real token. The three
     tokens that open an image are given, not drawn. Image tokens are the codes, the ends of lines and the end of the
-    image, as ids of the whole vocabulary; what may stand where is a rule.
+    image.
     """
 
     config: LuminaConfig
@@ -179,34 +171,33 @@ class Lumina(LlamaGenerator):
     def __init__(self, config: LuminaConfig) -> None:
         super().__init__(config)
         self.num_tokens = config.geometry(config.image_size, config.image_size).num_tokens
-        self.vocab_size = config.vocab_size
-        self.model = make_decoder(config, LuminaBlock)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def make_body(self) -> LlamaDecoder:
+        """See `SharedVocabularyGenerator.make_body`."""
+        return make_decoder(self.config, LuminaBlock)
 
     @property
-    def decoder(self) -> LlamaDecoder:
-        """See `LlamaGenerator.decoder`."""
-        return self.model
+    def code_ids(self) -> range:
+        """See `SharedVocabularyGenerator.code_ids`."""
+        return range(self.config.first_code_id, self.config.first_code_id + self.config.num_codes)
+
+    def structure(self, steps: Tensor, condition: Condition) -> Tensor:
+        """See `SharedVocabularyGenerator.structure`: a new line after a line, the end after the last one."""
+        last = steps == condition.num_tokens - 1
+        return torch.where(last, self.config.image_end_id, self.config.new_line_id)
 
     def condition(self, prompts: Sequence[TokenPrompt], *, guided: bool) -> PromptCondition:
         """See `Generator.condition`.
 
         Raises:
-            UserError: no prompts, ids outside of the vocabulary, a size that is no multiple of a grid cell, sizes that
-                differ, or a sequence longer than the model's positions.
+            UserError: no prompts, ids outside of the vocabulary, a size that is not a multiple of a grid cell,
+                different sizes, or a sequence longer than the model's positions.
         """
         config = self.config
         if not prompts or not all(isinstance(prompt, TokenPrompt) for prompt in prompts):
             raise UserError(f"prompts must be a list of at least one TokenPrompt, got {prompts!r}")
-        sizes = {(prompt.width or config.image_size, prompt.height or config.image_size) for prompt in prompts}
-        if len(sizes) > 1:
-            listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise UserError(f"all images of a batch must have one size, got {listed}")
-        try:
-            geometry = config.geometry(*sizes.pop())
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
+        sizes = [(prompt.width or config.image_size, prompt.height or config.image_size) for prompt in prompts]
+        geometry = config.geometry(*only_size(sizes))
         given = self._given(prompts, geometry.grid)
         opening = [config.image_start_id, *(config.size_id + side // config.codes_per_cell for side in geometry.grid)]
         lines = F.pad(given + config.first_code_id, (0, 1), value=config.new_line_id).flatten(1)
@@ -237,31 +228,7 @@ class Lumina(LlamaGenerator):
             raise UserError("all prompts of a batch must give as many lines of codes")
         return as_ids(torch.stack([lines.cpu() for lines in given]), "given codes", self.config.num_codes)
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, under the name of the released checkpoints."""
-        return self.model.layers
-
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """See `Generator.embed_tokens`."""
-        return self.model.embed_tokens(tokens)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """See `Generator.logits`; they are float32 or better."""
-        return precise(self.lm_head(self.model.norm(x)))
-
-    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """Codes inside of a line, a new line behind it, the end behind the last: see `Generator.constrain`."""
-        code, last = condition.geometry.is_code(steps), steps == condition.num_tokens - 1
-        token = torch.arange(self.vocab_size, device=logits.device)
-        codes = (token >= self.config.first_code_id) & (token < self.config.first_code_id + self.config.num_codes)
-        structure = torch.where(last, self.config.image_end_id, self.config.new_line_id)
-        allowed = torch.where(code[..., None], codes, token == structure[..., None])
-        return logits.masked_fill(~allowed, float("-inf"))
-
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """See `Generator.image_codes`; the lines that the prompts gave come first."""
         assert isinstance(condition, PromptCondition)
-        steps = torch.arange(condition.num_tokens, device=tokens.device)
-        drawn = tokens[:, condition.geometry.is_code(steps)] - self.config.first_code_id
-        return torch.cat((condition.given.flatten(1), drawn), dim=1)
+        return torch.cat((condition.given.flatten(1), super().image_codes(tokens, condition)), dim=1)

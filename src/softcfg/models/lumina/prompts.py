@@ -22,6 +22,7 @@ from softcfg.prompts import Prompt
 from softcfg.text_tokenizers import check_template
 
 if TYPE_CHECKING:
+    from softcfg.images import Picture
     from softcfg.models.lumina.generator import Lumina
     from softcfg.tokenizers.base import Tokenizer
 
@@ -33,12 +34,7 @@ DUAL_PANEL = (
 )
 TEMPLATE_FIELDS = ("prompt", "width", "height")
 # Task -> the words for the map that is drawn in the lower half, below the image it belongs to.
-PAIR_TASKS = {
-    "depth": "depth map",
-    "canny": "canny edge map",
-    "hed": "hed edge map",
-    "openpose": "pose estimation map",
-}
+PAIR_TASKS = {"depth": "depth map", "canny": "canny edge map", "hed": "hed edge map", "openpose": "pose estimation map"}
 # Task -> the words for the given image, which becomes the upper half.
 IMAGE_TASKS = {
     "depth": "depth map",
@@ -202,10 +198,7 @@ class LuminaPrompts(PromptConditioning):
     def geometry(self, width: int | None = None, height: int | None = None) -> Geometry:
         """See `Conditioning.geometry`."""
         default_width, default_height = self.default_size
-        try:
-            return self.generator.config.geometry(width or default_width, height or default_height)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return self.generator.config.geometry(width or default_width, height or default_height)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -213,8 +206,11 @@ class LuminaPrompts(PromptConditioning):
         return self.generator.config.image_size, self.generator.config.image_size
 
 
-def encode_upper_half(image: str | Path | Images.Image, width: int, height: int, tokenizer: Tokenizer) -> Tensor:
+def encode_upper_half(image: Picture, width: int, height: int, tokenizer: Tokenizer) -> Tensor:
     """The codes int64 [h / 2, w] of `image` as the upper half of a picture, scaled and cropped about its centre.
+
+    Args:
+        image: see `softcfg.images.read_picture`.
 
     Raises:
         UserError: the image cannot be read, or the half is no multiple of the codes.
@@ -224,8 +220,7 @@ def encode_upper_half(image: str | Path | Images.Image, width: int, height: int,
         raise UserError(
             f"the half of a picture of {width} x {height} pixels must be a multiple of {tokenizer.patch_size} pixels"
         )
-    if not isinstance(image, Images.Image):
-        image = read_picture(image)
-    pixels = np.asarray(ImageOps.fit(image.convert("RGB"), size, Images.Resampling.LANCZOS), dtype=np.float32) / 255
+    fitted = ImageOps.fit(read_picture(image), size, Images.Resampling.LANCZOS)
+    pixels = np.asarray(fitted, dtype=np.float32) / 255
     codes = tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     return codes.view(size[1] // tokenizer.patch_size, -1)

@@ -34,6 +34,8 @@ class Math(AttentionBackend):
         visible = call.visible()
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
+            if context.mask is not None:  # blind queries would be NaN, and products in bfloat16 let it into other rows
+                scores = scores.masked_fill_(~visible.any(dim=-1, keepdim=True), 0)
         accumulate = torch.promote_types(scores.dtype, torch.float32)
         probabilities = scores.softmax(dim=-1, dtype=accumulate)
         if context.value_weights is not None:

@@ -1,0 +1,91 @@
+"""How many threads the steps of a batch take on a CPU: all of them, or one.
+
+A second thread makes a small step a fifth faster on an idle machine, and ten times slower on a busy one, where each of
+its hundred operations waits for the slower thread to be given a core. So steps are timed both ways, now and then. What
+they compute is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from softcfg.models.base import Generator
+from softcfg.nn.linear import Linear
+
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+DEFAULT = torch.get_num_threads()
+TRIED = 3  # steps of either kind in a trial; the fastest counts
+FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # steps on one thread before all are tried again
+SLOWER = 2.0  # a step on all threads that takes this many times as long as usual calls for a new trial
+
+
+class StepThreads:
+    """Runs steps on `most` threads or on one, whichever is faster.
+
+    Attributes:
+        threads: of the next step.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.most = self.threads = most
+        self._clock = clock
+        self._trial: dict[int, list[float]] | None = {most: [], 1: []}
+        self._usual = 0.0
+        self._pause, self._left = FIRST_PAUSE, 0
+
+    def run(self, step: Callable[[], object]) -> None:
+        """Run a step and note how long it takes."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        started = self._clock()
+        step()
+        self._note(self._clock() - started)
+
+    def _note(self, seconds: float) -> None:
+        if self._trial is not None:
+            self._trial[self.threads].append(seconds)
+            waiting = [threads for threads, times in self._trial.items() if len(times) < TRIED]
+            if waiting:
+                self.threads = waiting[0]
+                return
+            least = {threads: min(times) for threads, times in self._trial.items()}
+            self.threads = min(least, key=least.__getitem__)
+            self._usual, self._left, self._trial = least[self.threads], self._pause, None
+            self._pause = FIRST_PAUSE if self.threads > 1 else min(2 * self._pause, LONGEST_PAUSE)
+        elif self.threads > 1:
+            if seconds > SLOWER * self._usual:
+                self._trial = {self.most: [], 1: []}
+            self._usual += 0.1 * (seconds - self._usual)
+        else:
+            self._left -= 1
+            if not self._left:
+                self.threads, self._trial = self.most, {self.most: [], 1: []}
+
+
+@contextmanager
+def step_threads(*generators: Generator) -> Iterator[Callable[[Callable[[], object]], object]]:
+    """Give a function that runs the steps of a batch through the generators; then the number of threads is what it was.
+
+    The number is left alone on other devices, where somebody has set it (by `torch.set_num_threads` after the import,
+    OMP_NUM_THREADS or MKL_NUM_THREADS), and where it could change the bits of a result. Use it inside
+    `prepared_linear_layers`.
+    """
+    most = torch.get_num_threads()
+    chosen = most != DEFAULT or any(os.environ.get(name) for name in VARIABLES)
+    if most == 1 or chosen or any(each.device.type != "cpu" or not _same_bits(each) for each in generators):
+        yield lambda step: step()
+        return
+    try:
+        yield StepThreads(most).run
+    finally:
+        torch.set_num_threads(most)
+
+
+def _same_bits(generator: Generator) -> bool:
+    layers = [module for module in generator.modules() if isinstance(module, Linear)]
+    return all(layer.product is not None and not layer.product.depends_on_threads for layer in layers)

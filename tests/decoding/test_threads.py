@@ -1,0 +1,117 @@
+"""How many threads the steps of a batch take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from softcfg import CFG, Pipeline, SoftCFG
+from softcfg.decoding import threads
+from softcfg.decoding.threads import StepThreads, step_threads
+from softcfg.nn.linear import prepared_linear_layers
+from softcfg.nn.products import use_product
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    for name in threads.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "DEFAULT", 2)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Machine:
+    """On which a step takes as long as `seconds` says for its number of threads."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds, self.now, self.used = seconds, 0.0, []
+
+    def step(self) -> None:
+        self.used.append(torch.get_num_threads())
+        self.now += self.seconds(self.used[-1])
+
+    def run(self, steps: int, runner: StepThreads) -> list[int]:
+        self.used = []
+        for _ in range(steps):
+            runner.run(self.step)
+        return self.used
+
+
+def test_an_idle_machine_uses_all_threads() -> None:
+    machine = Machine(lambda count: 1 / count)
+    used = machine.run(600, StepThreads(2, lambda: machine.now))
+    assert used == [2] * 3 + [1] * 3 + [2] * 594
+
+
+def test_a_busy_machine_uses_one_and_seldom_tries_all() -> None:
+    machine = Machine(lambda count: 1.0 if count == 1 else 10.0)
+    used = machine.run(600, StepThreads(2, lambda: machine.now))
+    assert used[:6] == [2] * 3 + [1] * 3
+    assert used[6:38] == [1] * 32
+    assert sum(count == 2 for count in used) == 3 * 5  # trials at the start and after 32, 64, 128, 256 more
+    assert used.index(2, 38) == 38
+
+
+def test_a_machine_that_gets_busy_and_idle_again() -> None:
+    machine = Machine(lambda count: 1 / count)
+    runner = StepThreads(2, lambda: machine.now)
+    assert machine.run(100, runner)[-1] == 2
+    machine.seconds = lambda count: 1.0 if count == 1 else 10.0
+    assert machine.run(10, runner) == [2] * 4 + [1] * 6  # one step tells, three are the trial
+    machine.seconds = lambda count: 1 / count
+    assert machine.run(100, runner)[-1] == 2
+
+
+def test_steps_that_grow_with_the_sequence_are_no_sign_of_other_work() -> None:
+    machine = Machine(lambda count: (1 + len(machine.used) / 50) / count)
+    assert set(machine.run(500, StepThreads(2, lambda: machine.now))[6:]) == {2}
+
+
+def test_an_error_in_a_step_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Pipeline.from_pretrained("fashion-small").generator
+    counts = []
+
+    def steps() -> None:
+        with use_product("onednn"), prepared_linear_layers(generator, 4), step_threads(generator) as run:
+            for _ in range(4):
+                run(lambda: counts.append(torch.get_num_threads()))
+            run(fail)
+
+    def fail() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        steps()
+    assert counts[-1] == 1
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("how", ["variable", "by hand", "bits"])
+def test_the_number_is_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Pipeline.from_pretrained("fashion-small").generator
+    if how == "variable":
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    elif how == "by hand":
+        monkeypatch.setattr(threads, "DEFAULT", 3)
+    used = []
+    product = "plain" if how == "bits" else "onednn"
+    with use_product(product), prepared_linear_layers(generator, 4), step_threads(generator) as run:
+        for _ in range(10):
+            run(lambda: used.append(torch.get_num_threads()))
+    assert used == [2] * 10
+
+
+@pytest.mark.parametrize("guidance", [CFG(3.0), SoftCFG(3.0)])
+@pytest.mark.parametrize("jacobi", [False, True])
+def test_images_do_not_depend_on_the_threads(guidance: CFG, jacobi: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.from_pretrained("fashion-small")
+    drawn = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        drawn.append(pipeline(list(range(6)), guidance, seed=1, speculative_jacobi=8 if jacobi else 0).tokens)
+    assert torch.equal(*drawn)

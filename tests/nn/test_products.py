@@ -1,0 +1,241 @@
+"""The matrix products of linear layers: each computes the same, and the choice among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softcfg import UserError
+from softcfg.nn import products
+from softcfg.nn.linear import Linear, prepared_linear_layers
+from softcfg.nn.products import PRODUCTS, OneDNN, Plain, choose, forget_choices, use_product
+
+
+@pytest.fixture(autouse=True)
+def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(products.FOLDER_VARIABLE, str(tmp_path / "products"))
+    monkeypatch.setattr(products, "CHOICES", {})
+    return tmp_path / "products"
+
+
+def able(dtype: torch.dtype) -> list[str]:
+    return [name for name, product in PRODUCTS.items() if product.can_serve(torch.empty(2, 2, dtype=dtype))]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_product_computes_the_same(name: str, rows: int, bias: bool, dtype: torch.dtype) -> None:
+    if name not in able(dtype):
+        pytest.skip("not on this machine")
+    torch.manual_seed(rows)
+    layer = Linear(48, 96, bias=bias, dtype=dtype).requires_grad_(False)
+    before, exact = layer.weight.clone(), layer.weight.double()
+    for shape in ((rows, 48), (rows, 1, 48), (rows + 1, 48), (2, rows, 48)):
+        x = torch.randn(shape).to(dtype)
+        expected = x.double() @ exact.T + (layer.bias.double() if bias else 0)
+        with use_product(name), prepared_linear_layers(layer, rows):
+            got = layer(x)
+            assert (layer.product is None) == (name == "plain")
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    assert layer.product is layer.laid_out is None
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_weights_are_not_kept_twice_where_the_laid_out_ones_serve(name: str) -> None:
+    layer = Linear(48, 96).requires_grad_(False)
+    with use_product(name), torch.inference_mode(), prepared_linear_layers(layer, 4):
+        assert bool(layer.weight.numel()) == (layer.product is None or not layer.product.serves_any_rows)
+    layer.requires_grad_(True)
+    layer(torch.randn(2, 48)).sum().backward()  # no tensor of inference mode is left behind
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_shared_weights_stay_where_they_are(name: str) -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(96, 48), "head": Linear(48, 96, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    with use_product(name), torch.no_grad(), prepared_linear_layers(model, 2):
+        hidden = model["embedding"](torch.tensor([3, 5]))
+        torch.testing.assert_close(model["head"](hidden), hidden @ model["embedding"].weight.T)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_context_within_another_leaves_the_layers_to_that_one(name: str) -> None:
+    layer = Linear(48, 96).requires_grad_(False)
+    x, before = torch.randn(5, 48), layer.weight.clone()
+    with use_product(name), prepared_linear_layers(layer, 4):
+        product = layer.product
+        with prepared_linear_layers(layer, 5):
+            assert layer.product is product
+            torch.testing.assert_close(layer(x), x @ before.T + layer.bias)
+        assert layer.product is product
+    assert torch.equal(layer.weight, before)
+
+
+def test_memory_is_given_back_after_an_error() -> None:
+    layer = Linear(16, 16)
+    before = layer.weight.clone()
+    with pytest.raises(KeyError), prepared_linear_layers(layer, 4):
+        raise KeyError
+    assert layer.product is None
+    assert torch.equal(layer.weight, before)
+
+
+class Failing(OneDNN):
+    """A product that lays out one layer and fails at the next."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.name, self.error, self.done = "failing", error, 0
+
+    def lay_out(self, weight: Tensor, rows: int) -> Tensor:
+        self.done += 1
+        if self.done == 2:
+            raise self.error
+        return super().lay_out(weight, rows)
+
+
+OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes"
+
+
+@pytest.mark.parametrize(
+    ("error", "caught"),
+    [
+        (RuntimeError(OUT_OF_MEMORY), RuntimeWarning),
+        (MemoryError(), RuntimeWarning),
+        (RuntimeError("another"), RuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=repr,
+)
+def test_no_weight_is_lost_when_preparing_fails(
+    error: BaseException, caught: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "onednn" not in able(torch.float32):
+        pytest.skip("not on this machine")
+    model = nn.Sequential(Linear(16, 16), Linear(16, 16), Linear(16, 16)).requires_grad_(False)
+    before, x = [weight.clone() for weight in model.parameters()], torch.randn(4, 16)
+    expected = model(x)
+    monkeypatch.setitem(PRODUCTS, "failing", Failing(error))
+    expectation = pytest.warns(caught, match="no memory") if caught is RuntimeWarning else pytest.raises(caught)
+    with use_product("failing"), expectation, prepared_linear_layers(model, 4):
+        torch.testing.assert_close(model(x), expected)
+        assert [layer.product is None for layer in model] == [False, True, True]
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_weights_are_prepared_as_they_are_now() -> None:
+    layer = Linear(16, 16, bias=False).requires_grad_(False)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        layer.weight.normal_()
+        with prepared_linear_layers(layer, 4):
+            torch.testing.assert_close(layer(x), x @ layer.weight.T)
+
+
+def test_float64_stays_as_it_is() -> None:
+    layer = Linear(16, 16, dtype=torch.float64).requires_grad_(False)
+    x = torch.randn(4, 16, dtype=torch.float64)
+    plain = layer(x)
+    with prepared_linear_layers(layer, 4):
+        assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_bits_do_not_depend_on_threads_where_a_product_says_so(name: str) -> None:
+    product = PRODUCTS[name]
+    if product.depends_on_threads or name not in able(torch.float32):
+        pytest.skip("says otherwise")
+    threads = torch.get_num_threads()
+    try:
+        for rows, inputs, outputs in ((2, 96, 288), (6, 344, 128), (16, 1024, 512), (20, 2048, 96)):
+            x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+            laid_out, found = product.lay_out(weight, rows), []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(product.multiply(x, laid_out, weight, None, rows))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Counted(Plain):
+    """A product that is fast or slow, and counts what it lays out."""
+
+    def __init__(self, name: str, operations: int) -> None:
+        self.name, self.operations, self.laid_out = name, operations, 0
+
+    def lay_out(self, weight: Tensor, rows: int) -> Tensor:
+        self.laid_out += 1
+        return weight
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        for _ in range(self.operations):
+            out = super().multiply(x, laid_out, weight, bias, rows)
+        return out
+
+
+class TestChoice:
+    @pytest.fixture
+    def both(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Counted, Counted]:
+        plain, other = Counted("plain", 20), Counted("other", 1)
+        monkeypatch.setattr(products, "PRODUCTS", {"plain": plain, "other": other})
+        return plain, other
+
+    def test_the_fastest_is_chosen_and_kept(self, both: tuple[Counted, Counted], own_choices: Path) -> None:
+        weights = [torch.randn(64, 64) for _ in range(2)]
+        assert choose(weights, None, 8) is both[1]
+        assert [each.laid_out for each in both] == [2, 2]
+        products.CHOICES.clear()  # another process reads what was kept
+        assert choose(weights, None, 8) is both[1]
+        assert both[1].laid_out == 2
+        assert [path.read_text() for path in own_choices.iterdir()] == ["other"]
+        forget_choices()
+        choose(weights, None, 8)
+        assert both[1].laid_out == 4
+
+    def test_a_product_that_gains_nothing_is_not_worth_its_memory(self, both: tuple[Counted, Counted]) -> None:
+        both[1].operations = 20
+        assert choose([torch.randn(520, 520)], None, 8) is both[0]
+        assert choose([torch.randn(64, 64)], None, 8) is both[1]  # of no account; and its bits do not depend on threads
+
+    def test_who_writes_first_decides(self, both: tuple[Counted, Counted], own_choices: Path, monkeypatch) -> None:
+        measured = products._fastest
+
+        def another_is_first(*args: object) -> products.Product:
+            own_choices.mkdir(exist_ok=True)
+            (own_choices / f"{products._machine_key()}-float32-8x64x64").write_text("plain")
+            return measured(*args)
+
+        monkeypatch.setattr(products, "_fastest", another_is_first)
+        assert choose([torch.randn(64, 64)], None, 8) is both[0]
+
+    @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xff", b"x" * 1000])
+    def test_a_damaged_choice_is_measured_again(
+        self, both: tuple[Counted, Counted], own_choices: Path, content: bytes
+    ) -> None:
+        own_choices.mkdir()
+        (own_choices / f"{products._machine_key()}-float32-8x64x64").write_bytes(content)
+        assert choose([torch.randn(64, 64)], None, 8) is both[1]
+
+    def test_a_home_that_cannot_be_written_to(
+        self, both: tuple[Counted, Counted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv(products.FOLDER_VARIABLE, str(tmp_path / "file" / "products"))
+        assert choose([torch.randn(64, 64)], None, 8) is both[1]
+
+    def test_the_variable_and_the_context(self, both: tuple[Counted, Counted], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(products.PRODUCT_VARIABLE, "plain")
+        assert choose([torch.randn(64, 64)], None, 8) is both[0]
+        with use_product("other"):
+            assert choose([torch.randn(64, 64)], None, 8) is both[1]
+        monkeypatch.setenv(products.PRODUCT_VARIABLE, "fastest")
+        with pytest.raises(UserError, match="no matrix product 'fastest'; there are plain, other"):
+            choose([torch.randn(64, 64)], None, 8)
