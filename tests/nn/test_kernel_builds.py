@@ -21,7 +21,7 @@ import torch
 from softcfg.zoo.registry import GENERATORS, MODELS, Component, ModelFile
 from tiny_models import module
 
-pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
+triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
 
 CAPABILITIES = (80, 90, 100)
 WEIGHTS = ("none", "value", "key", "both")
@@ -142,6 +142,8 @@ def read(kernel: Any, tmp_path: Path) -> Kernel:
 
 
 def check(variant: Variant, capability: int, tmp_path: Path) -> None:
+    if capability >= 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("this Triton's assembler does not know the GPU")
     kernels = compiled(variant, capability, tmp_path)
     for kernel in kernels.values():
         assert kernel.stack == 0
