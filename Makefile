@@ -72,6 +72,7 @@ pictures: install
 		--output-dir runs/first
 	cp runs/first/comparison.png docs/images/first.png
 	$(BIN)/softcfg plot fashion --labels Sneaker,Bag,Dress,Coat --step 150 --output-dir docs/images/plots
+	$(BIN)/python -m recipes.web_page docs/images/ui.png
 
 train: install
 	$(BIN)/python -m recipes.fashion_mnist.train

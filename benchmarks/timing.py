@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from softcfg.decoding.throughput import POSITIONS
 from softcfg.nn.products import machine as processor
 
+Side = TypeVar("Side", bound=Hashable)
 
-def medians(sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+
+def medians(sides: Mapping[Side, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[Side, float]:
     """Median seconds of each side; the sides take turns, so that a change of the machine's pace meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[Side, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + repeats):
         for name, run in sides.items():
             _synchronize()

@@ -40,9 +40,10 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_products(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave alone what was measured on this machine; all processes of a session share what they measure."""
+    """Leave alone what this machine keeps; all processes of a session share what they measure and encode."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOFTCFG_PRODUCTS", str(tmp_path_factory.mktemp("products")))
+        patch.setenv("SOFTCFG_CAPTIONS", str(tmp_path_factory.mktemp("captions")))
         yield
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HELP_WIDTH = 80  # columns
 LARGEST_LIST = 1 << 24  # bytes of a file of labels or prompts
 MOST_PROMPTS = 100_000
+WINDOW = 16  # of speculative Jacobi decoding
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -71,11 +72,21 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         choices=("float32", "bfloat16"),
         help="of the generator (default: the model's own, float32 for all but the largest)",
     )
-    group.add_argument("--quantize", choices=("int8", "int4"), help="round the generator's weights; needs torchao")
+    group.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="round the weights of the generator and, where it has one, of its text encoder; needs torchao",
+    )
     group.add_argument(
         "--kv-cache-dtype",
         choices=("int8",),
         help="round the cached keys and values (default: of the generator's dtype)",
+    )
+    group.add_argument(
+        "--weak-model",
+        metavar="NAME",
+        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
+        "branch or, with a --weak-share below 1, beside it",
     )
     group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
@@ -130,6 +141,20 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     for setting in settings_of(Sampling).values():
         _add_setting(group, setting)
     group.add_argument("--seed", type=int, help="image n draws from the random stream (seed, n) (default: 0)")
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Speculative Jacobi decoding."""
+    parser.add_argument_group("speed").add_argument(
+        "--speculative-jacobi",
+        nargs="?",
+        type=int,
+        const=WINDOW,
+        default=0,
+        metavar="WINDOW",
+        help=f"draft WINDOW tokens (default: {WINDOW}) and verify them in one pass: fewer passes, other images of the "
+        "same distribution",
+    )
 
 
 def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
@@ -201,7 +226,9 @@ def load_pipeline(
     if random_weights:
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
-        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype)
+        return Pipeline.with_random_weights(
+            args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype, weak=args.weak_model
+        )
     return Pipeline.from_pretrained(
         args.model,
         device=device,
@@ -211,6 +238,7 @@ def load_pipeline(
         quantize=args.quantize,
         kv_cache_dtype=cache_dtype,
         device_map=args.device_map,
+        weak=args.weak_model,
         image_size_eval=getattr(args, "image_size_eval", None),
     )
 
@@ -256,10 +284,15 @@ def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:
         "--prompt", action="append", metavar="TEXT", help="text to draw, for text-to-image models; may be repeated"
     )
     group.add_argument("--prompts", metavar="FILE", help="texts to draw, one per line")
+    add_negative_argument(group)
+    add_size_arguments(group)
+
+
+def add_negative_argument(group: argparse._ArgumentGroup) -> None:
+    """The text of the unconditional branch."""
     group.add_argument(
         "--negative-prompt", metavar="TEXT", help="what the unconditional branch reads, for models that read one there"
     )
-    add_size_arguments(group)
 
 
 def add_size_arguments(group: argparse._ArgumentGroup) -> None:

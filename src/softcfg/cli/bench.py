@@ -62,14 +62,18 @@ def run(args: argparse.Namespace) -> int:
     )
     speed: dict[int, float] = {}
     for batch in sorted(set(args.batch_sizes)):
-        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats)
-        condition = generator.condition(generator.example_inputs(batch), guided=guidance.is_active)
+        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats, weak=pipeline.weak_generator)
+        condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
+        cache = generator.cache_bytes(condition)
+        if pipeline.weak_generator is not None and guidance.has_weak_model:
+            weak = pipeline.weak_generator
+            cache += weak.cache_bytes(weak.condition(generator.example_inputs(batch), guided=False))
         pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, condition, batch) / batch
         seconds = (set_up + step * condition.num_tokens) / batch + pixels
         speed[batch] = 1 / seconds
         print(
             f"{batch:5} {set_up:9.2f} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
-            f"{generator.cache_bytes(condition) / 2**20:11.0f}",
+            f"{cache / 2**20:11.0f}",
             flush=True,
         )
     best = max(speed.values())

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             seed=args.seed,
             value_weights=False,
+            weak=pipeline.weak_generator,
         )
 
     def of_codes(made: Trace) -> Trace:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 PER_LABEL = 8
 PER_PROMPT = 4
-WINDOW = 16  # of speculative Jacobi decoding
 LARGE_BATCH = 8  # from which a CPU gains nothing by it
 WORTH_IT = 0.7  # share of the passes, each of which costs more than one of token by token decoding
 COMPARE_UP_TO = 100  # images
@@ -79,17 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--track", choices=("tensorboard", "wandb"), help="report settings, throughput and a grid")
     arguments.add_guidance_arguments(parser)
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--speculative-jacobi",
-        nargs="?",
-        type=int,
-        const=WINDOW,
-        default=0,
-        metavar="WINDOW",
-        help=f"draft WINDOW tokens (default: {WINDOW}) and verify them in one pass: fewer passes, other images of the "
-        "same distribution",
-    )
+    arguments.add_speed_arguments(parser)
     released.add_arguments(parser)
 
 

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument("--suite", choices=SUITES, required=True, help="the benchmark")
     group.add_argument("--prompts", metavar="PROMPTS", required=True, help="folder of its prompts")
+    arguments.add_negative_argument(group)
     arguments.add_size_arguments(group)
     group.add_argument(
         "--batch-size",
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
     group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
     arguments.add_guidance_arguments(parser)
+    arguments.add_speed_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
             remove_temporary(folder)
         return {
             "labels": [number for number in range(len(suite.prompts)) for _ in range(IMAGES_PER_PROMPT)],
-            "prompts": Prompts(tuple(suite.prompts), width, height),
+            "prompts": Prompts(tuple(suite.prompts), width, height, negative_text=args.negative_prompt),
+            "speculative_jacobi": args.speculative_jacobi,
         }
 
     def finish(drawn: DrawnRun) -> None:

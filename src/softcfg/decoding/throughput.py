@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from softcfg.decoding.filtering import Sampling
 from softcfg.decoding.graphs import WARM_UP, captured
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder, Step, steps_are_static
+from softcfg.decoding.weak import weak_model
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.kv_cache import KVCache
@@ -32,7 +34,12 @@ def filled_cache(generator: Generator, condition: Condition) -> KVCache:
 
 
 def decoding_step(
-    generator: Generator, inputs: Sequence[Any], guidance: CFG, position: int, cache: KVCache | None = None
+    generator: Generator,
+    inputs: Sequence[Any],
+    guidance: CFG,
+    position: int,
+    cache: KVCache | None = None,
+    weak: Generator | None = None,
 ) -> Callable[[], Tensor]:
     """One step of decoding a batch at token `position`, on a cache and confidences of random contents.
 
@@ -41,15 +48,17 @@ def decoding_step(
     Args:
         inputs: what the images are conditioned on.
         cache: to use, with its contents, in place of a new one.
+        weak: the weak model of guidance with a `weak_share`.
     """
-    condition = generator.condition(inputs, guided=guidance.is_active)
-    decoder = Decoder(generator, condition, guidance, Sampling(), cache or filled_cache(generator, condition))
+    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
+    weaker = weak_model(guidance, generator, condition, weak, inputs)
+    decoder = Decoder(generator, condition, guidance, Sampling(), cache or filled_cache(generator, condition), weaker)
     batch = decoder.batch
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
     uniforms = on_device(torch.rand(batch, condition.num_tokens, dtype=torch.float32), generator.device)
 
-    static = steps_are_static(generator)
+    static = all(steps_are_static(each) for each in decoder.generators)
     at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)
 
     @torch.inference_mode()
@@ -83,16 +92,25 @@ class StepTimes(NamedTuple):
 
 
 def time_steps(
-    generator: Generator, batch: int, guidance: CFG, *, positions: Sequence[float] = POSITIONS, repeats: int = 3
+    generator: Generator,
+    batch: int,
+    guidance: CFG,
+    *,
+    positions: Sequence[float] = POSITIONS,
+    repeats: int = 3,
+    weak: Generator | None = None,
 ) -> StepTimes:
     """Time the steps of a batch at `positions` (parts of the sequence)."""
     inputs = generator.example_inputs(batch)
-    condition = generator.condition(inputs, guided=guidance.is_active)
+    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
     means, set_up = [], 0.0
     started = time.perf_counter()
-    with prepared_linear_layers(generator, condition.rows):
+    with contextlib.ExitStack() as prepared:
+        prepared.enter_context(prepared_linear_layers(generator, condition.rows))
+        if weak is not None and guidance.has_weak_model:
+            prepared.enter_context(prepared_linear_layers(weak, batch))
         for part in positions:
-            step = decoding_step(generator, inputs, guidance, max(1, round(part * condition.num_tokens)))
+            step = decoding_step(generator, inputs, guidance, max(1, round(part * condition.num_tokens)), weak=weak)
             times = []
             set_up = set_up or time.perf_counter() - started
             for turn in range(repeats + 1):

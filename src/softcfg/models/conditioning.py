@@ -7,7 +7,7 @@ and names it in its generator's `conditioning_type`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,8 @@ from softcfg.models.ids import as_ids
 from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text, with_negative
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from softcfg.models.base import Generator
     from softcfg.tokenizers.base import Tokenizer
 
@@ -34,6 +36,8 @@ class Conditioning(ABC):
         classes: names of the classes, where the model has them.
         files: where the files lie that the family reads texts with, by their role in the model's entry.
         settings: how texts are read, from the model's entry, such as its template.
+        quantize: the kind of integers that the weights of a text encoder are rounded to, as those of the generator.
+        place: rounds and moves a text encoder; by default it goes where the generator is.
 
     Attributes:
         takes_prompts: whether images are drawn from texts rather than from class ids.
@@ -54,6 +58,8 @@ class Conditioning(ABC):
         classes: Sequence[str] = (),
         files: Mapping[str, Path] | None = None,
         settings: Mapping[str, Any] | None = None,
+        quantize: str | None = None,
+        place: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
@@ -61,6 +67,8 @@ class Conditioning(ABC):
         self.classes = tuple(classes)
         self.files = dict(files or {})
         self.settings = dict(settings or {})
+        self.quantize = quantize
+        self.place = place or (lambda encoder: encoder.to(generator.device))
         self.check_tokenizer()
 
     @classmethod
@@ -112,6 +120,10 @@ class Conditioning(ABC):
         Raises:
             UserError: a request that cannot be read, or files that are missing.
         """
+
+    def check_inputs(self, requests: Sequence[Any]) -> None:
+        """Raise `UserError` for requests that cannot be read or drawn; families that read slowly only look at them."""
+        self.generator.condition(self.inputs(requests), guided=False)
 
     @abstractmethod
     def title(self, request: Any) -> str:

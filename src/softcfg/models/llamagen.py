@@ -114,6 +114,8 @@ class LlamaGenBlock(nn.Module):
 class LlamaGenBody(Generator):
     """What the LlamaGen generators share: all but the condition."""
 
+    no_split_modules = ("LlamaGenBlock",)
+
     config: LlamaGenConfig
     rotary_cos: Tensor
     rotary_sin: Tensor

@@ -50,6 +50,8 @@ class RunRequest:
             to 100.
         seed: image n draws from the random stream (seed, n).
         speculative_jacobi: the window of speculative Jacobi decoding; 0 draws token by token.
+        negative_prompt: what the unconditional branch reads, for families that read a text there; not with `Prompts`,
+            which have their own.
         image_size_eval: H and W that images are resized to, see `Pipeline.with_image_size`; by default as the pipeline
             says.
         command: kept in run.json, to tell people how the run is continued.
@@ -64,6 +66,7 @@ class RunRequest:
     batch_size: int | None = None
     seed: int = 0
     speculative_jacobi: int = 0
+    negative_prompt: str | None = None
     command: str = ""
     image_size_eval: int | None = None
 
@@ -144,7 +147,7 @@ class RunRequest:
     def _prompts(self, pipeline: Pipeline) -> Prompts | None:
         prompts = self.prompts
         if not pipeline.conditioning.takes_prompts:
-            if prompts is not None:
+            if prompts is not None or self.negative_prompt is not None:
                 raise UserError(f"{pipeline.name} draws classes: give labels, it does not read prompts")
             return None
         if not isinstance(prompts, (Prompts, Sequence, type(None))):
@@ -153,7 +156,9 @@ class RunRequest:
             raise UserError(f"{pipeline.name} draws from prompts: give at least one text")
         if not isinstance(prompts, Prompts):
             texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-            prompts = Prompts(texts, *pipeline.conditioning.image_size())
+            prompts = Prompts(texts, *pipeline.conditioning.image_size(), negative_text=self.negative_prompt)
+        elif self.negative_prompt is not None:
+            raise UserError("give the negative prompt in Prompts, as negative_text")
         prompts.check(pipeline)
         return prompts
 

@@ -84,8 +84,7 @@ class Prompts:
     def check(self, pipeline: Pipeline) -> None:
         """Raise `UserError` for prompts that the model of `pipeline` cannot draw."""
         for label in range(len(self.texts)):
-            inputs = pipeline.conditioning.inputs(pipeline.conditioning.requests(prompts=[self[label]]))
-            pipeline.generator.condition(inputs, guided=False)
+            pipeline.conditioning.check_inputs(pipeline.conditioning.requests(prompts=[self[label]]))
 
     def __getitem__(self, label: int) -> Prompt:
         """The prompt that a label stands for."""

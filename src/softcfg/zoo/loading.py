@@ -6,13 +6,14 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.zoo.files import find_file, require_file
+from softcfg.zoo.mapped import MappedFiles
 from softcfg.zoo.reading import read_json, read_weights
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
 from softcfg.zoo.unwrapping import find_weights, require_plain
@@ -70,12 +71,19 @@ def load_tokenizer(
 
 
 def load_conditioning(
-    entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, *, with_files: bool = True
+    entry: ModelEntry,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    *,
+    with_files: bool = True,
+    quantize: str | None = None,
+    place: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Conditioning:
     """What turns labels or prompts into what the generator of a model is conditioned on.
 
     Args:
         with_files: whether to read the files that texts are read with; without them no prompt can be read.
+        quantize, place: of text encoders; see `Conditioning`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -87,6 +95,8 @@ def load_conditioning(
     text: dict[str, Any] = {}
     if entry.text is not None:
         text["settings"] = entry.text.settings
+        if quantize is not None or place is not None:
+            text |= {"quantize": quantize, "place": place}
         if with_files:
             text["files"] = {role: require_file(file, entry) for role, file in entry.text.files.items()}
     return conditioning_type(generator, tokenizer, name=entry.name, classes=entry.classes, **text)
@@ -118,7 +128,8 @@ def _load(
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     module = _on_meta(module_class, settings)
     state, source = weights_for(module, family, checkpoint)
-    return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras)
+    mapped = None if isinstance(checkpoint, Mapping) else MappedFiles()
+    return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras, mapped=mapped)
 
 
 def published_config(entry: ModelEntry, component: Component) -> dict[str, Any]:
@@ -207,22 +218,30 @@ def _fill(
     dtype: torch.dtype | str | None,
     source: str,
     extras: bool,
+    mapped: MappedFiles | None = None,
 ) -> nn.Module:
-    """Give a module on the meta device its weights; see `load_weights`."""
+    """Give a module on the meta device its weights; see `load_weights`.
+
+    Args:
+        mapped: where the tensors may lie; what was converted, or copied to a device, is given back one by one.
+    """
     import torch
 
     from softcfg.nn.precision import as_device, as_dtype
 
     require_fit(module, state_dict, source, extras=extras)
     device = as_device("cpu" if device is None else device)
-    dtype = as_dtype(dtype) or torch.float32
-    module.load_state_dict(
-        {
-            name: state_dict[name].detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in module.state_dict().items()
-        },
-        assign=True,
-    )
+    number = as_dtype(dtype) or torch.float32
+
+    def take(name: str, like: Tensor) -> Tensor:
+        read = state_dict[name].detach()
+        made = read.to(device, number if like.is_floating_point() else like.dtype)
+        if mapped is not None and made is not read:
+            mapped.forget(read)
+        return made
+
+    taken = {name: take(name, tensor) for name, tensor in module.state_dict().items()}
+    module.load_state_dict(taken, assign=True)
     module.to(device)  # tables that are not weights
     return module.requires_grad_(False).eval()
 

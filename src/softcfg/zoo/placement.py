@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from softcfg.errors import UserError, how_to_install
 
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from softcfg.models.base import Generator
     from softcfg.tokenizers.base import Tokenizer
 
+ModuleT = TypeVar("ModuleT", bound="nn.Module")
+
 QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)  # weights that share a scale in int4, the preferred number first
 
 
-def quantize(generator: Generator, kind: str, device: torch.device) -> Generator:
+def quantize(module: ModuleT, kind: str, device: torch.device) -> ModuleT:
     """Round the weights of the linear layers to integers, one layer after the other, and move all to `device`.
 
     "int8" has one scale per row. "int4" has one per 128 weights of a row (fewer in narrow layers) and saves memory on
@@ -36,8 +38,9 @@ def quantize(generator: Generator, kind: str, device: torch.device) -> Generator
         from torchao.quantization import quantize_
     except ImportError as error:
         raise UserError(f"{kind} weights need torchao: {how_to_install('quantize')}") from error
-    if kind == "int4" and device.type == "cuda" and generator.dtype != torch.bfloat16:
-        raise UserError(f"int4 weights on a GPU need bfloat16, not {str(generator.dtype).removeprefix('torch.')}")
+    dtype = next(module.parameters()).dtype
+    if kind == "int4" and device.type == "cuda" and dtype != torch.bfloat16:
+        raise UserError(f"int4 weights on a GPU need bfloat16, not {str(dtype).removeprefix('torch.')}")
     for group in GROUP_SIZES if kind == "int4" else (1,):
 
         def fits(layer: nn.Module, name: str, group: int = group) -> bool:
@@ -45,8 +48,8 @@ def quantize(generator: Generator, kind: str, device: torch.device) -> Generator
                 return False
             return layer.in_features % group == 0
 
-        quantize_(generator, _recipe(kind, group, device), fits, device=device)
-    return generator.to(device)
+        quantize_(module, _recipe(kind, group, device), fits, device=device)
+    return module.to(device)
 
 
 def _recipe(kind: str, group: int, device: torch.device) -> Any:

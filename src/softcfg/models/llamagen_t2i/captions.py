@@ -1,4 +1,4 @@
-"""How LlamaGen's text-to-image models read captions: cleaned, then encoded by a T5 encoder.
+"""How LlamaGen's text-to-image models read captions: cleaned, then encoded by a T5 encoder (see `encoder`).
 
 The models were trained on captions cleaned by `language/t5.py` of https://github.com/FoundationVision/LlamaGen, a
 cleaner of web captions that comes from DeepFloyd IF. Its behaviour is kept exactly, oddities included.
@@ -15,16 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from softcfg.errors import CheckpointError, UserError, how_to_install, quote
-from softcfg.files import is_file, is_folder
+from softcfg.errors import UserError, how_to_install, quote
 from softcfg.models.conditioning import PromptConditioning
-from softcfg.models.text import plain_tokenizer
-from softcfg.nn.precision import own_dtype
+from softcfg.models.llamagen_t2i.encoder import CaptionEncoder, KeptFeatures
 from softcfg.prompts import Prompt
-from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
 
 if TYPE_CHECKING:
     from softcfg.models.llamagen_t2i.generator import LlamaGenT2I
@@ -144,52 +140,11 @@ def _apply(steps: list[Step], text: str) -> str:
     return text
 
 
-class CaptionEncoder:
-    """The encoder of flan-T5 (https://arxiv.org/abs/2210.11416), by the transformers library.
-
-    Captions are encoded one by one, so what becomes of one does not depend on the others.
-
-    Args:
-        folder: holds `config.json`, `tokenizer.json` and the weights.
-        most: tokens of a caption, the end of the text included; longer ones are cut.
-        dtype, device: of the encoder.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-        UserError: transformers is not installed.
-    """
-
-    def __init__(self, folder: Path, most: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        try:
-            from transformers import T5EncoderModel
-        except ImportError as error:
-            raise UserError(f"encoding captions needs transformers: {how_to_install('llamagen-t2i')}") from error
-        path = folder / "tokenizer.json"
-        self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path), path), path)
-        self.tokenizer.enable_truncation(most)
-        # The library opens whatever has the name of a file that it looks for.
-        if strange := [entry for entry in folder.iterdir() if not (is_file(entry) or is_folder(entry))]:
-            raise CheckpointError(f"{strange[0]} is no regular file, so the text encoder beside it is not read")
-        try:
-            model = T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-        except Exception as error:  # the libraries raise plain exceptions
-            raise CheckpointError(f"the text encoder in {folder} is incomplete or damaged ({error})") from error
-        self.model = model.to(device).eval()
-
-    @torch.no_grad()
-    @own_dtype()
-    def encode(self, caption: str) -> Tensor:
-        """Return the features [n, width] of a cleaned caption of n tokens."""
-        ids = torch.tensor([text_ids(self.tokenizer, caption, specials=True)], device=self.model.device)
-        features: Tensor = self.model(input_ids=ids).last_hidden_state[0]
-        return features
-
-
 class LlamaGenCaptions(PromptConditioning):
     """The captions of a text-to-image LlamaGen model, for images of one size.
 
     Its files are "encoder", the weights of the text encoder, "encoder_config" and "tokenizer", in one folder. The
-    encoder is loaded with the first caption, in the generator's dtype and on its device.
+    encoder is loaded with the first caption that is not among those kept, in the generator's dtype and on its device.
     """
 
     generator: LlamaGenT2I
@@ -197,6 +152,7 @@ class LlamaGenCaptions(PromptConditioning):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._encoder: CaptionEncoder | None = None
+        self._encoder_is_for: tuple[object, ...] = ()
 
     @property
     def encoder(self) -> CaptionEncoder:
@@ -205,15 +161,35 @@ class LlamaGenCaptions(PromptConditioning):
         Raises:
             UserError: the model has none.
         """
-        if self._encoder is None:
-            if "encoder" not in self.files:
-                raise UserError(f"{self.name} has no text encoder, so it cannot read prompts")
-            folder, generator = self.files["encoder"].parent, self.generator
-            most = generator.config.cls_token_num
-            self._encoder = CaptionEncoder(folder, most, dtype=generator.dtype, device=generator.device)
+        most, dtype = self.generator.config.cls_token_num, self.generator.dtype
+        wanted = dtype, self.generator.device
+        if self._encoder is None or self._encoder_is_for != wanted:  # the generator may have been moved since
+            self._encoder = CaptionEncoder(self._encoder_folder(), most, dtype=dtype, place=self.place)
+            self._encoder_is_for = wanted
         return self._encoder
 
+    def check_inputs(self, requests: Sequence[Prompt]) -> None:
+        """See `Conditioning.check_inputs`: captions are cleaned, and not yet encoded."""
+        self._encoder_folder()
+        for prompt in requests:
+            clean_caption(prompt.text)
+
     def inputs(self, requests: Sequence[Prompt]) -> list[Tensor]:
-        """See `Conditioning.inputs`; a text that occurs several times is encoded once."""
-        features = {text: self.encoder.encode(clean_caption(text)) for text in {prompt.text for prompt in requests}}
-        return [features[prompt.text] for prompt in requests]
+        """See `Conditioning.inputs`; a caption is encoded once, and its features are kept for other runs."""
+        config, device = self.generator.config, self.generator.device
+        kept = KeptFeatures(
+            self._encoder_folder(), [self.generator.dtype, device.type, self.quantize, config.cls_token_num]
+        )
+        features: dict[str, Tensor] = {}
+        for text in dict.fromkeys(clean_caption(prompt.text) for prompt in requests):
+            known = kept.read(text)
+            if known is None:
+                known = self.encoder.encode(text)
+                kept.write(text, known)
+            features[text] = known
+        return [features[clean_caption(prompt.text)] for prompt in requests]
+
+    def _encoder_folder(self) -> Path:
+        if "encoder" not in self.files:
+            raise UserError(f"{self.name} has no text encoder, so it cannot read prompts")
+        return self.files["encoder"].parent

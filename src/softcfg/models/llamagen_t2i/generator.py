@@ -127,7 +127,7 @@ class LlamaGenT2I(LlamaGenBody):
         moved = [caption.to(self.device, self.dtype) for caption in captions]
         features = torch.stack([F.pad(each, (0, 0, config.cls_token_num - len(each), 0)) for each in moved])
         if guided:
-            features = torch.cat((features, self.cls_embedding.uncond_embedding.expand_as(features)))
+            features = torch.cat((features, self.cls_embedding.uncond_embedding.to(features).expand_as(features)))
             padding = padding.repeat(2)
         return CaptionCondition(features, padding, self.num_tokens)
 

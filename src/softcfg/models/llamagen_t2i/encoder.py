@@ -1,0 +1,107 @@
+"""The text encoder of LlamaGen's text-to-image models, that of flan-T5, and the features that it gave before."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softcfg.errors import CheckpointError, UserError, how_to_install
+from softcfg.files import is_file, is_folder, read_bounded, write_atomically
+from softcfg.models.text import plain_tokenizer
+from softcfg.nn.precision import own_dtype
+from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
+
+FOLDER_VARIABLE = "SOFTCFG_CAPTIONS"
+LARGEST_FEATURES = 1 << 24  # bytes of the features of a caption
+
+
+class CaptionEncoder:
+    """The encoder of flan-T5 (https://arxiv.org/abs/2210.11416), by the transformers library.
+
+    Captions are encoded one by one, so what becomes of one does not depend on the others.
+
+    Args:
+        folder: holds `config.json`, `tokenizer.json` and the weights.
+        most: tokens of a caption, the end of the text included; longer ones are cut.
+        dtype: of the encoder.
+        place: puts the encoder where it runs; see `Conditioning`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        UserError: transformers is not installed.
+    """
+
+    def __init__(self, folder: Path, most: int, *, dtype: torch.dtype, place: Callable[[nn.Module], nn.Module]) -> None:
+        try:
+            from transformers import T5EncoderModel
+        except ImportError as error:
+            raise UserError(f"encoding captions needs transformers: {how_to_install('llamagen-t2i')}") from error
+        path = folder / "tokenizer.json"
+        self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path), path), path)
+        self.tokenizer.enable_truncation(most)
+        # The library opens whatever has the name of a file that it looks for.
+        if strange := [entry for entry in folder.iterdir() if not (is_file(entry) or is_folder(entry))]:
+            raise CheckpointError(f"{strange[0]} is no regular file, so the text encoder beside it is not read")
+        try:
+            model: Any = T5EncoderModel.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+        except Exception as error:  # the libraries raise plain exceptions
+            raise CheckpointError(f"the text encoder in {folder} is incomplete or damaged ({error})") from error
+        self.model: Any = place(model.eval())
+
+    @torch.no_grad()
+    @own_dtype()
+    def encode(self, caption: str) -> Tensor:
+        """Return the features [n, width] of a cleaned caption of n tokens."""
+        ids = torch.tensor([text_ids(self.tokenizer, caption, specials=True)], device=self.model.device)
+        features: Tensor = self.model(input_ids=ids).last_hidden_state[0]
+        return features
+
+
+class KeptFeatures:
+    """Features of captions in the folder $SOFTCFG_CAPTIONS, by default one in the user's cache; a file per caption.
+
+    They are found again by the caption, `how` it was encoded, and names, sizes and times of the encoder's files. What
+    cannot be read or written is encoded again.
+
+    Args:
+        encoder: the folder of the encoder.
+        how: what else decides the features, such as their dtype.
+    """
+
+    def __init__(self, encoder: Path, how: Sequence[object]) -> None:
+        found = [(path.name, path.stat()) for path in sorted(encoder.iterdir()) if is_file(path)]
+        files = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+        home = Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/captions").expanduser()
+        self.folder = home / hashlib.sha256(repr((files, *how)).encode()).hexdigest()[:16]
+
+    def _path(self, caption: str) -> Path:
+        return self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
+
+    def read(self, caption: str) -> Tensor | None:
+        """Return the features [n, width] of a caption, None if they are not there."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            features: Tensor = load(read_bounded(self._path(caption), LARGEST_FEATURES))["features"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return features
+
+    def write(self, caption: str, features: Tensor) -> None:
+        """Keep the features of a caption."""
+        from safetensors.torch import save
+
+        with contextlib.suppress(OSError, UserError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = save({"features": features.detach().cpu().contiguous()})
+            write_atomically(self._path(caption), content, durable=False, replace=True)
