@@ -51,6 +51,7 @@ PAGES = [
 REDUCED = {
     "sample": ["--num-samples", "4", "--device", "cpu"],
     "bench": ["--batch-sizes", "1", "--repeats", "1", "--device", "cpu"],
+    "doctor": ["--no-test", "--device", "cpu"],
     "trace": ["--device", "cpu"],
     "plot": ["--device", "cpu"],
     "eval": ["--device", "cpu"],

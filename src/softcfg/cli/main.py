@@ -15,7 +15,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from softcfg import plugins
-from softcfg.cli import bench, compare, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
+from softcfg.cli import (
+    bench,
+    compare,
+    decode,
+    doctor,
+    fetch,
+    models,
+    plot,
+    released,
+    runs,
+    sample,
+    sweep,
+    t2i_bench,
+    trace,
+    ui,
+)
 from softcfg.cli import eval as evaluation
 from softcfg.cli.arguments import HelpFormatter
 from softcfg.cli.streams import patient_streams
@@ -24,7 +39,7 @@ from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
 PATHS = {"FILE", "DIR", "PATH", "FOLDER", "NEW", "MODEL", "SAMPLES", "PROMPTS"}  # metavars of options that are paths
-COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, ui)
+COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, doctor, ui)
 
 SHELLS = ("bash", "zsh", "fish")
 

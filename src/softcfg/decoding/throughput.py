@@ -23,6 +23,8 @@ from softcfg.nn.linear import prepared_linear_layers
 
 # A step's cost grows with the filled part of the cache; the mean over these positions stands for the whole sequence.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+LOGITS_OF_AN_IMAGE = 8  # times the float32 logits: guided, filtered, softmax, and the float64 sums
+MOST_IMAGES = 4096  # at once; more are no faster
 
 
 def filled_cache(generator: Generator, condition: Condition) -> KVCache:
@@ -77,6 +79,43 @@ def decoding_step(
         return tokens[:, position]
 
     return replayed
+
+
+def batch_bytes(generator: Generator, batch: int, guidance: CFG, *, weak: Generator | None = None) -> int:
+    """The memory that drawing a batch takes beside the weights, without pixels: what is sure to be there at once.
+
+    That is the cache, that of a third branch too, what the generator computes ahead, and the logits of a step: of the
+    rows, and of what they become until a token is drawn, the cumulated distribution in float64 the largest of it.
+
+    Args:
+        weak: the weak model of the guidance, which has a cache of its own.
+    """
+    condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
+    total = generator.cache_bytes(condition) + generator.ahead_bytes(condition)
+    if guidance.has_third_branch:
+        third = condition[:batch]
+        total += generator.cache_bytes(third) + generator.ahead_bytes(third)
+    if weak is not None:
+        own = weak.condition(weak.example_inputs(batch), guided=False)
+        total += weak.cache_bytes(own) + weak.ahead_bytes(own)
+    logits = 4 * generator.vocab_size  # of a row, in float32
+    return total + (2 * condition.rows + LOGITS_OF_AN_IMAGE * batch) * logits
+
+
+def largest_batch(generator: Generator, guidance: CFG, free: int) -> int:
+    """The most images at once for which `free` bytes are enough, beside the weights and without pixels; 0 for none."""
+    fits, too_many = 0, 1
+    while too_many <= MOST_IMAGES and batch_bytes(generator, too_many, guidance) <= free:
+        fits, too_many = too_many, 2 * too_many
+    if fits == MOST_IMAGES:
+        return fits
+    while too_many - fits > max(1, fits // 64):
+        middle = (fits + too_many) // 2
+        if batch_bytes(generator, middle, guidance) <= free:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
 
 
 class StepTimes(NamedTuple):
