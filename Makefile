@@ -45,7 +45,7 @@ test-all: lint
 test-floor:
 	$(PYTHON) -m venv --clear .venv-floor
 	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(FLOOR) '.[train,tune,quantize]' pytest==8.0.0 pytest-timeout==2.0.0 scipy==1.12.0
+	$(FLOOR) '.[train,tune,quantize]' pytest==8.0.0 pytest-timeout==2.0.0 scipy==1.13.0
 	.venv-floor/bin/python -m pytest
 	$(FLOOR) '.[dev]'
 	.venv-floor/bin/python -m pytest

@@ -85,24 +85,29 @@ TINY_TOKENIZER = {
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelEntry], Path]:
     """The published models with few tokens and random weights, and the folder of their files."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    sizes = (
-        Component(GENERATORS["alitok"], TINY_GENERATOR, None),
-        Component(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None),
-    )  # type: ignore[arg-type]
-    for name, part in zip(("generator", "tokenizer"), sizes, strict=True):
+    counts = {len(entry.classes) or 1000 for entry in MODELS.values()}
+    small = {
+        f"generator-{count}": Component(GENERATORS["alitok"], {**TINY_GENERATOR, "condition_num_classes": count}, None)  # type: ignore[arg-type]
+        for count in counts
+    }
+    small["tokenizer"] = Component(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None)  # type: ignore[arg-type]
+    for name, part in small.items():
         torch.save(module(part).state_dict(), folder / name)
     entries = {}
     for entry in MODELS.values():
         if entry.text is not None:  # what is not bundled of these is not run
             continue
         parts = []
-        for name, small, part in zip(("generator", "tokenizer"), sizes, entry.components, strict=True):
+        names = (f"generator-{len(entry.classes) or 1000}", "tokenizer")
+        for name, part in zip(names, entry.components, strict=True):
             file = ModelFile(f"{name}.pt", folder=folder) if entry.bundled else part.file
-            parts.append(dataclasses.replace(small, file=file))
+            parts.append(dataclasses.replace(small[name], file=file))
             link = folder / file.local_name
             if not link.exists():
                 link.symlink_to(folder / name)
-        entries[entry.name] = dataclasses.replace(entry, generator=parts[0], tokenizer=parts[1])
+        count = TINY_GENERATOR["condition_num_classes"] if entry.classes else 0
+        classes = (*entry.classes, *(f"class {label}" for label in range(len(entry.classes), count)))
+        entries[entry.name] = dataclasses.replace(entry, generator=parts[0], tokenizer=parts[1], classes=classes)
     return entries, folder
 
 

@@ -43,9 +43,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     indices: list[int] = []
     original = softcfg.runs.worker.BatchDrawer.draw
 
-    def draw(self: Any, wanted: Any, *args: Any) -> Any:
+    def draw(self: Any, wanted: Any, *args: Any, **settings: Any) -> Any:
         indices.extend(wanted)
-        return original(self, wanted, *args)
+        return original(self, wanted, *args, **settings)
 
     monkeypatch.setattr(softcfg.runs.worker.BatchDrawer, "draw", draw)
     return indices

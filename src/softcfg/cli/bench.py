@@ -64,11 +64,12 @@ def run(args: argparse.Namespace) -> int:
     )
     speed: dict[int, float] = {}
     for batch in sorted(set(args.batch_sizes)):
-        needed, free = batch_bytes(generator, batch, guidance, pipeline.weak_generator), free_memory(generator.device)
+        weak = pipeline.weak_generator if guidance.has_weak_model else None
+        needed, free = batch_bytes(generator, batch, guidance, weak=weak), free_memory(generator.device)
         if free is not None and needed > free:
             print(f"{batch:5} needs {needed / 2**20:.0f} MiB beside the weights, {free / 2**20:.0f} MiB are free")
             continue
-        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats, weak=pipeline.weak_generator)
+        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats, weak=weak)
         condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
         pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, condition, batch) / batch
         seconds = (set_up + step * condition.num_tokens) / batch + pixels

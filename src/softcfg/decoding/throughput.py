@@ -81,23 +81,25 @@ def decoding_step(
     return replayed
 
 
-def batch_bytes(generator: Generator, batch: int, guidance: CFG, weak: Generator | None = None) -> int:
+def batch_bytes(generator: Generator, batch: int, guidance: CFG, *, weak: Generator | None = None) -> int:
     """The memory that drawing a batch takes beside the weights, without pixels: what is sure to be there at once.
 
-    That is the cache, those of a third branch and of the `weak` model too, what the generators compute ahead, and the
-    logits of a step: of the rows, and of what they become until a token is drawn, the cumulated distribution in float64
-    the largest of it.
+    That is the cache, that of a third branch too, what the generator computes ahead, and the logits of a step: of the
+    rows, and of what they become until a token is drawn, the cumulated distribution in float64 the largest of it.
+
+    Args:
+        weak: the weak model of the guidance, which has a cache of its own.
     """
-    inputs = generator.example_inputs(batch)
-    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
-    passes = [(generator, condition)]
+    condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
+    total = generator.cache_bytes(condition) + generator.ahead_bytes(condition)
     if guidance.has_third_branch:
-        passes.append((generator, condition[:batch]))
-    if weak is not None and guidance.has_weak_model:
-        passes.append((weak, weak.condition(inputs, guided=False)))
-    total = sum(each.cache_bytes(rows) + each.ahead_bytes(rows) for each, rows in passes)
+        third = condition[:batch]
+        total += generator.cache_bytes(third) + generator.ahead_bytes(third)
+    if weak is not None:
+        own = weak.condition(weak.example_inputs(batch), guided=False)
+        total += weak.cache_bytes(own) + weak.ahead_bytes(own)
     logits = 4 * generator.vocab_size  # of a row, in float32
-    return total + (2 * sum(rows.rows for _, rows in passes) + LOGITS_OF_AN_IMAGE * batch) * logits
+    return total + (2 * condition.rows + LOGITS_OF_AN_IMAGE * batch) * logits
 
 
 def largest_batch(generator: Generator, guidance: CFG, free: int) -> int:
