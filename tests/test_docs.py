@@ -310,7 +310,7 @@ class Shell:
         extras = re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
         for word in words[1:]:
             package = re.fullmatch(r"(?:\.|softcfg|[\w./-]*softcfg-[\w.*-]+\.whl)(?:\[([\w,-]+)\])?", word)
-            known = ("-e", "--upgrade", "torch", "--index-url", "https://download.pytorch.org/whl/cpu")
+            known = ("-e", "--upgrade", "torch")
             assert package or word in known, f"unknown argument {word}"
             for extra in (package[1] or "").split(",") if package else ():
                 assert not extra or extra in extras, f"no extra {extra}"
