@@ -19,9 +19,9 @@ help:
 
 install: .venv/.installed
 
-# Without a GPU the build of PyTorch for CPUs takes its place: 1.0 GB in all, not 5.5 GB.
-TORCH := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+# TORCH_INDEX is where PyTorch's build for CPUs lies (docs/start.md): 1.0 GB in all, where the usual one comes to 5.5 GB.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .venv/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

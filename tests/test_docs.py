@@ -300,7 +300,7 @@ class Shell:
     def make(self, words: Sequence[str]) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         for word in words:
-            assert word in targets or re.match(r"[A-Z]+=", word), f"no target {word}"
+            assert word in targets or re.match(r"[A-Z_]+=", word), f"no target {word}"
 
     def pip(self, words: Sequence[str]) -> None:
         assert words[0] == "install"
@@ -308,7 +308,7 @@ class Shell:
         extras = re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
         for word in words[1:]:
             package = re.fullmatch(r"(?:\.|softcfg|[\w./-]*softcfg-[\w.*-]+\.whl)(?:\[([\w,-]+)\])?", word)
-            known = ("-e", "--upgrade", "torch", "--index-url", "https://download.pytorch.org/whl/cpu")
+            known = ("-e", "--upgrade", "torch")
             assert package or word in known, f"unknown argument {word}"
             for extra in (package[1] or "").split(",") if package else ():
                 assert not extra or extra in extras, f"no extra {extra}"
