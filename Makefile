@@ -6,7 +6,8 @@ FLOOR := .venv-floor/bin/uv pip install --quiet --python .venv-floor --resolutio
 .PHONY: help install sample test test-all test-floor lint format bench docs pictures train study clean
 
 help:
-	@echo "make sample    draw images with the bundled model into $(OUT)/"
+	@echo "make sample    install what sampling needs, and draw images with the bundled model into $(OUT)/"
+	@echo "make install   install all that the other targets need"
 	@echo "make test      lint, type check and the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-floor  the tests on the oldest versions that pyproject.toml allows"
@@ -18,12 +19,20 @@ help:
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+# TORCH_INDEX is where PyTorch's build for CPUs lies (docs/start.md): 1.0 GB in all, where the usual one comes to 5.5 GB.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.venv/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
 	@touch $@
 
-sample: install
+.venv/.installed: .venv/.base
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+sample: .venv/.base
 	$(BIN)/softcfg sample fashion --labels all --output-dir $(OUT)
 
 test: lint
@@ -36,7 +45,7 @@ test-all: lint
 test-floor:
 	$(PYTHON) -m venv --clear .venv-floor
 	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(FLOOR) '.[train,tune,quantize]' pytest==8.0.0 pytest-timeout==2.0.0 scipy==1.12.0
+	$(FLOOR) '.[train,tune,quantize]' pytest==8.0.0 pytest-timeout==2.0.0 scipy==1.13.0
 	.venv-floor/bin/python -m pytest
 	$(FLOOR) '.[dev]'
 	.venv-floor/bin/python -m pytest
@@ -59,8 +68,11 @@ docs: install
 pictures: install
 	$(BIN)/softcfg sample fashion --labels all --overwrite --output-dir runs/pictures
 	cp runs/pictures/comparison.png docs/images/fashion-comparison.png
-	cp runs/pictures/grid.png docs/images/fashion-grid.png
+	$(BIN)/softcfg sample emoji --prompt umbrella --prompt "flag of japan" --prompt "flag of france" --overwrite \
+		--output-dir runs/first
+	cp runs/first/comparison.png docs/images/first.png
 	$(BIN)/softcfg plot fashion --labels Sneaker,Bag,Dress,Coat --step 150 --output-dir docs/images/plots
+	$(BIN)/python -m recipes.web_page docs/images/ui.png
 
 train: install
 	$(BIN)/python -m recipes.fashion_mnist.train

@@ -51,6 +51,7 @@ PAGES = [
 REDUCED = {
     "sample": ["--num-samples", "4", "--device", "cpu"],
     "bench": ["--batch-sizes", "1", "--repeats", "1", "--device", "cpu"],
+    "doctor": ["--no-test", "--device", "cpu"],
     "trace": ["--device", "cpu"],
     "plot": ["--device", "cpu"],
     "eval": ["--device", "cpu"],
@@ -84,20 +85,23 @@ TINY_TOKENIZER = {
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, ModelEntry], Path]:
     """The published models with few tokens and random weights, and the folder of their files."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    sizes = (
-        Component(GENERATORS["alitok"], TINY_GENERATOR, None),
-        Component(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None),
-    )  # type: ignore[arg-type]
-    for name, part in zip(("generator", "tokenizer"), sizes, strict=True):
+    counts = {len(entry.classes) or 1000 for entry in MODELS.values()}
+    small = {
+        f"generator-{count}": Component(GENERATORS["alitok"], {**TINY_GENERATOR, "condition_num_classes": count}, None)  # type: ignore[arg-type]
+        for count in counts
+    }
+    small["tokenizer"] = Component(TOKENIZERS["maskgit-vq"], TINY_TOKENIZER, None)  # type: ignore[arg-type]
+    for name, part in small.items():
         torch.save(module(part).state_dict(), folder / name)
     entries = {}
     for entry in MODELS.values():
         if entry.text is not None:  # what is not bundled of these is not run
             continue
         parts = []
-        for name, small, part in zip(("generator", "tokenizer"), sizes, entry.components, strict=True):
+        names = (f"generator-{len(entry.classes) or 1000}", "tokenizer")
+        for name, part in zip(names, entry.components, strict=True):
             file = ModelFile(f"{name}.pt", folder=folder) if entry.bundled else part.file
-            parts.append(dataclasses.replace(small, file=file))
+            parts.append(dataclasses.replace(small[name], file=file))
             link = folder / file.local_name
             if not link.exists():
                 link.symlink_to(folder / name)
@@ -296,7 +300,7 @@ class Shell:
     def make(self, words: Sequence[str]) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         for word in words:
-            assert word in targets or re.match(r"[A-Z]+=", word), f"no target {word}"
+            assert word in targets or re.match(r"[A-Z_]+=", word), f"no target {word}"
 
     def pip(self, words: Sequence[str]) -> None:
         assert words[0] == "install"
@@ -304,7 +308,8 @@ class Shell:
         extras = re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
         for word in words[1:]:
             package = re.fullmatch(r"(?:\.|softcfg|[\w./-]*softcfg-[\w.*-]+\.whl)(?:\[([\w,-]+)\])?", word)
-            assert package or word in ("-e", "--upgrade"), f"unknown argument {word}"
+            known = ("-e", "--upgrade", "torch")
+            assert package or word in known, f"unknown argument {word}"
             for extra in (package[1] or "").split(",") if package else ():
                 assert not extra or extra in extras, f"no extra {extra}"
 
@@ -376,7 +381,9 @@ def test_commands_in_the_prose(path: Path) -> None:
             parser, rest = build_parser(), words[1:]
             while rest and rest[0] in commands_of(parser):
                 parser = commands_of(parser)[rest.pop(0)]
-            assert not rest or parser.prog != "softcfg" or rest[0] in ("COMMAND", "--help", "--version"), (number, code)
+            assert (
+                not rest or parser.prog != "softcfg" or rest[0] in ("COMMAND", "--help", "--version", "--completion")
+            ), (number, code)
             known = {flag for action in parser._actions for flag in action.option_strings}
             for word in rest:
                 flag = word.partition("=")[0]

@@ -123,10 +123,7 @@ def test_fields_of_guidance(pipe: Pipeline) -> None:
     ("settings", "message"),
     [
         ({"guidance_scale": -1}, "guidance_scale must be"),
-        (
-            {"guidance": 4.0},
-            r"guidance must be CFG\(\.\.\.\) or SoftCFG\(\.\.\.\), got 4.0; did you mean guidance_scale=4.0",
-        ),
+        ({"guidance": "strong"}, "guidance must be"),
         ({"apg_eta": 0.2}, "apg_eta is a setting of the rule apg, which is not chosen"),
         ({"sampling": Sampling(), "entropy_gain": 2.5}, "give sampling or entropy_gain, not both"),
     ],

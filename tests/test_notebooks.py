@@ -4,14 +4,22 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+FIGURES = {"start": 4, "plug_into_your_own_model": 0}
 NOTEBOOKS = sorted(Path(__file__).parents[1].glob("notebooks/*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_without_outputs(path: Path) -> None:
+def test_figures_are_stored(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert outputs
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == FIGURES[path.stem]
+    assert not any(
+        "<Figure" in str(output.get("data", {}).get("text/plain")) for output in outputs if output not in pictures
+    )
 
 
 @pytest.mark.slow

@@ -213,9 +213,11 @@ def test_bad_arguments(pipe: Pipeline, arguments: dict[str, Any], message: str) 
 
 def test_prompts_are_not_for_models_of_classes(model_folder: Path, pipe: Pipeline) -> None:
     classes = Pipeline.from_pretrained(model_folder)
-    for arguments in ({"prompts": ["x"]}, {"labels": ["x"]}, {"labels": "x"}):
-        with pytest.raises(UserError, match="tiny draws classes: give labels"):
-            classes(**arguments)
+    with pytest.raises(UserError, match="tiny draws classes: give labels"):
+        classes(prompts=["x"])
+    for labels in (["x"], "x"):
+        with pytest.raises(UserError, match="'x' is no class, and tiny does not read prompts"):
+            classes(labels)
     with pytest.raises(UserError, match="without width and height"):
         classes([0], width=16)
     with pytest.raises(UserError, match="20 codes, 2 pixels wide"):

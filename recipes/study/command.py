@@ -62,7 +62,7 @@ def make(given: argparse.Namespace) -> None:
         report.write(given.document, rows, design)
         if not given.document_only:
             laboratory = Laboratory(given.model, given.data, given.batch_size)
-            report.write_picture(given.document, laboratory.picture(traced(design.best(rows)).values()))
+            report.write_picture(given.document, laboratory.picture(traced(design.best(rows))))
 
 
 def design_of(given: argparse.Namespace) -> Design:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -88,11 +88,13 @@ class Laboratory:
             images = torch.cat([tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(part))).cpu() for part in parts])
         return self.metrics(images, self.train.labels[chosen])
 
-    def picture(self, settings: Iterable[CFG]) -> Image.Image:
+    def picture(self, settings: Mapping[str, CFG]) -> Image.Image:
         """Two rows of images for each setting, the classes in turn, with the same random numbers."""
         labels = torch.arange(2 * CLASSES) % CLASSES
-        drawn = [self.pipeline(labels, guidance, seed=0).images for guidance in settings]
-        return grid([images[i : i + CLASSES] for images in drawn for i in (0, CLASSES)])
+        drawn = [self.pipeline(labels, guidance, seed=0, progress=False).images for guidance in settings.values()]
+        names = [name for name in settings for _ in (0, CLASSES)]
+        rows = [images[i : i + CLASSES] for images in drawn for i in (0, CLASSES)]
+        return grid(rows, row_labels=names)
 
     def metrics(self, images: Tensor, labels: Tensor) -> Row:
         """The metrics of images uint8 [N, H, W, 3] of classes [N]; the extractor has no spatial features for sFID.

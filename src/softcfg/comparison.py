@@ -38,7 +38,8 @@ SHOWN = 10  # images of a method in the picture
 PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
 FIGURES = {"recall.png": ("recall", "fid"), "front.png": ("inception_score", "fid")}  # what is on which axis
 NONE = "none"
-KINDS: dict[str, Collection[str]] = {"preset": PRESETS, "rule": RULES, "perturbation": PERTURBATIONS}
+WEAK = "weak"
+KINDS: dict[str, Collection[str]] = {"preset": PRESETS, "rule": RULES, "perturbation": PERTURBATIONS, WEAK: (WEAK,)}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Entry:
 def method_named(name: str, pipeline: Pipeline, scale: float | None, settings: Mapping[str, Any]) -> CFG:
     """The guidance called "none", RULE, PERTURBATION, PERTURBATION+RULE or by a preset, such as "released".
 
+    With "weak", alone or as in "softcfg+weak", it is away from the weak model; else it takes none.
+
     Args:
         scale: of the guidance; None for the model's own.
         settings: by name, on top of what suits the model; those of rules and perturbations that it does
@@ -88,22 +91,25 @@ def method_named(name: str, pipeline: Pipeline, scale: float | None, settings: M
         UserError: there is no such method, or a setting is out of its range.
     """
     if name == NONE:
-        return pipeline.default_guidance(CFG, guidance_scale=1.0)
+        return pipeline.default_guidance(CFG, guidance_scale=1.0, weak_share=0.0)
     parts: dict[str, Any] = {}
     for word in name.split("+"):
         kinds = [kind for kind, names in KINDS.items() if word in names and word != NONE]
         if not kinds or kinds[0] in parts:
-            known = [NONE, *RULES, *(p for p in PERTURBATIONS if p != NONE), *PRESETS]
+            known = [NONE, *RULES, *(p for p in PERTURBATIONS if p != NONE), *PRESETS, WEAK]
             raise UserError(f"there is no method {name!r}; it is one of {', '.join(known)}, or PERTURBATION+RULE")
         parts[kinds[0]] = word
     if "preset" not in parts:
         parts.setdefault("perturbation", NONE)
+    share = settings.get("weak_share", 1.0) if parts.pop(WEAK, None) else 0.0
     if scale is not None:
         settings = {**settings, "guidance_scale": scale}
     try:
-        return pipeline.default_guidance(compose, drop_unused=True, **{**settings, **parts})
+        made = pipeline.default_guidance(compose, drop_unused=True, **{**settings, **parts, "weak_share": share})
     except ValueError as error:
         raise UserError(str(error)) from error
+    pipeline.check_guidance(made)
+    return made
 
 
 def entries(

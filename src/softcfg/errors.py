@@ -7,6 +7,8 @@ import operator
 import reprlib
 from collections.abc import Iterable, Mapping
 
+from softcfg.version import __version__
+
 LONGEST_SENTENCE = 2000  # characters
 
 
@@ -85,6 +87,11 @@ class UnexpectedArgumentError(UserError, TypeError):
         local = (foreign or {}).get(name)
         hint = f"did you mean {local}?" if local else suggestion(name, known, most=1, cutoff=0.6)
         super().__init__(f"{function} takes no {name}{hint and '; '}{hint}")
+
+
+def how_to_install(extra: str) -> str:
+    """How the packages of an extra are installed: the one way, from the clone or a wheel."""
+    return f"pip install '.[{extra}]' in the clone, or 'softcfg-{__version__}-py3-none-any.whl[{extra}]' from a wheel"
 
 
 def require_whole(value: object, name: str, least: int) -> int:

@@ -192,9 +192,10 @@ def grid(
     left = max((round(font.getlength(label)) for label in row_labels), default=-MARGIN) + MARGIN
     top = round(size * 1.6) if title else 0
     columns = max(len(row) for row in rows)
+    across = max(columns * (width + PAD) - PAD, round(font.getlength(title)))
     canvas = Image.new(
         "RGB",
-        (2 * MARGIN + left + columns * (width + PAD) - PAD, 2 * MARGIN + top + len(rows) * (height + PAD) - PAD),
+        (2 * MARGIN + left + across, 2 * MARGIN + top + len(rows) * (height + PAD) - PAD),
         BACKGROUND,
     )
     ink = ImageDraw.Draw(canvas)

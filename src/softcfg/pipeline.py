@@ -19,6 +19,7 @@ from softcfg import calls
 from softcfg.calls import PipelineOutput as PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
+from softcfg.decoding.weak import check_weak
 from softcfg.errors import UnexpectedArgumentError, UserError, require_whole
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Generator, LabelsLike
@@ -29,9 +30,10 @@ from softcfg.nn.precision import as_device, as_dtype, own_dtype
 from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
+from softcfg.zoo.files import require_files
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
 from softcfg.zoo.registry import ModelEntry, is_repository, resolve
-from softcfg.zoo.source import ModelSource
+from softcfg.zoo.source import ModelSource, hash_files
 
 
 class Pipeline:
@@ -46,10 +48,12 @@ class Pipeline:
         conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
             generator's family, without the files that reading texts may need.
         source: where the model was loaded from, which runs write down; None if it was made in memory.
+        weak: the pipeline of a weak model, which guidance with a `weak_share` leads away from (autoguidance); of the
+            same image tokenizer and conditions. None for none.
 
     Raises:
-        UserError: the tokenizer does not decode what the generator draws, or the generator does not say what it is
-            conditioned on.
+        UserError: the tokenizer does not decode what the generator draws, the generator does not say what it is
+            conditioned on, or the weak model does not draw what this one draws.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Pipeline:
         sampling_defaults: Mapping[str, Any] | None = None,
         conditioning: Conditioning | None = None,
         source: ModelSource | None = None,
+        weak: Pipeline | None = None,
         prompt_reader: Any = None,
     ) -> None:
         if conditioning is None:
@@ -88,6 +93,9 @@ class Pipeline:
         self.sampling_defaults = dict(sampling_defaults or {})
         self.conditioning = conditioning
         self.source = source
+        self.weak = weak
+        if weak is not None:
+            self._check_weak(weak)
         self._bar: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -116,6 +124,7 @@ class Pipeline:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | None = None,
+        weak: str | Path | Pipeline | None = None,
         image_size_eval: int | None = None,
         **unknown: Any,
     ) -> Pipeline:
@@ -136,6 +145,7 @@ class Pipeline:
                 they have the dtype of the generator.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
                 `zoo.placement.spread`).
+            weak: the weak model, loaded with the same dtypes, as in "rar-xl" with "rar-b"; or the pipeline of one.
             image_size_eval: H and W that images are resized to (see `with_image_size`); by default they are not.
 
         Raises:
@@ -151,6 +161,7 @@ class Pipeline:
         if isinstance(model, str) and is_repository(model):
             fetch(model)
         entry = resolve(model)
+        require_files(entry, generator_checkpoint, tokenizer_checkpoint)
         device = _device(device)
         size = None if image_size_eval is None else checked_size(image_size_eval)
         if quantize is not None and device_map is not None:
@@ -166,12 +177,21 @@ class Pipeline:
         generator.cache_dtype = kv_cache_dtype
         tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
         source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
-        pipeline = cls._of_entry(entry, generator, tokenizer, source)
+        if isinstance(weak, (str, Path)):
+            weak = cls.from_pretrained(
+                weak, device=generator.device, dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype
+            )
+        pipeline = cls._of_entry(entry, generator, tokenizer, source, weak)
         return pipeline if size is None else pipeline.with_image_size(size)
 
     @classmethod
     def _of_entry(
-        cls, entry: ModelEntry, generator: Generator, tokenizer: Tokenizer, source: ModelSource | None = None
+        cls,
+        entry: ModelEntry,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        source: ModelSource | None = None,
+        weak: Pipeline | None = None,
     ) -> Pipeline:
         kind = None if source is None else source.quantize
         place = None if kind is None else functools.partial(placement.quantize, kind=kind, device=generator.device)
@@ -185,6 +205,7 @@ class Pipeline:
                 entry, generator, tokenizer, with_files=source is not None, quantize=kind, place=place
             ),
             source=source,
+            weak=weak,
         )
 
     @classmethod
@@ -195,6 +216,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         kv_cache_dtype: torch.dtype | str | None = None,
+        weak: str | Path | None = None,
     ) -> Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
@@ -202,7 +224,12 @@ class Pipeline:
         dtype = as_dtype(entry.generator.dtype if dtype is None else dtype)
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
         generator.cache_dtype = _cache_dtype(kv_cache_dtype)
-        return cls._of_entry(entry, generator, random_weights(entry.tokenizer, device=device))
+        tokenizer = random_weights(entry.tokenizer, device=device)
+        weaker = None
+        if weak is not None:
+            weaker = cls.with_random_weights(weak, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+            weaker.tokenizer = tokenizer
+        return cls._of_entry(entry, generator, tokenizer, weak=weaker)
 
     @property
     def device(self) -> torch.device:
@@ -229,6 +256,8 @@ class Pipeline:
         """
         quantized = None if self.source is None else self.source.quantize
         placement.move(self.generator, self.tokenizer, where, device, dtype, quantized)
+        if self.weak is not None:
+            self.weak.to(*where, device=device, dtype=dtype)
         return self
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -305,13 +334,31 @@ class Pipeline:
         return resized
 
     def default_guidance(self, method: Callable[..., CFG] = SoftCFG, **settings: Any) -> CFG:
-        """`method` with the scale, power, schedule and rule that suit the model, and `settings` on top."""
+        """`method` with the scale, power, schedule and rule that suit the model, and `settings` on top.
+
+        Where there is a weak model, it takes the place of the unconditional branch (`weak_share` 1).
+        """
         suited: dict[str, Any] = {
             name: self.sampling_defaults[name]
             for name in ("guidance_scale", "guidance_scale_pow", "schedule", "rule")
             if name in self.sampling_defaults
         }
+        if self.weak is not None:
+            suited["weak_share"] = 1.0
         return method(**{**suited, **settings})
+
+    def check_guidance(self, guidance: CFG) -> None:
+        """Raise `UserError` for guidance away from a weak model where there is none."""
+        if guidance.has_weak_model and self.weak is None:
+            raise UserError(
+                f"weak_share {guidance.weak_share:g} takes a weak model, and {self.name or 'this model'} has none: "
+                "give one (--weak-model NAME, or Pipeline(..., weak=...)), or a weak_share of 0"
+            )
+
+    @property
+    def weak_generator(self) -> Generator | None:
+        """The generator of the weak model; None where there is none."""
+        return None if self.weak is None else self.weak.generator
 
     def sampling(
         self, temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0, **settings: Any
@@ -406,6 +453,7 @@ class Pipeline:
         of_guidance, of_sampling = calls.sorted_settings(self.__call__, settings)
         calls.check_output_type(output_type)
         guidance = calls.guidance_of(self.default_guidance, guidance, of_guidance)
+        self.check_guidance(guidance)
         if sampling is not None and of_sampling:
             raise UserError(f"give sampling or {', '.join(of_sampling)}, not both")
         default = functools.partial(self.sampling, **of_sampling)
@@ -464,6 +512,7 @@ class Pipeline:
 
                 watched: dict[str, Any] = {
                     "sampling": sampling,
+                    "weak": self.weak_generator,
                     "on_step": step,
                     "on_tokens": None if on_tokens is None and after_step is None else look,
                 }
@@ -501,6 +550,36 @@ class Pipeline:
             output_type=output_type,
         )
         return output if return_dict else output.to_tuple()
+
+    def _check_weak(self, weak: Pipeline) -> None:
+        """Raise `UserError` unless the weak model draws the same codes under the same conditions."""
+        check_weak(self.generator, weak.generator)
+        one, other = self.tokenizer, weak.tokenizer
+        if one is not other and not (type(one) is type(other) and _same_weights(one, other)):
+            raise UserError(
+                f"{weak.name or 'the weak model'} and {self.name or 'this model'} have different image tokenizers, so "
+                "their codes do not mean the same: take a weak model with the same one"
+            )
+        if _read_with(self) != _read_with(weak) or (self.classes and weak.classes and self.classes != weak.classes):
+            raise UserError(
+                f"{weak.name or 'the weak model'} and {self.name or 'this model'} are conditioned on different things: "
+                "take a weak model with the same classes, or one that reads prompts in the same way"
+            )
+
+
+def _read_with(pipeline: Pipeline) -> tuple[Any, ...]:
+    """What decides which inputs of a generator stand for a label or a prompt."""
+    conditioning = pipeline.conditioning
+    return (
+        type(conditioning),
+        conditioning.settings,
+        hash_files(conditioning.files.values()) if conditioning.files else None,
+    )
+
+
+def _same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine)
 
 
 def _cache_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

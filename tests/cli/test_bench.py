@@ -4,7 +4,8 @@ import pytest
 
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.cli.main import main
-from softcfg.decoding.throughput import time_steps
+from softcfg.decoding.throughput import batch_bytes, largest_batch, time_steps
+from softcfg.nn import memory
 
 
 def test_bench_recommends_a_batch_size(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +40,24 @@ def test_bench_prints_the_memory_of_the_cache(model_folder: Path, capsys: pytest
         (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip() == "512")
         mebibytes.append(int(row[-1]))
     assert 0 < mebibytes[1] < mebibytes[0] / 2
+
+
+def test_a_batch_that_does_not_fit_is_left_out(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, guidance = Pipeline.with_random_weights(model_folder).generator, SoftCFG(3.0)
+    needs = [batch_bytes(generator, batch, guidance) for batch in (1, 2, 4)]
+    assert needs[2] - needs[1] == 2 * (needs[1] - needs[0])
+    monkeypatch.setattr(memory, "free_memory", lambda device: needs[1])
+    assert largest_batch(generator, guidance, needs[1]) == 2
+    assert largest_batch(generator, guidance, needs[0] - 1) == 0
+    command = ["bench", str(model_folder), "--repeats", "1", "--no-pixels", "--batch-sizes"]
+    assert main([*command, "1", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "    4 needs " in out
+    assert out.endswith("recommended: --batch-size 1\n")
+    assert main([*command, "64"]) == 2
+    assert "not enough memory for any of --batch-sizes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("guidance", [CFG(guidance_scale=0), CFG(), SoftCFG(), SoftCFG(target="both")], ids=str)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from launching import Job
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.cli.main import main
 from softcfg.comparison import entries, run_folder
@@ -71,6 +73,33 @@ def test_it_draws_measures_and_continues(
     for picture in ("grid.png", "recall.png", "front.png"):
         with Image.open(out / picture) as image:
             assert image.width > 300
+
+
+@pytest.mark.slow
+def test_several_processes_share_it(model_folder: Path, reference: Path, tmp_path: Path) -> None:
+    """One is killed in the middle, and with it the launch; the next launch goes on, to the tables of one process."""
+    more = ["--methods", "none,cfg,softcfg+apg", "--scales", "2,5", "--seeds", "0,3", "--num-samples", "24"]
+    more += ["--reference", str(reference), "--extractor", "stand_in:factory", "--device", "cpu"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert Job(1, words(model_folder, alone, *more, "--cache-dir", str(tmp_path / "one"))).join() == [0]
+    command = words(model_folder, shared, *more, "--cache-dir", str(tmp_path / "two"))
+    total = len(list(alone.glob("runs/*/*/shards/*")))
+    assert total == 5 * 2 * 6
+    kept: dict[Path, int] = {}
+    for victim, until in ((1, 8), (0, 20)):
+        job = Job(2, command)
+        end = time.monotonic() + 120
+        while job.alive() and len(list(shared.glob("runs/*/*/shards/*"))) < until and time.monotonic() < end:
+            time.sleep(0.01)
+        assert job.kill([victim]) >= 1, "it ended before one of it could be killed"
+        assert not (shared / "table.md").exists()
+        assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+        kept = {path: path.stat().st_mtime_ns for path in shared.glob("runs/*/*/shards/*.safetensors")}
+        assert until <= len(kept) < total
+    assert Job(2, command).join() == [0, 0]
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    for name in ("table.md", "comparison.json", "grid.png"):
+        assert (shared / name).read_bytes() == (alone / name).read_bytes()
 
 
 def test_without_metrics(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

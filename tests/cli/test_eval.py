@@ -138,3 +138,13 @@ def test_nothing_else_is_needed(files: dict[str, str]) -> None:
     environment = {**os.environ, **paths}
     done = subprocess.run([sys.executable, "-c", script, *command], env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_warnings_are_a_line_each(files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pngs" / "notes.txt").touch()
+    command = [sys.executable, "-m", "softcfg", "eval", files["pngs"], "--extractor", "nobody:factory"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    first, second = done.stderr.splitlines()
+    assert first.startswith("softcfg: warning: ")
+    assert "notes.txt" in first or ".txt" in first
+    assert second.startswith("softcfg: error: extractor nobody:factory cannot be imported")

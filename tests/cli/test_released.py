@@ -268,6 +268,16 @@ README: list[tuple[str, str, dict[str, Any]]] = [
     (rar("rar_xxl", 1408, 40, 6144, 1.02, 8.0, 1.2), "rar-xxl", {"num_samples": 50_000, "npz": True, **PLAIN}),
     (C2I.format("c2i_L_384.pt", "GPT-L"), "llamagen-l-384", {"guidance_scale": 4.0, "top_k": 2000, **PLAIN}),
     (C2I.format("c2i_XXL_384.pt", "GPT-XXL --from-fsdp"), "llamagen-xxl-384", {"num_samples": 8, **PLAIN}),
+    (
+        "--vq-ckpt ./vq_ds16_t2i.pt --gpt-ckpt ./t2i_XL_stage1_256.pt --gpt-model GPT-XL --image-size 256",
+        "llamagen-t2i-xl-256",
+        {"labels": None, "num_samples": None, "images_per_prompt": 1, **PLAIN},
+    ),
+    (
+        "--vq-ckpt ./vq_ds16_t2i.pt --gpt-ckpt ./t2i_XL_stage2_512.pt --gpt-model GPT-XL --image-size 512",
+        "llamagen-t2i-xl-512",
+        {"prompts": None, **PLAIN},
+    ),
     *(
         (
             C2I.format(f"c2i_{size}.pt", f"GPT-{size}{fsdp}") + f" --image-size-eval 256 --cfg-scale {scale}",

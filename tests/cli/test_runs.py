@@ -43,9 +43,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     indices: list[int] = []
     original = softcfg.runs.worker.BatchDrawer.draw
 
-    def draw(self: Any, wanted: Any, *args: Any) -> Any:
+    def draw(self: Any, wanted: Any, *args: Any, **settings: Any) -> Any:
         indices.extend(wanted)
-        return original(self, wanted, *args)
+        return original(self, wanted, *args, **settings)
 
     monkeypatch.setattr(softcfg.runs.worker.BatchDrawer, "draw", draw)
     return indices
@@ -322,7 +322,7 @@ def test_tracking_asks_for_what_is_not_installed(
     original = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else original(name))
     assert sample(model_folder, tmp_path, "--track", "wandb") == 2
-    assert "--track wandb needs wandb: pip install 'softcfg[wandb]'" in capsys.readouterr().err
+    assert "--track wandb needs wandb: pip install '.[wandb]'" in capsys.readouterr().err
 
 
 def test_tensorboard(model_folder: Path, tmp_path: Path) -> None:

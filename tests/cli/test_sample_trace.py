@@ -128,7 +128,10 @@ def test_the_same_run_may_be_repeated_but_not_replaced(
     ("flags", "message"),
     [
         (["--labels", "4"], "label 4 is out of range: tiny has classes 0 to 3"),
-        (["--labels", "Hexagon"], "'Hexagon' is no class: tiny has classes 0 to 3, called Circle, Square"),
+        (
+            ["--labels", "Hexagon"],
+            "'Hexagon' is no class, and tiny does not read prompts; tiny has classes 0 to 3, called Circle, Square",
+        ),
         (["--labels", "3-1"], "names no class"),
         (["--guidance-scale", "-1"], "guidance_scale must be a finite number >= 0, got -1.0"),
         (["--guidance-scale", "nan"], "guidance_scale must be a finite number"),
@@ -159,7 +162,7 @@ def test_bad_input_is_one_sentence(
     ("arguments", "message"),
     [
         (["sample", "alitok-xxl"], "did you mean alitok-xl"),
-        (["sample", "/nowhere/model"], "does not exist"),
+        (["sample", "/nowhere/model"], "there is no folder /nowhere/model"),
         (["sample", "fashion", "--guidance-scale", "much"], "invalid float value: 'much'"),
         (["sample", "fashion", "--guidanse-scale", "3"], "unrecognized arguments: --guidanse-scale"),
         (["sample"], "MODEL"),

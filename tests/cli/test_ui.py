@@ -74,5 +74,6 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["ui"]) == 2
     assert capsys.readouterr().err == (
-        "softcfg: error: the web page needs the package gradio; install it with: pip install 'softcfg[ui]'\n"
+        "softcfg: error: the web page needs the package gradio: pip install '.[ui]' in the clone, or "
+        "'softcfg-0.1.0-py3-none-any.whl[ui]' from a wheel\n"
     )

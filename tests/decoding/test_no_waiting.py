@@ -187,6 +187,8 @@ def on_fake_cuda(thing: Any, mode: FakeTensorMode) -> Any:
         tables = (part._parameters, part._buffers) if isinstance(part, nn.Module) else (vars(part),)
         for table in tables:
             for name, value in table.items():
+                if name == "_on_host":
+                    continue
                 if isinstance(value, nn.Parameter):
                     table[name] = nn.Parameter(fake(value), requires_grad=False)
                 elif isinstance(value, Tensor):
@@ -202,11 +204,18 @@ def test_steps_on_fake_cuda_tensors(
     family: str, cache_dtype: torch.dtype | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tensors of a step, of the first one too, are on the GPU."""
+    if family in ("rar", "robustok") and name == "third pag":
+        pytest.skip("the classes of a part of the batch are counted, on the host, and fake ones cannot be")
     monkeypatch.setattr(TritonDecode, "why_not", lambda self, call: "a fake tensor has no memory")
     guidance, generator = GUIDANCE[name], load(family)
     generator.cache_dtype = cache_dtype
     condition = generator.condition(generator.example_inputs(2), guided=guidance.is_active)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            torch.ones(2, device="cuda")[:1]
+    except RuntimeError as error:
+        pytest.skip(f"this version asks the driver for fake tensors, too: {error}")
     on_fake_cuda(generator, mode)
     on_fake_cuda(condition, mode)
     with torch.no_grad(), mode:

@@ -443,11 +443,11 @@ def test_web_page(pipe: Pipeline, method: str) -> None:
         "dim+cfg": CFG(3.0, 0.5, perturbation="dim"),  # type: ignore[arg-type]
     }[method]
     assert torch.equal(panel.picture.tokens, pipe([1], expected).tokens[0])
-    assert METHODS[method] == {
+    assert METHODS[method].title == {
         "none+heavy": "Heavy ball", "softcfg+heavy": "SoftCFG + Heavy ball", "none+late": "late", "dim+cfg": "dim"
     }[method]  # fmt: skip
     inspection = studio.inspect(panel.picture)
-    assert METHODS[method] in fragments.inspector(panel.picture, inspection, 3)
+    assert METHODS[method].title in fragments.inspector(panel.picture, inspection, 3)
 
 
 def test_a_field_that_is_declared_once_is_checked() -> None:

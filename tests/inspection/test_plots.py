@@ -9,6 +9,7 @@ from PIL import Image
 import softcfg
 from softcfg import CFG, Pipeline, SoftCFG, Trace
 from softcfg.cli.main import main
+from softcfg.images import grid
 from softcfg.inspection import measures, plots
 
 
@@ -46,7 +47,9 @@ def test_tokens_on_the_grid() -> None:
 def test_figures_show_what_they_say(traced: tuple[Trace, np.ndarray]) -> None:
     trace, pixels = traced
     figure = plots.plot_confidence(trace, pixels, names=["a", "b", "c"])
-    maps = [axis.images[1].get_array() for axis in figure.axes[3:6]]
+    assert all(axis.images[0].get_alpha() is None for axis in figure.axes[3:6])  # the colours are those of the bar
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
+    maps = [axis.images[0].get_array() for axis in figure.axes[3:6]]
     for shown, confidence in zip(maps, trace.confidence, strict=True):
         assert np.allclose(shown, confidence.view(4, 4))
     assert [axis.get_title() for axis in figure.axes[:3]] == ["a", "b", "c"]
@@ -61,7 +64,7 @@ def test_figures_show_what_they_say(traced: tuple[Trace, np.ndarray]) -> None:
     assert trace.value_weights is not None
     assert np.allclose(weights[9, :9], trace.value_weights[1, 9, :9])
     assert np.ma.getmaskarray(weights)[9, 9:].all()
-    overlay = heat[1].images[1].get_array().ravel()
+    overlay = heat[1].images[0].get_array().ravel()
     assert np.allclose(overlay[:5], trace.value_weights[1, 5, :5])
     assert np.isnan(np.ma.filled(overlay, np.nan)[5:]).all()
 
@@ -113,3 +116,10 @@ def test_bad_input(
     assert main(["plot", str(model_folder), "--output-dir", str(tmp_path / "out"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_heading_is_as_wide_as_it_needs() -> None:
+    image, title = Image.new("RGB", (8, 8), "black"), "SoftCFG + APG, scale 2.5"
+    narrow, wide = grid([[image]], title=title), grid([[image] * 6], title=title)
+    ink = [np.flatnonzero((np.asarray(picture)[:20] < 128).any(axis=(0, 2))) for picture in (narrow, wide)]
+    assert ink[0].max() == ink[1].max() < narrow.width - 1

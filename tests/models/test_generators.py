@@ -1,8 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from softcfg import UserError
+from softcfg import SoftCFG, UserError
 from softcfg.configuration import load_config
+from softcfg.decoding import decode, image_uniforms
+from softcfg.models import rar as rar_module
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGen, LlamaGenConfig
@@ -267,3 +271,31 @@ def test_configuration_files_that_are_none(content: str, tmp_path) -> None:  # t
         load_config(AliTokConfig, path)
     with pytest.raises(UserError, match="does not exist"):
         load_config(AliTokConfig, tmp_path / "missing.yaml")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [rar, robustok])
+def test_modulations_that_are_too_large_to_hold_are_computed_in_the_step(
+    make: Callable[[], RAR], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = make()
+    guidance, uniforms = SoftCFG(3.0), image_uniforms(0, range(2), generator.num_tokens)
+    condition = generator.condition([0, 4], guided=True)
+    held = condition.cache_slots * 3 * (6 * SMALL["num_hidden_layers"] + 2) * SMALL["hidden_size"] * 4
+    whole = decode(generator, [0, 4], guidance, uniforms=uniforms, static=False)
+    found = []
+    monkeypatch.setattr(RAR, "device", torch.device("meta"))
+    for most in (held, held - 1):
+        monkeypatch.setattr(rar_module, "HELD_BYTES", most)
+        found.append(generator.ahead_bytes(condition))
+    assert found == [held, 0]
+    monkeypatch.undo()
+    for most in (held, held - 1):
+        monkeypatch.setattr(rar_module, "HELD_BYTES", most)
+        cache = generator.new_cache(condition)
+        condition = generator.condition([0, 4], guided=True)
+        generator(condition, tokens_for(generator, 4)[:, :0], cache=cache)
+        slot = Position.by_row(torch.full((4,), generator.condition_slots))
+        generator(condition, tokens_for(generator, 4)[:, :1], cache=cache, slot=slot)
+        assert bool(condition.windows) is (most == held)
+        assert torch.equal(decode(generator, [0, 4], guidance, uniforms=uniforms, static=True), whole)

@@ -178,7 +178,7 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
             layer(*arguments)
     with (
         pytest.raises(
-            UserError, match="no attention backend 'flash'; there are math, sdpa, sdpa_weighted, triton_decode"
+            UserError, match="no attention backend 'flash'; there are sdpa_weighted, math, sdpa, triton_decode"
         ),
         use_backend("flash"),
     ):

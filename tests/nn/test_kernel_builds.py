@@ -89,7 +89,7 @@ def compiling_for(capability: int) -> Iterator[Any]:
             return 0
 
     built: dict[str, Any] = {}
-    before = driver._active
+    before = dict(vars(driver))  # a driver is looked for when it is first used; there may be none
     driver.set_active(Absent())
     patch = pytest.MonkeyPatch()
     for name in ("_attend_chunk", "_join_chunks"):
@@ -103,7 +103,7 @@ def compiling_for(capability: int) -> Iterator[Any]:
         yield built
     finally:
         patch.undo()
-        driver._active = before
+        vars(driver).update(before)
 
 
 def compiled(variant: Variant, capability: int, tmp_path: Path) -> dict[str, Kernel]:

@@ -81,7 +81,7 @@ def test_every_setting_can_be_searched_and_reaches_the_methods(pipeline: Pipelin
         "confidence": "margin", "step_norm": False, "strength": 0.1 + 0.2, "floor": 0.01, "eps": 1e-3, "target": "both",
         "alignment": "successor", "temperature": 1.1, "top_k": 7, "top_p": 0.9, "entropy_gain": 2.5,
         "entropy_decay": 4.0, "entropy_base": 0.5, "entropy_top_p": 0.6, "min_candidates": 3,
-        "perturbation_scale": 1.5,
+        "perturbation_scale": 1.5, "weak_share": 0.0,
     }  # fmt: skip
     fields = [field.name for kind in (SoftCFG, Sampling) for field in dataclasses.fields(kind)]
     assert sorted(fields) == sorted([*values, "rule", "perturbation"])

@@ -6,11 +6,8 @@ import base64
 import io
 import json
 import re
-import shutil
-import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +15,13 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
+from page_server import WAIT, Server
 from softcfg import SoftCFG
 from softcfg.pipeline import Pipeline
 from softcfg.ui import page as pages
 from softcfg.ui.studio import Studio
-
-WAIT = 60_000  # milliseconds, for a machine that has much else to do
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def pixels(address: str) -> np.ndarray:
@@ -93,6 +86,9 @@ class TestFunctions:
         for data in (None, {}, {"picture": "1", "token": 0}, {"picture": 1, "token": 0}):
             update = shown.choose("none", SimpleNamespace(_data=data), self.request())
             assert 'role="alert"' in update[shown.status]
+        for data in (None, {}, {"example": "0"}, {"example": True}, {"example": -1}, {"example": 0}):
+            (update,) = shown.pick("tiny", "none", SimpleNamespace(_data=data), self.request())
+            assert 'role="alert"' in update[shown.status]
         (update,) = shown.open_link("none", self.request(scale="much"))
         assert "This settings link does not work. The scale must be" in update[shown.status]
 
@@ -114,75 +110,8 @@ class TestFunctions:
         assert list(shown.open_link("none", self.request())) == [{shown.status: ""}]
 
 
-class Server:
-    """The page on a port of its own, in this process."""
-
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
-        self.listener = pages.socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
-        self.server = uvicorn.Server(
-            uvicorn.Config(pages.application(studio), log_level="critical", timeout_graceful_shutdown=1)
-        )
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
-        self.listener.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here; on Debian: apt install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def pipeline(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def pause(pipeline: Pipeline) -> dict[str, float]:
-    """How long a step takes at least."""
-    pause = {"seconds": 0.0}
-    pipeline.generator.register_forward_pre_hook(lambda *_: time.sleep(pause["seconds"]))
-    return pause
-
-
-@pytest.fixture(scope="module")
-def server(pipeline: Pipeline, pause: dict[str, float], prompt_model_folder: Path) -> Iterator[Server]:
-    server = Server(Studio({"tiny": pipeline, "words": Pipeline.from_pretrained(prompt_model_folder)}))
-    yield server
-    server.close()
-
-
 @pytest.mark.slow
 class TestBrowser:
-    @pytest.fixture
-    def page(self, browser: Any, server: Server, pause: dict[str, float]) -> Iterator[Any]:
-        pause["seconds"] = 0.0
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
-        page = context.new_page()
-        page.set_default_timeout(WAIT)
-        problems: list[str] = []
-        foreign: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: foreign.append(request.url) if not ours(request.url, server) else None)
-        page.goto(server.address)
-        page.wait_for_selector("#draw")
-        yield page
-        context.close()
-        assert problems == []
-        assert foreign == []
-
     def test_draw_look_and_download(self, page: Any, pipeline: Pipeline, tmp_path: Path) -> None:
         page.get_by_label("Class").click()
         page.get_by_role("option", name="Star").click()
@@ -352,7 +281,3 @@ class TestBrowser:
         page.wait_for_selector(".canvas img[alt$='seed 1']")
         assert page.locator("#seed input").input_value() == "1"
         assert page.locator(".panel").count() == 2
-
-
-def ours(address: str, server: Server) -> bool:
-    return address.startswith((server.address, "data:", "blob:"))

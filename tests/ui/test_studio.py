@@ -22,7 +22,8 @@ from softcfg import CFG, SoftCFG, UserError
 from softcfg.guidance import PERTURBATIONS, RULES, SCHEDULES
 from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline
-from softcfg.ui.studio import METHODS, Canvas, Drawing, Limits, Model, Panel, Settings, Studio
+from softcfg.ui.settings import METHODS, Settings
+from softcfg.ui.studio import Canvas, Drawing, Limits, Model, Panel, Studio
 from softcfg.zoo.registry import MODELS
 
 

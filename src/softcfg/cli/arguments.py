@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,36 @@ if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
 
 
+HELP_WIDTH = 80  # columns
 LARGEST_LIST = 1 << 24  # bytes of a file of labels or prompts
 MOST_PROMPTS = 100_000
 WINDOW = 16  # of speculative Jacobi decoding
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and leaves room for flag names."""
+    """Fills the paragraphs of descriptions to 80 columns, keeps lists and examples as they are."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=100)
+        super().__init__(prog, max_help_position=26, width=HELP_WIDTH)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(
+            "\n".join(map(_command, part.replace(" \\\n      ", " ").splitlines()))
+            if "\n  " in part
+            else textwrap.fill(part, width)
+            for part in paragraphs
+        )
+
+
+def _command(line: str) -> str:
+    """An example, a long one in several lines as a shell takes them."""
+    if len(line) <= HELP_WIDTH:
+        return line
+    lines = textwrap.wrap(
+        line, HELP_WIDTH - 2, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    )
+    return " \\\n".join(lines)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -60,6 +81,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         "--kv-cache-dtype",
         choices=("int8",),
         help="round the cached keys and values (default: of the generator's dtype)",
+    )
+    group.add_argument(
+        "--weak-model",
+        metavar="NAME",
+        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
+        "branch or, with a --weak-share below 1, beside it",
     )
     group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
@@ -199,7 +226,9 @@ def load_pipeline(
     if random_weights:
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
-        return Pipeline.with_random_weights(args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype)
+        return Pipeline.with_random_weights(
+            args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype, weak=args.weak_model
+        )
     return Pipeline.from_pretrained(
         args.model,
         device=device,
@@ -209,6 +238,7 @@ def load_pipeline(
         quantize=args.quantize,
         kv_cache_dtype=cache_dtype,
         device_map=args.device_map,
+        weak=args.weak_model,
         image_size_eval=getattr(args, "image_size_eval", None),
     )
 

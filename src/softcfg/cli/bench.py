@@ -20,7 +20,8 @@ DESCRIPTION = """\
 Measure how fast this machine draws images of a model at several batch sizes, and name the smallest batch size
 that comes within 5 % of the best. Steps are timed at several positions of the sequence; their mean stands for all.
 The set-up is what every batch does once: laying out weights, and on a GPU the capture of the CUDA graph. Texts are
-taken to have 64 tokens."""
+taken to have 64 tokens. The memory of a batch is that of the cache, of what is computed ahead and of the logits; a
+batch for which it is not enough is left out."""
 
 EXAMPLES = """\
 examples:
@@ -45,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     import torch
 
-    from softcfg.decoding.throughput import time_steps
+    from softcfg.decoding.throughput import batch_bytes, time_steps
     from softcfg.nn import products
+    from softcfg.nn.memory import free_memory
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
         raise UserError("--batch-sizes and --repeats must be at least 1")
@@ -58,20 +60,27 @@ def run(args: argparse.Namespace) -> int:
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
     print(
         f"{'batch':>5} {'set-up, s':>9} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} "
-        f"{'cache, MiB':>11}"
+        f"{'memory, MiB':>11}"
     )
     speed: dict[int, float] = {}
     for batch in sorted(set(args.batch_sizes)):
-        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats)
-        condition = generator.condition(generator.example_inputs(batch), guided=guidance.is_active)
+        weak = pipeline.weak_generator if guidance.has_weak_model else None
+        needed, free = batch_bytes(generator, batch, guidance, weak=weak), free_memory(generator.device)
+        if free is not None and needed > free:
+            print(f"{batch:5} needs {needed / 2**20:.0f} MiB beside the weights, {free / 2**20:.0f} MiB are free")
+            continue
+        step, set_up = time_steps(generator, batch, guidance, repeats=args.repeats, weak=weak)
+        condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
         pixels = 0.0 if args.no_pixels else _pixel_seconds(pipeline.tokenizer, condition, batch) / batch
         seconds = (set_up + step * condition.num_tokens) / batch + pixels
         speed[batch] = 1 / seconds
         print(
             f"{batch:5} {set_up:9.2f} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
-            f"{generator.cache_bytes(condition) / 2**20:11.0f}",
+            f"{needed / 2**20:11.0f}",
             flush=True,
         )
+    if not speed:
+        raise UserError("there is not enough memory for any of --batch-sizes; give smaller ones")
     best = max(speed.values())
     chosen = min(batch for batch, images in speed.items() if images >= NEAR_BEST * best)
     if products.CHOICES:

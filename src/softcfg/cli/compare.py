@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments, sample
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
         try:
             write_plots(folder, chosen)
         except ModuleNotFoundError as error:
-            print(f"no figures: they need {error.name}; install it with: pip install 'softcfg[plot]'")
+            print(f"no figures: they need {error.name}: {how_to_install('plot')}")
         print(f"{folder}: grid.png, table.md, comparison.json")
 
 

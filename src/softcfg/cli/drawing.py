@@ -13,6 +13,7 @@ from softcfg.cli import arguments
 from softcfg.errors import UserError
 
 if TYPE_CHECKING:
+    from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
     from softcfg.runs.folder import RunFolder
     from softcfg.runs.job import DrawnRun, RunRequest
@@ -113,16 +114,25 @@ def draw(
 def _announce(run: RunFolder, request: RunRequest, todo: Sequence[int]) -> None:
     count = run.plan.num_samples
     left = sum(len(run.plan.indices(number)) for number in todo)
-    if left < count:
+    if not todo:
+        print(f"the run is finished: all of its {count} images are there")
+    elif left < count:
         print(f"{count - left} of {count} images are there already")
     environments = run.settings["environment"]
     if todo and left < count and len(environments) > 1:
         print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
-    from softcfg.guidance import CFG, describe
+    from softcfg.guidance import CFG
 
-    guidance = request.guidance
-    assert isinstance(guidance, CFG)
-    settings = describe(guidance)
+    assert isinstance(request.guidance, CFG)
+    print(guidance_sentence(request.guidance), flush=True)
+
+
+def guidance_sentence(guidance: CFG) -> str:
+    """Method and settings in words: of what acts, so that SoftCFG of strength 0 is CFG."""
+    from softcfg.guidance import describe
+
+    if not guidance.is_active and not guidance.perturbs:
+        return "no guidance"
+    settings = describe(guidance.plain() if guidance.is_plain else guidance)
     method = settings.pop("method")
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
-    print(f"{method}: {shown}" if guidance.is_active else "no guidance", flush=True)
+    return f"{method}: " + ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

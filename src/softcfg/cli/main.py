@@ -3,31 +3,98 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from softcfg import plugins
-from softcfg.cli import bench, compare, decode, fetch, models, plot, released, runs, sample, sweep, t2i_bench, trace, ui
+from softcfg.cli import (
+    bench,
+    compare,
+    decode,
+    doctor,
+    fetch,
+    models,
+    plot,
+    released,
+    runs,
+    sample,
+    sweep,
+    t2i_bench,
+    trace,
+    ui,
+)
 from softcfg.cli import eval as evaluation
 from softcfg.cli.arguments import HelpFormatter
 from softcfg.cli.streams import patient_streams
-from softcfg.errors import UserError, clean
+from softcfg.errors import UserError, clean, how_to_install, suggestion
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
 PATHS = {"FILE", "DIR", "PATH", "FOLDER", "NEW", "MODEL", "SAMPLES", "PROMPTS"}  # metavars of options that are paths
-COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, ui)
+COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, doctor, ui)
+
+SHELLS = ("bash", "zsh", "fish")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
+    """An argument parser whose errors are one sentence, with the word that was meant."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.set_defaults(parser=self)  # in the end, the one of the command
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See `argparse.ArgumentParser.parse_args`; a flag that is not known gets a suggestion."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
+            hint = suggestion(flag, parsed.parser._option_string_actions, most=1, cutoff=0.6) if flag else ""
+            parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint and '; '}{hint}")
+        return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        hint = suggestion(str(value), map(str, action.choices or ()), most=1)
+        if action.choices is not None and value not in action.choices and hint:
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and where to read more, and exit with 2."""
-        self.exit(2, f"softcfg: error: {clean(message)}; see '{self.prog} --help'\n")
+        see = " See" if message.endswith("?") else "; see"
+        text = f"{clean(message)}{see} '{self.prog} --help'"
+        tell_launcher(text)
+        self.exit(2, f"softcfg: error: {text}\n")
+
+
+def tell_launcher(text: str) -> None:
+    """Leave the sentence to torchrun, which prints it last, after its own report."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(
+                json.dumps({"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}})
+            )
+
+
+class Completion(argparse.Action):
+    """`--completion SHELL`: print the script with which a shell completes the command line, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        """See `argparse.Action`."""
+        try:
+            import shtab
+        except ImportError:
+            raise UserError(f"completion needs shtab: {how_to_install('completion')}") from None
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,9 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
         prog="softcfg",
         description="Sample autoregressive image models with SoftCFG: classifier-free guidance "
         "whose unconditional branch is weighted by the model's own confidence.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"softcfg {__version__}")
+    parser.add_argument(
+        "--completion",
+        choices=SHELLS,
+        action=Completion,
+        help="print what makes this shell complete softcfg's words (needs shtab)",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     try:
         for command in COMMANDS:
@@ -84,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     written, on a full disk, is an error.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with patient_streams() as out:
+    with patient_streams() as out, _warnings_in_a_line():
         try:
             code = _run(words)
         except SystemExit as end:  # of argparse
@@ -99,6 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print warnings like errors, without the place in the source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"softcfg: warning: {clean(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def _run(words: list[str]) -> int:
     try:
         plugins.load_all(words)
@@ -106,6 +191,7 @@ def _run(words: list[str]) -> int:
         args.words = words
         return args.run(args)
     except UserError as error:
+        tell_launcher(str(error))
         print(f"softcfg: error: {error}", file=sys.stderr)
         return 2
     except Terminated:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ HELP = "draw figures of what guidance did"
 USAGE = "softcfg plot MODEL (--labels LABELS | --prompt TEXT) [options]"
 DESCRIPTION = """\
 Draw images (or take a given one), trace them, and write figures:
+
   confidence   the images, and the confidence in each token over them
-  gap          how far the branches are apart over the steps, with CFG and with SoftCFG
+  gap          how far apart the branches are over the steps, of CFG and SoftCFG
   budget       the perturbation of each step, with and without Step Normalisation
-  weights      the weight that every step puts on every earlier token of the first image
-  candidates   the likeliest codes of one token of the first image, in both branches and guided"""
+  weights      the weight of every earlier token at every step, of one image
+  candidates   the likeliest codes of one token, in both branches and guided"""
 
 EXAMPLES = """\
 examples:
@@ -61,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from softcfg.inspection import plots
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"figures need the package {error.name}; install it with: pip install 'softcfg[plot]'"
-        ) from None
+        raise UserError(f"figures need the package {error.name}: {how_to_install('plot')}") from None
     import torch
 
     from softcfg.inspection import trace
@@ -95,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             seed=args.seed,
             value_weights=False,
+            weak=pipeline.weak_generator,
         )
 
     def of_codes(made: Trace) -> Trace:

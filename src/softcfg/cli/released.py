@@ -176,9 +176,7 @@ def apply(args: argparse.Namespace) -> None:
 def _read_as_lumina(args: argparse.Namespace) -> None:
     """Take `--model-path`, `--task t2i` and the rest as the program of Lumina-mGPT 2.0 does."""
     args.task = None if args.task == "t2i" else args.task
-    if args.prompt is None and args.prompts is None:
-        args.prompt, args.images_per_prompt = list(EXAMPLE_PROMPTS), args.images_per_prompt or 1
-        print(f"no --prompt and no --prompts: {len(EXAMPLE_PROMPTS)} examples are drawn", file=sys.stderr)
+    _fill_prompts(args)
     published = [entry for entry in MODELS.values() if entry.generator.file.repository == args.model_path]
     folder = Path(args.model_path)
     if args.model is None and (published or is_file(folder / "model.yaml")):
@@ -203,6 +201,12 @@ def _read_as_lumina(args: argparse.Namespace) -> None:
     )
 
 
+def _fill_prompts(args: argparse.Namespace) -> None:
+    if args.prompt is None and args.prompts is None:
+        args.prompt, args.images_per_prompt = list(EXAMPLE_PROMPTS), args.images_per_prompt or 1
+        print(f"no --prompt and no --prompts: {len(EXAMPLE_PROMPTS)} examples are drawn", file=sys.stderr)
+
+
 def _read_as_llamagen(args: argparse.Namespace) -> None:
     """Take `--gpt-model` and the rest as the programs of LlamaGen do, whose guidance is plain."""
     name = Path(args.generator_checkpoint or "").name
@@ -210,6 +214,9 @@ def _read_as_llamagen(args: argparse.Namespace) -> None:
     size = args.gpt_model.lower().removeprefix("gpt-")
     args.model = args.model or (by_file[0].name if by_file else f"llamagen-{size}-{args.image_size or 384}")
     args.softcfg_strength = 0.0 if args.softcfg_strength is None else args.softcfg_strength
+    if by_file and by_file[0].text is not None:
+        _fill_prompts(args)
+        return
     args.top_k = (0 if args.image_size_eval else 2000) if args.top_k is None else args.top_k
     if args.image_size_eval is None:  # the demo
         args.labels, args.num_samples = args.labels or LLAMAGEN_LABELS, args.num_samples or 8

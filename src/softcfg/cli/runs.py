@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.cli import arguments
+from softcfg.cli import arguments, drawing
 from softcfg.errors import UserError, clean
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ evaluation and PNG files from the shards, in the memory of one shard."""
 EXAMPLES = """\
 examples:
   softcfg runs status run
-  softcfg runs verify run --discard     # then the command that made the run draws them again
+  softcfg runs status run --json
+  softcfg runs verify run --discard
   softcfg runs export run --npz samples.npz --png images"""
 
 
@@ -39,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.set_defaults(run=function)
         return action
 
-    add("status", status, "say how far a run is, and who works on it")
+    status_parser = add("status", status, "say how far a run is, and who works on it")
+    status_parser.add_argument("--json", action="store_true", help="print JSON")
     verify_parser = add("verify", verify, "read every shard and check it; exit code 1 if one is missing or damaged")
     verify_parser.add_argument(
         "--discard", action="store_true", help="remove damaged shards and their PNG files, to have them drawn again"
@@ -59,13 +62,25 @@ def status(args: argparse.Namespace) -> int:
     missing = run.missing()
     total = run.plan.num_samples
     left = sum(len(run.plan.indices(number)) for number in missing)
-    settings = run.settings
+    settings, busy = run.settings, holder(run.path)
+    if args.json:
+        facts = {
+            "folder": str(run.path),
+            "finished": not left,
+            "images": {"done": total - left, "total": total},
+            "shards": {"done": run.plan.num_shards - len(missing), "total": run.plan.num_shards},
+            "at_work": busy or None,
+            "settings": settings,
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
     print(f"{run.path}: {total - left} of {total} images, {run.plan.num_shards - len(missing)} of {_shards(run)}")
-    print(clean(f"{settings.get('model')}, {_sentence(settings.get('guidance', {}))}"))
+    print(clean(f"{settings.get('model')}, {_guidance(settings.get('guidance', {}))}"))
     print(clean(f"{_sentence(settings.get('sampling', {}))}, seed {settings['seed']}, {settings.get('dtype')}"))
-    busy = holder(run.path)
     print(f"at work: {busy}" if busy else "at work: nobody")
-    if left and not busy:
+    if not left:
+        print("the run is finished")
+    elif not busy:
         print(clean(f"continue with: {_command(run)}"))
     return 0
 
@@ -135,6 +150,16 @@ def _command(run: RunFolder) -> str:
 
 def _shards(run: RunFolder) -> str:
     return f"{run.plan.num_shards} shards of {run.plan.batch_size} images"
+
+
+def _guidance(settings: dict[str, Any]) -> str:
+    """What the run says when it is drawn; of settings that nothing here knows, such as a plugin's, their names."""
+    from softcfg.guidance import restore
+
+    try:
+        return drawing.guidance_sentence(restore(settings))
+    except ValueError:
+        return _sentence(settings)
 
 
 def _sentence(settings: dict[str, Any]) -> str:

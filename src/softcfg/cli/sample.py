@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from softcfg.runs.processes import Processes
     from softcfg.runs.progress import Progress
     from softcfg.runs.tracking import Tracker
+    from softcfg.runs.worker import BatchDrawer
 
 PER_LABEL = 8
 PER_PROMPT = 4
+LARGE_BATCH = 8  # from which a CPU gains nothing by it
+WORTH_IT = 0.7  # share of the passes, each of which costs more than one of token by token decoding
 COMPARE_UP_TO = 100  # images
 COMPARE_UP_TO_TOKENS = 1024
 
@@ -39,7 +42,7 @@ or 'accelerate launch', all processes share the work; see docs/cluster.md."""
 EXAMPLES = """\
 examples:
   softcfg sample fashion --labels all --output-dir out
-  softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0   # plain CFG
+  softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0
   softcfg sample emoji --prompt "red apple" --prompt "cat face"
   softcfg sample lumina-mgpt-2 --prompts prompts.txt --images-per-prompt 2 --width 768 --height 768
   softcfg sample lumina-mgpt-2 --prompt "a lighthouse" --task depth --image photo.jpg --height 1024
@@ -148,6 +151,17 @@ def _draw(args: argparse.Namespace, processes: Processes) -> None:
     )
 
 
+def _passes(drawer: BatchDrawer) -> str:
+    """How many passes speculative decoding took, and whether that can pay (docs/performance.md)."""
+    said = f"{drawer.passes} passes in place of {drawer.steps}"
+    on_cpu = drawer.pipeline.device.type == "cpu"
+    if on_cpu and drawer.batch_size >= LARGE_BATCH:
+        return f"{said}; on a CPU this saves little or no time in batches of {drawer.batch_size}, try --batch-size 1"
+    if drawer.passes > WORTH_IT * drawer.steps:
+        return f"{said}; that is too many to save time with this model, leave out --speculative-jacobi"
+    return said
+
+
 def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """What is drawn and how often, as fields of a `RunRequest`."""
     from softcfg.runs.plan import RANDOM, Prompts
@@ -184,7 +198,10 @@ def _finish(args: argparse.Namespace, drawn: DrawnRun, tracker: Tracker | None) 
     if args.png:
         export_pngs(run, run.path, absent_only=True)
     grid = write_grid(run, label_names(drawn.drawer))
-    print(f"{images} images in {seconds:.1f} s ({images / seconds:.2f} images/s) in {run.path}")
+    if images:
+        print(f"{images} images in {seconds:.1f} s ({images / seconds:.2f} images/s) in {run.path}")
+    if images and args.speculative_jacobi:
+        print(_passes(drawn.drawer))
     count = run.plan.num_samples
     drawn_fast = count <= COMPARE_UP_TO and run.require(0).codes.shape[1] <= COMPARE_UP_TO_TOKENS
     wanted = drawn_fast if args.compare is None else args.compare

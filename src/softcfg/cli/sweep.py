@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ USAGE = "softcfg sweep MODEL --search NAME=VALUES ... [options]"
 DESCRIPTION = """\
 Search for the settings of guidance and sampling that give the best metric, with Optuna.
 
-  --search NAME=LOW:HIGH        all numbers between            guidance_scale=2:16
-  --search NAME=LOW:HIGH:STEP   in steps                       guidance_scale_pow=0.5:3:0.5
-  --search NAME=LOW:HIGH:log    uniform in the logarithm       temperature=0.5:2:log
-  --search NAME=A,B,...         one of these                   confidence=max,entropy  step_norm=on,off
+  --search NAME=LOW:HIGH        all numbers between    guidance_scale=2:16
+  --search NAME=LOW:HIGH:STEP   in steps               guidance_scale=2:8:0.5
+  --search NAME=LOW:HIGH:log    uniform in logarithm   temperature=0.5:2:log
+  --search NAME=A,B,...         one of these           confidence=max,entropy
 
 NAME is a flag of 'softcfg sample' (without --), a field of SoftCFG or Sampling, or preset. Flags fix the other
 settings. Settings of a rule or perturbation are for the trials that have it. Every trial is a run folder,
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import optuna  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError("sweeps need optuna; install it with: pip install 'softcfg[tune]'") from None
+        raise UserError(f"sweeps need optuna: {how_to_install('tune')}") from None
     from softcfg.runs.processes import Processes
 
     with termination_raises(), Processes(args.device) as processes:
@@ -192,5 +192,5 @@ def _finish(sweep: Sweep, table: Any) -> None:
     try:
         paths += write_plots(sweep)
     except ModuleNotFoundError as error:
-        print(f"no figures: they need {error.name}; install it with: pip install 'softcfg[plot]'")
+        print(f"no figures: they need {error.name}: {how_to_install('plot')}")
     print("\n".join(map(str, paths)))

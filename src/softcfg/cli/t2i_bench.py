@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from softcfg.runs.job import DrawnRun
 
 HELP = "draw the prompts of DPG-Bench or GenEval for their scorers"
-USAGE = "softcfg t2i-bench MODEL --suite SUITE --prompts PROMPTS --output-dir DIR [options]"
+USAGE = "softcfg t2i-bench MODEL --suite SUITE --prompts PATH [options]"
 DESCRIPTION = """\
 Draw four images for every prompt of a benchmark, laid out as its own scorer expects.
 
-dpg      DPG-Bench: PROMPTS holds a text file per prompt; DIR receives a picture of 2 x 2 images for each,
-         under the name of the text file
-geneval  GenEval: PROMPTS holds evaluation_metadata.jsonl; DIR receives 00000/metadata.jsonl and
-         00000/samples/0000.png ... 0003.png for its first line, and so on
+  dpg      DPG-Bench: PROMPTS holds a text file per prompt; DIR receives a
+           picture of 2 x 2 images for each, under the name of the text file
+  geneval  GenEval: PROMPTS holds evaluation_metadata.jsonl; DIR receives
+           00000/metadata.jsonl and 00000/samples/0000.png ... 0003.png for its
+           first line, and so on
 
 DIR holds nothing else. The run itself, its settings and all images, is in the folder DIR.run beside it.
 The same command continues a run that was stopped, and can be shared by many processes, as 'softcfg sample'."""

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         seed=args.seed,
         value_weights=args.value_weights,
+        weak=pipeline.weak_generator,
     )
     result.save(output, **({"prompts": names} if pipeline.conditioning.takes_prompts else {}))
     for name, tensor in result.tensors().items():

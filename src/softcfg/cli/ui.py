@@ -6,7 +6,7 @@ import argparse
 import re
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 PORT = 7860
 
@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from softcfg.ui import page
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the web page needs the package {error.name}; install it with: pip install 'softcfg[ui]'"
-        ) from None
+        raise UserError(f"the web page needs the package {error.name}: {how_to_install('ui')}") from None
     import torch
 
     from softcfg.pipeline import Pipeline

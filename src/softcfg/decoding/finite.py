@@ -11,13 +11,13 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 
-BRANCHES = ("", "unconditional ", "perturbed ")
+BRANCHES = {"cond": "", "uncond": "unconditional ", "weak": "weak model's ", "perturbed": "perturbed "}
 
 
 def branches_of(guidance: CFG) -> list[str]:
     """The branches that guidance has, in the order of their logits: the conditional one, which needs no name, first."""
-    there = (True, guidance.is_active, guidance.has_third_branch)
-    return [name for name, is_there in zip(BRANCHES, there, strict=True) if is_there]
+    there = (True, guidance.has_unconditional_branch, guidance.has_weak_model, guidance.has_third_branch)
+    return [name for name, is_there in zip(BRANCHES.values(), there, strict=True) if is_there]
 
 
 class FiniteLogits:

@@ -16,6 +16,7 @@ drafts after a replaced one are kept where possible, as in Maximal Coupling Spec
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
 from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
 from softcfg.decoding.threads import step_threads
+from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
@@ -48,6 +50,7 @@ def jacobi_decode(
     sampling: Sampling | None = None,
     on_step: Callable[[int], None] | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
+    weak: Generator | None = None,
 ) -> tuple[Tensor, int]:
     """Draw the image tokens of a batch, up to `window` per pass.
 
@@ -62,23 +65,29 @@ def jacobi_decode(
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         on_step: called after every pass with the number of tokens that all images have so far.
         on_tokens: called with these tokens, int64 [B, n], after every pass; what it raises ends the decoding.
+        weak: the weak model of guidance with a `weak_share`; it is conditioned on the same labels.
 
     Returns:
         int64 [B, T], and the number of passes until the last image was done.
 
     Raises:
-        UserError: labels or streams do not fit the generator, the window is less than 1, or the logits hold NaN or
-            infinity.
+        UserError: labels, streams or the weak model do not fit the generator, the window is less than 1, or the logits
+            hold NaN or infinity.
     """
     if window < 1:
         raise UserError(f"the window of speculative Jacobi decoding must be at least 1, got {window}")
-    condition = generator.condition(labels, guided=guidance.is_active)
-    decoder = JacobiDecoder(generator, condition, guidance, sampling or Sampling(), window)
+    condition = generator.condition(labels, guided=guidance.has_unconditional_branch)
+    weaker = weak_model(guidance, generator, condition, weak, labels)
+    decoder = JacobiDecoder(generator, condition, guidance, sampling or Sampling(), window, weaker)
     if len(streams) != decoder.batch:
         raise UserError(f"streams must be as many as images, {decoder.batch}, got {len(streams)}")
     total, done, passes = condition.num_tokens, 0, 0
     rows = decoder.rows_at_once * decoder.window
-    with prepared_linear_layers(generator, rows), step_threads(generator) as run:
+    with contextlib.ExitStack() as held:
+        held.enter_context(prepared_linear_layers(generator, rows))
+        if weaker is not None and weaker.generator is not generator:
+            held.enter_context(prepared_linear_layers(weaker.generator, weaker.condition.rows * decoder.window))
+        run = held.enter_context(step_threads(generator, *(weaker or ())[:1]))
         while done < total:
             uniforms = on_device(streams.uniforms(3 * decoder.window), generator.device)
             run(partial(decoder.advance, uniforms))
@@ -102,25 +111,34 @@ class JacobiDecoder:
     """
 
     def __init__(
-        self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling, window: int
+        self,
+        generator: Generator,
+        condition: Condition,
+        guidance: CFG,
+        sampling: Sampling,
+        window: int,
+        weak: WeakModel | None = None,
     ) -> None:
         self.generator = generator
         self.condition = condition
         self.guidance = guidance
         self.sampling = sampling
-        self.batch = condition.rows // 2 if guidance.is_active else condition.rows
+        self.batch = condition.rows // 2 if guidance.has_unconditional_branch else condition.rows
         total, device = condition.num_tokens, generator.device
         # From the second pass on, the window starts after token 0 and ends with the last token at the latest.
         self.window = max(1, min(window, total - 1))
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
 
+        away = guidance.perturbs and not guidance.has_third_branch  # what the rule guides away from is perturbed
+        self._parts = [_Part(generator, condition[: self.batch] if away else condition)]
+        if away and guidance.has_unconditional_branch:
+            self._parts.append(_Part(generator, condition[self.batch :], perturbed=True))
+        if weak is not None:
+            self._parts.append(_Part(*weak, perturbed=away))
         if guidance.has_third_branch:
-            self._parts = [condition, condition[: self.batch]]
-        else:
-            self._parts = [condition[: self.batch], condition[self.batch :]] if guidance.perturbs else [condition]
-        self._caches = [generator.new_cache(part) for part in self._parts]
-        self.rows_at_once = self._parts[0].rows
+            self._parts.append(_Part(generator, condition[: self.batch], perturbed=True))
+        self.rows_at_once = self._parts[0].condition.rows
         kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self._confidence = torch.zeros(self.batch, total, **kind)
         self._scales = guidance.scales(total, condition.num_codes).to(device)
@@ -203,31 +221,44 @@ class JacobiDecoder:
 
     def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Logits [B, n, V] of the branches and guided ones of the window; `state` is the rule's before it."""
-        position = Position.by_row(self.condition.slots - 1 + steps[:, 0])
-        fed = steps - 1
-        if self._passes == 0:
-            position, fed = Position.start(), fed[:, 1:]
-        inputs = self.tokens.gather(1, fed)
-        cond, *others = self._forward(0, inputs, position).split(self.batch)
+        fed = steps - 1 if self._passes else steps[:, 1:] - 1
+        inputs = perturbed = self.tokens.gather(1, fed)
+        weights = None
+        cond, *others = self._forward(self._parts[0], inputs, steps).split(self.batch)
         if self.guidance.perturbs:
             self._record(steps, cond, self.tokens.gather(1, steps))
-            inputs = weak_inputs(self.guidance.weak_branch, self.tokens, fed, self._codes)
-            others.append(self._forward(1, inputs, position, **self._weights(steps)))
-        guided = cond
+            perturbed = weak_inputs(self.guidance.weak_branch, self.tokens, fed, self._codes)
+            # Each position of the window counts the tokens before it.
+            weights = step_weights(self._confidence, self.guidance.weak_branch, steps)
+        for part in self._parts[1:]:
+            others.append(
+                self._forward(part, perturbed, steps, weights) if part.perturbed else self._forward(part, inputs, steps)
+            )
+        branches, guided = (cond, *others), cond
+        third = others.pop() if self.guidance.has_third_branch else None
         if self.guidance.is_active:
-            branches = branches_for_rule(self.generator, self.condition, self.guidance, cond, others[0], steps)
-            guided, self._rule_states = self.guidance.guide_steps(*branches, self._scales[steps], steps, state)
-        if self.guidance.has_third_branch:
-            guided = self.guidance.push_away(guided, cond, others[-1], steps)
-        return (cond, *others), guided
+            weak = others.pop() if self.guidance.has_weak_model else None
+            other = self.guidance.away_from(others.pop() if others else None, weak)
+            ruled = branches_for_rule(self.generator, self.condition, self.guidance, cond, other, steps)
+            guided, self._rule_states = self.guidance.guide_steps(*ruled, self._scales[steps], steps, state)
+        if third is not None:
+            guided = self.guidance.push_away(guided, cond, third, steps)
+        return branches, guided
 
-    def _forward(self, part: int, inputs: Tensor, position: Position, **weights: Tensor) -> Tensor:
-        condition = self._parts[part]
+    def _forward(self, part: _Part, inputs: Tensor, steps: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The logits [rows, n, V] of a part that is fed int64 [B, n], with weights [B, n, T] if it is perturbed."""
+        condition, from_start = part.condition, self._passes == 0
         copies = condition.rows // self.batch
         # What is fed last stands before the last position of the window; attention need not look further.
-        cache = self._caches[part].up_to(condition.slots - 1 + self._end)
+        cache = part.cache.up_to(condition.slots - 1 + self._end)
+        position = Position.start() if from_start else Position.by_row(condition.slots - 1 + steps[:, 0])
         rows, slot = inputs.repeat(copies, 1), position.repeated(copies)
-        return self.generator(condition, rows, cache=cache, slot=slot, **weights).float()
+        named = (
+            {}
+            if weights is None
+            else query_weights(self.guidance.weak_branch, weights, condition, from_start=from_start)
+        )
+        return part.generator(condition, rows, cache=cache, slot=slot, **named).float()
 
     def _record(self, steps: Tensor, cond_logits: Tensor, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` at `steps`, both [B, n]."""
@@ -237,10 +268,15 @@ class JacobiDecoder:
                 confidence = confidence * self._codes.gather(1, steps)
             self._confidence.scatter_(1, steps, confidence)
 
-    def _weights(self, steps: Tensor) -> dict[str, Tensor]:
-        """Weights for the rows that are perturbed: each position of the window counts the tokens before it."""
-        weights = step_weights(self._confidence, self.guidance.weak_branch, steps)
-        return query_weights(self.guidance.weak_branch, weights, self._parts[1], from_start=self._passes == 0)
+
+class _Part:
+    """Rows that go through a generator together, with a cache of their own; all of them are perturbed, or none."""
+
+    def __init__(self, generator: Generator, condition: Condition, perturbed: bool = False) -> None:
+        self.generator = generator
+        self.condition = condition
+        self.cache = generator.new_cache(condition)
+        self.perturbed = perturbed
 
 
 def keep_or_redraw(

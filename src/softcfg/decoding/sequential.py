@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+import contextlib
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,6 +18,7 @@ from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.graphs import repeat
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.threads import step_threads
+from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, as_ids
@@ -40,12 +42,14 @@ def decode(
     on_step: Callable[[int], None] | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
     static: bool | None = None,
+    weak: Generator | None = None,
 ) -> Tensor:
     """Draw the image tokens of a batch.
 
     Args:
         labels: B class ids, or what else the generator is conditioned on.
         guidance: `CFG`, `SoftCFG` or one of another rule; inactive (scale 0 or 1) it skips the unconditional rows.
+        weak: the weak model of guidance with a `weak_share`; it is conditioned on the same labels.
         uniforms: [B, T] in [0, 1), one number per token (see `image_uniforms`).
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
@@ -60,13 +64,14 @@ def decode(
         int64 [B, T].
 
     Raises:
-        UserError: labels, uniforms or forced tokens do not fit the generator; or the logits hold NaN or infinity, which
-            other devices than the CPU report after the last step.
+        UserError: labels, uniforms, forced tokens or the weak model do not fit the generator; or the logits hold NaN or
+            infinity, which other devices than the CPU report after the last step.
     """
     if isinstance(labels, Sized) and not len(labels):
         raise UserError("labels must name at least one class or prompt")
-    condition = generator.condition(labels, guided=guidance.is_active)
-    decoder = Decoder(generator, condition, guidance, sampling or Sampling())
+    condition = generator.condition(labels, guided=guidance.has_unconditional_branch)
+    weaker = weak_model(guidance, generator, condition, weak, labels)
+    decoder = Decoder(generator, condition, guidance, sampling or Sampling(), weak=weaker)
     batch, total = decoder.batch, condition.num_tokens
     forced, mask = _forcing(generator, (batch, total), forced_tokens, forced_mask)
     if uniforms.shape != (batch, total):
@@ -80,11 +85,11 @@ def decode(
         decoder.advance(step, tokens, uniforms, forced, mask)
 
     if static is None:
-        static = steps_are_static(generator)
-    with prepared_linear_layers(generator, condition.rows), step_threads(generator) as run:
+        static = all(steps_are_static(each) for each in decoder.generators)
+    with decoder.prepared_linear_layers(), step_threads(*decoder.generators) as run:
         advance(decoder.step(0))
         if static:
-            steps = repeat(lambda index: advance(Step(index)), range(1, total), device)
+            steps: Iterator[object] = repeat(lambda index: advance(Step(index)), range(1, total), device)
         else:
             steps = (run(partial(advance, decoder.step(index))) for index in range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
@@ -136,7 +141,6 @@ class Decoder:
     Attributes:
         batch: B, images.
         cache: keys and values of all rows.
-        third: the condition of the third branch, which has a cache of its own; None where there is none.
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are not image codes.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
@@ -150,25 +154,43 @@ class Decoder:
         guidance: CFG,
         sampling: Sampling,
         cache: KVCache | None = None,
+        weak: WeakModel | None = None,
     ) -> None:
         self.generator = generator
         self.condition = condition
         self.guidance = guidance
         self.sampling = sampling
-        self._copies = 2 if guidance.is_active else 1
-        self.batch = condition.rows // self._copies
+        self.batch = condition.rows // 2 if guidance.has_unconditional_branch else condition.rows
         self.cache = generator.new_cache(condition) if cache is None else cache
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
         self.rule_state: Tensor | None = None
-        self.third = condition[: self.batch] if guidance.has_third_branch else None
-        self._third_cache = None if self.third is None else generator.new_cache(self.third)
-        rows = condition.rows if self.third is None else self.third.rows
-        self._weights = torch.ones(rows, condition.slots + total, dtype=torch.float32, device=device)
+        away = guidance.perturbs and not guidance.has_third_branch  # what the rule guides away from is perturbed
+        perturbs_rows = away and guidance.has_unconditional_branch
+        self._passes = [_Pass(generator, condition, self.cache, self.batch if perturbs_rows else 0)]
+        if weak is not None:
+            self._passes.append(_Pass(*weak, weak.generator.new_cache(weak.condition), self.batch if away else 0))
+        if guidance.has_third_branch:
+            third = condition[: self.batch]
+            self._passes.append(_Pass(generator, third, generator.new_cache(third), self.batch))
         self._scales = guidance.scales(total, condition.num_codes).to(device)
         self._steps = torch.arange(total, device=device)
         self._codes = generator.is_code(self._steps, condition)
+        self._sources = _sources(guidance.weak_branch, self._steps, self._codes) if guidance.perturbs else None
         self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
+
+    @property
+    def generators(self) -> list[Generator]:
+        """The generators that a step runs: that of the model, and that of the weak one."""
+        return list(dict.fromkeys(each.generator for each in self._passes))
+
+    def prepared_linear_layers(self) -> contextlib.AbstractContextManager[object]:
+        """Context in which the linear layers are laid out for a step."""
+        with contextlib.ExitStack() as prepared:
+            for generator in self.generators:
+                rows = next(each.condition.rows for each in self._passes if each.generator is generator)
+                prepared.enter_context(prepared_linear_layers(generator, rows))
+            return prepared.pop_all()
 
     def step(self, number: int) -> Step:
         """The step that draws token `number`."""
@@ -198,41 +220,32 @@ class Decoder:
 
     def predict(self, step: Step, tokens: Tensor) -> Tensor:
         """Feed the token before that of the step, of `tokens` int64 [B, T]; return what to draw from, [B, V]."""
-        at = step.index
-        inputs = weak = step.inputs(tokens)
-        weights = self._row_weights(at)
-        if self.guidance.perturbs and step.number != 0:
-            weak = weak_inputs(self.guidance.weak_branch, tokens, at - 1, self._codes)
-        if self.third is None:
-            rows = torch.cat((inputs, weak)) if self.guidance.is_active else inputs
-            logits = self._forward(self.condition, rows, self.cache, step, weights)
-        else:
-            logits = self._forward(self.condition, inputs.repeat(self._copies, 1), self.cache, step, {})
-            perturbed = self._forward(self.third, weak, self._third_cache, step, weights)
-        guided = self._cond_logits = logits[: self.batch]
-        if self.guidance.is_active:
-            branches = guided[:, None], logits[self.batch :, None]
+        at, guidance = step.index, self.guidance
+        inputs = perturbed = step.inputs(tokens)
+        weights = None
+        if guidance.perturbs:
+            weights = guidance.weak_branch.weights_at(self.confidence, at)
+            if self._sources is not None and step.number != 0:
+                perturbed = _taken(tokens, self._sources[..., at - 1])
+        seen = [each.run(step, inputs, perturbed, guidance.weak_branch, weights) for each in self._passes]
+        cond, *others = (branch for logits in seen for branch in logits.split(self.batch))
+        self._cond_logits = cond[:, 0]
+        third = others.pop() if guidance.has_third_branch else None
+        if guidance.is_active:
+            weak = others.pop() if guidance.has_weak_model else None
+            other = guidance.away_from(others.pop() if others else None, weak)
             guided, states = guided_logits(
-                self.generator, self.condition, self.guidance, *branches, self._scales[at], at, self.rule_state
+                self.generator, self.condition, guidance, cond, other, self._scales[at], at, self.rule_state
             )
             self._keep(None if states is None else states[:, -1])
         else:
-            guided = self.generator.constrain(guided[:, None], at, self.condition)
-        seen = [logits[:, None]]
-        if self.third is not None:
-            seen.append(perturbed[:, None])
-            guided = self.guidance.push_away(guided, self._cond_logits[:, None], seen[1], at)
+            guided = self.generator.constrain(cond, at, self.condition)
+        if third is not None:
+            guided = guidance.push_away(guided, cond, third, at)
         probabilities = self.sampling.probabilities(guided[:, 0])
         # All probabilities of a row are NaN if one of its logits is.
         self.finite.note(at, tuple(seen), probabilities[:, :1])
         return probabilities
-
-    def _forward(
-        self, condition: Condition, rows: Tensor, cache: KVCache | None, step: Step, weights: dict[str, Tensor]
-    ) -> Tensor:
-        """Feed int64 [rows, 0 or 1] and return the logits of the step, float32 [rows, V]."""
-        logits = self.generator(condition, rows, cache=cache, slot=step.position(condition), **weights)
-        return logits[:, -1].float()
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
@@ -245,20 +258,54 @@ class Decoder:
                 confidence = confidence * self._codes[..., at].squeeze(-1)
             self.confidence[:, at] = confidence[:, None]
 
-    def _row_weights(self, at: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments for the generator: weights [rows, slots], one but for the tokens of the perturbed rows."""
-        if not self.guidance.perturbs:
-            return {}
-        perturbation = self.guidance.weak_branch
-        self._weights[-self.batch :, self.condition.slots :] = perturbation.weights_at(self.confidence, at)
-        return attention_weights(perturbation, self._weights)
-
     def _keep(self, state: Tensor | None) -> None:
         """Keep the rule's state in the same memory: a CUDA graph writes where it read."""
         if state is not None and self.rule_state is not None:
             self.rule_state.copy_(state)
         elif state is not None:
             self.rule_state = state.clone()
+
+
+class _Pass:
+    """One pass of a step through a generator, over rows with a cache of their own.
+
+    Args:
+        perturbed: how many of the rows, the last ones, are perturbed.
+    """
+
+    def __init__(self, generator: Generator, condition: Condition, cache: KVCache, perturbed: int = 0) -> None:
+        self.generator = generator
+        self.condition = condition
+        self.cache = cache
+        self.perturbed = perturbed
+        slots = condition.slots + condition.num_tokens
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": generator.device}
+        self._weights = torch.ones(condition.rows, slots, **kind) if perturbed else None
+
+    def run(
+        self, step: Step, inputs: Tensor, perturbed: Tensor, perturbation: Perturbation, weights: Tensor | None
+    ) -> Tensor:
+        """The logits of the step, float32 [rows, 1, V].
+
+        Args:
+            inputs, perturbed: int64 [B, 0 or 1], what rows are fed, and those that are perturbed.
+            weights: [B, T] of the perturbation.
+        """
+        named = {}
+        if self._weights is not None and weights is not None:
+            self._weights[-self.perturbed :, self.condition.slots :] = weights
+            named = attention_weights(perturbation, self._weights)
+        batch = len(inputs)
+        plain = (self.condition.rows - self.perturbed) // batch
+        rows = [inputs] * plain + [perturbed] * (self.perturbed // batch)
+        logits = self.generator(
+            self.condition,
+            rows[0] if len(rows) == 1 else torch.cat(rows),
+            cache=self.cache,
+            slot=step.position(self.condition),
+            **named,
+        )
+        return logits[:, -1:].float()
 
 
 def guided_logits(
@@ -318,11 +365,16 @@ def weak_inputs(perturbation: Perturbation, tokens: Tensor, index: Tensor, codes
         index: int64 [n] or [B, n].
         codes: bool [T] or [B, T], which tokens are image codes; None: all.
     """
+    source = _sources(perturbation, index, codes)
+    return _taken(tokens, index if source is None else source)
+
+
+def _sources(perturbation: Perturbation, index: Tensor, codes: Tensor | None) -> Tensor | None:
+    """Which tokens are fed in the slots of the tokens `index`; None for those themselves."""
     source = perturbation.source(index)
-    if codes is not None and source is not index:
-        swapped = _taken(codes, index) & _taken(codes, source)
-        source = source.where(swapped, index)
-    return _taken(tokens, source)
+    if source is index:
+        return None
+    return source if codes is None else source.where(_taken(codes, index) & _taken(codes, source), index)
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class StepThreads:
 
 
 @contextmanager
-def step_threads(generator: Generator) -> Iterator[Callable[[Callable[[], object]], object]]:
-    """Give a function that runs the steps of a batch; afterwards the number of threads is what it was.
+def step_threads(*generators: Generator) -> Iterator[Callable[[Callable[[], object]], object]]:
+    """Give a function that runs the steps of a batch through the generators; then the number of threads is what it was.
 
     The number is left alone on other devices, where somebody has set it (by `torch.set_num_threads` after the import,
     OMP_NUM_THREADS or MKL_NUM_THREADS), and where it could change the bits of a result. Use it inside
@@ -77,7 +77,7 @@ def step_threads(generator: Generator) -> Iterator[Callable[[Callable[[], object
     """
     most = torch.get_num_threads()
     chosen = most != DEFAULT or any(os.environ.get(name) for name in VARIABLES)
-    if most == 1 or chosen or generator.device.type != "cpu" or not _same_bits(generator):
+    if most == 1 or chosen or any(each.device.type != "cpu" or not _same_bits(each) for each in generators):
         yield lambda step: step()
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from softcfg.decoding.filtering import Sampling
 from softcfg.decoding.graphs import WARM_UP, captured
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder, Step, steps_are_static
+from softcfg.decoding.weak import weak_model
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.kv_cache import KVCache
@@ -21,6 +23,8 @@ from softcfg.nn.linear import prepared_linear_layers
 
 # A step's cost grows with the filled part of the cache; the mean over these positions stands for the whole sequence.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+LOGITS_OF_AN_IMAGE = 8  # times the float32 logits: guided, filtered, softmax, and the float64 sums
+MOST_IMAGES = 4096  # at once; more are no faster
 
 
 def filled_cache(generator: Generator, condition: Condition) -> KVCache:
@@ -32,7 +36,12 @@ def filled_cache(generator: Generator, condition: Condition) -> KVCache:
 
 
 def decoding_step(
-    generator: Generator, inputs: Sequence[Any], guidance: CFG, position: int, cache: KVCache | None = None
+    generator: Generator,
+    inputs: Sequence[Any],
+    guidance: CFG,
+    position: int,
+    cache: KVCache | None = None,
+    weak: Generator | None = None,
 ) -> Callable[[], Tensor]:
     """One step of decoding a batch at token `position`, on a cache and confidences of random contents.
 
@@ -41,15 +50,17 @@ def decoding_step(
     Args:
         inputs: what the images are conditioned on.
         cache: to use, with its contents, in place of a new one.
+        weak: the weak model of guidance with a `weak_share`.
     """
-    condition = generator.condition(inputs, guided=guidance.is_active)
-    decoder = Decoder(generator, condition, guidance, Sampling(), cache or filled_cache(generator, condition))
+    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
+    weaker = weak_model(guidance, generator, condition, weak, inputs)
+    decoder = Decoder(generator, condition, guidance, Sampling(), cache or filled_cache(generator, condition), weaker)
     batch = decoder.batch
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
     uniforms = on_device(torch.rand(batch, condition.num_tokens, dtype=torch.float32), generator.device)
 
-    static = steps_are_static(generator)
+    static = all(steps_are_static(each) for each in decoder.generators)
     at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)
 
     @torch.inference_mode()
@@ -70,6 +81,43 @@ def decoding_step(
     return replayed
 
 
+def batch_bytes(generator: Generator, batch: int, guidance: CFG, *, weak: Generator | None = None) -> int:
+    """The memory that drawing a batch takes beside the weights, without pixels: what is sure to be there at once.
+
+    That is the cache, that of a third branch too, what the generator computes ahead, and the logits of a step: of the
+    rows, and of what they become until a token is drawn, the cumulated distribution in float64 the largest of it.
+
+    Args:
+        weak: the weak model of the guidance, which has a cache of its own.
+    """
+    condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
+    total = generator.cache_bytes(condition) + generator.ahead_bytes(condition)
+    if guidance.has_third_branch:
+        third = condition[:batch]
+        total += generator.cache_bytes(third) + generator.ahead_bytes(third)
+    if weak is not None:
+        own = weak.condition(weak.example_inputs(batch), guided=False)
+        total += weak.cache_bytes(own) + weak.ahead_bytes(own)
+    logits = 4 * generator.vocab_size  # of a row, in float32
+    return total + (2 * condition.rows + LOGITS_OF_AN_IMAGE * batch) * logits
+
+
+def largest_batch(generator: Generator, guidance: CFG, free: int) -> int:
+    """The most images at once for which `free` bytes are enough, beside the weights and without pixels; 0 for none."""
+    fits, too_many = 0, 1
+    while too_many <= MOST_IMAGES and batch_bytes(generator, too_many, guidance) <= free:
+        fits, too_many = too_many, 2 * too_many
+    if fits == MOST_IMAGES:
+        return fits
+    while too_many - fits > max(1, fits // 64):
+        middle = (fits + too_many) // 2
+        if batch_bytes(generator, middle, guidance) <= free:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
 class StepTimes(NamedTuple):
     """Seconds of a decoding step, and of what a batch does once before its steps.
 
@@ -83,16 +131,25 @@ class StepTimes(NamedTuple):
 
 
 def time_steps(
-    generator: Generator, batch: int, guidance: CFG, *, positions: Sequence[float] = POSITIONS, repeats: int = 3
+    generator: Generator,
+    batch: int,
+    guidance: CFG,
+    *,
+    positions: Sequence[float] = POSITIONS,
+    repeats: int = 3,
+    weak: Generator | None = None,
 ) -> StepTimes:
     """Time the steps of a batch at `positions` (parts of the sequence)."""
     inputs = generator.example_inputs(batch)
-    condition = generator.condition(inputs, guided=guidance.is_active)
+    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
     means, set_up = [], 0.0
     started = time.perf_counter()
-    with prepared_linear_layers(generator, condition.rows):
+    with contextlib.ExitStack() as prepared:
+        prepared.enter_context(prepared_linear_layers(generator, condition.rows))
+        if weak is not None and guidance.has_weak_model:
+            prepared.enter_context(prepared_linear_layers(weak, batch))
         for part in positions:
-            step = decoding_step(generator, inputs, guidance, max(1, round(part * condition.num_tokens)))
+            step = decoding_step(generator, inputs, guidance, max(1, round(part * condition.num_tokens)), weak=weak)
             times = []
             set_up = set_up or time.perf_counter() - started
             for turn in range(repeats + 1):

@@ -43,6 +43,11 @@ class CFG:
         perturbation_scale: q >= 0. Above 0 it is not the unconditional branch that is perturbed, but the conditional
             one, as a third branch whose logits z_p push away: q (z_cond - z_p) is added to the guided logits in the
             steps of the interval (as in PAG, arXiv 2403.17377). It takes a pass of its own. 0: no third branch.
+        weak_share: m in [0, 1], the share of a weak model in what the rule guides away from: it gets the logits
+            (1 - m) z_uncond + m z_weak in place of z_uncond, where z_weak are those of another, weaker generator under
+            the same condition. 1 is autoguidance (arXiv 2406.02507), z_cond + (s_t - 1) (z_cond - z_weak), without an
+            unconditional branch; between 0 and 1 it is beside CFG. What perturbs the unconditional branch perturbs
+            the weak model too. The generator itself is an argument of what draws.
 
     Raises:
         ValueError: a setting is out of its range; the message names the field, its value and the range.
@@ -78,6 +83,16 @@ class CFG:
         help="perturb the conditional branch instead, as a third one, and guide away from it by this scale; 0: off",
         metavar="Q",
     )
+    weak_share: float = setting(
+        0.0,
+        kw_only=True,
+        low=0,
+        high=1,
+        off=0,
+        help="share of the weak model in what is guided away from; 1: in place of the unconditional branch",
+        metavar="M",
+        of_model=True,
+    )
     rule: Rule = field(default=Rule(), kw_only=True)
     perturbation: Perturbation = field(default=NoPerturbation(), kw_only=True)
 
@@ -96,8 +111,18 @@ class CFG:
 
     @property
     def is_active(self) -> bool:
-        """Whether the unconditional branch is needed at all."""
+        """Whether there is anything that the rule guides away from."""
         return self.guidance_scale not in (0, 1)
+
+    @property
+    def has_unconditional_branch(self) -> bool:
+        """Whether the unconditional branch is needed."""
+        return self.is_active and self.weak_share < 1
+
+    @property
+    def has_weak_model(self) -> bool:
+        """Whether a weak model is needed."""
+        return self.is_active and self.weak_share > 0
 
     @property
     def weak_branch(self) -> Perturbation:
@@ -117,12 +142,14 @@ class CFG:
     @property
     def title(self) -> str:
         """A short name for figures: CFG, SoftCFG, or the names of the rule and the perturbation."""
-        return titled(type(self.weak_branch), type(self.rule))
+        name = titled(type(self.weak_branch) if self.weak_branch.acts else NoPerturbation, type(self.rule))
+        return f"{name}, weak model" if self.has_weak_model else name
 
     @property
     def is_plain(self) -> bool:
         """Whether it is plain CFG, whatever its class."""
-        return not self.perturbs and type(self.rule) is Rule and type(self).guide is CFG.guide
+        ruled = type(self.rule) is not Rule or type(self).guide is not CFG.guide
+        return not (self.perturbs or self.has_weak_model or ruled)
 
     def plain(self) -> CFG:
         """Plain CFG with the same scales."""
@@ -131,6 +158,18 @@ class CFG:
     def scales(self, steps: int, codes: int | None = None) -> Tensor:
         """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
         return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
+
+    def away_from(self, uncond_logits: Tensor | None, weak_logits: Tensor | None) -> Tensor:
+        """What the rule guides away from: the logits [..., V] of the unconditional branch, of the weak model, or mixed.
+
+        Args:
+            uncond_logits, weak_logits: None where there is no such branch.
+        """
+        if uncond_logits is None or weak_logits is None:
+            found = weak_logits if uncond_logits is None else uncond_logits
+            assert found is not None
+            return found
+        return (1 - self.weak_share) * uncond_logits + self.weak_share * weak_logits
 
     def push_away(self, guided: Tensor, cond_logits: Tensor, perturbed_logits: Tensor, steps: Tensor) -> Tensor:
         """The guided logits [..., n, V] with those of the third branch taken into account.

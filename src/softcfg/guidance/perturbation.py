@@ -176,13 +176,14 @@ def perturbation_weights(
     Returns:
         Weights [..., T] in [floor, 1], in the dtype of `confidence`.
     """
-    import torch
     import torch.nn.functional as F
 
     if alignment == "successor":
         confidence = F.pad(confidence[..., 1:], (0, 1))
     if step_norm:
-        total = confidence.sum(dim=-1, keepdim=True) + eps
-        confidence = confidence / torch.where(total > 0, total, 1)
-    # A share may round to just above one.
-    return (1 - confidence).clamp_min(0).pow(strength).clamp_min(floor)
+        total = confidence.sum(dim=-1, keepdim=True)
+        total = total + eps if eps else total
+        confidence = confidence / total.where(total > 0, 1)
+    weights = (1 - confidence).clamp_min(0)  # a share may round to just above one
+    weights = weights if strength == 1 else weights.pow(strength)
+    return weights.clamp_min(floor) if floor else weights

@@ -96,6 +96,8 @@ class Registry(MutableMapping[str, T]):
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"the name of a {self.kind} must be letters, digits, '-' and '_', got {name!r}")
         first = (value.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        if first.startswith(f"{getattr(value, '__name__', '')}("):  # of a dataclass without a docstring
+            first = ""
         self._entries[name] = _Entry(value, label or name, description or first)
 
 

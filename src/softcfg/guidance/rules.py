@@ -81,8 +81,10 @@ class Centred(Rule):
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State = None) -> Guided:
         """See `Rule.guide`."""
-        possible = cond.isfinite() & uncond.isfinite()
-        (centred_cond, mean), (centred_uncond, _) = _centre(cond, possible), _centre(uncond, possible)
+        possible = cond + uncond > RULED_OUT
+        weight = possible.to(cond.dtype)
+        count = weight.sum(dim=-1, keepdim=True).clamp_min(1)
+        (centred_cond, mean), (centred_uncond, _) = (_centre(z, possible, weight, count) for z in (cond, uncond))
         guided, state = self.combine(centred_cond, centred_uncond, scale, step=step, state=state)
         return (guided + mean).where(possible, cond), state
 
@@ -106,7 +108,7 @@ class Rescale(Centred):
     def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         guided = uncond + scale * (cond - uncond)
-        ratio = _divided(_dot(cond, cond), _dot(guided, guided)).sqrt()
+        ratio = _divided(_norm(cond), _norm(guided))
         return guided * (self.share * ratio + 1 - self.share), None
 
 
@@ -142,9 +144,10 @@ class ProjectedGuidance(Centred):
         push = cond - uncond if state is None else cond - uncond + self.momentum * state
         state = push if self.stateful else None
         if self.norm_threshold:
-            push = push * _divided(self.norm_threshold, _dot(push, push).sqrt()).clamp(max=1)
-        along = _divided(_dot(push, cond), _dot(cond, cond)) * cond
-        return cond + (scale - 1) * (push - (1 - self.eta) * along), state
+            push = push * _divided(self.norm_threshold, _norm(push)).clamp(max=1)
+        along = _divided(_dot(push, cond), _norm(cond).square())
+        # cond + (scale - 1) (push - (1 - eta) along cond)
+        return (1 - (scale - 1) * (1 - self.eta) * along) * cond + (scale - 1) * push, state
 
 
 @RULES.register("zero_star", label="CFG-Zero*", description="CFG from the unconditional logits at their best length")
@@ -167,8 +170,8 @@ class ZeroStar(Centred):
     def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         scale = scale + (step < self.init_steps) * (1 - scale)
-        uncond = _divided(_dot(cond, uncond), _dot(uncond, uncond)) * uncond
-        return uncond + scale * (cond - uncond), None
+        length = _divided(_dot(cond, uncond), _norm(uncond).square())
+        return scale * cond + (1 - scale) * length * uncond, None
 
 
 @RULES.register("tcfg", label="TCFG", description="CFG from what the unconditional logits share with the conditional")
@@ -188,10 +191,11 @@ class TangentialDamping(Centred):
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
-        product, gap = _dot(cond, uncond), _dot(cond, cond) - _dot(uncond, uncond)
+        product, gap = _dot(cond, uncond), _norm(cond).square() - _norm(uncond).square()
         length = gap.hypot(2 * product)
-        uncond = _divided(product, length) * cond + (1 - _divided(gap, length)) / 2 * uncond
-        return uncond + scale * (cond - uncond), None
+        # u = a z_c + b z_u
+        a, b = _divided(product, length), (1 - _divided(gap, length)) / 2
+        return (scale + (1 - scale) * a) * cond + (1 - scale) * b * uncond, None
 
 
 @RULES.register("adaptive", label="Adaptive scale", description="CFG whose scale falls with the branches' distance")
@@ -210,7 +214,7 @@ class AdaptiveScale(Centred):
     def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         push = cond - uncond
-        ratio = _divided(_dot(push, push), _dot(uncond, uncond)).sqrt()
+        ratio = _divided(_norm(push), _norm(uncond))
         return cond + (scale - 1) * (-self.alpha * ratio).exp() * push, None
 
 
@@ -253,11 +257,21 @@ class LogSoftmax(Rule):
         return guided.where(cond.isfinite() & uncond.isfinite(), cond), None
 
 
-def _centre(logits: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits [..., V] less their mean over the possible codes, 0 for the others; and the mean, [..., 1]."""
+def _centre(logits: Tensor, possible: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits [..., V] less their mean over the possible codes, 0 for the others; and the mean, [..., 1].
+
+    Args:
+        weight: `possible` as numbers.
+        count: how many are possible, [..., 1].
+    """
     kept = logits.where(possible, 0)
-    mean = kept.sum(dim=-1, keepdim=True) / possible.sum(dim=-1, keepdim=True).clamp_min(1)
-    return (kept - mean).where(possible, 0), mean
+    mean = kept.sum(dim=-1, keepdim=True) / count
+    return kept.addcmul(weight, mean, value=-1), mean
+
+
+def _norm(logits: Tensor) -> Tensor:
+    """The Euclidean norm over the codes, [..., 1]."""
+    return logits.norm(dim=-1, keepdim=True)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib import figure as matplotlib_figure
 
 from softcfg.decoding.sequential import step_weights
 from softcfg.guidance import CONFIDENCES
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 HEAT = "viridis"
 SMOOTHING = 9  # steps, of curves over the sequence
+
+
+class Figure(matplotlib_figure.Figure):
+    """A figure that notebooks show as a picture, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return figure_bytes(self, "png")
 
 
 def plot_confidence(
@@ -145,7 +152,7 @@ def plot_candidates(trace: Trace, image: int = 0, *, token: int = 0, top: int = 
     return figure
 
 
-def figure_bytes(figure: Figure, kind: str = "png") -> bytes:
+def figure_bytes(figure: matplotlib_figure.Figure, kind: str = "png") -> bytes:
     """The figure as a PNG (150 dots per inch) or SVG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150)
@@ -160,11 +167,16 @@ def _image(axis: Axes, pixels: np.ndarray, title: str = "") -> None:
 
 
 def _overlay(axis: Axes, pixels: np.ndarray, grid: np.ndarray, low: float, high: float) -> Any:
-    """A map over the darkened gray picture."""
+    """A map in the colours of its bar, and the outlines of the picture over it."""
     height, width = pixels.shape[:2]
-    _image(axis, np.repeat(pixels.mean(axis=-1, keepdims=True) / 255, 3, axis=-1))
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    return axis.imshow(grid, cmap=HEAT, vmin=low, vmax=high, alpha=0.65, extent=extent, interpolation="nearest")
+    shown = axis.imshow(grid, cmap=HEAT, vmin=low, vmax=high, extent=extent, interpolation="nearest")
+    gray = pixels.mean(axis=-1)
+    if gray.min() < gray.max():
+        axis.contour(gray, levels=[(gray.min() + gray.max()) / 2], colors="white", linewidths=0.8)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    return shown
 
 
 def _curve(axis: Axes, values: np.ndarray, name: str, colour: str, smooth: int = SMOOTHING) -> None:

@@ -15,6 +15,7 @@ from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.finite import BRANCHES, FiniteLogits
 from softcfg.decoding.sequential import guided_logits, query_weights, step_weights, weak_inputs
+from softcfg.decoding.weak import weak_model
 from softcfg.errors import UserError, require_whole
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, as_guidance, describe
@@ -43,6 +44,7 @@ class Trace:
         value_weights: float32 [B, T, T]: step, slot of the generated token; the perturbation's weights, whether they
             act on values or on something else. None where it was not asked for.
         perturbed_logits: like `cond_logits`, of the third branch; None where there is none.
+        weak_logits: like `cond_logits`, of the weak model; None where there is none.
     """
 
     guidance: CFG
@@ -56,6 +58,7 @@ class Trace:
     confidence: Tensor
     value_weights: Tensor | None = None
     perturbed_logits: Tensor | None = None
+    weak_logits: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -64,9 +67,9 @@ class Trace:
     def at(self, chosen: Tensor) -> Trace:
         """The trace of some of the tokens alone, bool [T]; of image codes without the ends of lines, for example."""
         weights = None if self.value_weights is None else self.value_weights[:, chosen.cpu()][:, :, chosen.cpu()]
-        names = ("tokens", "cond_logits", "uncond_logits", "guided_logits", "perturbed_logits", "confidence")
+        whole = ("labels", "guidance_scale", "value_weights")
         per_token: dict[str, Any] = {
-            name: tensor[:, chosen] for name, tensor in self.tensors().items() if name in names
+            name: tensor[:, chosen] for name, tensor in self.tensors().items() if name not in whole
         }
         scale = self.guidance_scale[chosen]
         return replace(self, **per_token, guidance_scale=scale, value_weights=weights)
@@ -109,6 +112,7 @@ def trace(
     seed: int = 0,
     value_weights: bool | None = None,
     steps_per_pass: int = 1024,
+    weak: Generator | None = None,
 ) -> Trace:
     """Replay `tokens` (teacher forcing) and keep what guidance did at every step.
 
@@ -124,9 +128,10 @@ def trace(
         temperature, top_k, top_p: the same one by one, in place of `sampling`.
         value_weights: whether to keep the [B, T, T] weights; by default up to 1,024 tokens.
         steps_per_pass: tokens replayed at once; bounds the memory of attention, without effect on the result.
+        weak: the weak model of guidance with a `weak_share`; it is conditioned on the same labels.
 
     Raises:
-        UserError: labels or tokens do not fit the generator, or the logits hold NaN or infinity.
+        UserError: labels, tokens or the weak model do not fit the generator, or the logits hold NaN or infinity.
     """
     if not callable(getattr(generator, "condition", None)):
         raise UserError(
@@ -144,7 +149,7 @@ def trace(
     codes = generator.is_code(steps, cond)
     if tokens is None:
         uniforms = image_uniforms(seed, range(batch), total)
-        tokens = decode(generator, labels, guidance, uniforms=uniforms, sampling=sampling)
+        tokens = decode(generator, labels, guidance, uniforms=uniforms, sampling=sampling, weak=weak)
     tokens = as_ids(tokens, "tokens", generator.vocab_size).to(generator.device)
     if tokens.shape != (batch, total):
         raise UserError(f"tokens must have shape [{batch}, {total}], got {list(tokens.shape)}")
@@ -153,15 +158,18 @@ def trace(
         value_weights = total <= WEIGHTS_BY_DEFAULT_UP_TO
     kept = torch.ones(batch, total, total, dtype=torch.float32) if value_weights else None
     confidence = torch.zeros(batch, total, dtype=torch.float32, device=generator.device)
-    rows = {"cond": cond, "uncond": uncond}
+    rows = {"cond": (generator, cond), "uncond": (generator, uncond)}
+    if (weaker := weak_model(guidance, generator, cond, weak, labels)) is not None:
+        rows["weak"] = weaker
     if guidance.has_third_branch:
-        rows["perturbed"] = condition[:batch]
+        rows["perturbed"] = (generator, cond)
+    perturbed = {"perturbed"} if guidance.has_third_branch else {"uncond", "weak"}
     logits: dict[str, list[Tensor]] = {name: [] for name in rows}
-    caches = {name: generator.new_cache(part) for name, part in rows.items()}
+    caches = {name: each.new_cache(part) for name, (each, part) in rows.items()}
     for start in range(0, total, steps_per_pass):
         stop = min(start + steps_per_pass, total)
-        piece = _Pass(generator, tokens, start, stop, codes)
-        cond_logits = piece.run(cond, caches["cond"])
+        piece = _Pass(tokens, start, stop, codes)
+        cond_logits = piece.run(*rows["cond"], caches["cond"])
         token_confidences = guidance.weak_branch.token_confidence(
             cond_logits, tokens[:, start:stop], float(sampling.temperature)
         )
@@ -173,19 +181,22 @@ def trace(
                 kept[:, start:stop] = weights.cpu()
         logits["cond"].append(cond_logits)
         for name in list(rows)[1:]:
-            perturbation = guidance.weak_branch if name == list(rows)[-1] else None
-            logits[name].append(piece.run(rows[name], caches[name], perturbation, weights))
+            perturbation = guidance.weak_branch if name in perturbed else None
+            logits[name].append(piece.run(*rows[name], caches[name], perturbation, weights))
 
-    cond_logits, uncond_logits, *perturbed = (torch.cat(parts, dim=1) for parts in logits.values())
+    of = {name: torch.cat(parts, dim=1) for name, parts in logits.items()}
+    cond_logits, uncond_logits = of["cond"], of["uncond"]
     scales = guidance.scales(total, condition.num_codes).to(generator.device)
     if guidance.is_active:
-        guided, _ = guided_logits(generator, cond, guidance, cond_logits, uncond_logits, scales, steps)
+        other = guidance.away_from(uncond_logits if guidance.has_unconditional_branch else None, of.get("weak"))
+        guided, _ = guided_logits(generator, cond, guidance, cond_logits, other, scales, steps)
     else:
         guided = generator.constrain(cond_logits, steps, cond)
-    if perturbed:
-        guided = guidance.push_away(guided, cond_logits, perturbed[0], steps)
-    finite = FiniteLogits(batch, BRANCHES[: len(rows)], total, generator.dtype, generator.device)
-    finite.note(steps, (cond_logits, uncond_logits, *perturbed), guided.amax(dim=-1))
+    if "perturbed" in of:
+        guided = guidance.push_away(guided, cond_logits, of["perturbed"], steps)
+    names = [BRANCHES[name] for name in rows]
+    finite = FiniteLogits(batch, names, total, generator.dtype, generator.device)
+    finite.note(steps, tuple(of.values()), guided.amax(dim=-1))
     finite.check()
     return Trace(
         guidance=guidance,
@@ -198,15 +209,15 @@ def trace(
         guidance_scale=scales,
         confidence=guidance.weak_branch.carried(confidence),
         value_weights=kept,
-        perturbed_logits=perturbed[0] if perturbed else None,
+        perturbed_logits=of.get("perturbed"),
+        weak_logits=of.get("weak"),
     )
 
 
 class _Pass:
     """The pass that predicts tokens start .. stop - 1: from the condition on, or from token start - 1 on."""
 
-    def __init__(self, generator: Generator, tokens: Tensor, start: int, stop: int, codes: Tensor | None) -> None:
-        self.generator = generator
+    def __init__(self, tokens: Tensor, start: int, stop: int, codes: Tensor | None) -> None:
         self.tokens = tokens
         self.fed = torch.arange(max(start - 1, 0), stop - 1, device=tokens.device)
         self.start = start
@@ -214,6 +225,7 @@ class _Pass:
 
     def run(
         self,
+        generator: Generator,
         condition: Condition,
         cache: Any,
         perturbation: Perturbation | None = None,
@@ -225,4 +237,4 @@ class _Pass:
             weights = query_weights(perturbation, step_weights, condition, from_start=self.start == 0)
             inputs = weak_inputs(perturbation, self.tokens, self.fed, self.codes)
         slot = Position.shared(condition.slots + self.start - 1) if self.start else Position.start()
-        return self.generator(condition, inputs, cache=cache, slot=slot, **weights).float()
+        return generator(condition, inputs, cache=cache, slot=slot, **weights).float()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from softcfg.decoding import Sampling, draw, image_uniforms
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator
 from softcfg.models.conditioning import PromptConditioning
@@ -51,7 +51,7 @@ try:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
-    raise UserError("this needs transformers 5 or later: pip install 'softcfg[transformers]'") from error
+    raise UserError(f"this needs transformers 5 or later: {how_to_install('transformers')}") from error
 
 ATTENTION = "softcfg"  # its name for `attn_implementation`
 JANUS_SCALE = 5.0  # of its image mode, where its configuration has none
@@ -630,6 +630,8 @@ def decode(
         UserError: prompts, masks, image codes or the cache do not fit, the weights do not reach every attention layer,
             or the logits hold NaN or infinity.
     """
+    if guidance.has_weak_model:
+        raise UserError("a weak model is not for this function: leave out weak_share, or use a Pipeline with weak=")
     codes = None if image_codes is None else torch.as_tensor(image_codes)
     by_step = codes is not None and codes.dtype == torch.bool
     generator = TransformersGenerator(
@@ -644,12 +646,11 @@ def decode(
     if codes is not None and not by_step:
         codes = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
     prompts = Prompts(input_ids, unconditional_ids, attention_mask, unconditional_mask)
+    if not isinstance(cache, str) and cache.get_seq_length():
+        raise UserError("the cache must be empty")
     condition = generator.condition(prompts, guided=guidance.is_active)
-    decoder = Decoder(generator, condition, guidance, sampling or Sampling())
-    if not isinstance(cache, str):
-        if cache.get_seq_length():
-            raise UserError("the cache must be empty")
-        decoder.cache = cache
+    own = None if isinstance(cache, str) else cache
+    decoder = Decoder(generator, condition, guidance, sampling or Sampling(), own)
 
     batch = decoder.batch
     uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens)

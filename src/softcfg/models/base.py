@@ -229,6 +229,10 @@ class Generator(KeepsTables, ABC):
         cache = self._cache_type()(*self._cache_size(condition), dtype=self.dtype, device="meta")
         return cache.nbytes
 
+    def ahead_bytes(self, condition: Condition) -> int:
+        """The memory of what a batch computes once for several steps, beside the cache; by default 0."""
+        return 0
+
     def _cache_type(self) -> type[KVCache]:
         return KVCache if self.cache_dtype is None else CACHES[self.cache_dtype]
 
@@ -274,7 +278,7 @@ class ClassGenerator(Generator):
         Raises:
             UserError: `labels` is not a flat list of class ids in 0 .. num_classes - 1.
         """
-        classes = as_ids(labels, "labels", self.num_classes).to(self.device)
+        classes = as_ids(labels, "labels", self.num_classes)
         if classes.dim() != 1:
             raise UserError(f"labels must be a flat list of class ids, got shape {list(classes.shape)}")
         if guided:
@@ -287,4 +291,4 @@ class ClassGenerator(Generator):
 
     def class_condition(self, classes: Tensor) -> ClassCondition:
         """The condition of rows given as int64 class ids, where `num_classes` stands for the null class."""
-        return ClassCondition(classes, self.condition_slots, self.num_tokens)
+        return ClassCondition(classes.to(self.device), self.condition_slots, self.num_tokens)

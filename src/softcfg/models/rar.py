@@ -20,6 +20,7 @@ from softcfg.nn.position import Position
 
 EPS = 1e-6  # of every layer norm
 WINDOW_ROWS = 256  # rows of a product at which it runs near full speed
+HELD_BYTES = 2 * 2**30  # that the modulations of a whole batch and sequence may take
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class RARCondition(ClassCondition):
     The modulations do not depend on the tokens. A decoding step would spend a third of its weights on them, for a
     few rows; one product for many slots, with the unconditional rows done once, is many times cheaper. Its shape
     depends on the batch size alone, so an image gets the same bits in any batch of that size. Where rows stand at
-    slots of their own, the window is the whole sequence (with guidance 1.5 times the memory of the cache).
+    slots of their own, as on a GPU, the window is the whole sequence, if that takes at most `HELD_BYTES`. With more
+    rows each step computes what it needs, which then costs little beside the rest of it.
 
     Attributes:
         distinct: class ids [U], those of the conditional rows and, once, the null class.
@@ -69,20 +71,22 @@ class RARCondition(ClassCondition):
         windows: layer -> first slot of the window, and its modulations [U, slots, parts * hidden_size].
     """
 
-    def __init__(self, classes: Tensor, slots: int, num_tokens: int, null: int) -> None:
-        super().__init__(classes, slots, num_tokens)
+    def __init__(self, classes: Tensor, slots: int, num_tokens: int, null: int, device: torch.device) -> None:
+        super().__init__(classes.to(device), slots, num_tokens)
         self.null = null
-        conditional = classes != null
+        self._on_host = classes.cpu()  # the device is not waited for
+        conditional = self._on_host != null
         count = int(conditional.sum())
-        self.distinct = classes[conditional]
-        self.source = torch.where(conditional, conditional.cumsum(0) - 1, count)
+        self.source = torch.where(conditional, conditional.cumsum(0) - 1, count).to(device)
+        distinct = self._on_host[conditional]
         if count < len(classes):
-            self.distinct = torch.cat((self.distinct, classes.new_full((1,), null)))
+            distinct = torch.cat((distinct, distinct.new_full((1,), null)))
+        self.distinct = distinct.to(device)
         self.windows: dict[int, tuple[int, Tensor]] = {}
 
     def __getitem__(self, rows: slice) -> RARCondition:
         """See `Condition.__getitem__`."""
-        return RARCondition(self.classes[rows], self.slots, self.num_tokens, self.null)
+        return RARCondition(self._on_host[rows], self.slots, self.num_tokens, self.null, self.classes.device)
 
 
 class Modulation(nn.Module):
@@ -189,7 +193,23 @@ class RAR(ClassGenerator):
 
     def class_condition(self, classes: Tensor) -> RARCondition:
         """See `Generator.class_condition`."""
-        return RARCondition(classes, self.condition_slots, self.num_tokens, self.num_classes)
+        return RARCondition(classes, self.condition_slots, self.num_tokens, self.num_classes, self.device)
+
+    def ahead_bytes(self, condition: Condition) -> int:
+        """See `Generator.ahead_bytes`: the modulations of a window of slots, or of all."""
+        assert isinstance(condition, RARCondition)
+        ahead = max(1, WINDOW_ROWS // len(condition.distinct))
+        if self.device.type != "cpu":
+            ahead = condition.cache_slots if self._holds_all(condition) else 0
+        return ahead * self._slot_bytes(condition)
+
+    def _slot_bytes(self, condition: RARCondition) -> int:
+        """What the modulations of a slot take, of all layers and distinct rows."""
+        layers, width = self.config.num_hidden_layers, self.config.hidden_size
+        return len(condition.distinct) * (6 * layers + 2) * width * self.dtype.itemsize
+
+    def _holds_all(self, condition: RARCondition) -> bool:
+        return condition.cache_slots * self._slot_bytes(condition) <= HELD_BYTES
 
     def _modulation(
         self, condition: RARCondition, layer: int, module: Modulation, position: Position, new: int
@@ -197,6 +217,9 @@ class RAR(ClassGenerator):
         """The modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size]."""
         window, slot = condition.windows.get(layer), position.slot
         if slot is None:
+            if not self._holds_all(condition):
+                label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
+                return module.adaLN_modulation(label + self.timesteps_embeddings[0, position.index(new)])
             if window is None or window[1].shape[1] < condition.cache_slots:
                 window = condition.windows[layer] = (0, self._modulate(condition, module, 0, condition.cache_slots))
             return window[1][condition.source[:, None], position.index(new)]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError as error:
-            raise UserError("several processes need Accelerate: pip install 'softcfg[runs]'") from error
+            raise UserError(f"several processes need Accelerate: {how_to_install('runs')}") from error
         wants_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         # Accelerate takes a launch without GPUs for a single process unless it is told.
         self._state = PartialState(cpu=wants_cpu or not torch.cuda.is_available())

@@ -36,7 +36,8 @@ def run_settings(
 
     A model that was loaded from files is identified by its families, configurations and the hashes of its files. A
     pipeline that was made in memory, such as one around a model of transformers, is identified by the classes of its
-    halves, their configurations and the hashes of their weights; its name stands for where it came from.
+    halves, their configurations and the hashes of their weights; its name stands for where it came from. A weak model
+    is identified likewise, where guidance takes it.
 
     Args:
         labels: class ids, or numbers of prompts, that the images take in turn; or "random".
@@ -45,25 +46,18 @@ def run_settings(
         command: the words that draw the run.
 
     Raises:
-        UserError: a file of the model is missing.
+        UserError: a file of the model is missing, or there is no weak model where guidance takes one.
     """
-    source, generator = pipeline.source, pipeline.generator
-    if source is None:
-        model, quantize = pipeline.name or type(uncompiled(generator)).__name__, None
-        facts = {"generator": describe_module(generator), "tokenizer": describe_module(pipeline.tokenizer)}
-    else:
-        model, quantize, facts = source.model, source.quantize, source.facts
-    rounded = [] if quantize is None else [quantize]
-    cache_dtype = generator.cache_dtype
+    pipeline.check_guidance(guidance)
+    generator, weak = pipeline.generator, pipeline.weak if guidance.has_weak_model else None
     return {
-        "model": model,
-        **facts,
+        **_model_settings(pipeline),
         **_read_with(pipeline.conditioning),
         "guidance": guidance_settings(guidance),
         "sampling": sampling.describe(),
         "seed": seed,
-        "dtype": "/".join([str(generator.dtype).removeprefix("torch."), *rounded]),
-        **({} if cache_dtype is None else {"kv_cache_dtype": str(cache_dtype).removeprefix("torch.")}),
+        **_dtypes(pipeline),
+        **({} if weak is None else {"weak": {"generator": _model_settings(weak)["generator"], **_dtypes(weak)}}),
         "labels": labels if isinstance(labels, str) else list(labels),
         "num_classes": generator.num_classes if prompts is None else len(prompts.texts),
         "num_samples": num_samples,
@@ -74,6 +68,27 @@ def run_settings(
         **({"speculative_jacobi": speculative_jacobi} if speculative_jacobi else {}),
         **resizing(pipeline.tokenizer, prompts),
     }
+
+
+def _model_settings(pipeline: Pipeline) -> dict[str, Any]:
+    """The name of a model, and what identifies its halves."""
+    source, generator = pipeline.source, pipeline.generator
+    if source is not None:
+        return {"model": source.model, **source.facts}
+    return {
+        "model": pipeline.name or type(uncompiled(generator)).__name__,
+        "generator": describe_module(generator),
+        "tokenizer": describe_module(pipeline.tokenizer),
+    }
+
+
+def _dtypes(pipeline: Pipeline) -> dict[str, str]:
+    """What the numbers of a generator and of its cache are."""
+    quantize = None if pipeline.source is None else pipeline.source.quantize
+    names = [str(pipeline.generator.dtype).removeprefix("torch."), *([] if quantize is None else [quantize])]
+    cache_dtype = pipeline.generator.cache_dtype
+    cached = {} if cache_dtype is None else {"kv_cache_dtype": str(cache_dtype).removeprefix("torch.")}
+    return {"dtype": "/".join(names), **cached}
 
 
 def resizing(tokenizer: Tokenizer, prompts: Prompts | None) -> dict[str, int]:

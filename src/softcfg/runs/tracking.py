@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +32,7 @@ class Tracker:
         """
         for module in ("accelerate", name):
             if importlib.util.find_spec(module) is None:
-                raise UserError(f"--track {name} needs {module}: pip install 'softcfg[{name}]'")
+                raise UserError(f"--track {name} needs {module}: {how_to_install(name)}")
         from accelerate import Accelerator
 
         self.name = name

@@ -39,6 +39,7 @@ class BatchDrawer:
         batch_size: images that the model draws at once, from now on.
         speculative_jacobi: the window, see `Pipeline`.
         prompts: what labels stand for; None where they are classes.
+        passes: of the generator so far, and `steps`, what token by token they would have been.
     """
 
     pipeline: Pipeline
@@ -48,6 +49,8 @@ class BatchDrawer:
     batch_size: int
     speculative_jacobi: int = 0
     prompts: Prompts | None = None
+    passes: int = 0
+    steps: int = 0
 
     def draw(
         self,
@@ -79,7 +82,7 @@ class BatchDrawer:
                     on_step(done / steps)
 
             try:
-                return self.pipeline(
+                drawn: PipelineOutput = self.pipeline(
                     **what,
                     guidance=self.guidance,
                     seed=self.seed,
@@ -90,6 +93,9 @@ class BatchDrawer:
                     speculative_jacobi=self.speculative_jacobi,
                     on_step=step,
                 )
+                self.passes += drawn.passes
+                self.steps += steps
+                return drawn
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -145,6 +145,7 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
     try:
         # A search over rules has settings of each; a trial has those of its own.
         guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
+        pipeline.check_guidance(guidance)
         return guidance, pipeline.sampling(**sampling)
     except ValueError as error:
         raise UserError(str(error)) from error

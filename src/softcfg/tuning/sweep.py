@@ -200,7 +200,8 @@ class Sweep:
         )
         self.pipeline = request.load()
         generator = self.pipeline.generator
-        if self.pipeline.source is None:
+        weak = self.pipeline.weak
+        if self.pipeline.source is None or (weak is not None and weak.source is None):
             raise UserError("a sweep needs a pipeline that was loaded from files, with Pipeline.from_pretrained")
         if not generator.num_classes:
             raise UserError(f"{self.pipeline.name} draws from prompts; a sweep needs a model that draws classes")
@@ -430,6 +431,8 @@ class Sweep:
             found = self._trials()[trial.number]
             guidance, sampling = methods(self.pipeline, {**self.fixed, **self._settings_of(trial, found)})
             words = [*self._words, *sample_flags(guidance, sampling)]
+            if self.pipeline.weak is not None and not guidance.weak_share:
+                words += ["--weak-share", "0"]
             trial.set_user_attr("command", shlex.join(words))
             folder = self.trial_folder(trial.number)
             request = dataclasses.replace(
@@ -525,6 +528,8 @@ def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
         ("--tokenizer-checkpoint", source.tokenizer_checkpoint),
     ):
         words += [flag, str(given)] if given else []
+    if pipeline.weak is not None and pipeline.weak.source is not None:
+        words += ["--weak-model", pipeline.weak.source.model]
     kind = str(pipeline.generator.dtype).removeprefix("torch.")
     words += ["--dtype", kind] if kind != "float32" else []
     size = resizing(pipeline.tokenizer, None).get("image_size_eval")

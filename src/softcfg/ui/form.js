@@ -19,7 +19,7 @@ form.addEventListener(
     event.stopPropagation();
     if (event.shiftKey) return;
     event.preventDefault();
-    document.getElementById("draw").click();
+    setTimeout(() => document.getElementById("draw").click()); // after Gradio has taken the field's value
   },
   true,
 );

@@ -13,7 +13,8 @@ from PIL import Image
 
 from softcfg.guidance import CONFIDENCES
 from softcfg.images import png_bytes
-from softcfg.ui.studio import METHODS, Inspection, Model, Panel, Picture, Session
+from softcfg.ui.settings import METHODS
+from softcfg.ui.studio import Inspection, Model, Panel, Picture, Session
 
 HEAT = matplotlib.colormaps["viridis"]
 BRANCHES = ("conditional", "unconditional", "guided")

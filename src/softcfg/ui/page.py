@@ -22,7 +22,8 @@ from fastapi import FastAPI
 from softcfg.errors import UserError
 from softcfg.ui import fragments
 from softcfg.ui.guard import LOCAL, MAX_UNREAD, Access, Guard
-from softcfg.ui.studio import METHODS, RANGES, Session, Settings, Studio
+from softcfg.ui.settings import METHODS, RANGES, Settings
+from softcfg.ui.studio import Session, Studio
 from softcfg.ui.waiting import Waiting
 
 HERE = Path(__file__).parent
@@ -58,6 +59,10 @@ def application(studio: Studio, access: Access | None = None) -> FastAPI:
         body_text_color_subdued="*neutral_500",
         block_info_text_color="*neutral_500",
         block_label_text_color="*neutral_600",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+        link_text_color_dark="*primary_300",
+        button_primary_background_fill="*primary_600",
     )
     gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], show_error=False, allowed_paths=[], ssr_mode=False, mcp_server=False,
@@ -119,10 +124,9 @@ def build(studio: Studio) -> gr.Blocks:
         form.examples.pick(shown.pick, [form.model, mode], everything, trigger_mode="once", **drawing)
         # Past the queue: it must work when the queue is full.
         form.stop.click(stop, queue=False, **private)
-        stage.choose(
-            shown.choose, mode, [stage, share, legend, inspector, form.status], trigger_mode="multiple", **looking
-        )
-        mode.change(shown.choose_map, mode, [stage, share, legend, form.status], **looking)
+        looked = [stage, share, legend, form.status]
+        stage.choose(shown.choose, mode, [*looked, inspector], trigger_mode="multiple", **looking)
+        mode.change(shown.choose_map, mode, looked, **looking)
         gallery.open(shown.open, mode, everything, **looking)
         download.click(download_all, None, [archive, form.status], **looking)
         blocks.load(shown.open_link, mode, everything, **drawing)

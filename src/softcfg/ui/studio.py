@@ -1,20 +1,18 @@
-"""What the page does, apart from its layout: settings and their links, drawings that can be watched and stopped,
-sessions, and what guidance did to each token."""
+"""What the page does, apart from its layout: drawings that can be watched and stopped, sessions, and what guidance did
+to each token."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import threading
 import time
 import traceback
-import urllib.parse
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,43 +22,14 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, PERTURBATIONS, RULES, SoftCFG, View, compose, settings_of, titled
+from softcfg.guidance import CFG
 from softcfg.inspection import trace
 from softcfg.inspection.trace import step_weights
 from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline
+from softcfg.ui.settings import METHODS, RANGES, Settings, check_methods, check_number
 from softcfg.version import __version__
 
-
-class Method(NamedTuple):
-    """How the page names a method, and what it says of it in one line."""
-
-    title: str
-    line: str
-
-
-def _methods_by_key() -> dict[str, Method]:
-    """All methods: those of the package, and what is registered besides as PERTURBATION+RULE."""
-    known = {
-        "none": Method("No guidance", "the conditional branch alone"),
-        "cfg": Method("CFG", "plain guidance by two branches"),
-        "softcfg": Method("SoftCFG", "as the paper defines it"),
-        "released": Method("SoftCFG (released code)", "as the released code computes it"),
-    }
-    rules = [rule for rule in RULES if rule != "cfg"]
-    for rule in rules:
-        known[f"none+{rule}"] = Method(titled(PERTURBATIONS["none"], RULES[rule]), RULES.description(rule))
-    for weak in PERTURBATIONS:
-        if weak not in ("none", "softcfg"):
-            title, line = titled(PERTURBATIONS[weak], RULES["cfg"]), PERTURBATIONS.description(weak)
-            known[f"{weak}+cfg"] = Method(title, f"unconditional branch: {line}")
-    for rule in rules:
-        title = titled(PERTURBATIONS["softcfg"], RULES[rule])
-        known[f"softcfg+{rule}"] = Method(title, "the rule, with the weights of SoftCFG")
-    return known
-
-
-METHODS = View(_methods_by_key)
 CANDIDATES = 8  # codes kept per token
 FRAME_SECONDS = 0.12  # least time between two looks at a drawing
 
@@ -86,68 +55,6 @@ class Limits:
     sessions: int = 64
     queue: int = 16
     places: int = 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides the images of one drawing; every method draws the same subject from the same seeds.
-
-    Attributes:
-        subject: a class id, or the prompt of a model that takes prompts.
-        methods: keys of `METHODS`.
-        strength, step_norm: of the SoftCFG methods.
-        seed: the first of them.
-        seeds: how many; each method draws a picture from each.
-    """
-
-    model: str
-    subject: int | str
-    methods: tuple[str, ...] = ("cfg", "softcfg")
-    scale: float = CFG.guidance_scale
-    power: float = CFG.guidance_scale_pow
-    strength: float = SoftCFG.strength
-    step_norm: bool = SoftCFG.step_norm
-    temperature: float = Sampling.temperature
-    seed: int = 0
-    seeds: int = 1
-
-    @property
-    def pictures(self) -> list[tuple[str, int]]:
-        """Method and seed of each picture, as they are laid out: a method after the other."""
-        return [(method, self.seed + number) for method in self.methods for number in range(self.seeds)]
-
-    def query(self) -> str:
-        """The settings as the query of a link; numbers come back to the last bit."""
-        values = asdict(self)
-        values["methods"] = ",".join(self.methods)
-        values["step_norm"] = int(self.step_norm)
-        return urllib.parse.urlencode(values)
-
-    def guidance(self, method: str, pipeline: Pipeline) -> CFG:
-        """The guidance of one of the methods."""
-        numbers: dict[str, Any] = {"guidance_scale": self.scale, "guidance_scale_pow": self.power}
-        if method == "none":
-            return pipeline.default_guidance(CFG, guidance_scale=1.0)
-        if method == "cfg":
-            return pipeline.default_guidance(CFG, **numbers)
-        preset = "released" if method == "released" else None
-        perturbation, _, rule = method.partition("+")
-        parts = {"perturbation": perturbation, "rule": rule} if rule else {}
-        if parts.get("perturbation", "softcfg") == "softcfg":
-            numbers |= {"strength": self.strength, "step_norm": self.step_norm}
-        return pipeline.default_guidance(compose, preset=preset, **parts, **numbers)
-
-
-_SHOWN = {name: known.shown for kind in (SoftCFG, Sampling) for name, known in settings_of(kind).items() if known.shown}
-RANGES: dict[str, tuple[float, float]] = {  # of the settings that are numbers
-    "scale": _SHOWN["guidance_scale"],
-    "power": _SHOWN["guidance_scale_pow"],
-    "strength": _SHOWN["strength"],
-    "temperature": _SHOWN["temperature"],
-    "seed": (0, 2**32 - 1),
-    "seeds": (1, 8),
-}
-NAMES = {"seeds": "number of seeds"}  # of settings, where the field's is no word
 
 
 @dataclass
@@ -536,12 +443,12 @@ class Studio:
         if "subject" in values or model.takes_prompts:
             checked["subject"] = self._subject(model, values.get("subject", ""))
         if "methods" in values:
-            checked["methods"] = _methods(values["methods"])
+            checked["methods"] = check_methods(values["methods"])
         if "step_norm" in values:
             if not isinstance(values["step_norm"], bool):
                 raise UserError(f"Step Normalisation is either on or off, not {values['step_norm']!r}.")
             checked["step_norm"] = values["step_norm"]
-        checked.update((key, _number(key, values[key])) for key in RANGES if key in values)
+        checked.update((key, check_number(key, values[key])) for key in RANGES if key in values)
         settings = replace(model.defaults(name), **checked)
         if (count := len(settings.pictures)) > self.limits.pictures:
             raise UserError(
@@ -693,26 +600,3 @@ class Studio:
 def _end(session: Session) -> None:
     if session.drawing is not None:
         session.drawing.stop()
-
-
-def _methods(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, Sequence) or not values:
-        raise UserError("Choose at least one method.")
-    for value in values:
-        if not isinstance(value, str) or value not in METHODS:
-            raise UserError(f"There is no method {value!r} here; choose from the list.")
-    return tuple(method for method in METHODS if method in values)
-
-
-def _number(key: str, value: Any) -> float | int:
-    """A setting as a number of its kind; links hold text, forms may hold 3 for 3.0."""
-    low, high = RANGES[key]
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    whole = isinstance(low, int)
-    if not low <= number <= high or (whole and number != int(number)):
-        kind = "a whole number" if whole else "a number"
-        raise UserError(f"The {NAMES.get(key, key)} must be {kind} from {low:g} to {high:.0f}, not {value!r}.")
-    return int(number) if whole else number

@@ -17,6 +17,8 @@ from softcfg.zoo.loading import config_of_texts, empty_module, require_fit, weig
 from softcfg.zoo.reading import is_index, read_json, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile, is_repository, read_model_folder, resolve
 
+TRIES = 3  # of a download that breaks off
+
 
 def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, link: bool = False) -> list[Path]:
     """Bring the weights of a model onto this machine, check that they fit it, and return where they lie.
@@ -97,21 +99,25 @@ def _download(file: ModelFile) -> Path:
     """Download a file into the Hugging Face cache and compare it with the hash that the Hub gives for it."""
     from huggingface_hub import constants, errors, hf_hub_download
 
-    try:
-        path = Path(hf_hub_download(file.repository, file.name))
-    except Exception as error:  # the client lets errors of several libraries through
-        page = f"{constants.ENDPOINT}/{file.repository}"
-        reasons = (
-            (errors.GatedRepoError, f"accept its licence at {page} first, and log in with `hf auth login`"),
-            (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
-            (errors.LocalEntryNotFoundError, f"{constants.ENDPOINT} cannot be reached"),
-            (errors.EntryNotFoundError, "the repository has no such file"),
-        )
-        known = (text for kind, text in reasons if isinstance(error, kind))
-        reason = next(known, " ".join(str(error).split()))
-        if constants.HF_HUB_OFFLINE:
-            reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
-        raise CheckpointError(f"{file.name} was not downloaded from {file.repository}: {reason}") from error
+    page = f"{constants.ENDPOINT}/{file.repository}"
+    reasons = (
+        (errors.GatedRepoError, f"accept its licence at {page} first, and log in with `hf auth login`"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
+        (errors.LocalEntryNotFoundError, f"{constants.ENDPOINT} cannot be reached"),
+        (errors.EntryNotFoundError, "the repository has no such file"),
+    )
+    for left in reversed(range(TRIES)):
+        try:
+            path = Path(hf_hub_download(file.repository, file.name))
+            break
+        except Exception as error:  # the client lets errors of several libraries through
+            known = next((text for kind, text in reasons if isinstance(error, kind)), None)
+            reason = known or " ".join(str(error).split())
+            if constants.HF_HUB_OFFLINE:
+                reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to download it"
+            elif left and known is None and getattr(error, "errno", None) is None:
+                continue  # a connection that broke: what has come is on the disk, and the client goes on from there
+            raise CheckpointError(f"{file.name} was not downloaded from {file.repository}: {reason}") from error
     # In the cache a large file is a link to a blob that is named after its SHA-256.
     blob = Path(os.readlink(path)) if path.is_symlink() else path
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and hash_file(path) != blob.name:

@@ -45,6 +45,19 @@ def require_file(file: ModelFile, entry: ModelEntry) -> Path:
     return path
 
 
+def require_files(entry: ModelEntry, *given: object) -> None:
+    """Raise a `CheckpointError` that names all files of `entry` that are missing.
+
+    Args:
+        given: files that take the place of the weights of the generator and of the tokenizer; None: the model's own.
+    """
+    replaced = [part.file for part, file in zip(entry.components, given, strict=False) if file is not None]
+    missing = missing_files(file for file in entry.files if file not in replaced)
+    if missing:
+        names, are = ", ".join(file.name for file in missing), "is" if len(missing) == 1 else "are"
+        raise CheckpointError(f"{names} of {entry.name} {are} missing: {how_to_get(missing, entry)}")
+
+
 def missing_files(files: Iterable[ModelFile]) -> list[ModelFile]:
     """Return those of `files`, and of the files that indexes among them list, that are not here."""
     missing = []

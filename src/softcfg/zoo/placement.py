@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def quantize(module: ModuleT, kind: str, device: torch.device) -> ModuleT:
     try:
         from torchao.quantization import quantize_
     except ImportError as error:
-        raise UserError(f"{kind} weights need torchao: pip install 'softcfg[quantize]'") from error
+        raise UserError(f"{kind} weights need torchao: {how_to_install('quantize')}") from error
     dtype = next(module.parameters()).dtype
     if kind == "int4" and device.type == "cuda" and dtype != torch.bfloat16:
         raise UserError(f"int4 weights on a GPU need bfloat16, not {str(dtype).removeprefix('torch.')}")
@@ -88,7 +88,7 @@ def spread(
     try:
         from accelerate import dispatch_model, infer_auto_device_map
     except ImportError as error:
-        raise UserError("device_map needs Accelerate: pip install 'softcfg[runs]'") from error
+        raise UserError(f"device_map needs Accelerate: {how_to_install('runs')}") from error
     if not isinstance(device_map, str):
         placed = dict(device_map)
     elif device_map == "auto":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, how_to_install, quote
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.llamagen_t2i.encoder import CaptionEncoder, KeptFeatures
 from softcfg.prompts import Prompt
@@ -119,9 +119,7 @@ def _clean_once(caption: str) -> str:
         import ftfy
         from bs4 import BeautifulSoup, ParserRejectedMarkup
     except ImportError as error:
-        raise UserError(
-            f"cleaning captions needs {error.name}: install it with pip install 'softcfg[llamagen-t2i]'"
-        ) from error
+        raise UserError(f"cleaning captions needs {error.name}: {how_to_install('llamagen-t2i')}") from error
 
     caption = urllib.parse.unquote_plus(caption).strip().lower()
     caption = _apply(BEFORE_MARKUP, caption)

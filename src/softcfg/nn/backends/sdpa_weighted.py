@@ -24,7 +24,10 @@ TOLERANCE = 1e-4  # of a weight in float32
 
 @register_backend
 class WeightedSDPA(AttentionBackend):
-    """`scaled_dot_product_attention` on values that carry the weights; it serves where `use_backend` names it."""
+    """`scaled_dot_product_attention` on values that carry the weights; it serves where `use_backend` names it.
+
+    It is registered before all others, hence asked last: of the choice of a backend nothing may wait for the device.
+    """
 
     name = "sdpa_weighted"
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 256  # slots that a program attends to
-OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}  # as they have always been, said for newer Tritons
 
 
 @triton.jit
@@ -150,16 +149,21 @@ def decode_attention(
     width = triton.next_power_of_2(dim)
     # Small enough for the registers of four warps, of which several programs then share a multiprocessor.
     block = 64 if width <= 64 else 32  # slots at once
+    # Without a limit the assembler aims for more threads on a multiprocessor, and spills. FP fusion is
+    # what it has always been; newer versions ask.
+    options: dict[str, Any] = {
+        "num_warps": 4, "maxnreg": 128 if keys.dtype == torch.float32 else 96, "enable_fp_fusion": True,
+    }  # fmt: skip
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
         scales_row, scales_head, value_weights_row, key_weights_row, heads, heads // keys.shape[1], chunks, dim**-0.5,
         DIM=dim, WIDTH=width, CHUNK=CHUNK, BLOCK=block,
         SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
-        PADDED=first is not None, **OPTIONS,
+        PADDED=first is not None, **options,
     )  # fmt: skip
     _join_chunks[(rows * heads,)](
-        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **OPTIONS
+        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options
     )
     return joined
 

@@ -1,0 +1,104 @@
+"""`softcfg doctor` says what there is, tests it, and sees what is wrong."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softcfg import doctor
+from softcfg.cli.main import main
+from softcfg.nn.backends import BACKENDS, AttentionCall
+from softcfg.nn.backends.math import Math
+
+CPU = torch.device("cpu")
+
+
+def test_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu", "--no-test", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["device"] == "cpu"
+    assert found["choices"]["attention, float32"].startswith("math; not triton_decode: it runs on GPUs alone")
+    assert {"fashion", "fashion-small", "emoji"} <= found["models"].keys()
+    assert found["models"]["fashion"]["largest batch"] > 1
+    assert found["checks"] == []
+    assert found["ok"]
+
+
+def test_a_sound_machine_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "bandwidth", lambda device: doctor_bandwidth(device, 2**20))
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "attention against float64  ok: " in out
+    assert "repeated steps             ok: 100.0%" in out
+    assert "tokens against the CPU's   -: the device is the CPU" in out
+    assert "images/s" in out
+
+
+doctor_bandwidth = doctor.bandwidth
+
+
+def test_wrong_attention_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(call: AttentionCall) -> Tensor:
+        out = Math.attend(BACKENDS["math"], call)  # type: ignore[arg-type]
+        return out if call.query.dtype == torch.float64 else out + 1e-4
+
+    monkeypatch.setattr(BACKENDS["math"], "attend", off)
+    monkeypatch.setattr(doctor, "TESTS", {"attention": doctor.TESTS["attention against float64"]})
+    assert main(["doctor", "--device", "cpu", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"]
+    assert [check["ok"] for check in found["checks"]] == [False]
+
+
+def test_other_tokens_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = doctor.decode
+
+    def other(*args: Any, static: bool | None = None, **kwargs: Any) -> Tensor:
+        return decode(*args, static=static, **kwargs) + int(bool(static))
+
+    monkeypatch.setattr(doctor, "decode", other)
+    ok, detail = doctor.TESTS["repeated steps"](CPU)
+    assert not ok
+    assert detail.startswith("0.0%")
+
+
+def test_the_tokens_of_another_device_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU whose weights are off; its model is loaded on the CPU."""
+    load = doctor.load_generator
+
+    def loaded(name: str, device: Any) -> Any:
+        generator = load(name)
+        if str(device) == "meta" and off:
+            with torch.no_grad():
+                next(iter(generator.blocks[0].parameters())).add_(1)
+        return generator
+
+    monkeypatch.setattr(doctor, "load_generator", loaded)
+    monkeypatch.setattr(doctor, "COMPARED", ("fashion-small",))
+    for off in (False, True):
+        ok, detail = doctor.TESTS["tokens against the CPU's"](torch.device("meta"))
+        assert ok is not off
+        assert ("100.0% of the tokens" in detail) is not off
+
+
+def test_errors_and_warnings_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warns(device: torch.device) -> tuple[bool, str]:
+        warnings.warn("the kernel does not run", RuntimeWarning, stacklevel=1)
+        return True, "fine"
+
+    monkeypatch.setattr(doctor, "TESTS", {"breaks": lambda device: 1 / 0, "warns": warns})
+    assert list(doctor.self_test(CPU)) == [
+        doctor.Check("breaks", False, "ZeroDivisionError: division by zero"),
+        doctor.Check("warns", True, "fine; the kernel does not run"),
+    ]
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cuda:77"]) == 2
+    assert "device 'cuda:77' is not available here" in capsys.readouterr().err

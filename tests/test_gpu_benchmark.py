@@ -1,0 +1,93 @@
+"""The benchmark for GPUs runs on a CPU in small, and keeps what it has found when a part fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from softcfg import doctor
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(doctor, "TESTS", {"sound": lambda device: (True, "fine")})
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+def run(tmp_path: Path, *words: str) -> tuple[int, dict[str, list[dict[str, Any]]]]:
+    output = tmp_path / "gpu.jsonl"
+    code = gpu.main(["--small", "--output", str(output), *words])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in output.read_text().splitlines():
+        result = json.loads(line)
+        found.setdefault(result.pop("kind"), []).append(result)
+    return code, found
+
+
+def test_it_measures_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = run(tmp_path)
+    assert code == 0
+    assert "failed" not in found
+    assert "left out" not in found
+    assert found["check"] == [{"name": "sound", "ok": True, "detail": "fine"}]
+    assert [(row["batch"], row["cache"]) for row in found["steps"]] == [(1, "float32"), (2, "float32"), (2, "int8")]
+    for row in found["steps"]:
+        assert row["SoftCFG"] > 0
+        assert row["bound"] > 0
+        assert row["of bound"] == pytest.approx(row["bound"] / row["SoftCFG"])
+        assert ("released CFG" in row) == (row["cache"] == "float32")
+        seconds = 1e-3 * (row["SoftCFG"] * 64 / row["batch"] + row["pixels, ms"])
+        assert row["images/s"] == pytest.approx(1 / seconds)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all checks passed"
+    assert sum(line.startswith("| fashion-small") for line in lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "why"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "left out", "out of memory"),
+        (RuntimeError("a kernel failed\nmore"), "failed", "a kernel failed"),
+    ],
+)
+def test_a_part_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, why: str
+) -> None:
+    steps = gpu.steps
+
+    def failing(generator: Any, baseline: Any, batch: int, repeats: int) -> dict[str, Any]:
+        if batch == 1:
+            raise error
+        return steps(generator, None, batch, repeats)
+
+    monkeypatch.setattr(gpu, "steps", failing)
+    code, found = run(tmp_path)
+    assert code == 0
+    (left,) = found[kind]
+    assert left["why"] == why
+    assert [row["batch"] for row in found["steps"]] == [2, 2]
+
+
+def test_no_time_leaves_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TESTS", {"sound": lambda device: (False, "off")})
+    code, found = run(tmp_path, "--limit", "0")
+    assert code == 1
+    assert found["left out"] == [{"what": "ceilings", "why": "no time is left"}]
+    assert "steps" not in found
+
+
+def test_it_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "there is no GPU" in capsys.readouterr().err
