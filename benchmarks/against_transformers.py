@@ -54,6 +54,22 @@ def llama(config: Any) -> dict[str, Any]:
     return {**sizes, "num_key_value_heads": config.key_heads, "rope_parameters": rope}
 
 
+def build(model: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of transformers with random weights, made in `dtype` at once."""
+    from transformers.initialization import no_init_weights
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            made = model(config)
+    finally:
+        torch.set_default_dtype(usual)
+    for parameter in made.parameters():
+        parameter.uniform_(-0.03, 0.03)
+    return made.eval()
+
+
 Drawing = Callable[[int, Any], Callable[[], object]]  # of a batch, and the configuration that says the size
 
 
@@ -73,7 +89,7 @@ def janus(config: JanusConfig, dtype: torch.dtype) -> tuple[Any, Drawing]:
             "image_token_embed_dim": config.hidden_size, "num_patches": config.grid_size,
         },
     )  # fmt: skip
-    model = Model(whole).to(dtype).eval()
+    model = build(Model, whole, dtype)
     generation = model.generation_config
     generation.generation_kwargs = {"boi_token_id": special["boi"]}
     generation.bos_token_id, generation.pad_token_id = special["bos"], special["pad"]
@@ -110,7 +126,7 @@ def emu3(config: Emu3Config, dtype: torch.dtype) -> tuple[Any, Drawing]:
         vocabulary_map={"<image>": 0},
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = Model(whole).to(dtype).eval()
+    model = build(Model, whole, dtype)
     visual = list(range(special["visual0"], special["visual0"] + config.code_count))
     ending = [special[name] for name in ("eof", "eoi", "eos")]
 
