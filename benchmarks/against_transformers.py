@@ -139,7 +139,7 @@ def emu3(config: Emu3Config, dtype: torch.dtype) -> tuple[Any, Drawing]:
         return lambda: model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=2048, guidance_scale=3.0,
             negative_prompt_ids=negative, negative_prompt_attention_mask=torch.ones_like(negative),
-            max_new_tokens=geometry.num_tokens, eos_token_id=-1,
+            max_new_tokens=geometry.num_tokens, eos_token_id=None,
             prefix_allowed_tokens_fn=lambda _, ids: allowed[len(ids) - PROMPT_TOKENS],
         )  # fmt: skip
 
