@@ -15,7 +15,7 @@ from typing import Any
 from softcfg.errors import UserError, quote
 
 MISSING = "???"  # OmegaConf's mark of an entry that must be given
-MOST_STEPS = 1000  # of one value
+MOST_STEPS, MOST_ENTRIES = 1000, 100_000  # of one value
 LONGEST = 100_000  # characters of a text
 _INNERMOST = re.compile(r"(?<!\\)\$\{([^${}]*)\}")
 _RELATIVE = re.compile(r"(\.*)(.*)")
@@ -36,7 +36,7 @@ class _Resolver:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.open: list[Keys] = []  # what is being resolved
-        self.steps = 0
+        self.steps = self.entries = 0
 
     def value(self, keys: Keys) -> Any:
         """The value at `keys`."""
@@ -57,6 +57,10 @@ class _Resolver:
         return self._of(node, keys)
 
     def _of(self, node: Any, keys: Keys) -> Any:
+        if isinstance(node, (Mapping, list)):
+            self.entries += len(node)
+            if self.entries > MOST_ENTRIES:
+                raise UserError(f"{_dotted(keys)} has more than {MOST_ENTRIES:,} entries, the limit")
         if isinstance(node, Mapping):
             return {key: self._of(value, (*keys, key)) for key, value in node.items()}
         if isinstance(node, list):

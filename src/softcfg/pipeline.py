@@ -583,7 +583,7 @@ def _same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def _cache_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = as_dtype(dtype, "kv_cache_dtype")
+    dtype = as_dtype(dtype, "kv_cache_dtype", floating=False)
     if dtype is not None and dtype not in CACHES:
         raise UserError(f"kv_cache_dtype must be None or one of {', '.join(map(str, CACHES))}, got {dtype}")
     return dtype

@@ -38,9 +38,9 @@ def test_a_folder_of_an_earlier_version_is_continued(
         assert shard.read_bytes() == before
         return capsys.readouterr().out
 
-    assert "4 of 4 images are there already" in sample(4)
+    assert "the run is finished: all of its 4 images are there" in sample(4)
     assert "4 of 8 images are there already" in sample(8)
-    assert "8 of 8 images are there already" in sample(8)
+    assert "the run is finished: all of its 8 images are there" in sample(8)
     assert len(list((folder / "shards").iterdir())) == 2
     assert main(["runs", "verify", str(folder)]) == 0
     assert "2 of 2 shards of 4 images sound, 0 damaged, 0 missing" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The settings and the index of every image drawn since."""
     calls: list[tuple[str, int]] = []
 
-    def draw(drawer: Any, indices: Sequence[int], *rest: Any) -> PipelineOutput:
+    def draw(drawer: Any, indices: Sequence[int], *rest: Any, **settings: Any) -> PipelineOutput:
         calls.extend((str(drawer.guidance), index) for index in indices)
         return made_up(drawer, indices, *rest)
 

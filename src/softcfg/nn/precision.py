@@ -15,19 +15,25 @@ WITHOUT_FLOAT64 = {"mps"}  # types of devices
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that have it
 
 
-def as_dtype(value: torch.dtype | str | None, name: str = "dtype") -> torch.dtype | None:
+def as_dtype(value: torch.dtype | str | None, name: str = "dtype", *, floating: bool = True) -> torch.dtype | None:
     """A dtype from itself or its name, such as "bfloat16"; None, and "auto", for the default.
 
+    Args:
+        name: what it was given as.
+        floating: whether it must be one of floating-point numbers.
+
     Raises:
-        UserError: there is no such dtype; `name` is what it was given as.
+        UserError: there is no such dtype, or it is not a floating-point one.
     """
-    if value is None or value == "auto" or isinstance(value, torch.dtype):
-        return None if value == "auto" else value  # type: ignore[return-value]
+    if value is None or value == "auto":
+        return None
     known = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
-    found = known.get(value.removeprefix("torch.")) if isinstance(value, str) else None
-    if found is None:
+    found = known.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype):
         hint = suggestion({"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(str(value), str(value)), known)
         raise UserError(f"{name} must be a dtype of torch or its name, got {quote(value)}{hint and '; '}{hint}")
+    if floating and not found.is_floating_point:
+        raise UserError(f"{name} must be a dtype such as float32 or bfloat16, got {quote(value)}")
     return found
 
 

@@ -133,7 +133,7 @@ def move(
             dtype = what
         else:
             device = what
-    dtype = as_dtype(dtype)
+    dtype = as_dtype(dtype, floating=False)
     if generator.layer_devices is not None:
         raise UserError("the generator is spread over several devices and stays there: load the model anew")
     if dtype is not None and quantized is not None:
