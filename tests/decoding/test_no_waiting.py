@@ -22,6 +22,7 @@ from softcfg import CFG, Sampling, SoftCFG
 from softcfg.decoding import ImageStreams, image_uniforms
 from softcfg.decoding.jacobi import JacobiDecoder
 from softcfg.decoding.sequential import Decoder, Step
+from softcfg.decoding.weak import WeakModel
 from softcfg.guidance import CONFIDENCES, PERTURBATIONS, RULES
 from softcfg.models.base import Condition, Generator
 from softcfg.nn import precision
@@ -45,6 +46,7 @@ GUIDANCE: dict[str, CFG] = {
         f"third {name}": CFG(3.0, perturbation=name, perturbation_scale=1.0)  # type: ignore[arg-type]
         for name in PERTURBATIONS
     },
+    **{f"weak model, share {share}": SoftCFG(3.0, weak_share=share) for share in (0.5, 1.0)},
 }
 FILTERS = {
     "all": Sampling(),
@@ -98,7 +100,10 @@ def step_from(
     device = generator.device
     if condition is None:
         condition = generator.condition(generator.example_inputs(2), guided=guidance.has_unconditional_branch)
-    decoder = Decoder(generator, condition, guidance, sampling)
+    weak = None
+    if guidance.has_weak_model:
+        weak = WeakModel(generator, generator.condition(generator.example_inputs(2), guided=False))
+    decoder = Decoder(generator, condition, guidance, sampling, weak=weak)
     total = condition.num_tokens
     tokens = torch.zeros(2, total, dtype=torch.int64, device=device)
     uniforms = image_uniforms(0, range(2), total).to(device)
