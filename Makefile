@@ -36,7 +36,7 @@ sample: .venv/.base
 	$(BIN)/softcfg sample fashion --labels all --output-dir $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-all: lint
 	$(BIN)/python -m pytest -m "" -o timeout=1200

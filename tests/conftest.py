@@ -6,10 +6,14 @@ One draws classes: 16 tokens of 20 codes, 4 named classes, 8 x 8 pixels. One rea
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+
+# Tests run beside each other, and their models are too small for several threads; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
