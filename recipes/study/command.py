@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--tuning-samples", type=int, default=size.tuning_samples, help="images per point of the tuning"
     )
+    parser.add_argument("--softcfg-alone", action="store_true", help="leave out the other guidance methods")
     parser.add_argument("--batch-size", type=int, default=1000 if gpu else 250, help="images at once")
     parser.add_argument(
         "--workers", type=int, default=1 if gpu else min(2, os.cpu_count() or 1), help="processes, of one thread each"
@@ -67,7 +68,8 @@ def make(given: argparse.Namespace) -> None:
 
 def design_of(given: argparse.Namespace) -> Design:
     """The size that the options give the study."""
-    return Design(given.samples, given.seeds, given.tuning_samples)
+    size = (given.samples, given.seeds, given.tuning_samples)
+    return Design(*size, candidates={}) if given.softcfg_alone else Design(*size)
 
 
 def results_of(given: argparse.Namespace) -> Results:

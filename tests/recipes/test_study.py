@@ -81,7 +81,7 @@ def command(model: Path, data: Path, tmp_path: Path) -> list[str]:
     document.write_text(f"before\n{BLOCKS}\nafter\n")
     return [
         "study", "--model", str(model), "--data", str(data), "--samples", "20", "--seeds", "2", "--tuning-samples", "8",
-        "--batch-size", "10", "--workers", "1", "--results", str(tmp_path / "results.jsonl"),
+        "--batch-size", "10", "--workers", "1", "--softcfg-alone", "--results", str(tmp_path / "results.jsonl"),
         "--document", str(document),
     ]  # fmt: skip
 
@@ -132,6 +132,26 @@ class TestPoints:
         assert SoftCFG.released(guidance_scale=3.0, guidance_scale_pow=1.0) in first
         assert {PatchSoftCFG(3.0, 1.0, patches="black"), PatchSoftCFG(3.0, 1.0, patches="other")} < set(first)
         assert {p.guidance for p in points if p.measure == "trace"} == {NONE, *at_scale_of(CFG(3.0, 1.0)).values()}
+
+
+def test_the_other_methods_are_tuned_and_their_best_drawn() -> None:
+    candidates = {
+        "a": [CFG(2.0, rule="apg"), CFG(3.0, rule="apg")],
+        "b": [CFG(2.0, rule="tcfg"), CFG(3.0, rule="tcfg")],
+    }  # type: ignore[arg-type]
+    design = replace(SMALL, candidates=candidates)
+    rows = made_up(design, lambda guidance: guidance.guidance_scale)
+    tuning = design.tuning_of_candidates()
+    assert {(point.seed, point.samples) for point in tuning} == {(TUNING_SEED, 8)}
+    assert [point.guidance for point in tuning] == [*candidates["a"], *candidates["b"]]
+    assert set(tuning) <= set(design.points(rows))
+    assert design.best_candidates(rows) == {}
+    for point in tuning[:3]:  # all of one method, one of another
+        rows[key(point.settings())] = {**point.settings(), "values": {"fid": -point.guidance.guidance_scale}}
+    assert design.best_candidates(rows) == {"a": candidates["a"][1]}
+    points = design.points(rows)
+    assert {Point(candidates["a"][1], seed, 20) for seed in range(2)} <= set(points)
+    assert not any(point.guidance in candidates["b"] and point.samples == 20 for point in points)
 
 
 def test_a_point_is_measured_as_the_evaluation_measures(model: Path, data: Path) -> None:
