@@ -166,19 +166,20 @@ def test_bits_do_not_depend_on_threads_where_a_product_says_so(name: str) -> Non
 
 
 class Counted(Plain):
-    """A product that is fast or slow, and counts what it lays out."""
+    """A product that takes as many seconds as it says, by a clock of its own, and counts what it lays out."""
 
-    def __init__(self, name: str, operations: int) -> None:
-        self.name, self.operations, self.laid_out = name, operations, 0
+    now = 0.0
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self.seconds, self.laid_out = name, seconds, 0
 
     def lay_out(self, weight: Tensor, rows: int) -> Tensor:
         self.laid_out += 1
         return weight
 
     def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        for _ in range(self.operations):
-            out = super().multiply(x, laid_out, weight, bias, rows)
-        return out
+        Counted.now += self.seconds
+        return super().multiply(x, laid_out, weight, bias, rows)
 
 
 class TestChoice:
@@ -186,6 +187,7 @@ class TestChoice:
     def both(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Counted, Counted]:
         plain, other = Counted("plain", 20), Counted("other", 1)
         monkeypatch.setattr(products, "PRODUCTS", {"plain": plain, "other": other})
+        monkeypatch.setattr(products.time, "thread_time", lambda: Counted.now)
         return plain, other
 
     def test_the_fastest_is_chosen_and_kept(self, both: tuple[Counted, Counted], own_choices: Path) -> None:
@@ -201,7 +203,7 @@ class TestChoice:
         assert both[1].laid_out == 4
 
     def test_a_product_that_gains_nothing_is_not_worth_its_memory(self, both: tuple[Counted, Counted]) -> None:
-        both[1].operations = 20
+        both[1].seconds = 19
         assert choose([torch.randn(520, 520)], None, 8) is both[0]
         assert choose([torch.randn(64, 64)], None, 8) is both[1]  # of no account; and its bits do not depend on threads
 
