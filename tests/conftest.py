@@ -29,7 +29,7 @@ TOKENIZER = {
     "codebook_size": 20,
 }  # fmt: skip
 NEEDED = {  # by tests that are left out where it is missing, as in `make test-floor`
-    "gradio": ["ui/*", "attack/test_web.py", "cli/test_ui.py"],
+    "gradio": ["ui", "ui/*", "attack/test_web.py", "cli/test_ui.py"],
     "nbformat": ["test_notebooks.py"],
 }
 collect_ignore_glob = [files for module, tests in NEEDED.items() if find_spec(module) is None for files in tests]
