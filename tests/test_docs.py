@@ -178,6 +178,8 @@ CASES = [pytest.param(path, "small", id=str(path.relative_to(ROOT))) for path in
 def test_code_blocks(path: Path, workplace: dict[str, Any]) -> None:
     if path.name == "evaluation.md":
         write_pngs(Path("out"), workplace["pixels"][:6])
+    if path.name == "plug.md":
+        pytest.importorskip("transformers")
     names = dict(workplace)
     shell = Shell()
     for block in blocks(path):

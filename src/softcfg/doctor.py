@@ -297,7 +297,7 @@ def _exact(call: AttentionCall) -> Tensor:
 
 def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(package)
+        return torch.__version__ if package == "torch" else importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from softcfg.errors import UserError
 from softcfg.files import make_folder, read_text
@@ -132,6 +133,7 @@ class OneDNN(Product):
 
     name = "onednn"
     serves_any_rows = True
+    depends_on_threads = torch.__version__ < TorchVersion("2.13")  # of older ones it is known of 2.6
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
