@@ -60,7 +60,7 @@ class PipelineOutput:
         codes: int64 [B, h w], what the tokenizer decoded: the same, or what is left of them without structure.
         pixels: uint8 [B, H, W, 3].
         prompts: the B prompts, with the size that was drawn; None where labels were given.
-        passes: of the generator, over all batches: T a batch, fewer with speculative Jacobi decoding.
+        passes: of the generator, over all batches: T per batch, fewer with speculative Jacobi decoding.
         seed: what the images were drawn with, also where none was given.
         output_type: what `images` gives: "pil", "np" or "pt".
     """
@@ -132,7 +132,7 @@ def guidance_of(default: Callable[..., CFG], guidance: CFG | float | None, setti
             return dataclasses.replace(guidance, **settings)
         return restore({**describe(guidance), **settings})
     except ValueError as error:
-        raise UserError(error) from None
+        raise UserError(error) from error
 
 
 def seed_of(seed: int | None, generator: torch.Generator | None) -> int:

@@ -113,7 +113,7 @@ class _Resolver:
         try:
             value = self.value((*keys[: len(keys) - len(dots)], *path) if dots else path)
         except UserError as error:
-            raise UserError(f"{_dotted(keys)}: ${{{inside}}}: {error}") from None
+            raise UserError(f"{_dotted(keys)}: ${{{inside}}}: {error}") from error
         if value == MISSING:
             raise UserError(f"{_dotted(keys)}: ${{{inside}}} has no value yet ({MISSING})")
         return value

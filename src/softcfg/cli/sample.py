@@ -33,7 +33,7 @@ DESCRIPTION = """\
 Draw images into a folder: a few, or a run of any size by any number of processes.
 
 The folder receives 000000.png, 000001.png, ... (image n shows the n-th label or prompt, taken in turn),
-grid.png (one row a label or prompt), comparison.png (the same seeds without guidance, with CFG and with
+grid.png (one row per label or prompt), comparison.png (the same seeds without guidance, with CFG and with
 SoftCFG), run.json (the settings) and shards/ (codes, labels and pixels, from which the rest is made).
 
 The same command continues a run that was stopped; what is there is not drawn again. Started by torchrun

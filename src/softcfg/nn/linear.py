@@ -65,16 +65,13 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
         try:
             if mine:
                 _prepare(module, layers, rows)
-        except (RuntimeError, MemoryError) as error:
+        except BaseException as error:
             if not is_out_of_memory(error):
                 _restore(layers)
                 raise
             warnings.warn(
                 "there is no memory to lay out the weights, so their products are slower", RuntimeWarning, stacklevel=3
             )
-        except BaseException:
-            _restore(layers)
-            raise
     try:
         yield
     finally:

@@ -58,11 +58,11 @@ def as_device(device: torch.device | str | int) -> torch.device:
         if found.type == "meta":
             raise UserError("the device meta holds no numbers, so nothing can be computed there; use cpu or cuda")
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         shown = str(device) if isinstance(device, torch.device) else device
         raise UserError(
             f"device {quote(shown)} is not available here; use cpu, or cuda on a machine with a GPU"
-        ) from None
+        ) from error
     return found
 
 

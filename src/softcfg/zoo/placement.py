@@ -143,10 +143,10 @@ def move(
     if device is not None:
         try:
             torch.empty(0, device=device)  # before anything is moved
-        except (RuntimeError, AssertionError, TypeError):
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise UserError(
                 f"device {device} is not available here; use cpu, or cuda on a machine with a GPU"
-            ) from None
+            ) from error
         tokenizer.to(device)
         generator.to(device)
     if dtype is not None:
