@@ -20,6 +20,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from softcfg import Pipeline
+
 GENERATOR = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": 20,
     "condition_num_classes": 4, "image_seq_len": 16, "grid_size": 4,
@@ -109,3 +111,13 @@ def prompt_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "model.yaml").write_text(yaml.safe_dump(description))
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def prompt_pipe(prompt_model_folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(prompt_model_folder)

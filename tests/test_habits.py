@@ -9,17 +9,6 @@ from PIL import Image
 
 from softcfg import CFG, Pipeline, Sampling, SoftCFG, UserError, load_generator
 
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def words(prompt_model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(prompt_model_folder)
-
-
 # ---- loading, moving, looking
 
 
@@ -51,13 +40,13 @@ def test_to(model_folder: Path) -> None:
     assert pipe.dtype == torch.bfloat16
 
 
-def test_repr(pipe: Pipeline, words: Pipeline) -> None:
+def test_repr(pipe: Pipeline, prompt_pipe: Pipeline) -> None:
     assert repr(pipe) == (
         "<Pipeline tiny: AliTok of 0.0593 M parameters (float32 on cpu) with MaskGITVQ, draws 4 classes, "
         "8 x 8 pixels in 16 tokens>"
     )
-    assert "Lumina" in repr(words)
-    assert "draws texts" in repr(words)
+    assert "Lumina" in repr(prompt_pipe)
+    assert "draws texts" in repr(prompt_pipe)
 
 
 # ---- what to draw
@@ -75,17 +64,21 @@ def test_class_names_are_labels(pipe: Pipeline) -> None:
         nameless(["Square"])
 
 
-def test_prompt_and_prompts(words: Pipeline) -> None:
-    expected = words(prompts=["red apple"], seed=2).tokens
-    for out in (words("red apple", seed=2), words(prompt="red apple", seed=2), words(prompt=["red apple"], seed=2)):
+def test_prompt_and_prompts(prompt_pipe: Pipeline) -> None:
+    expected = prompt_pipe(prompts=["red apple"], seed=2).tokens
+    for out in (
+        prompt_pipe("red apple", seed=2),
+        prompt_pipe(prompt="red apple", seed=2),
+        prompt_pipe(prompt=["red apple"], seed=2),
+    ):
         assert torch.equal(out.tokens, expected)
     with pytest.raises(UserError, match="give prompt or prompts, not both"):
-        words(prompt="a star", prompts=["a star"])
+        prompt_pipe(prompt="a star", prompts=["a star"])
 
 
-def test_several_images_of_a_prompt(words: Pipeline, pipe: Pipeline) -> None:
-    out = words(prompt=["red apple", "green star"], num_images_per_prompt=2, seed=2)
-    expected = words(prompts=["red apple", "red apple", "green star", "green star"], seed=2)
+def test_several_images_of_a_prompt(prompt_pipe: Pipeline, pipe: Pipeline) -> None:
+    out = prompt_pipe(prompt=["red apple", "green star"], num_images_per_prompt=2, seed=2)
+    expected = prompt_pipe(prompts=["red apple", "red apple", "green star", "green star"], seed=2)
     assert torch.equal(out.tokens, expected.tokens)
     assert [prompt.text for prompt in out.prompts] == ["red apple", "red apple", "green star", "green star"]
     assert pipe([3, 1], num_images_per_prompt=2).labels.tolist() == [3, 3, 1, 1]
@@ -93,11 +86,11 @@ def test_several_images_of_a_prompt(words: Pipeline, pipe: Pipeline) -> None:
         pipe([3], num_images_per_prompt=0)
 
 
-def test_negative_prompts_where_there_are_none(words: Pipeline, pipe: Pipeline) -> None:
+def test_negative_prompts_where_there_are_none(prompt_pipe: Pipeline, pipe: Pipeline) -> None:
     with pytest.raises(UserError, match="tiny draws classes: it takes no negative prompt"):
         pipe([1], negative_prompt="green")
     with pytest.raises(UserError, match="negative_prompt must be a text, or one for each of 1 prompts"):
-        words("red apple", negative_prompt=["a", "star"])
+        prompt_pipe("red apple", negative_prompt=["a", "star"])
 
 
 # ---- guidance and sampling in the call

@@ -17,17 +17,6 @@ from softcfg.evaluation import load_extractor
 from softcfg.runs import RunRequest, draw_run
 from softcfg.zoo import load_generator, load_tokenizer
 
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def words(prompt_model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(prompt_model_folder)
-
-
 ODD: list[Any] = ["32", 1.5, None, -1, 0, [], {}, object(), 2**70, "²", b"1", float("nan"), True, torch.zeros(2), CFG]
 # Argument of a call -> what it may well be, of `ODD`.
 CALL: dict[str, list[Any]] = {
@@ -57,12 +46,12 @@ def test_calls_of_a_pipeline(pipe: Pipeline, name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:12])
 @pytest.mark.parametrize("name", ["width", "height", "prompts", "labels", "seed"])
-def test_calls_with_prompts(words: Pipeline, name: str, value: Any) -> None:
+def test_calls_with_prompts(prompt_pipe: Pipeline, name: str, value: Any) -> None:
     arguments = {"prompts": ["red apple"], "guidance": CFG(1.0), name: value}
     if value is None:
         return
     try:
-        words(**arguments)
+        prompt_pipe(**arguments)
     except Exception as error:
         one_sentence(error, name)
 
@@ -131,12 +120,12 @@ def test_messages(pipe: Pipeline) -> None:
         load_extractor("fashion", device="cuda:99")
 
 
-def test_what_is_meant_is_done(pipe: Pipeline, model_folder: Path, words: Pipeline) -> None:
+def test_what_is_meant_is_done(pipe: Pipeline, model_folder: Path, prompt_pipe: Pipeline) -> None:
     assert torch.equal(pipe([0, 1], 4.0).tokens, pipe([0, 1], pipe.default_guidance(guidance_scale=4.0)).tokens)
     assert Pipeline.from_pretrained(model_folder, dtype="bfloat16").generator.dtype == torch.bfloat16
     assert pipe([0], sampling=Sampling(1.0), indices=range(1)).indices == [0]
     with pytest.raises(softcfg.UserError, match="width must be a whole number, got '8'"):
-        words(prompts="star", width="8")  # type: ignore[arg-type]
+        prompt_pipe(prompts="star", width="8")  # type: ignore[arg-type]
 
 
 COMMANDS = {

@@ -8,11 +8,6 @@ from softcfg import CFG, Pipeline, Sampling, SoftCFG, UserError, trace
 from softcfg.runs import RunRequest, draw_run
 
 
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
 def test_output(pipe: Pipeline) -> None:
     out = pipe(labels=[0, 3, 2], guidance=SoftCFG(guidance_scale=4.0), seed=0)
     assert out.tokens.shape == (3, 16)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -135,3 +136,17 @@ def module(component: Component, device: str = "cpu") -> nn.Module:
 def weights(component: Component, device: str = "cpu") -> dict[str, Tensor]:
     """The state dict of `module(component, device)`."""
     return module(component, device).state_dict()
+
+
+def tiny_llama() -> Any:
+    """A Llama of transformers with 40 tokens and attention by the plug, which must be imported."""
+    import transformers
+
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    model.set_attn_implementation("softcfg")
+    return model

@@ -40,6 +40,7 @@ from softcfg.tuning import SETTINGS, Range, Space, parse_search
 from softcfg.tuning.space import methods, sample_flags
 from softcfg.ui import fragments
 from softcfg.ui.studio import METHODS, Studio
+from tiny_models import tiny_llama
 
 TOYS = '''
 from softcfg.guidance import (
@@ -100,11 +101,6 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             del table[name]
     del sys.modules["plugged_toys"]
     plugins._loaded.clear()
-
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
 
 
 SHARED: dict[str, Any] = {"guidance_scale": 3.0, "schedule": "constant"}
@@ -196,16 +192,10 @@ def test_jacobi(pipe: Pipeline, name: str, window: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plug(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from softcfg.integrations import transformers as plug
 
-    torch.manual_seed(7)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    model.set_attn_implementation("softcfg")
+    model = tiny_llama()
     guidance, sampling = guidance_named(name), Sampling(top_k=10)
     prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "unconditional_ids": torch.tensor([[1]])}
     tokens = plug.decode(model, guidance=guidance, num_tokens=9, sampling=sampling, seed=3, **prompts)

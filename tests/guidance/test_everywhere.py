@@ -20,6 +20,7 @@ from softcfg.guidance import PERTURBATIONS, RULES, describe, restore
 from softcfg.runs.folder import RunFolder
 from softcfg.tuning.space import methods, sample_flags
 from softcfg.ui.studio import METHODS, Studio
+from tiny_models import tiny_llama
 
 GREEDY = Sampling(top_k=1)
 GUIDANCE: dict[str, CFG] = {
@@ -37,16 +38,6 @@ GUIDANCE: dict[str, CFG] = {
     "vpg+tcfg": CFG(3.0, 0.5, rule="tcfg", perturbation=PERTURBATIONS["vpg"](rate=1.0)),  # type: ignore[arg-type, call-arg]
 }
 ON_PAGE = [name for name in GUIDANCE if name in METHODS]
-
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def prompt_pipe(prompt_model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(prompt_model_folder)
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
@@ -106,16 +97,10 @@ def test_a_model_of_texts_and_codes(prompt_pipe: Pipeline, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from softcfg.integrations import transformers as _  # noqa: F401
 
-    torch.manual_seed(7)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    model.set_attn_implementation("softcfg")
+    model = tiny_llama()
     return model
 
 

@@ -13,6 +13,7 @@ import softcfg
 from softcfg import CFG, Pipeline, Sampling, SoftCFG
 from softcfg.decoding import ImageStreams, decode, draw, image_uniforms, jacobi_decode
 from softcfg.guidance import PERTURBATIONS, describe, restore
+from tiny_models import tiny_llama
 
 GUIDANCE = {
     "pag": CFG(1.0, perturbation="pag", perturbation_scale=2.0),  # type: ignore[arg-type]
@@ -21,16 +22,6 @@ GUIDANCE = {
     "tcfg+tpg": CFG(3.0, 0.5, rule="tcfg", perturbation="tpg", perturbation_scale=0.5),  # type: ignore[arg-type]
     "softcfg": SoftCFG(3.0, 0.5, strength=2.0, perturbation_scale=3.0),
 }
-
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def prompt_pipe(prompt_model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(prompt_model_folder)
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
@@ -93,16 +84,10 @@ def test_decoding(pipe: Pipeline, prompt_pipe: Pipeline, name: str) -> None:
 
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_plug(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from softcfg.integrations import transformers as plug
 
-    torch.manual_seed(7)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    model.set_attn_implementation("softcfg")
+    model = tiny_llama()
     guidance, sampling = GUIDANCE[name], Sampling(top_k=10)
     prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "unconditional_ids": torch.tensor([[1]])}
     tokens = plug.decode(model, guidance=guidance, num_tokens=9, sampling=sampling, seed=3, **prompts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,11 +143,6 @@ def test_weights_on_attention(per_query: bool) -> None:
     torch.testing.assert_close(out, without)
     with pytest.raises(softcfg.UserError, match="it has no weights"), use_backend("sdpa"):
         weighted_attention(query, key, value, attention_weights=weights)
-
-
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
 
 
 def uncond_logits(pipe: Pipeline, tokens: Tensor, name: str, **settings: Any) -> Tensor:

@@ -35,11 +35,6 @@ from softcfg.runs.signals import Terminated
 IMAGES, BATCH = 11, 3
 
 
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
 @pytest.fixture
 def request_of(pipe: Pipeline) -> Any:
     return partial(RunRequest, pipe, num_samples=IMAGES, batch_size=BATCH)

@@ -22,11 +22,6 @@ from softcfg.runs.worker import BatchDrawer, make_shards
 LABELS = [0, 1, 2, 3, 0]
 
 
-@pytest.fixture(scope="module")
-def pipe(model_folder: Path) -> Pipeline:
-    return Pipeline.from_pretrained(model_folder)
-
-
 class Cramped:
     """A pipeline with memory for a few images at once."""
 
