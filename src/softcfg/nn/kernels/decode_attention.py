@@ -138,7 +138,8 @@ def decode_attention(
     if (key_scales is None) != (value_scales is None):
         raise ValueError("keys and values must both have scales, or neither")
     scales_row, scales_head = (0, 0) if key_scales is None else key_scales.stride()[:2]
-    query, last = query.contiguous(), last.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    last = last.contiguous()
     first = None if first is None else first.contiguous()
     value_weights, value_weights_row = _by_row(value_weights, rows, slots)
     key_weights, key_weights_row = _by_row(key_weights, rows, slots)
