@@ -55,7 +55,7 @@ def weighted_attention(
         value_weights=value_weights,
         key_weights=key_weights,
         attention_weights=attention_weights,
-        mask=mask,
+        given_mask=mask,
     )
     return attention(AttentionCall(query, key, value, context))
 
