@@ -42,10 +42,12 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     int8: bool
     weights: str
+    whole: bool  # whether rows and heads are so many that slots are not split
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.") + ("-int8" if self.int8 else "")
-        return f"{self.head_dim}-groups{self.groups}-{kind}-{self.weights}{'-padded' if self.padded else ''}"
+        also = ("-padded" if self.padded else "") + ("-whole" if self.whole else "")
+        return f"{self.head_dim}-groups{self.groups}-{kind}-{self.weights}{also}"
 
 
 class Kernel(NamedTuple):
@@ -69,7 +71,7 @@ def shapes() -> list[tuple[int, int, int, bool]]:
 
 
 def variants() -> list[Variant]:
-    kinds = product(DTYPES, (False, True), WEIGHTS)
+    kinds = product(DTYPES, (False, True), WEIGHTS, (False, True))
     return [Variant(*shape, *kind) for kind in kinds for shape in shapes()]
 
 
@@ -110,7 +112,7 @@ def compiling_for(capability: int, kernels: ModuleType) -> Iterator[dict[str, An
 
 def compiled(variant: Variant, capability: int, tmp_path: Path) -> dict[str, Kernel]:
     """Both kernels as `decode_attention` launches them; tensors without contents are aligned like those of a GPU."""
-    rows, key_heads = 4, 2
+    rows, key_heads = 512 if variant.whole else 4, 2
     kind: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
     query = torch.empty(rows, key_heads * variant.groups, 1, variant.head_dim, device="meta", dtype=variant.dtype)
     shape = (rows, key_heads, variant.slots)
@@ -161,6 +163,7 @@ REACHED = [
     variant
     for variant in variants()
     if variant.weights == "value"
+    and variant.whole == (variant.dtype == torch.bfloat16)
     and (variant.dtype, variant.int8) in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
 ]
 HUNGRY = [variant for variant in REACHED if variant.head_dim >= 88 and variant.groups == 1]

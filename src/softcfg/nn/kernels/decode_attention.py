@@ -1,8 +1,8 @@
 """Split-KV attention for decoding: one query per row against a static cache, with weights on values and keys.
 
-A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. A row
-and a head alone are too few programs to reach it: the slots are split into chunks, every program attends to one
-chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
+A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. In a small
+batch, rows and heads alone are too few programs to reach it: the slots are split into chunks, every program attends to
+one chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
 one launch, and one captured CUDA graph, serves every step; chunks after the position cost nothing.
 
 A value weight is one multiplication of a probability in a register: SoftCFG costs nothing next to reading the cache.
@@ -17,15 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 256  # slots that a program attends to
+PROGRAMS = 1024  # that keep a GPU busy; with fewer rows and heads, the slots are split
+LEAST = 64  # slots of a chunk
+CHUNKS = 64  # at most, that the second kernel holds in registers
 
 
 @triton.jit
 def _attend_chunk(
     query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
     query_row, query_head, cache_row, cache_head, scales_row, scales_head, value_weights_row, key_weights_row,
-    heads, groups, chunks, scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    heads, groups, chunks, size, scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     SCALED: tl.constexpr, WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row, head, chunk = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
@@ -45,7 +47,7 @@ def _attend_chunk(
     maximum = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     output = tl.zeros((WIDTH,), tl.float32)
-    for begin in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), BLOCK):
+    for begin in range(chunk * size, tl.minimum((chunk + 1) * size, end), BLOCK):
         slots = begin + tl.arange(0, BLOCK)
         seen = (slots < end) & (slots >= start)
         place = slots[:, None] * DIM + dims[None, :]
@@ -71,10 +73,13 @@ def _attend_chunk(
         maximum = above
 
     part = tl.program_id(0) * chunks + chunk
-    one = tl.arange(0, 1)
-    tl.store(maxima + part + one, maximum)
-    tl.store(sums + part + one, total)
-    tl.store(outputs + part * DIM + dims, output, mask=inside)
+    if WHOLE:
+        output /= tl.where(total > 0, total, 1.0)
+    else:
+        one = tl.arange(0, 1)
+        tl.store(maxima + part + one, maximum)
+        tl.store(sums + part + one, total)
+    tl.store(outputs + part * DIM + dims, output.to(outputs.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -143,10 +148,14 @@ def decode_attention(
     first = None if first is None else first.contiguous()
     value_weights, value_weights_row = _by_row(value_weights, rows, slots)
     key_weights, key_weights_row = _by_row(key_weights, rows, slots)
-    chunks = triton.cdiv(slots, CHUNK)
-    maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
-    outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
+    chunks = min(CHUNKS, triton.cdiv(PROGRAMS, rows * heads))
+    size = triton.cdiv(triton.cdiv(slots, chunks), LEAST) * LEAST
+    chunks = triton.cdiv(slots, size)
     joined = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
+    maxima, sums, outputs = None, None, joined
+    if chunks > 1:
+        maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
+        outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
     width = triton.next_power_of_2(dim)
     # Small enough for the registers of four warps, of which several programs then share a multiprocessor.
     block = 64 if width <= 64 else 32  # slots at once
@@ -158,14 +167,17 @@ def decode_attention(
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
-        scales_row, scales_head, value_weights_row, key_weights_row, heads, heads // keys.shape[1], chunks, dim**-0.5,
-        DIM=dim, WIDTH=width, CHUNK=CHUNK, BLOCK=block,
+        scales_row, scales_head, value_weights_row, key_weights_row,
+        heads, heads // keys.shape[1], chunks, size, dim**-0.5,
+        DIM=dim, WIDTH=width, BLOCK=block, WHOLE=chunks == 1,
         SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
         PADDED=first is not None, **options,
     )  # fmt: skip
-    _join_chunks[(rows * heads,)](
-        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options
-    )
+    if chunks > 1:
+        _join_chunks[(rows * heads,)](
+            maxima, sums, outputs, joined, chunks,
+            DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options,
+        )  # fmt: skip
     return joined
 
 
