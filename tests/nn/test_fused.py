@@ -19,7 +19,9 @@ from softcfg.decoding import image_uniforms
 from softcfg.decoding.sequential import Decoder, Step
 from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, fused
+from softcfg.nn.backends import triton_decode
 from softcfg.nn.kv_cache import Int8KVCache
+from softcfg.nn.products import use_product
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
 
@@ -143,9 +145,10 @@ def steps(family: str, guidance: CFG, cache_dtype: torch.dtype | None) -> tuple[
     condition = generator.condition(generator.example_inputs(2), guided=True)
     decoder = Decoder(generator, condition, guidance, Sampling())
     tokens = torch.zeros(2, condition.num_tokens, dtype=torch.int64)
-    decoder.advance(decoder.step(0), tokens, image_uniforms(0, range(2), condition.num_tokens))
-    tokens[:] = tokens[:, :1]
-    found = [decoder.predict(Step(torch.tensor([number])), tokens) for number in (1, 2, 3)]
+    with use_product("plain"), decoder.prepared_linear_layers():
+        decoder.advance(decoder.step(0), tokens, image_uniforms(0, range(2), condition.num_tokens))
+        tokens[:] = tokens[:, :1]
+        found = [decoder.predict(Step(torch.tensor([number])), tokens) for number in (1, 2, 3)]
     return torch.stack(found), decoder.cache
 
 
@@ -177,6 +180,6 @@ def test_kernels_are_the_operations_that_they_replace() -> None:
 
 
 if __name__ == "__main__":
-    fused.runs_on = lambda x: True  # the interpreter runs on a CPU
+    triton_decode.runs_on = lambda x: True  # the interpreter runs on a CPU
     fused._launched = lambda device, launch: launch()  # and nothing takes the place of what fails
     check()
