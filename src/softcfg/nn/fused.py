@@ -217,10 +217,11 @@ def _fits(
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a product with plain weights and no more: no bias, adapter, quantization or hook."""
+    """Whether a layer is a product with weights as they are and no more: no bias, adapter, quantization or hook."""
     return (
         type(layer) in (Linear, nn.Linear)
         and layer.bias is None
+        and getattr(layer, "product", None) is None
         and type(layer.weight.data) is Tensor
         and _is_unhooked(layer)
     )
