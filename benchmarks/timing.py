@@ -62,8 +62,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(text(cell) for cell in line) + " |" for line in lines)
 
 
-def machine() -> str:
-    """One line on what the figures were measured on."""
-    if torch.cuda.is_available():
+def machine(device: str = "cuda") -> str:
+    """One line on what the figures were measured on: the CPU if there is no GPU."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{processor()}, {torch.get_num_threads()} threads"
