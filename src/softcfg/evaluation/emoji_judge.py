@@ -80,19 +80,22 @@ class EmojiJudge(SmallNetwork):
     """A residual convolutional network over 96 x 96 images, with heads for name, style and colour."""
 
     image_size = 96
-    num_features = 256
+    num_features = 320
 
     def __init__(self, names: int, styles: int, colours: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            conv_block(3, 32, 2),  # 48 x 48
-            conv_block(32, 64, 2),  # 24 x 24
-            Residual(64),
-            conv_block(64, 128, 2),  # 12 x 12
-            Residual(128),
-            conv_block(128, self.num_features, 2),  # 6 x 6
+            conv_block(3, 40, 2),  # 48 x 48
+            conv_block(40, 80, 2),  # 24 x 24
+            Residual(80),
+            conv_block(80, 160, 2),  # 12 x 12
+            Residual(160),
+            Residual(160),
+            conv_block(160, self.num_features, 2),  # 6 x 6
+            Residual(self.num_features),
             Residual(self.num_features),
         )
+        self.dropout = nn.Dropout(0.25)
         self.heads = nn.ModuleList(nn.Linear(self.num_features, count) for count in (names, styles, colours))
 
     def scaled(self, pixels: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class EmojiJudge(SmallNetwork):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return logits of names, styles and colours for images `[B, 3, 96, 96]` in [0, 1]."""
-        features = self.features(pixels)
+        features = self.dropout(self.features(pixels))
         return [head(features) for head in self.heads]
 
 
