@@ -401,7 +401,7 @@ class Bench:
 
     def _images(self, point: Point) -> dict[str, Any]:
         tokenizer = random_weights(resolve(point.model).tokenizer, device=self.device)
-        return images(self._generator(point.model, point.dtype), tokenizer, point.batch, max(2, self.plan.repeats // 5))
+        return images(self._generator(point.model, point.dtype), tokenizer, point.batch, max(2, self.plan.repeats // 6))
 
     def _pixels(self, point: Point) -> dict[str, Any]:
         tokenizer = random_weights(resolve(point.model).tokenizer, device=self.device, dtype=point.dtype)
