@@ -297,7 +297,7 @@ def profiled(generator: ClassGenerator, batch: int, repeats: int) -> dict[str, A
     )
     return {
         "of": what,
-        "kernels": len(events) / repeats,
+        "kernels": round(len(events) / repeats),
         "kinds": len(times),
         "step, ms": 1e-3 * span / repeats,
         "busy, ms": 1e-3 * sum(times.values()) / repeats,
@@ -469,6 +469,7 @@ def main(argv: list[str] | None = None) -> int:
         results.add("machine", {"device": machine(), "versions": doctor.environment(device), "small": args.small})
     for name, test in doctor.TESTS.items():
         results.attempt(f"check {name}", partial(_check, results, name, test, device))
+    results.attempt("check choices", lambda: results.add("choices", dict(doctor.choices(device))))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     ceilings = results.attempt("ceilings", partial(Ceilings.measured, device, plan), again=True)
     if ceilings is not None:

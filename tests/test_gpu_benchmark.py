@@ -85,7 +85,7 @@ def test_a_part_that_fails_leaves_the_others(
 def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     code, found = run(tmp_path, "--limit", "0")
     assert code == 0
-    assert [left["why"] for left in found["left out"]] == ["no time is left"] * (2 + len(gpu.Plan.small().points))
+    assert [left["why"] for left in found["left out"]] == ["no time is left"] * (3 + len(gpu.Plan.small().points))
     assert "steps" not in found
 
 
