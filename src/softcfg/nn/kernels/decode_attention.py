@@ -168,7 +168,8 @@ def decode_attention(
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
-        scales_row, scales_head, value_weights_row, key_weights_row, heads, heads // keys.shape[1], chunks, chunk_slots, dim**-0.5,
+        scales_row, scales_head, value_weights_row, key_weights_row,
+        heads, heads // keys.shape[1], chunks, chunk_slots, dim**-0.5,
         DIM=dim, WIDTH=width, BLOCK=block,
         SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
         PADDED=first is not None, **options,
