@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softcfg.nn.fused import silu_product
 from softcfg.nn.linear import Linear
 
 
@@ -32,4 +33,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., hidden]."""
+        return silu_product(self.w1(x), self.w3(x))

@@ -121,21 +121,21 @@ class PromptCondition(PromptIds):
         return PromptCondition(self.ids[rows], padding, self.geometry, self.given)
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(nn.LayerNorm):
     """Layer norm over the channels of each head; each row of weights serves as many consecutive heads."""
 
     def __init__(self, groups: int, width: int) -> None:
-        super().__init__()
+        super().__init__(width, HEAD_NORM_EPS)
         self.weight = nn.Parameter(torch.ones(groups, width))
         self.bias = nn.Parameter(torch.zeros(groups, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[rows, n, heads, width] -> the same shape."""
+        """[rows, heads, n, width] -> the same shape."""
         groups, width = self.weight.shape
         if groups == 1:
             return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
-        x = F.layer_norm(x, (width,), eps=HEAD_NORM_EPS).unflatten(2, (groups, -1))
-        return (x * self.weight[:, None] + self.bias[:, None]).flatten(2, 3)
+        x = F.layer_norm(x, (width,), eps=HEAD_NORM_EPS).unflatten(1, (groups, -1))
+        return (x * self.weight[:, None, None] + self.bias[:, None, None]).flatten(1, 2)
 
 
 class LuminaBlock(LlamaBlock):
