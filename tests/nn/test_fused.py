@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -13,17 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from small_families import FAMILIES, load
+import softcfg
+from small_families import load
 from softcfg import CFG, Sampling, SoftCFG
-from softcfg.decoding import image_uniforms
+from softcfg.decoding import decode, image_uniforms
 from softcfg.decoding.sequential import Decoder, Step
 from softcfg.models.lumina.generator import HeadNorm
-from softcfg.nn import AttentionContext, KVCache, Position, Rotary, fused
+from softcfg.nn import AttentionContext, KVCache, Position, Rotary, fused, kernels
+from softcfg.nn.backends import triton_decode
 from softcfg.nn.kv_cache import Int8KVCache
+from softcfg.nn.products import use_product
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # and how far rounding goes
+
+
+def here() -> torch.device:
+    return torch.get_default_device()
 
 
 def random(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -77,7 +86,7 @@ def check_rotate_and_cache() -> None:
         rows, heads, shared, dim = shapes[number % len(shapes)]
         dtype = list(DTYPES)[number % len(DTYPES)]
         slots = 7
-        cache = (Int8KVCache if rounded else KVCache)(2, rows + 1, shared, slots, dim, dtype=dtype)
+        cache = (Int8KVCache if rounded else KVCache)(2, rows + 1, shared, slots, dim, dtype=dtype, device=here())
         cache = cache.up_to(slots)
         groups = {None: (), HeadNorm: (shared, dim)}.get(kind, (dim,))
         norms = [None if kind is None else random(kind(*groups), dtype) for _ in range(2)]
@@ -138,19 +147,21 @@ def check_silu_product() -> None:
 
 def steps(family: str, guidance: CFG, cache_dtype: torch.dtype | None) -> tuple[Tensor, KVCache]:
     """What some steps of constant shapes draw from, and the cache after them."""
-    generator = load(family)
+    generator = load(family).to(here())
     generator.cache_dtype = cache_dtype
     condition = generator.condition(generator.example_inputs(2), guided=True)
     decoder = Decoder(generator, condition, guidance, Sampling())
+    uniforms = image_uniforms(0, range(2), condition.num_tokens).to(here())
     tokens = torch.zeros(2, condition.num_tokens, dtype=torch.int64)
-    decoder.advance(decoder.step(0), tokens, image_uniforms(0, range(2), condition.num_tokens))
-    tokens[:] = tokens[:, :1]
-    found = [decoder.predict(Step(torch.tensor([number])), tokens) for number in (1, 2, 3)]
+    with use_product("plain"), decoder.prepared_linear_layers():
+        decoder.advance(decoder.step(0), tokens, uniforms)
+        tokens[:] = tokens[:, :1]
+        found = [decoder.predict(Step(torch.tensor([number])), tokens) for number in (1, 2)]
     return torch.stack(found), decoder.cache
 
 
 def check_families() -> None:
-    for number, family in enumerate(FAMILIES):
+    for number, family in enumerate(("alitok", "rar", "llamagen", "emu3", "lumina-mgpt-2")):
         cache_dtype = (None, torch.int8)[number % 2]
         with fused.without_fused_kernels():
             wanted, old = steps(family, SoftCFG(3.0), cache_dtype)
@@ -176,7 +187,80 @@ def test_kernels_are_the_operations_that_they_replace() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_a_gpu() -> None:
+    with torch.device("cuda"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing takes the place of a kernel that fails
+        check()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), ImportError("no driver")])
+def test_decoding_goes_on_without_kernels_that_do_not_run(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    generator = softcfg.load_generator(model_folder)
+    uniforms = image_uniforms(3, range(2), generator.num_tokens)
+    wanted = decode(generator, [0, 2], SoftCFG(3.0), uniforms=uniforms, static=True)
+    failing(monkeypatch, error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(decode(generator, [0, 2], SoftCFG(3.0), uniforms=uniforms, static=True), wanted)
+    assert [str(warning.message) for warning in caught] == [
+        f"fused kernels do not run on cpu, PyTorch's operations take their place: {type(error).__name__}: {error}"
+    ]
+
+
+def test_out_of_memory_is_not_a_kernel_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, torch.OutOfMemoryError("all memory is taken"))
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        fused.silu_product(torch.ones(2), torch.ones(2))
+    assert not fused.UNAVAILABLE
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As if the CPU were a GPU, on which no kernel runs."""
+
+    def kernel(*_: object, **__: object) -> None:
+        raise error
+
+    module = types.ModuleType("softcfg.nn.kernels.fused")
+    for name in ("add_norm", "rotate_and_cache", "silu_product"):
+        setattr(module, name, kernel)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(kernels, "fused", module, raising=False)
+    monkeypatch.setattr(triton_decode, "runs_on", lambda x: True)
+    monkeypatch.setattr(fused, "UNAVAILABLE", set())
+
+
+def test_what_has_a_gradient_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, AssertionError("a kernel has no gradient"))
+    x = torch.randn(3, 4, requires_grad=True)
+    total, normed = fused.add_norm(x, x, norm=nn.LayerNorm(4))
+    (total + fused.silu_product(normed, x)).sum().backward()
+    assert x.grad is not None
+    assert not fused.UNAVAILABLE
+
+
+def test_only_plain_layers_are_products() -> None:
+    """An adapter, a hook or a norm of another kind has to be called."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    class Doubled(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    hooked, x = nn.Linear(4, 4, bias=False), torch.ones(1, 4)
+    hooked.register_forward_hook(lambda module, inputs, out: out + 1)
+    assert not any(map(fused._is_plain, (Adapted(4, 4, bias=False), nn.Linear(4, 4), hooked)))
+    assert fused._kind(Doubled(4, eps=1e-5), x) is None
+    assert fused._kind(nn.RMSNorm(4, eps=1e-5), x) == 1
+
+
 if __name__ == "__main__":
-    fused.runs_on = lambda x: True  # the interpreter runs on a CPU
+    triton_decode.runs_on = lambda x: True  # the interpreter runs on a CPU
     fused._launched = lambda device, launch: launch()  # and nothing takes the place of what fails
     check()

@@ -7,7 +7,7 @@ place, with one warning; they are also what the kernels are tested against.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -16,13 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.nn.backends.triton_decode import has_triton
+from softcfg.nn.backends import triton_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
+from softcfg.nn.linear import Linear, are_side_by_side
 
 Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # row of a norm
+KINDS: dict[type, int] = {
+    type(None): 0,
+    nn.Identity: 0,
+    nn.RMSNorm: 1,
+    nn.LayerNorm: 2,
+}  # norms, as the kernels call them
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
 _enabled: ContextVar[bool] = ContextVar("fused_kernels", default=True)
 
@@ -35,11 +42,6 @@ def without_fused_kernels() -> Iterator[None]:
         yield
     finally:
         _enabled.reset(token)
-
-
-def runs_on(x: Tensor) -> bool:
-    """Whether the kernels may be tried on the device of `x`."""
-    return x.is_cuda and has_triton()
 
 
 def add_norm(
@@ -131,12 +133,13 @@ def rotate_and_cache(
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if _serves(gate, up) and gate.is_contiguous() and up.is_contiguous():
+    if _serves(gate, up) and gate.stride(-1) == up.stride(-1) == 1:
 
         def launch() -> Tensor:
             from softcfg.nn.kernels import fused
 
-            return fused.silu_product(gate, up)
+            width = gate.shape[-1]
+            return fused.silu_product(gate.reshape(-1, width), up.reshape(-1, width)).view(gate.shape)
 
         found = _launched(gate.device, launch)
         if found is not None:
@@ -144,11 +147,22 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def products(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """The products of `x` with some layers; as one product where it may be and their weights lie side by side.
+
+    `linear.prepared_linear_layers` lays them so.
+    """
+    weights = [layer.weight for layer in layers]
+    if _serves(x, *weights) and all(_is_plain(layer) for layer in layers) and are_side_by_side(weights):
+        sizes = [weight.shape[0] for weight in weights]
+        return F.linear(x, weights[0].as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)
+    return [layer(x) for layer in layers]
+
+
 def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
     """x + layer(inputs), the last use of `x`, whose memory the result may take: the product then adds to it."""
     weight = layer.weight
-    plain = layer.bias is None and type(layer.weight.data) is Tensor and weight.device == x.device
-    if plain and _serves(x, inputs, weight) and x.is_contiguous():
+    if _serves(x, inputs, weight) and _is_plain(layer) and x.is_contiguous():
         x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), weight.t())
         return x
     return x + layer(inputs)
@@ -158,7 +172,7 @@ def _serves(*tensors: Tensor | None) -> bool:
     """Whether the kernels may be tried: on a GPU, on tensors of one dtype, and without a gradient."""
     x = tensors[0]
     assert x is not None
-    if not _enabled.get() or torch.is_grad_enabled() or x.device in UNAVAILABLE or not runs_on(x):
+    if not _enabled.get() or torch.is_grad_enabled() or x.device in UNAVAILABLE or not triton_decode.runs_on(x):
         return False
     alike = all(each is None or (each.dtype, each.device) == (x.dtype, x.device) for each in tensors)
     return alike and x.dtype in DTYPES
@@ -202,12 +216,27 @@ def _fits(
     )  # fmt: skip
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a product with weights as they are and no more: no bias, adapter, quantization or hook."""
+    return (
+        type(layer) in (Linear, nn.Linear)
+        and layer.bias is None
+        and getattr(layer, "product", None) is None
+        and type(layer.weight.data) is Tensor
+        and _is_unhooked(layer)
+    )
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _kind(norm: nn.Module | None, x: Tensor) -> int | None:
     """How the kernels know a norm over the last dimension of `x`; 0 for no norm, None for one that they do not know."""
-    if norm is None or isinstance(norm, nn.Identity):
-        return 0
-    kind = 1 if isinstance(norm, nn.RMSNorm) else 2 if isinstance(norm, nn.LayerNorm) else None
-    if kind is None or norm.eps is None or norm.normalized_shape != x.shape[-1:]:
+    kind = KINDS.get(type(norm))
+    if not kind or not isinstance(norm, nn.Module):
+        return kind
+    if norm.eps is None or norm.normalized_shape != x.shape[-1:] or not _is_unhooked(norm):
         return None
     return kind if all((each.dtype, each.device) == (x.dtype, x.device) for each in norm.parameters()) else None
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from softcfg.nn.attention import attend
 from softcfg.nn.context import AttentionContext
-from softcfg.nn.fused import add_norm, add_product, silu_product
+from softcfg.nn.fused import add_norm, add_product, products, silu_product
 from softcfg.nn.linear import Linear
 
 
@@ -15,6 +15,8 @@ class LlamaAttention(nn.Module):
 
     `q_norm` and `k_norm` act on queries and keys [rows, heads, n, head_dim]; without them they stay as they are.
     """
+
+    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self, width: int, heads: int, key_heads: int, q_norm: nn.Module | None = None, k_norm: nn.Module | None = None
@@ -31,14 +33,16 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            product.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for product in products(x, self.q_proj, self.k_proj, self.v_proj)
         )
         return self.o_proj(attend(query, key, value, layer, context, self.q_norm, self.k_norm))
 
 
 class LlamaMLP(nn.Module):
     """down(silu(gate x) * up x), without biases."""
+
+    together = ("gate_proj", "up_proj")
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -52,7 +56,7 @@ class LlamaMLP(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., hidden]."""
-        return silu_product(self.gate_proj(x), self.up_proj(x))
+        return silu_product(*products(x, self.gate_proj, self.up_proj))
 
 
 class LlamaBlock(nn.Module):

@@ -21,6 +21,7 @@ from softcfg.models.ids import as_ids
 from softcfg.models.llama import LlamaConfig, PromptIds, SharedVocabularyGenerator, left_pad, make_decoder, only_size
 from softcfg.models.lumina.prompts import LuminaPrompts, TokenPrompt
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.fused import KINDS
 from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
 
 HEAD_NORM_EPS = 1e-5
@@ -136,6 +137,9 @@ class HeadNorm(nn.LayerNorm):
             return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
         x = F.layer_norm(x, (width,), eps=HEAD_NORM_EPS).unflatten(1, (groups, -1))
         return (x * self.weight[:, None, None] + self.bias[:, None, None]).flatten(1, 2)
+
+
+KINDS[HeadNorm] = KINDS[nn.LayerNorm]
 
 
 class LuminaBlock(LlamaBlock):

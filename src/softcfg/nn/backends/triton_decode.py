@@ -62,6 +62,11 @@ class TritonDecode(AttentionBackend):
             raise BackendUnavailableError(f"{type(error).__name__}: {error}") from error
 
 
+def runs_on(x: Tensor) -> bool:
+    """Whether kernels may be tried on the device of `x`."""
+    return x.is_cuda and has_triton()
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed."""

@@ -156,12 +156,14 @@ def _rotate_and_cache(
 
 
 @triton.jit
-def _silu_product(gate, up, out, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    value = value / (1.0 + tl.exp(-value)) * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+def _silu_product(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    value = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
+    value = value / (1.0 + tl.exp(-value)) * factor
+    tl.store(out + row * width + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 def add_norm(
@@ -262,8 +264,11 @@ def rotate_and_cache(
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of two contiguous tensors of one shape and dtype."""
-    out = torch.empty_like(gate)
+    """silu(gate) * up of two tensors [rows, width] of one dtype, the entries of a row side by side; contiguous."""
+    rows, width = gate.shape
+    out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     block = 1024
-    _silu_product[(triton.cdiv(out.numel(), block),)](gate, up, out, out.numel(), BLOCK=block, num_warps=4, **OPTIONS)
+    _silu_product[(rows, triton.cdiv(width, block))](
+        gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4, **OPTIONS
+    )
     return out
