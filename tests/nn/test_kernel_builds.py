@@ -146,6 +146,8 @@ def read(kernel: Any, tmp_path: Path) -> Kernel:
 def check(variant: Variant, capability: int, tmp_path: Path) -> None:
     if capability >= 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("this Triton's assembler does not know the GPU")
+    from softcfg.nn.kernels.decode_attention import slots_at_once
+
     kernels = compiled(variant, capability, tmp_path)
     for kernel in kernels.values():
         assert kernel.stack == 0
@@ -154,7 +156,8 @@ def check(variant: Variant, capability: int, tmp_path: Path) -> None:
     # 16 bytes at once, or what a vector of the cache is a multiple of: 8 or 4 at head_dim 88 and 100.
     widest = gcd(variant.head_dim * itemsize, 16)
     width = 1 << (variant.head_dim - 1).bit_length()
-    block = 2 * (64 if width <= 64 else 32) * width * itemsize // 128  # bytes of keys and values that a thread loads
+    stored = torch.int8 if variant.int8 else variant.dtype
+    block = 2 * slots_at_once(width, stored) * width * itemsize // 128  # bytes of keys and values that a thread loads
     assert kernels["_attend_chunk"].loads.count(widest) * widest >= block
 
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 1024  # that keep a GPU busy; with fewer rows and heads, the slots are split
-LEAST = 64  # slots of a chunk
 CHUNKS = 64  # at most, that the second kernel holds in registers
 
 
@@ -44,42 +43,45 @@ def _attend_chunk(
     values += base
     scales = row.to(tl.int64) * scales_row + (head // groups) * scales_head
 
-    maximum = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    output = tl.zeros((WIDTH,), tl.float32)
+    # Every lane of a block has a softmax of its own, so that nothing is exchanged between warps until the end.
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    output = tl.zeros((BLOCK, WIDTH), tl.float32)
     for begin in range(chunk * size, tl.minimum((chunk + 1) * size, end), BLOCK):
         slots = begin + tl.arange(0, BLOCK)
         seen = (slots < end) & (slots >= start)
         place = slots[:, None] * DIM + dims[None, :]
-        k = tl.load(keys + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        scores = tl.sum(k * q[None, :], axis=1)
+        k = tl.load(keys + place, mask=seen[:, None] & inside[None, :], other=0.0)
+        v = tl.load(values + place, mask=seen[:, None] & inside[None, :], other=0.0)
+        scores = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
         if SCALED:
             scores *= tl.load(key_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_KEYS:
             scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=1.0)
         scores = tl.where(seen, scores, float("-inf"))
-        above = tl.maximum(maximum, tl.max(scores, axis=0))
-        # A block of padding alone leaves the maximum at -inf, and -inf - -inf is no number.
+        above = tl.maximum(maximum, scores)
+        # A lane that has seen padding alone has its maximum at -inf, and -inf - -inf is no number.
         shift = tl.where(above == float("-inf"), 0.0, above)
         kept = tl.exp(maximum - shift)
         p = tl.exp(scores - shift)
-        total = total * kept + tl.sum(p, axis=0)
+        total = total * kept + p
         if SCALED:
             p *= tl.load(value_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_VALUES:
             p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=1.0)
-        v = tl.load(values + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        output = output * kept + tl.sum(v * p[:, None], axis=0)
+        output = output * kept[:, None] + v.to(tl.float32) * p[:, None]
         maximum = above
 
+    highest = tl.max(maximum, axis=0)
+    kept = tl.exp(maximum - tl.where(highest == float("-inf"), 0.0, highest))
     part = tl.program_id(0) * chunks + chunk
+    whole, joined = tl.sum(total * kept, axis=0), tl.sum(output * kept[:, None], axis=0)
     if WHOLE:
-        output /= tl.where(total > 0, total, 1.0)
+        joined /= tl.where(whole > 0, whole, 1.0)
     else:
-        one = tl.arange(0, 1)
-        tl.store(maxima + part + one, maximum)
-        tl.store(sums + part + one, total)
-    tl.store(outputs + part * DIM + dims, output.to(outputs.dtype.element_ty), mask=inside)
+        tl.store(maxima + part, highest)
+        tl.store(sums + part, whole)
+    tl.store(outputs + part * DIM + dims, joined.to(outputs.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -103,6 +105,11 @@ def _join_chunks(
     )
     output = tl.sum(part * kept[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(joined + place * DIM + dims, output.to(joined.dtype.element_ty), mask=inside)
+
+
+def slots_at_once(width: int, dtype: torch.dtype) -> int:
+    """What the registers of four warps have room for, such that four programs share a multiprocessor."""
+    return (2048 if dtype == torch.float32 else 4096) // max(width, 32)
 
 
 def decode_attention(
@@ -148,21 +155,20 @@ def decode_attention(
     first = None if first is None else first.contiguous()
     value_weights, value_weights_row = _by_row(value_weights, rows, slots)
     key_weights, key_weights_row = _by_row(key_weights, rows, slots)
+    width = triton.next_power_of_2(dim)
+    block = slots_at_once(width, keys.dtype)
     chunks = min(CHUNKS, triton.cdiv(PROGRAMS, rows * heads))
-    size = triton.cdiv(triton.cdiv(slots, chunks), LEAST) * LEAST
+    size = triton.cdiv(triton.cdiv(slots, chunks), block) * block
     chunks = triton.cdiv(slots, size)
     joined = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
     maxima, sums, outputs = None, None, joined
     if chunks > 1:
         maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
         outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
-    width = triton.next_power_of_2(dim)
-    # Small enough for the registers of four warps, of which several programs then share a multiprocessor.
-    block = 64 if width <= 64 else 32  # slots at once
     # Without a limit the assembler aims for more threads on a multiprocessor, and spills. FP fusion is
     # what it has always been; newer versions ask.
     options: dict[str, Any] = {
-        "num_warps": 4, "maxnreg": 128 if keys.dtype == torch.float32 else 96, "enable_fp_fusion": True,
+        "num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True,
     }  # fmt: skip
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
