@@ -145,9 +145,9 @@ def check_rotate_and_cache() -> None:
             else:
                 assert torch.equal(written, vectors)
         # Nothing else is written.
-        for contents, old, written in zip((*cache.keys, *cache.values), before, (False, True) * 2, strict=True):
+        for contents, old, layer in zip((*cache.keys, *cache.values), before, (0, 1) * 2, strict=True):
             changed = (contents != old[:rows]).any(dim=-1)
-            assert written or not changed.any()
+            assert layer == 1 or not changed.any()
             changed[torch.arange(rows), :, at] = False
             assert not changed.any()
 
