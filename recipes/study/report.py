@@ -368,7 +368,7 @@ PICTURES: Mapping[str, Callable[[Study], Figure]] = {
 # ---- pieces
 
 
-def fid_difference(one: Mapping[int, Row], two: Mapping[int, Row]) -> str:
+def fid_difference(one: Mapping[int, Row], two: Mapping[int, Row], decimals: int = 3) -> str:
     """By how much the FID of two settings differs, seed -> values of each, with its standard error by the jackknife."""
     seeds = sorted(one.keys() & two.keys())
     if not seeds:
@@ -377,7 +377,7 @@ def fid_difference(one: Mapping[int, Row], two: Mapping[int, Row]) -> str:
     without = np.array([np.subtract(one[seed]["fid_without"], two[seed]["fid_without"]) for seed in seeds])
     tenths = without.shape[1]
     variances = (tenths - 1) * without.var(axis=1)
-    return f"{difference:+.3f} ± {variances.sum() ** 0.5 / len(seeds):.3f}"
+    return f"{difference:+.{decimals}f} ± {variances.sum() ** 0.5 / len(seeds):.{decimals}f}"
 
 
 def of_traces(traces: Mapping[str, Row], quantities: Mapping[str, str], background: str) -> str:
