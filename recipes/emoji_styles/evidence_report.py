@@ -230,13 +230,13 @@ def plot_scales(evidence: Evidence) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 4)
     for colour, name in zip(ALL_COLOURS, list(METHODS)[:3], strict=False):
-        _over_scales(axes[0], evidence, name, "seen", "fid", colour=colour, label=name)
+        _over_scales(axes[0], evidence, name, "seen", "fid", color=colour, label=name)
         for axis, metric in zip(axes[1:], ("name", "style", "colour"), strict=True):
             for kind, line in LINES.items():
-                _over_scales(axis, evidence, name, kind, metric, colour=colour, linestyle=line)
+                _over_scales(axis, evidence, name, kind, metric, color=colour, linestyle=line)
     for line, (words, _) in zip(LINES.values(), SHOWN.values(), strict=True):
         axes[1].plot([], [], color="0.5", linestyle=line, label=words)
-    _finish(axes, evidence, ("fid", "name", "style", "colour"))
+    _finish(axes, evidence, [("seen", metric) for metric in ("fid", "name", "style", "colour")])
     return figure
 
 
@@ -244,10 +244,12 @@ def plot_methods(evidence: Evidence) -> Figure:
     """FID, and images that are all right, against the scale: every method."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 4)
+    shown = [("seen", "fid"), *((kind, "all") for kind in SHOWN)]
     for colour, name in zip(ALL_COLOURS, METHODS, strict=True):
-        for axis, (kind, metric) in zip(axes, (("seen", "fid"), *((kind, "all") for kind in SHOWN)), strict=True):
-            _over_scales(axis, evidence, name, kind, metric, colour=colour, label=name)
-    _finish(axes, evidence, ("fid", *("all",) * 3))
+        for axis, (kind, metric) in zip(axes, shown, strict=True):
+            label = {"label": name} if metric == "fid" else {}
+            _over_scales(axis, evidence, name, kind, metric, color=colour, **label)
+    _finish(axes, evidence, shown)
     for axis, (words, _) in zip(axes[1:], SHOWN.values(), strict=True):
         axis.set_title(words)
     return figure
@@ -261,7 +263,7 @@ def plot_steps(evidence: Evidence) -> Figure:
     for colour, (name, values) in zip(COLOURS, traces.items(), strict=False):
         curve(left, {"values": values}, "entropy_gap", colour, name)
         curve(middle, {"values": values}, "branch_distance", colour, name)
-    left.set(xlabel="code", title="Entropy, unconditional less conditional")
+    left.set(xlabel="code", title="Entropy gap")
     middle.set(xlabel="code", title="Distance of the branches", ylim=(0, None))
     if traces:
         middle.legend(frameon=False, fontsize=7)
@@ -283,23 +285,27 @@ PICTURES = {
 }
 
 
-def _over_scales(axis: Axes, evidence: Evidence, name: str, kind: str, metric: str, colour: str, **line: str) -> None:
+def _over_scales(axis: Axes, evidence: Evidence, name: str, kind: str, metric: str, **line: str) -> None:
+    """A line with the spread over the seeds, at the scales that are there."""
     drawn = evidence.drawn(name, kind, metric)
-    factor = METRICS[metric][1] if metric in METRICS else 100
-    found = [[factor * value for value in evidence.values(each, kind, metric)] for each in drawn]
-    values, spreads = errors(found)
+    values, spreads = errors([[_factor(metric) * v for v in evidence.values(each, kind, metric)] for each in drawn])
     scales = [each.guidance_scale for each in drawn]
-    axis.errorbar(scales, values, spreads, color=colour, marker="o", markersize=3, capsize=2, **line)
+    axis.errorbar(scales, values, spreads, marker="o", markersize=3, capsize=2, **line)
 
 
-def _finish(axes: Sequence[Axes], evidence: Evidence, metrics: Sequence[str]) -> None:
-    """Labels, and a line for no guidance on prompts of seen pictures."""
-    for axis, metric in zip(axes, metrics, strict=True):
-        none = evidence.values(NONE, "seen", metric) if metric == "fid" else []
-        if none:
-            axis.axhline(float(np.mean(none)), color="0.5", linestyle=":", label="no guidance")
+def _finish(axes: Sequence[Axes], evidence: Evidence, shown: Sequence[tuple[str, str]]) -> None:
+    """Labels, and a level for no guidance."""
+    for axis, (kind, metric) in zip(axes, shown, strict=True):
+        if none := evidence.values(NONE, kind, metric):
+            label = {"label": "no guidance"} if metric == "fid" else {}
+            axis.axhline(_factor(metric) * float(np.mean(none)), color="0.5", linewidth=0.8, zorder=0, **label)
         axis.set(xscale="log", xlabel="guidance scale", ylabel="FID" if metric == "fid" else f"{metric} right, %")
         axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
         axis.minorticks_off()
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=7)
+
+
+def _factor(metric: str) -> float:
+    """100 for shares, which are shown as percentages."""
+    return METRICS[metric][1] if metric in METRICS else 100
