@@ -18,12 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from recipes.study.methods import NONE, WITHOUT_SOFTCFG
 from recipes.study.points import (
+    ELSEWHERE,
+    HALF_TRAINED,
+    LONGER,
     METHODS,
-    NONE,
     RANGE,
     TUNING_POWERS,
     TUNING_SCALES,
+    TUNING_SEED,
+    Comparison,
     Design,
     Point,
     Row,
@@ -39,6 +44,7 @@ from recipes.study.points import (
 from softcfg import CFG
 from softcfg.errors import UserError
 from softcfg.files import make_folder, write_atomically
+from softcfg.guidance import describe
 from softcfg.inspection.plots import COLOURS
 
 METRICS = {  # title, factor, decimals
@@ -50,15 +56,16 @@ METRICS = {  # title, factor, decimals
 }
 TOLERANCE = 1.1  # a scale is usable where FID is at most this multiple of the least
 MISSING = "–"
+GRID = (CFG(1.5, 1.0), CFG(2.0, 2.0))  # what is tuned of CFG and SoftCFG
+NOT_DRAWN = "Not drawn yet."
 
 
-class Study:
-    """The results, and what is asked of them."""
+class Measured:
+    """The results of one model, and what is asked of them."""
 
-    def __init__(self, rows: Mapping[str, Row], design: Design) -> None:
+    def __init__(self, rows: Mapping[str, Row], design: Comparison) -> None:
         self.rows = rows
         self.design = design
-        self.best = design.best(rows)
 
     def of_seeds(self, guidance: CFG, metric: str) -> dict[int, float]:
         """Seed -> value of a metric, for the seeds that are there."""
@@ -69,8 +76,8 @@ class Study:
         _, factor, decimals = METRICS[metric]
         return _spread([factor * value for value in self.of_seeds(guidance, metric).values()], decimals)
 
-    def fid_less(self, guidance: CFG, other: CFG) -> str:
-        """By how much the FID of two settings differs, with the standard error.
+    def fid_difference(self, guidance: CFG, other: CFG) -> tuple[float, float] | None:
+        """By how much the FID of two settings differs, with the standard error, if both have a seed in common.
 
         The error is that of the jackknife over tenths of the images, the same tenths at both settings.
         """
@@ -79,33 +86,69 @@ class Study:
         )
         seeds = sorted(one.keys() & two.keys())
         if not seeds:
-            return MISSING
+            return None
         difference = mean(one[seed]["fid"] - two[seed]["fid"] for seed in seeds)
         without = np.array([np.subtract(one[seed]["fid_without"], two[seed]["fid_without"]) for seed in seeds])
         tenths = without.shape[1]
         variances = (tenths - 1) * without.var(axis=1)
-        return f"{difference:+.3f} ± {variances.sum() ** 0.5 / len(seeds):.3f}"
+        return difference, float(variances.sum() ** 0.5 / len(seeds))
 
-    def table(self, settings: Mapping[str, CFG], first: str, compared: CFG, name: str) -> str:
-        """One line a setting: its scale and power, all metrics, and how much its FID differs from another's."""
-        head = [
-            first,
-            "scale, power",
-            "seeds",
-            *(title for title, _, _ in METRICS.values()),
-            f"FID less that of {name}",
-        ]
+    def fid_less(self, guidance: CFG, other: CFG) -> str:
+        """`fid_difference` as a text."""
+        found = self.fid_difference(guidance, other)
+        return f"{found[0]:+.3f} ± {found[1]:.3f}" if found else MISSING
+
+    def table(
+        self,
+        settings: Mapping[str, CFG],
+        first: str,
+        compared: CFG,
+        name: str,
+        setting: tuple[str, Callable[[CFG], str]] | None = None,
+    ) -> str:
+        """One line a setting: its scale and power, all metrics, and how much its FID differs from another's.
+
+        `setting` is the title of another second column, and what it says of a setting.
+        """
+        title, says = setting or ("scale, power", _scale)
+        head = [first, title, "seeds", *(title for title, _, _ in METRICS.values()), f"FID less that of {name}"]
         lines = []
         for title, guidance in settings.items():
             count = len(self.of_seeds(guidance, "fid"))
             metrics = [self.text(guidance, metric) for metric in METRICS]
             difference = "" if guidance == compared else self.fid_less(guidance, compared)
-            lines.append([title, _scale(guidance), str(count), *metrics, difference])
+            lines.append([title, says(guidance), str(count), *metrics, difference])
         return _table(head, lines)
 
+    def best_table(self, others: Mapping[str, CFG]) -> str:
+        """Every method at its best setting, the setting named by what was tuned, compared with CFG."""
+        best = {**others, **self.design.best_candidates(self.rows)}
+        if "CFG" not in best:
+            return NOT_DRAWN
+        drawn = {name: guidance for name, guidance in best.items() if self.of_seeds(guidance, "fid")}
+        tuned = {best[name]: _tuned(best[name], self.design.candidates.get(name, GRID)) for name in drawn}
+        return self.table(drawn, "method", best["CFG"], "CFG", ("setting", tuned.__getitem__))
 
-def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
+
+class Study(Measured):
+    """The results of the whole study: of its own model, and of the models elsewhere by their names."""
+
+    design: Design
+
+    def __init__(self, rows: Mapping[str, Row], design: Design, elsewhere: Mapping[str, Mapping[str, Row]]) -> None:
+        super().__init__(rows, design)
+        self.best = design.best(rows)
+        self.elsewhere = {model: Measured(found, ELSEWHERE[model]) for model, found in elsewhere.items()}
+
+
+def write(document: Path, rows: Mapping[str, Row], design: Design, elsewhere: Mapping[str, Mapping[str, Row]]) -> None:
     """Write the plots, and the document with its blocks made anew.
+
+    Args:
+        document: has the text around the blocks.
+        rows: the results of the study's model.
+        design: its size.
+        elsewhere: the results of the other models by their names.
 
     Raises:
         UserError: the document does not exist, has a block of an unknown name, or scale and power are not tuned yet.
@@ -114,7 +157,7 @@ def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
         raise UserError("there are no results for all points of the tuning yet; draw them first")
     if not document.is_file():
         raise UserError(f"{document} does not exist; it holds the text around the tables")
-    study = Study(rows, design)
+    study = Study(rows, design, elsewhere)
     pictures = _pictures(document)
 
     def block(found: re.Match[str]) -> str:
@@ -239,7 +282,7 @@ def over_steps(study: Study) -> str:
     """Part 5."""
     traces = _traces(study)
     if not traces:
-        return "Not drawn yet."
+        return NOT_DRAWN
     rows = {name: row["values"] for name, row in traces.items()}
     total = len(next(iter(rows.values()))["entropy_gap"])
     thirds = [slice(round(i * total / 3), round((i + 1) * total / 3)) for i in range(3)]
@@ -300,9 +343,52 @@ def tuning(study: Study) -> str:
     return f"FID of {study.design.tuning_samples:,} images, seed {seed}:\n\n{_table(head, lines)}"
 
 
+def methods(study: Study) -> str:
+    """Part 7: all methods."""
+    return study.best_table({"no guidance": NONE, "CFG": study.best["CFG"], "SoftCFG": study.best["SoftCFG"]})
+
+
+def with_softcfg(study: Study) -> str:
+    """Part 7: what SoftCFG adds to a method, each at its best."""
+    best = {**study.best, **study.design.best_candidates(study.rows)}
+    head = ["with SoftCFG", "without", "FID ↓ with", "FID ↓ without", "difference"]
+    lines = []
+    for name, without in {"SoftCFG": "CFG", **WITHOUT_SOFTCFG}.items():
+        if name in best and without in best and study.of_seeds(best[name], "fid"):
+            one, two = best[name], best[without]
+            lines.append([name, without, study.text(one, "fid"), study.text(two, "fid"), study.fid_less(one, two)])
+    return _table(head, lines)
+
+
+def half_trained(study: Study) -> str:
+    """Part 8: a model that is trained for a quarter of the steps."""
+    return _elsewhere(study, HALF_TRAINED)
+
+
+def longer(study: Study) -> str:
+    """Part 8: a model with 256 tokens."""
+    return _elsewhere(study, LONGER)
+
+
+def _elsewhere(study: Study, model: str) -> str:
+    measured = study.elsewhere.get(model)
+    if not measured or not measured.rows:
+        return NOT_DRAWN
+    design = measured.design
+    choices = max(len(settings) for settings in design.candidates.values())
+    about = (
+        f"{design.samples:,} images per point. Tuned: the best of {choices} settings of each method, "
+        f"of {design.tuning_samples:,} images each of seed {TUNING_SEED}."
+    )
+    return f"{about}\n\n{measured.best_table({})}"
+
+
 BLOCKS: Mapping[str, Callable[[Study], str]] = {
     block.__name__: block
-    for block in (about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, patches, tuning)
+    for block in (
+        *(about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, patches, tuning),
+        *(methods, with_softcfg, half_trained, longer),
+    )
 }
 
 
@@ -385,11 +471,28 @@ def plot_budget(study: Study) -> Figure:
     return figure
 
 
+def plot_methods(study: Study) -> Figure:
+    """How much the FID of every method differs from that of CFG, the least first, with two standard errors."""
+    best = {"SoftCFG": study.best["SoftCFG"], **study.design.best_candidates(study.rows)}
+    found = {name: study.fid_difference(guidance, study.best["CFG"]) for name, guidance in best.items()}
+    drawn = sorted(((name, *pair) for name, pair in found.items() if pair), key=lambda each: -each[1])
+    figure = Figure(figsize=(8, 1 + 0.22 * len(drawn)), layout="constrained")
+    axis = figure.subplots()
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    for row, (name, difference, error) in enumerate(drawn):
+        colour = COLOURS["SoftCFG" in name]
+        axis.errorbar(difference, row, xerr=2 * error, color=colour, marker="o", markersize=4, capsize=2)
+    axis.set_yticks(range(len(drawn)), [name for name, _, _ in drawn])
+    axis.set(xlabel="FID less that of CFG")
+    return figure
+
+
 PICTURES: Mapping[str, Callable[[Study], Figure]] = {
     "range": plot_range,
     "tuning": plot_tuning,
     "steps": plot_steps,
     "budget": plot_budget,
+    "methods": plot_methods,
 }
 
 
@@ -450,6 +553,17 @@ def _curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
 
 def _scale(guidance: CFG) -> str:
     return f"{guidance.guidance_scale:g}, {guidance.guidance_scale_pow:g}" if guidance.is_active else MISSING
+
+
+def _tuned(guidance: CFG, candidates: Sequence[CFG]) -> str:
+    """The settings in which the candidates differ."""
+    names = {"guidance_scale": "scale", "guidance_scale_pow": "power"}
+    every = [describe(candidate) for candidate in candidates]
+    chosen = describe(guidance)
+    varied = [name for name in chosen if len({str(each.get(name)) for each in every}) > 1]
+    part = f"{chosen.get('rule')}_", f"{chosen.get('perturbation')}_"
+    texts = [f"{names.get(n, n.removeprefix(part[0]).removeprefix(part[1]))} {chosen[n]:g}" for n in varied]
+    return ", ".join(texts).replace("_", " ") or MISSING
 
 
 def _spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
