@@ -109,4 +109,4 @@ HALF_TRAINED_CANDIDATES: Mapping[str, Sequence[CFG]] = {
     "SoftCFG in the second half": _at([SoftCFG(interval=LATE)]),
     "SoftCFG of strength 0.5 and APG": _at(_with_softcfg("apg", (0.5,), momentum=-0.5)),
 }
-LONGER_CANDIDATES: Mapping[str, Sequence[CFG]] = _on_other_models((1.5, 2.0, 3.0, 5.0), LATE_OF_LONGER)
+LONGER_CANDIDATES: Mapping[str, Sequence[CFG]] = _on_other_models((2.0, 3.0), LATE_OF_LONGER)

@@ -157,7 +157,7 @@ class Design(Comparison):
 HALF_TRAINED = "runs/fashion-small-quarter"
 LONGER = "fashion"
 ELSEWHERE: Mapping[str, Comparison] = {
-    HALF_TRAINED: Comparison(samples=3_000, seeds=2, tuning_samples=500, candidates=HALF_TRAINED_CANDIDATES),
+    HALF_TRAINED: Comparison(samples=2_000, seeds=2, tuning_samples=500, candidates=HALF_TRAINED_CANDIDATES),
     LONGER: Comparison(samples=1_000, seeds=1, tuning_samples=250, candidates=LONGER_CANDIDATES),
 }
 

@@ -121,13 +121,26 @@ class Measured:
         return _table(head, lines)
 
     def best_table(self, others: Mapping[str, CFG]) -> str:
-        """Every method at its best setting, the setting named by what was tuned, compared with CFG."""
+        """Every method at its best setting, compared with CFG; the setting is named by what was tuned of it."""
         best = {**others, **self.design.best_candidates(self.rows)}
         if "CFG" not in best:
             return NOT_DRAWN
-        drawn = {name: guidance for name, guidance in best.items() if self.of_seeds(guidance, "fid")}
-        tuned = {best[name]: _tuned(best[name], self.design.candidates.get(name, GRID)) for name in drawn}
-        return self.table(drawn, "method", best["CFG"], "CFG", ("setting", tuned.__getitem__))
+        settings = {
+            guidance: self._tuned(guidance, self.design.candidates.get(n, GRID)) for n, guidance in best.items()
+        }
+        return self.table(best, "method", best["CFG"], "CFG", ("setting (its FID in the tuning)", settings.__getitem__))
+
+    def _tuned(self, guidance: CFG, candidates: Sequence[CFG]) -> str:
+        """The settings in which the candidates differ, and the FID of this one among them."""
+        row = self.rows.get(key(Point(guidance, TUNING_SEED, self.design.tuning_samples).settings()))
+        if row is None:
+            return MISSING
+        names = {"guidance_scale": "scale", "guidance_scale_pow": "power"}
+        every, chosen = [describe(candidate) for candidate in candidates], describe(guidance)
+        varied = [name for name in chosen if len({str(each.get(name)) for each in every}) > 1]
+        parts = f"{chosen.get('rule')}_", f"{chosen.get('perturbation')}_"
+        texts = [f"{names.get(n, n.removeprefix(parts[0]).removeprefix(parts[1]))} {chosen[n]:g}" for n in varied]
+        return f"{', '.join(texts).replace('_', ' ')} ({row['values']['fid']:.3f})"
 
 
 class Study(Measured):
@@ -553,17 +566,6 @@ def _curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
 
 def _scale(guidance: CFG) -> str:
     return f"{guidance.guidance_scale:g}, {guidance.guidance_scale_pow:g}" if guidance.is_active else MISSING
-
-
-def _tuned(guidance: CFG, candidates: Sequence[CFG]) -> str:
-    """The settings in which the candidates differ."""
-    names = {"guidance_scale": "scale", "guidance_scale_pow": "power"}
-    every = [describe(candidate) for candidate in candidates]
-    chosen = describe(guidance)
-    varied = [name for name in chosen if len({str(each.get(name)) for each in every}) > 1]
-    part = f"{chosen.get('rule')}_", f"{chosen.get('perturbation')}_"
-    texts = [f"{names.get(n, n.removeprefix(part[0]).removeprefix(part[1]))} {chosen[n]:g}" for n in varied]
-    return ", ".join(texts).replace("_", " ") or MISSING
 
 
 def _spread(values: Sequence[float], decimals: int, sign: str = "") -> str:

@@ -193,7 +193,7 @@ class TestOtherMethods:
         best = {"CFG": CFG(3.0, 1.0), "APG": self.apg[-1], "SoftCFG and APG": self.softcfg[-1]}
         rows = made_up(self.design, lambda guidance: abs(guidance.guidance_scale - 3) + guidance.guidance_scale_pow)
         for point in self.design.tuning_of_candidates():
-            rows |= [row_of(point, 1 if point.guidance in best.values() else 2)]
+            rows |= [row_of(point, 0.5 if point.guidance in best.values() else 2)]
         for name, guidance in best.items():
             seeds = range(2 if name.replace(" ", "_") in finals else 0)
             rows |= [row_of(Point(guidance, seed, 20), finals[name.replace(" ", "_")] + seed) for seed in seeds]
@@ -201,17 +201,18 @@ class TestOtherMethods:
 
     def test_each_stands_at_its_best_beside_cfg(self, tmp_path: Path) -> None:
         text = document_of(tmp_path, self.rows(CFG=1.5, APG=1.25, SoftCFG_and_APG=1.75), self.design, {})
-        assert "| CFG | scale 3, power 1 | 2 | 2.000 ± 0.707 |" in text
+        assert "| CFG | scale 3, power 1 (1.000) | 2 | 2.000 ± 0.707 |" in text
         (line,) = [line for line in text.splitlines() if line.startswith("| APG |")]
-        assert line.startswith("| APG | scale 5, momentum -0.5 | 2 | 1.750 ± 0.707 |")
+        assert line.startswith("| APG | scale 5, momentum -0.5 (0.500) | 2 | 1.750 ± 0.707 |")
         assert line.endswith("| -0.250 ± 0.005 |")
         assert "| SoftCFG and APG | APG | 2.250 ± 0.707 | 1.750 ± 0.707 | +0.500 ± 0.011 |" in text
         assert "<text" in (tmp_path / "images" / "study" / "methods.svg").read_text()
 
-    def test_what_is_not_drawn_yet_is_left_out(self, tmp_path: Path) -> None:
+    def test_what_is_not_drawn_yet_is_told(self, tmp_path: Path) -> None:
         text = document_of(tmp_path, self.rows(CFG=1.5, APG=1.25), self.design, {})
-        assert "| APG |" in text
-        assert "SoftCFG and APG" not in text
+        assert "| SoftCFG and APG | scale 5 (0.500) | 0 | – | – | – | – | – | – |" in text
+        assert "| SoftCFG and APG | APG |" not in text
+        assert "not there yet" in text
         assert text.count(f"begin half_trained -->\n{report.NOT_DRAWN}\n") == 1
 
     def test_other_models_have_tables_of_their_own(self, tmp_path: Path) -> None:
