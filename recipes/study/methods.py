@@ -6,7 +6,7 @@ Beside CFG and SoftCFG each has ten settings on `fashion-small`, and fewer on th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from softcfg import CFG, SoftCFG
 from softcfg.guidance import PERTURBATIONS, RULES
@@ -88,6 +88,12 @@ WITHOUT_SOFTCFG: Mapping[str, str] = {
     "SoftCFG and APG with momentum": "APG",
     **{f"SoftCFG and {rule}": rule for rule in RULE_CANDIDATES if f"SoftCFG and {rule}" in SOFTCFG_CANDIDATES},
 }
+
+
+def without_softcfg(guidance: SoftCFG) -> CFG:
+    """The same rule, scales and interval with nothing perturbed."""
+    kept = {field.name: getattr(guidance, field.name) for field in fields(CFG) if field.name != "perturbation"}
+    return CFG(**kept)
 
 
 def _on_other_models(scales: Sequence[float], late: tuple[int, int]) -> dict[str, Sequence[CFG]]:

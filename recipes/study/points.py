@@ -88,13 +88,13 @@ class Comparison:
     def tuning_of_candidates(self) -> list[Point]:
         """The settings among which the best of every method is looked for."""
         choices = [settings for settings in self.candidates.values() if len(settings) > 1]
-        return [self._tuning(guidance) for settings in choices for guidance in settings]
+        return [self.tuned_with(guidance) for settings in choices for guidance in settings]
 
     def best_candidates(self, rows: Mapping[str, Row]) -> dict[str, CFG]:
         """Every method at its setting of least FID, as soon as all of its settings are drawn."""
         found: dict[str, CFG] = {}
         for name, settings in self.candidates.items():
-            keys = {guidance: key(self._tuning(guidance).settings()) for guidance in settings}
+            keys = {guidance: key(self.tuned_with(guidance).settings()) for guidance in settings}
             if len(settings) == 1:
                 found[name] = settings[0]
             elif rows.keys() >= set(keys.values()):
@@ -104,7 +104,8 @@ class Comparison:
     def _images(self, settings: Iterable[CFG], seed: int) -> list[Point]:
         return [Point(guidance, seed, self.samples) for guidance in settings]
 
-    def _tuning(self, guidance: CFG) -> Point:
+    def tuned_with(self, guidance: CFG) -> Point:
+        """The point at which a setting is judged in the tuning."""
         return Point(guidance, TUNING_SEED, self.tuning_samples)
 
 
@@ -114,7 +115,7 @@ class Design(Comparison):
     def tuning(self) -> list[Point]:
         """The grid in which the best scale and power of CFG and SoftCFG are looked for."""
         return [
-            self._tuning(replace(method, guidance_scale=scale, guidance_scale_pow=power))
+            self.tuned_with(replace(method, guidance_scale=scale, guidance_scale_pow=power))
             for method in METHODS.values()
             for scale in TUNING_SCALES
             for power in TUNING_POWERS

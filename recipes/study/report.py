@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from recipes.study.methods import NONE, WITHOUT_SOFTCFG
+from recipes.study.methods import NONE, WITHOUT_SOFTCFG, without_softcfg
 from recipes.study.points import (
     ELSEWHERE,
     HALF_TRAINED,
@@ -41,7 +41,7 @@ from recipes.study.points import (
     targets,
     traced,
 )
-from softcfg import CFG
+from softcfg import CFG, SoftCFG
 from softcfg.errors import UserError
 from softcfg.files import make_folder, write_atomically
 from softcfg.guidance import describe
@@ -77,21 +77,23 @@ class Measured:
         return _spread([factor * value for value in self.of_seeds(guidance, metric).values()], decimals)
 
     def fid_difference(self, guidance: CFG, other: CFG) -> tuple[float, float] | None:
-        """By how much the FID of two settings differs, with the standard error, if both have a seed in common.
-
-        The error is that of the jackknife over tenths of the images, the same tenths at both settings.
-        """
+        """By how much the FID of two settings differs, with the standard error, if both have a seed in common."""
         one, two = (
             {row["seed"]: row["values"] for row in of_seeds(each, self.rows, self.design)} for each in (guidance, other)
         )
-        seeds = sorted(one.keys() & two.keys())
-        if not seeds:
-            return None
-        difference = mean(one[seed]["fid"] - two[seed]["fid"] for seed in seeds)
-        without = np.array([np.subtract(one[seed]["fid_without"], two[seed]["fid_without"]) for seed in seeds])
-        tenths = without.shape[1]
-        variances = (tenths - 1) * without.var(axis=1)
-        return difference, float(variances.sum() ** 0.5 / len(seeds))
+        return _difference([(one[seed], two[seed]) for seed in sorted(one.keys() & two.keys())])
+
+    def tuning_differences(self, settings: Iterable[CFG]) -> list[tuple[float, float]]:
+        """What SoftCFG adds to the FID of the same setting without it, with the error, wherever the tuning has both."""
+        softcfg = dict.fromkeys(guidance for guidance in settings if isinstance(guidance, SoftCFG))
+        pairs = [(self._of_tuning(guidance), self._of_tuning(without_softcfg(guidance))) for guidance in softcfg]
+        found = [_difference([(one, two)]) for one, two in pairs if one and two]
+        return [difference for difference in found if difference]
+
+    def _of_tuning(self, guidance: CFG) -> Row | None:
+        """What was measured of a setting in the tuning, if it was."""
+        row = self.rows.get(key(self.design.tuned_with(guidance).settings()))
+        return row and row["values"]
 
     def fid_less(self, guidance: CFG, other: CFG) -> str:
         """`fid_difference` as a text."""
@@ -132,15 +134,15 @@ class Measured:
 
     def _tuned(self, guidance: CFG, candidates: Sequence[CFG]) -> str:
         """The settings in which the candidates differ, and the FID of this one among them."""
-        row = self.rows.get(key(Point(guidance, TUNING_SEED, self.design.tuning_samples).settings()))
-        if row is None:
+        values = self._of_tuning(guidance)
+        if values is None:
             return MISSING
         names = {"guidance_scale": "scale", "guidance_scale_pow": "power"}
         every, chosen = [describe(candidate) for candidate in candidates], describe(guidance)
         varied = [name for name in chosen if len({str(each.get(name)) for each in every}) > 1]
         parts = f"{chosen.get('rule')}_", f"{chosen.get('perturbation')}_"
         texts = [f"{names.get(n, n.removeprefix(parts[0]).removeprefix(parts[1]))} {chosen[n]:g}" for n in varied]
-        return f"{', '.join(texts).replace('_', ' ')} ({row['values']['fid']:.3f})"
+        return f"{', '.join(texts).replace('_', ' ')} ({values['fid']:.3f})"
 
 
 class Study(Measured):
@@ -373,6 +375,26 @@ def with_softcfg(study: Study) -> str:
     return _table(head, lines)
 
 
+def same_setting(study: Study) -> str:
+    """Part 8: what SoftCFG adds at every setting that was tuned."""
+    grid = [g for point in study.design.tuning() if isinstance(g := point.guidance, SoftCFG) and g.step_norm]
+    groups: dict[str, tuple[Measured, Sequence[CFG]]] = {"SoftCFG": (study, grid)}
+    groups |= {name: (study, study.design.candidates.get(name, ())) for name in WITHOUT_SOFTCFG}
+    groups |= {
+        f"on `{model}`": (measured, [g for settings in measured.design.candidates.values() for g in settings])
+        for model, measured in study.elsewhere.items()
+    }
+    head = ["", "settings", "least difference", "median", "greatest", "lower by two errors", "higher by two errors"]
+    lines = []
+    for name, (measured, settings) in groups.items():
+        if found := sorted(measured.tuning_differences(settings)):
+            least, middle, most = found[0], found[len(found) // 2], found[-1]
+            counts = [sum(sign * d > 2 * error for d, error in found) for sign in (-1, 1)]
+            texts = [f"{difference:+.3f} ± {error:.3f}" for difference, error in (least, middle, most)]
+            lines.append([name, str(len(found)), *texts, *map(str, counts)])
+    return _table(head, lines)
+
+
 def half_trained(study: Study) -> str:
     """Part 8: a model that is trained for a quarter of the steps."""
     return _elsewhere(study, HALF_TRAINED)
@@ -400,7 +422,7 @@ BLOCKS: Mapping[str, Callable[[Study], str]] = {
     block.__name__: block
     for block in (
         *(about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, patches, tuning),
-        *(methods, with_softcfg, half_trained, longer),
+        *(methods, with_softcfg, same_setting, half_trained, longer),
     )
 }
 
@@ -562,6 +584,19 @@ def _curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
     steps = np.arange(1, len(values) + 1)
     axis.plot(steps, values, color=colour, label=name)
     axis.fill_between(steps, values - 2 * errors, values + 2 * errors, color=colour, alpha=0.2, linewidth=0)
+
+
+def _difference(pairs: Sequence[tuple[Row, Row]]) -> tuple[float, float] | None:
+    """By how much the FID of the first differs from that of the second, a pair for each seed, with the standard error.
+
+    The error is that of the jackknife over tenths of the images, the same tenths on both sides.
+    """
+    pairs = [(one, two) for one, two in pairs if "fid_without" in one and "fid_without" in two]
+    if not pairs:
+        return None
+    without = np.array([np.subtract(one["fid_without"], two["fid_without"]) for one, two in pairs])
+    variances = (without.shape[1] - 1) * without.var(axis=1)
+    return mean(one["fid"] - two["fid"] for one, two in pairs), float(variances.sum() ** 0.5 / len(pairs))
 
 
 def _scale(guidance: CFG) -> str:

@@ -21,7 +21,7 @@ from recipes.fashion_mnist.data import Split
 from recipes.study import command as study
 from recipes.study import report
 from recipes.study.measure import Laboratory
-from recipes.study.methods import NONE, WITHOUT_SOFTCFG
+from recipes.study.methods import NONE, WITHOUT_SOFTCFG, without_softcfg
 from recipes.study.patches import PatchSoftCFG, find_black_codes
 from recipes.study.points import (
     ELSEWHERE,
@@ -193,7 +193,8 @@ class TestOtherMethods:
         best = {"CFG": CFG(3.0, 1.0), "APG": self.apg[-1], "SoftCFG and APG": self.softcfg[-1]}
         rows = made_up(self.design, lambda guidance: abs(guidance.guidance_scale - 3) + guidance.guidance_scale_pow)
         for point in self.design.tuning_of_candidates():
-            rows |= [row_of(point, 0.5 if point.guidance in best.values() else 2)]
+            other = 2.5 if isinstance(point.guidance, SoftCFG) else 2
+            rows |= [row_of(point, 0.5 if point.guidance in best.values() else other)]
         for name, guidance in best.items():
             seeds = range(2 if name.replace(" ", "_") in finals else 0)
             rows |= [row_of(Point(guidance, seed, 20), finals[name.replace(" ", "_")] + seed) for seed in seeds]
@@ -206,6 +207,8 @@ class TestOtherMethods:
         assert line.startswith("| APG | scale 5, momentum -0.5 (0.500) | 2 | 1.750 ± 0.707 |")
         assert line.endswith("| -0.250 ± 0.005 |")
         assert "| SoftCFG and APG | APG | 2.250 ± 0.707 | 1.750 ± 0.707 | +0.500 ± 0.011 |" in text
+        difference = "+0.500 ± 0.015"  # of the one setting at which both were tuned
+        assert f"| SoftCFG and APG | 1 | {difference} | {difference} | {difference} | 0 | 1 |" in text
         assert "<text" in (tmp_path / "images" / "study" / "methods.svg").read_text()
 
     def test_what_is_not_drawn_yet_is_told(self, tmp_path: Path) -> None:
@@ -243,6 +246,12 @@ class TestOtherMethods:
         assert {len(settings) for settings in candidates.values()} == {10}  # equal budgets
         for design in ELSEWHERE.values():
             assert len({len(each) for name, each in design.candidates.items() if name != "no guidance"}) == 1
+
+
+def test_a_setting_without_softcfg() -> None:
+    rule = RULES["apg"](eta=0.5)
+    softcfg = SoftCFG(4.0, 2.0, interval=(2, 5), rule=rule, strength=0.3)
+    assert without_softcfg(softcfg) == CFG(4.0, 2.0, interval=(2, 5), rule=rule)
 
 
 def test_rows_of_a_model_are_those_of_its_last_weights(tmp_path: Path) -> None:
