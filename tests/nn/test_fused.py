@@ -59,9 +59,14 @@ def check_add_norm() -> None:
             norm = random(norm, dtype)
             x, added = (torch.randn(2, 3, 1, width) + 0.5).to(dtype)
             gate, scale, shift = torch.randn(3, 1, 3 * width).to(dtype).chunk(3, dim=-1)
+            at = None if width == 48 else torch.tensor([[4], [0], [4]])
+            if at is not None:
+                tables = torch.randn(5, 3 * width).to(dtype).chunk(3, dim=-1)
+                gate, scale, shift = (table[at] for table in tables)
+            entries = (gate, scale, shift) if at is None else tables
             total, normed = fused.add_norm(
-                x, added if adds else None, gate if gated else None, norm=norm,
-                modulation=(scale, shift) if modulated else None,
+                x, added if adds else None, entries[0] if gated else None, norm=norm,
+                modulation=entries[1:] if modulated else None, at=at,
             )  # fmt: skip
             wanted = x.double()
             if adds:

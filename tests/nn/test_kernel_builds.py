@@ -217,8 +217,9 @@ def build_norm(width: int, kind: int, dtype: torch.dtype) -> None:
     empty = partial(torch.empty, device="meta", dtype=dtype)
     x, added, weight = empty(500, width), empty(500, width), empty(width)
     gate, scale, shift = empty(500, 6 * width).chunk(6, dim=-1)[:3]
-    every = (gate, weight, (scale, shift)) if kind == fused.LAYER else (None,) * 3
-    fused.add_norm(x, added, every[0], kind, weight, every[1], 1e-5, every[2])
+    at = torch.empty(500, device="meta", dtype=torch.int64)
+    every = (gate, weight, (scale, shift), at) if kind == fused.LAYER else (None,) * 4
+    fused.add_norm(x, added, every[0], kind, weight, every[1], 1e-5, every[2], every[3])
 
 
 def build_heads(shape: Heads, dtype: torch.dtype, int8: bool) -> None:
@@ -249,7 +250,7 @@ def check_fused(build: Callable[..., None], arguments: tuple[Any, ...], capabili
         assert kernel.stack == 0
         assert kernel.registers <= MOST_REGISTERS // 2  # a warp more or less decides how many rows are in flight
         if build is build_norm:
-            assert set(kernel.loads) == {16}
+            assert set(kernel.loads) <= {8, 16}  # 8: which row of the modulations
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
