@@ -140,7 +140,9 @@ def read(kernel: Any, tmp_path: Path) -> Kernel:
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     (registers, stack), *_ = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", kernel.asm["ptx"])
-    return Kernel(int(registers), int(stack), [int(count or 1) * int(bits) // 8 for count, bits in loads])
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], 0x(\w+)", kernel.asm["ptx"])  # into shared memory
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in loads] + [int(size, 16) for size in copies]
+    return Kernel(int(registers), int(stack), sizes)
 
 
 def check(variant: Variant, capability: int, tmp_path: Path) -> None:
