@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -96,3 +98,135 @@ class AttentionBlock(nn.Module):
         """[B, channels, h, w] -> the same shape."""
         y = self.norm(x, *codes)
         return x + self.proj_out(pixel_attention(self.q(y), self.k(y), self.v(y)))
+
+
+@dataclass(frozen=True)
+class PartNames:
+    """What released weights call the parts of an `Encoder` and a `Decoder`.
+
+    Attributes:
+        levels: those of the encoder, and those of the decoder.
+        blocks: the residual blocks of a level.
+        middle: the three blocks at the lowest resolution.
+        lowest_first: whether the decoder's level 0 is the lowest resolution, rather than the full one.
+    """
+
+    levels: tuple[str, str]
+    blocks: str
+    middle: tuple[str, str, str]
+    lowest_first: bool = False
+
+
+class Encoder(nn.Module):
+    """Pixels to latents; level 0 is the full resolution.
+
+    Args:
+        config: of a `LlamaGenVQ` or `MoVQ`.
+        norm: makes the norm of a number of channels.
+    """
+
+    def __init__(self, config: Any, norm: Callable[[int], nn.Module], names: PartNames) -> None:
+        super().__init__()
+        channels = [config.ch, *config.level_channels]
+        last, blocks = len(config.ch_mult) - 1, config.num_res_blocks
+        self.conv_in = conv(3, config.ch)
+        self._levels = names.levels[0]
+        levels = [
+            Level(a, b, blocks, norm, names.blocks, attention=config.has_attention(i), downsample=i != last)
+            for i, (a, b) in enumerate(pairwise(channels))
+        ]
+        self.add_module(self._levels, nn.ModuleList(levels))
+        self.mid = middle(channels[-1], norm, names)
+        self.norm_out = norm(channels[-1])
+        self.conv_out = conv(channels[-1], config.z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, z_channels, h, w]."""
+        x = self.conv_in(x)
+        for level in getattr(self, self._levels):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels, from the lowest resolution to the full one; arguments as those of `Encoder`."""
+
+    def __init__(self, config: Any, norm: Callable[[int], nn.Module], names: PartNames) -> None:
+        super().__init__()
+        channels, blocks = config.level_channels, config.num_res_blocks + 1
+        self.conv_in = conv(config.z_channels, channels[-1])
+        self.mid = middle(channels[-1], norm, names)
+        self._levels, self._lowest_first = names.levels[1], names.lowest_first
+        pairs = list(enumerate(pairwise([*channels, channels[-1]])))
+        levels = [
+            Level(b, a, blocks, norm, names.blocks, attention=config.has_attention(i), upsample=i > 0)
+            for i, (a, b) in (reversed(pairs) if self._lowest_first else pairs)
+        ]
+        self.add_module(self._levels, nn.ModuleList(levels))
+        self.norm_out = norm(channels[0])
+        self.conv_out = conv(channels[0], 3)
+
+    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
+        """[B, z_channels, h, w], and codes that the norms take -> [B, 3, H, W], nominally in [-1, 1]."""
+        x = self.mid(self.conv_in(x), *codes)
+        levels = getattr(self, self._levels)
+        for level in levels if self._lowest_first else reversed(levels):
+            x = level(x, *codes)
+        return self.conv_out(F.silu(self.norm_out(x, *codes)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention if there is any, and the step to the next."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        count: int,
+        norm: Callable[[int], nn.Module],
+        blocks: str,
+        *,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self.add_module(
+            blocks, nn.ModuleList(ResidualBlock(outputs if i else inputs, outputs, norm) for i in range(count))
+        )
+        self.attn = nn.ModuleList(AttentionBlock(outputs, norm) for _ in range(count if attention else 0))
+        self.downsample = Downsample(outputs) if downsample else None
+        self.upsample = Upsample(outputs) if upsample else None
+
+    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, h, w], or half or twice the size after a step."""
+        for i, block in enumerate(getattr(self, self._blocks)):
+            x = block(x, *codes)
+            if self.attn:
+                x = self.attn[i](x, *codes)
+        for step in (self.downsample, self.upsample):
+            x = x if step is None else step(x)
+        return x
+
+
+class Chain(nn.ModuleDict):
+    """Named blocks that run one after the other."""
+
+    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
+        """[B, channels, h, w] -> the same shape."""
+        for block in self.values():
+            x = block(x, *codes)
+        return x
+
+
+def middle(channels: int, norm: Callable[[int], nn.Module], names: PartNames) -> Chain:
+    """Return the blocks at the lowest resolution, between levels and latents."""
+    first, attention, last = names.middle
+    return Chain(
+        {
+            first: ResidualBlock(channels, channels, norm),
+            attention: AttentionBlock(channels, norm),
+            last: ResidualBlock(channels, channels, norm),
+        }
+    )

@@ -145,9 +145,9 @@ class VideoDecoder(Decoder):
         self.time_res_stack = residual_frames(config)
         self.time_conv = nn.ModuleList(TimeStep(width, frames=3, stride=1) for _ in range(config.time_steps))
 
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
         """[B, z_channels, 1, h, w] and the codes [B, embed_dim, 1, h, w] -> [B, 3, H, W], nominally in [-1, 1]."""
-        return super().forward(self._first_frame(x), self._first_frame(codes))
+        return super().forward(self._first_frame(x), *map(self._first_frame, codes))
 
     def _first_frame(self, x: Tensor) -> Tensor:
         x = self.time_res_stack(x)

@@ -6,24 +6,15 @@ are 16 and 8 pixels wide. Parameter names are those of the released `vq_ds16_c2i
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.tokenizers.base import Codebook, Tokenizer
-from softcfg.tokenizers.convolution import (
-    AttentionBlock,
-    Downsample,
-    ResidualBlock,
-    Upsample,
-    check_levels,
-    check_size,
-    conv,
-)
+from softcfg.tokenizers.convolution import Decoder, Encoder, PartNames, check_levels, check_size
+
+NAMES = PartNames(levels=("conv_blocks", "conv_blocks"), blocks="res", middle=("0", "1", "2"), lowest_first=True)
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,10 @@ class LlamaGenVQConfig:
         """Channels of each level, the full resolution first."""
         return [self.ch * factor for factor in self.ch_mult]
 
+    def has_attention(self, level: int) -> bool:
+        """Whether the blocks of `level` are followed by attention: those of the lowest resolution."""
+        return level == len(self.ch_mult) - 1
+
 
 class LlamaGenVQ(Tokenizer):
     """LlamaGen's tokenizer: tokens in raster order; decoding needs `decoder`, `post_quant_conv` and `quantize` only.
@@ -92,11 +87,11 @@ class LlamaGenVQ(Tokenizer):
         self.set_size(config.image_size, config.downsampling)
         self.codebook_size = config.codebook_size
         self.output_size = config.output_size
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, self._norm, NAMES)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
         self.quantize = Codebook(config.codebook_size, config.codebook_embed_dim, l2_norm=config.codebook_l2_norm)
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, self._norm, NAMES)
 
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """Return the latents [B, codebook_embed_dim, h, w] of pixels [B, 3, H, W] in [0, 1]."""
@@ -107,95 +102,5 @@ class LlamaGenVQ(Tokenizer):
         """Return pixels, nominally in [0, 1], of latents [B, codebook_embed_dim, h, w]."""
         return (self.decoder(self.post_quant_conv(latents.contiguous())) + 1) / 2
 
-
-class Encoder(nn.Module):
-    """Pixels to latents; level 0 is the full resolution, the last one has attention."""
-
-    def __init__(self, config: LlamaGenVQConfig) -> None:
-        super().__init__()
-        channels = [config.ch, *config.level_channels]
-        last = len(config.ch_mult) - 1
-        self.conv_in = conv(3, config.ch)
-        self.conv_blocks = nn.ModuleList(
-            Level(config, a, b, config.num_res_blocks, attention=i == last, downsample=i != last)
-            for i, (a, b) in enumerate(pairwise(channels))
-        )
-        self.mid = middle(config)
-        self.norm_out = group_norm(config, channels[-1])
-        self.conv_out = conv(channels[-1], config.z_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, z_channels, h, w]."""
-        x = self.conv_in(x)
-        for level in self.conv_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """Latents to pixels; level 0 is the lowest resolution and has attention."""
-
-    def __init__(self, config: LlamaGenVQConfig) -> None:
-        super().__init__()
-        channels = config.level_channels[::-1]
-        last = len(channels) - 1
-        self.conv_in = conv(config.z_channels, channels[0])
-        self.mid = middle(config)
-        self.conv_blocks = nn.ModuleList(
-            Level(config, a, b, config.num_res_blocks + 1, attention=i == 0, upsample=i != last)
-            for i, (a, b) in enumerate(pairwise([channels[0], *channels]))
-        )
-        self.norm_out = group_norm(config, channels[-1])
-        self.conv_out = conv(channels[-1], 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, z_channels, h, w] -> [B, 3, H, W], nominally in [-1, 1]."""
-        x = self.mid(self.conv_in(x))
-        for level in self.conv_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if there is any, and the step to the next."""
-
-    def __init__(
-        self,
-        config: LlamaGenVQConfig,
-        inputs: int,
-        outputs: int,
-        blocks: int,
-        *,
-        attention: bool,
-        downsample: bool = False,
-        upsample: bool = False,
-    ) -> None:
-        super().__init__()
-        norm = functools.partial(group_norm, config)
-        self.res = nn.ModuleList(ResidualBlock(outputs if i else inputs, outputs, norm) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(outputs, norm) for _ in range(blocks if attention else 0))
-        self.downsample = Downsample(outputs) if downsample else None
-        self.upsample = Upsample(outputs) if upsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w], or half or twice the size after a step."""
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        for step in (self.downsample, self.upsample):
-            x = x if step is None else step(x)
-        return x
-
-
-def middle(config: LlamaGenVQConfig) -> nn.Sequential:
-    """Return the blocks at the lowest resolution that encoder and decoder have between levels and latents."""
-    width, norm = config.level_channels[-1], functools.partial(group_norm, config)
-    return nn.Sequential(
-        ResidualBlock(width, width, norm), AttentionBlock(width, norm), ResidualBlock(width, width, norm)
-    )
-
-
-def group_norm(config: LlamaGenVQConfig, channels: int) -> nn.GroupNorm:
-    """Return the normalisation used everywhere in the model."""
-    return nn.GroupNorm(config.num_groups, channels, eps=config.norm_eps)
+    def _norm(self, channels: int) -> nn.GroupNorm:
+        return nn.GroupNorm(self.config.num_groups, channels, eps=self.config.norm_eps)

@@ -6,28 +6,21 @@ codes. Parameter names are those of the released `movqgan_270M.ckpt`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
+from softcfg.tokenizers import convolution
 from softcfg.tokenizers.base import Codebook, Tokenizer
-from softcfg.tokenizers.convolution import (
-    AttentionBlock,
-    Downsample,
-    ResidualBlock,
-    Upsample,
-    check_levels,
-    check_size,
-    conv,
-)
+from softcfg.tokenizers.convolution import PartNames, check_levels, check_size
 
 GROUPS = 32
 EPS = 1e-6
+NAMES = PartNames(levels=("down", "up"), blocks="block", middle=("block_1", "attn_1", "block_2"))
 PIXELS_AT_ONCE = 2**20  # decoded at a time; the widest layer has 512 channels for each
 
 
@@ -116,57 +109,18 @@ def decode_in_pieces(decode: Callable[[Tensor], Tensor], latents: Tensor, patch_
     return torch.cat([decode(codes) for codes in pieces])
 
 
-class Encoder(nn.Module):
-    """Pixels to latents; level 0 is the full resolution."""
+class Encoder(convolution.Encoder):
+    """Pixels to latents."""
 
     def __init__(self, config: MoVQConfig) -> None:
-        super().__init__()
-        channels = [config.ch, *config.level_channels]
-        last = len(config.ch_mult) - 1
-        self.conv_in = conv(3, config.ch)
-        self.down = nn.ModuleList()
-        for i, (inputs, outputs) in enumerate(pairwise(channels)):
-            level = Level(inputs, outputs, config.num_res_blocks, group_norm, attention=config.has_attention(i))
-            level.downsample = Downsample(outputs) if i != last else None
-            self.down.append(level)
-        self.mid = Middle(channels[-1], group_norm)
-        self.norm_out = group_norm(channels[-1])
-        self.conv_out = conv(channels[-1], config.z_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, z_channels, h, w]."""
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        super().__init__(config, group_norm, NAMES)
 
 
-class Decoder(nn.Module):
-    """Latents to pixels; level 0 is the full resolution and comes last."""
+class Decoder(convolution.Decoder):
+    """Latents and codes to pixels."""
 
     def __init__(self, config: MoVQConfig) -> None:
-        super().__init__()
-        channels = config.level_channels
-
-        def norm(width: int) -> SpatialNorm:
-            return SpatialNorm(width, config.embed_dim)
-
-        self.conv_in = conv(config.z_channels, channels[-1])
-        self.mid = Middle(channels[-1], norm)
-        self.up = nn.ModuleList()
-        for i, (outputs, inputs) in enumerate(pairwise([*channels, channels[-1]])):
-            level = Level(inputs, outputs, config.num_res_blocks + 1, norm, attention=config.has_attention(i))
-            level.upsample = Upsample(outputs) if i else None
-            self.up.append(level)
-        self.norm_out = norm(channels[0])
-        self.conv_out = conv(channels[0], 3)
-
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
-        """[B, z_channels, h, w] and the codes [B, embed_dim, h, w] -> [B, 3, H, W], nominally in [-1, 1]."""
-        x = self.mid(self.conv_in(x), codes)
-        for level in reversed(self.up):
-            x = level(x, codes)
-        return self.conv_out(F.silu(self.norm_out(x, codes)))
+        super().__init__(config, functools.partial(SpatialNorm, code_channels=config.embed_dim), NAMES)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -190,40 +144,3 @@ class SpatialNorm(nn.Module):
         places = self.norm_layer(x).unflatten(3, (w, -1)).unflatten(2, (h, -1))
         scale, shift = (project(codes)[:, :, :, None, :, None] for project in (self.conv_y, self.conv_b))
         return (places * scale + shift).view_as(x)
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if there is any, and the step to the next."""
-
-    def __init__(
-        self, inputs: int, outputs: int, count: int, norm: Callable[[int], nn.Module], *, attention: bool
-    ) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(outputs if i else inputs, outputs, norm) for i in range(count))
-        self.attn = nn.ModuleList(AttentionBlock(outputs, norm) for _ in range(count if attention else 0))
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
-
-    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w], or half or twice the size after a step."""
-        for i, block in enumerate(self.block):
-            x = block(x, *codes)
-            if self.attn:
-                x = self.attn[i](x, *codes)
-        for step in (self.downsample, self.upsample):
-            x = x if step is None else step(x)
-        return x
-
-
-class Middle(nn.Module):
-    """The blocks at the lowest resolution, between levels and latents."""
-
-    def __init__(self, channels: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels, norm)
-        self.attn_1 = AttentionBlock(channels, norm)
-        self.block_2 = ResidualBlock(channels, channels, norm)
-
-    def forward(self, x: Tensor, *codes: Tensor) -> Tensor:
-        """[B, channels, h, w] -> the same shape."""
-        return self.block_2(self.attn_1(self.block_1(x, *codes), *codes), *codes)
