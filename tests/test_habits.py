@@ -33,7 +33,7 @@ def test_to(model_folder: Path) -> None:
     for where, text in (
         (("bf16",), r"dtype must be .* got 'bf16'; did you mean bfloat16"),
         ((torch.int8,), "a generator computes in floating point"),
-        (("cuda:77",), "device cuda:77 is not available here"),
+        (("cuda:77",), "device 'cuda:77' is not available here"),
     ):
         with pytest.raises(UserError, match=text):
             pipe.to(*where)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 # The fields of a prompt that only some families read; `PromptConditioning.options` says which.
 PROMPT_OPTIONS = ("task", "image", "negative_text")
 LONGEST_TITLE = 48  # characters
-MOVED_TO_LUMINA = ("PromptReader", "TEXT_TO_IMAGE", "DUAL_PANEL", "PAIR_TASKS", "IMAGE_TASKS", "encode_upper_half")
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,3 @@ def with_negative(prompts: list[Prompt], negative: Any) -> list[Prompt]:
         prompt if prompt.negative_text is not None else replace(prompt, negative_text=text)
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in MOVED_TO_LUMINA:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{name} has moved to softcfg.models.lumina", DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module("softcfg.models.lumina"), name)

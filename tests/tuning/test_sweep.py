@@ -332,18 +332,6 @@ def test_a_storage_out_of_reach(make: Maker, tmp_path: Path, monkeypatch: pytest
         make(tmp_path / "sweep", storage=f"sqlite:///{tmp_path}/gone/study.db")
 
 
-def test_the_call_of_the_last_release_still_works(
-    make: Maker, model_folder: Path, reference: Path, tmp_path: Path
-) -> None:
-    settings = {"num_samples": SAMPLES, "batch_size": BATCH, "metrics": ["inception_score"], "fixed": None}
-    with pytest.warns(DeprecationWarning, match=r"use Sweep\.open"):
-        old = Sweep(
-            tmp_path / "sweep", model_folder, SEARCH, reference=reference, extractor=extractor(), device="cpu",
-            study="name", **settings,
-        )  # fmt: skip
-    assert old.settings == make(tmp_path / "sweep", study="name").settings
-
-
 def test_the_front_against_brute_force() -> None:
     numbers = np.random.default_rng(3).integers(0, 12, (60, 2)).astype(float)
     points = [(float(a), float(b)) for a, b in numbers]

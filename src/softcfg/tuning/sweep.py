@@ -18,7 +18,6 @@ import shutil
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -60,7 +58,6 @@ PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 20.0  # of a process
 SECONDS_OF_GRACE = 120.0  # without a sign of life, after which a trial of another machine is taken up
 SECONDS_BETWEEN_LOOKS = 1.0  # at the other processes' trials
-LOADING_OPTIONS = ("device", "dtype", "generator_checkpoint", "tokenizer_checkpoint")  # of `Pipeline.from_pretrained`
 
 
 @dataclass(frozen=True)
@@ -136,25 +133,6 @@ class Sweep:
         metrics: all that are measured, the objective first.
     """
 
-    def __init__(self, folder: str | Path, model: str | Path, search: Mapping[str, Values], **settings: Any) -> None:
-        """Begin a sweep. Deprecated: use `Sweep.open` with a `SweepConfig`.
-
-        Args:
-            settings: fields of `SweepConfig`, `storage` and `study` as in `open`, and `pipeline`, `device`, `dtype`,
-                `generator_checkpoint` and `tokenizer_checkpoint`, now those of `Pipeline.from_pretrained`.
-        """
-        warnings.warn(
-            "Sweep(folder, model, search, ...) goes in the next release: use Sweep.open(folder, SweepConfig(...))",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        where = {name: settings.pop(name) for name in ("storage", "study") if name in settings}
-        loading = {name: settings.pop(name) for name in LOADING_OPTIONS if name in settings}
-        pipeline = settings.pop("pipeline", None)
-        if pipeline is None:
-            pipeline = Pipeline.from_pretrained(model, **{"dtype": torch.float32, **loading})
-        self._open(folder, SweepConfig(pipeline, search, **settings), **where)
-
     @classmethod
     def open(
         cls, folder: str | Path, config: SweepConfig, *, storage: str | None = None, study: str | None = None
@@ -169,11 +147,9 @@ class Sweep:
         Raises:
             UserError: a setting is out of its range, the metric cannot be measured, or the study is another sweep's.
         """
-        sweep = cls.__new__(cls)
-        sweep._open(folder, config, storage, study)
-        return sweep
+        return cls(folder, config, storage, study)
 
-    def _open(
+    def __init__(
         self, folder: str | Path, config: SweepConfig, storage: str | None = None, study: str | None = None
     ) -> None:
         self.folder = as_path(folder)

@@ -126,7 +126,7 @@ def move(
     """
     import torch
 
-    from softcfg.nn.precision import as_dtype
+    from softcfg.nn.precision import as_device, as_dtype
 
     for what in where:
         if isinstance(what, torch.dtype) or (isinstance(what, str) and not _is_device(what)):
@@ -141,12 +141,7 @@ def move(
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"a generator computes in floating point, not in {dtype}; see quantize of from_pretrained")
     if device is not None:
-        try:
-            torch.empty(0, device=device)  # before anything is moved
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise UserError(
-                f"device {device} is not available here; use cpu, or cuda on a machine with a GPU"
-            ) from error
+        device = as_device(device)  # before anything is moved
         tokenizer.to(device)
         generator.to(device)
     if dtype is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -416,11 +415,3 @@ def _fetched(repository: str) -> ModelEntry:
             f"run `softcfg fetch {repository}` first"
         )
     return read_model_folder(Path(path).parent)
-
-
-def __getattr__(name: str) -> Any:
-    renamed = {"Part": "Component", "Text": "TextComponent"}
-    if name not in renamed:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{name} is now called {renamed[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[renamed[name]]
