@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -490,66 +489,80 @@ class Pipeline:
         after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)
         shown = (on_step is None and on_tokens is None) if progress is None else progress
 
-        tokens, codes, pixels, passes = [], [], [], 0
+        batches: list[list[Tensor]] = []
+        passes = 0
         with calls.progress_bar(-(-count // batch_size) * total, self._bar, shown) as bar:
-            for batch, start in enumerate(range(0, count, batch_size)):
+
+            def step(done: int) -> None:
+                before = len(batches) * total
+                bar.update(before + done - bar.n)
+                if on_step is not None:
+                    on_step(before + done)
+
+            def look(drawn: Tensor) -> None:
+                if on_tokens is not None:
+                    on_tokens(drawn)
+                if after_step is not None:
+                    after_step(len(batches) * total + drawn.shape[1], drawn)
+
+            for start in range(0, count, batch_size):
                 kept = min(batch_size, count - start)
                 # A partial batch is filled up with its last image.
                 rows = [min(start + i, count - 1) for i in range(batch_size if pad_batches else kept)]
-                chosen = [inputs[row] for row in rows]
-                streams = ImageStreams(seed, [indices[row] for row in rows])
-
-                def step(done: int, before: int = batch * total) -> None:
-                    bar.update(before + done - bar.n)
-                    if on_step is not None:
-                        on_step(before + done)
-
-                def look(drawn: Tensor, before: int = batch * total) -> None:
-                    if on_tokens is not None:
-                        on_tokens(drawn)
-                    if after_step is not None:
-                        after_step(before + drawn.shape[1], drawn)
-
-                watched: dict[str, Any] = {
-                    "sampling": sampling,
-                    "weak": self.weak_generator,
-                    "on_step": step,
-                    "on_tokens": None if on_tokens is None and after_step is None else look,
-                }
-                if speculative_jacobi:
-                    drawn, taken = jacobi_decode(
-                        self.generator, chosen, guidance, streams=streams, window=speculative_jacobi, **watched
-                    )
-                else:
-                    taken = total
-                    drawn = decode(
-                        self.generator,
-                        chosen,
-                        guidance,
-                        uniforms=streams.uniforms(total),
-                        forced_tokens=_rows(forced_tokens, rows),
-                        forced_mask=_rows(forced_mask, rows),
-                        **watched,
-                    )
+                drawn, taken = self._draw_batch(
+                    [inputs[row] for row in rows],
+                    guidance,
+                    ImageStreams(seed, [indices[row] for row in rows]),
+                    speculative_jacobi,
+                    (_rows(forced_tokens, rows), _rows(forced_mask, rows)),
+                    sampling=sampling,
+                    on_step=step,
+                    on_tokens=None if on_tokens is None and after_step is None else look,
+                )
+                batches.append([part[:kept].cpu() for part in drawn])
                 passes += taken
-                tokens.append(drawn[:kept].cpu())
-                condition = self.generator.condition(chosen, guided=False)
-                decoded = self.generator.image_codes(drawn, condition)
-                codes.append(decoded[:kept].cpu())
-                image = self.tokenizer.decode(decoded, condition.grid)
-                pixels.append(self.tokenizer.to_uint8(image)[:kept].cpu().numpy())
+        tokens, codes, pixels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         output = PipelineOutput(
             labels=None if from_prompts else torch.tensor(requests),
             indices=indices,
-            tokens=torch.cat(tokens),
-            codes=torch.cat(codes),
-            pixels=np.concatenate(pixels),
+            tokens=tokens,
+            codes=codes,
+            pixels=pixels.numpy(),
             prompts=requests if from_prompts else None,
             passes=passes,
             seed=seed,
             output_type=output_type,
         )
         return output if return_dict else output.to_tuple()
+
+    def _draw_batch(
+        self,
+        inputs: list[Any],
+        guidance: CFG,
+        streams: ImageStreams,
+        window: int,
+        forced: tuple[Tensor | None, Tensor | None],
+        **watched: Any,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+        """Draw and decode one batch: tokens, codes and pixels; and the passes that it took."""
+        condition = self.generator.condition(inputs, guided=False)
+        watched["weak"] = self.weak_generator
+        if window:
+            tokens, taken = jacobi_decode(self.generator, inputs, guidance, streams=streams, window=window, **watched)
+        else:
+            taken = condition.num_tokens
+            tokens = decode(
+                self.generator,
+                inputs,
+                guidance,
+                uniforms=streams.uniforms(taken),
+                forced_tokens=forced[0],
+                forced_mask=forced[1],
+                **watched,
+            )
+        codes = self.generator.image_codes(tokens, condition)
+        pixels = self.tokenizer.to_uint8(self.tokenizer.decode(codes, condition.grid))
+        return (tokens, codes, pixels), taken
 
     def _check_weak(self, weak: Pipeline) -> None:
         """Raise `UserError` unless the weak model draws the same codes under the same conditions."""
