@@ -330,15 +330,6 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
     return prompts
 
 
-def _lines(flag: str, path: str) -> list[str]:
-    """The lines of the file that a flag names, without blanks around them and without empty ones."""
-    try:
-        lines = read_text(path, LARGEST_LIST).splitlines()
-    except OSError as error:
-        raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
-    return [line.strip() for line in lines if line.strip()]
-
-
 def parse_inputs(args: argparse.Namespace, pipeline: Pipeline) -> tuple[list[Any], list[str]]:
     """What the generator is conditioned on, one input per image: class ids or prompts; and a short name for each."""
     from softcfg.prompts import Prompt

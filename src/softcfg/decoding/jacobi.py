@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.finite import FiniteLogits, branches_of
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
-from softcfg.decoding.sequential import branches_for_rule, query_weights, step_weights, weak_inputs
+from softcfg.decoding.sequential import GuidedBatch, branches_for_rule, query_weights, step_weights, weak_inputs
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
@@ -99,11 +98,10 @@ def jacobi_decode(
     return decoder.tokens, passes
 
 
-class JacobiDecoder:
+class JacobiDecoder(GuidedBatch):
     """A batch that is decoded by speculative Jacobi decoding; each row settles as many tokens per pass as it can.
 
     Attributes:
-        batch: B, images.
         window: n, positions in a pass.
         rows_at_once: rows of a pass through the generator; with a perturbation each branch has a pass of its own.
         tokens: int64 [B, T], the settled tokens, then the drafts.
@@ -119,32 +117,23 @@ class JacobiDecoder:
         window: int,
         weak: WeakModel | None = None,
     ) -> None:
-        self.generator = generator
-        self.condition = condition
-        self.guidance = guidance
-        self.sampling = sampling
-        self.batch = condition.rows // 2 if guidance.has_unconditional_branch else condition.rows
+        super().__init__(generator, condition, guidance, sampling)
         total, device = condition.num_tokens, generator.device
         # From the second pass on, the window starts after token 0 and ends with the last token at the latest.
         self.window = max(1, min(window, total - 1))
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
 
-        away = guidance.perturbs and not guidance.has_third_branch  # what the rule guides away from is perturbed
-        self._parts = [_Part(generator, condition[: self.batch] if away else condition)]
-        if away and guidance.has_unconditional_branch:
+        self._parts = [_Part(generator, condition[: self.batch] if self._away else condition)]
+        if self._away and guidance.has_unconditional_branch:
             self._parts.append(_Part(generator, condition[self.batch :], perturbed=True))
         if weak is not None:
-            self._parts.append(_Part(*weak, perturbed=away))
+            self._parts.append(_Part(*weak, perturbed=self._away))
         if guidance.has_third_branch:
             self._parts.append(_Part(generator, condition[: self.batch], perturbed=True))
         self.rows_at_once = self._parts[0].condition.rows
         kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self._confidence = torch.zeros(self.batch, total, **kind)
-        self._scales = guidance.scales(total, condition.num_codes).to(device)
-        codes = generator.is_code(torch.arange(total, device=device), condition)
-        self._codes = None if codes is None else codes.expand(self.batch, -1)
-        self._finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
+        self._codes = None if self._codes is None else self._codes.expand(self.batch, -1)
 
         self._passes = 0
         self._done, self._sound = 0, True
@@ -175,7 +164,7 @@ class JacobiDecoder:
 
         branches, guided = self._logits(steps, state)
         probabilities = self._distribution(guided, steps)
-        self._finite.note(steps, branches, probabilities[..., 0])
+        self.finite.note(steps, branches, probabilities[..., 0])
         kept, redrawn = keep_or_redraw(drafts, drawn_from, probabilities, keeping, redrawing)
         kept |= steps < self.settled[:, None]
         tokens = torch.where(kept, drafts, redrawn)
@@ -189,7 +178,7 @@ class JacobiDecoder:
         self._last_logits = (branches[0] if self.guidance.rule.constrained else guided)[:, -1:]
         self._passes += 1
         # The one time in a pass that waits for the device.
-        read = torch.stack((*self.settled.aminmax(), self._finite.sound().long()))
+        read = torch.stack((*self.settled.aminmax(), self.finite.sound().long()))
         self._done, farthest, self._sound = read.tolist()
         self._end = min(farthest + self.window, self.condition.num_tokens)
 
@@ -200,7 +189,7 @@ class JacobiDecoder:
             UserError: the logits hold NaN or infinity.
         """
         if not self._sound:
-            self._finite.check()
+            self.finite.check()
         return self._done
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,16 +218,14 @@ class JacobiDecoder:
             self._record(steps, cond, self.tokens.gather(1, steps))
             perturbed = weak_inputs(self.guidance.weak_branch, self.tokens, fed, self._codes)
             # Each position of the window counts the tokens before it.
-            weights = step_weights(self._confidence, self.guidance.weak_branch, steps)
+            weights = step_weights(self.confidence, self.guidance.weak_branch, steps)
         for part in self._parts[1:]:
             others.append(
                 self._forward(part, perturbed, steps, weights) if part.perturbed else self._forward(part, inputs, steps)
             )
         branches, guided = (cond, *others), cond
-        third = others.pop() if self.guidance.has_third_branch else None
-        if self.guidance.is_active:
-            weak = others.pop() if self.guidance.has_weak_model else None
-            other = self.guidance.away_from(others.pop() if others else None, weak)
+        other, third = self.sides(others)
+        if other is not None:
             ruled = branches_for_rule(self.generator, self.condition, self.guidance, cond, other, steps)
             guided, self._rule_states = self.guidance.guide_steps(*ruled, self._scales[steps], steps, state)
         if third is not None:
@@ -266,7 +253,7 @@ class JacobiDecoder:
             confidence = self.guidance.weak_branch.token_confidence(cond_logits, tokens, self.sampling.temperature)
             if self._codes is not None:
                 confidence = confidence * self._codes.gather(1, steps)
-            self._confidence.scatter_(1, steps, confidence)
+            self.confidence.scatter_(1, steps, confidence)
 
 
 class _Part:

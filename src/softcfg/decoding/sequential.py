@@ -135,16 +135,46 @@ class Step:
         return Position.shared(condition.slots - 1 + self.number) if self.number else Position.start()
 
 
-class Decoder:
-    """A batch that is decoded token by token: its key/value cache, the guidance's state, and one step.
+class GuidedBatch:
+    """A batch that is decoded, in whatever order.
 
     Attributes:
         batch: B, images.
-        cache: keys and values of all rows.
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are not image codes.
+        finite: whether the logits so far were numbers.
+    """
+
+    def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
+        self.generator = generator
+        self.condition = condition
+        self.guidance = guidance
+        self.sampling = sampling
+        self.batch = condition.rows // 2 if guidance.has_unconditional_branch else condition.rows
+        total, device = condition.num_tokens, generator.device
+        self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
+        self._away = guidance.perturbs and not guidance.has_third_branch  # what the rule guides away from is perturbed
+        self._scales = guidance.scales(total, condition.num_codes).to(device)
+        self._steps = torch.arange(total, device=device)
+        self._codes = generator.is_code(self._steps, condition)
+        self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
+
+    def sides(self, others: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What the rule guides away from, and the third branch, of all branches but the conditional one."""
+        third = others.pop() if self.guidance.has_third_branch else None
+        if not self.guidance.is_active:
+            return None, third
+        weak = others.pop() if self.guidance.has_weak_model else None
+        return self.guidance.away_from(others.pop() if others else None, weak), third
+
+
+class Decoder(GuidedBatch):
+    """A batch that is decoded token by token: its key/value cache, the guidance's state, and one step.
+
+    Attributes:
+        cache: keys and values of all rows.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
-        finite: whether the logits so far were numbers; `predict` notes it, and whoever steps must read it.
+        finite: as of every batch; `predict` notes it, and whoever steps must read it.
     """
 
     def __init__(
@@ -156,28 +186,17 @@ class Decoder:
         cache: KVCache | None = None,
         weak: WeakModel | None = None,
     ) -> None:
-        self.generator = generator
-        self.condition = condition
-        self.guidance = guidance
-        self.sampling = sampling
-        self.batch = condition.rows // 2 if guidance.has_unconditional_branch else condition.rows
+        super().__init__(generator, condition, guidance, sampling)
         self.cache = generator.new_cache(condition) if cache is None else cache
-        total, device = condition.num_tokens, generator.device
-        self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
         self.rule_state: Tensor | None = None
-        away = guidance.perturbs and not guidance.has_third_branch  # what the rule guides away from is perturbed
-        perturbs_rows = away and guidance.has_unconditional_branch
+        perturbs_rows = self._away and guidance.has_unconditional_branch
         self._passes = [_Pass(generator, condition, self.cache, self.batch if perturbs_rows else 0)]
         if weak is not None:
-            self._passes.append(_Pass(*weak, weak.generator.new_cache(weak.condition), self.batch if away else 0))
+            self._passes.append(_Pass(*weak, weak.generator.new_cache(weak.condition), self.batch if self._away else 0))
         if guidance.has_third_branch:
             third = condition[: self.batch]
             self._passes.append(_Pass(generator, third, generator.new_cache(third), self.batch))
-        self._scales = guidance.scales(total, condition.num_codes).to(device)
-        self._steps = torch.arange(total, device=device)
-        self._codes = generator.is_code(self._steps, condition)
         self._sources = _sources(guidance.weak_branch, self._steps, self._codes) if guidance.perturbs else None
-        self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
     @property
     def generators(self) -> list[Generator]:
@@ -230,10 +249,8 @@ class Decoder:
         seen = [each.run(step, inputs, perturbed, guidance.weak_branch, weights) for each in self._passes]
         cond, *others = (branch for logits in seen for branch in logits.split(self.batch))
         self._cond_logits = cond[:, 0]
-        third = others.pop() if guidance.has_third_branch else None
-        if guidance.is_active:
-            weak = others.pop() if guidance.has_weak_model else None
-            other = guidance.away_from(others.pop() if others else None, weak)
+        other, third = self.sides(others)
+        if other is not None:
             guided, states = guided_logits(
                 self.generator, self.condition, guidance, cond, other, self._scales[at], at, self.rule_state
             )
