@@ -16,8 +16,7 @@ from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.fused import add_norm, add_product
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
-from softcfg.nn.position import Position
-from softcfg.nn.rotary import Rotary, angles_1d, angles_2d, tables_after_condition
+from softcfg.nn.rotary import angles_1d, angles_2d, tables_after_condition
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,6 @@ class AliTok(ClassGenerator):
     """
 
     condition_slots = 1
-    rotary_cos: Tensor
-    rotary_sin: Tensor
 
     def __init__(self, config: AliTokConfig) -> None:
         super().__init__()
@@ -114,9 +111,7 @@ class AliTok(ClassGenerator):
         self.blocks = nn.ModuleList(AliTokBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = Linear(config.hidden_size, config.codebook_size)
-        cos, sin = rotary_tables(config)
-        self.register_buffer("rotary_cos", cos, persistent=False)
-        self.register_buffer("rotary_sin", sin, persistent=False)
+        self.keep_rotary(*rotary_tables(config))
 
     def embed_condition(self, condition: Condition) -> Tensor:
         """See `Generator.embed_condition`."""
@@ -126,11 +121,6 @@ class AliTok(ClassGenerator):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """See `Generator.embed_tokens`."""
         return self.embeddings(tokens)
-
-    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
-        """See `Generator.rotary`."""
-        where = position.index(new)
-        return Rotary(self.rotary_cos[where], self.rotary_sin[where])
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""

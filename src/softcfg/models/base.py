@@ -111,6 +111,8 @@ class Generator(KeepsTables, ABC):
     supports_row_positions: bool = True
     layer_devices: list[torch.device] | None = None
     blocks: Any
+    rotary_cos: Tensor
+    rotary_sin: Tensor
 
     @abstractmethod
     def condition(self, inputs: Any, *, guided: bool) -> Condition:
@@ -195,8 +197,16 @@ class Generator(KeepsTables, ABC):
         return x
 
     def rotary(self, condition: Condition, position: Position, new: int) -> Rotary | None:
-        """The rotary embedding of the `new` slots of a pass; by default none."""
-        return None
+        """The rotary embedding of the `new` slots of a pass; by default that of `keep_rotary`, or none without it."""
+        if "rotary_cos" not in self._buffers:
+            return None
+        where = position.index(new)
+        return Rotary(self.rotary_cos[where], self.rotary_sin[where])
+
+    def keep_rotary(self, cos: Tensor, sin: Tensor) -> None:
+        """Keep the tables of the rotary embedding, float32 [slots, head_dim / 2]."""
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
 
     def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
         """The inputs [rows, n, width] through all blocks; to be overridden where a block takes more than that."""

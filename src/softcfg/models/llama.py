@@ -131,8 +131,6 @@ class LlamaGenerator(Generator):
     no_split_modules = ("LlamaBlock",)
 
     config: LlamaConfig
-    rotary_cos: Tensor
-    rotary_sin: Tensor
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -140,8 +138,7 @@ class LlamaGenerator(Generator):
         self.cache_shape = (config.num_hidden_layers, config.key_heads, config.head_dim)
         positions = torch.arange(config.max_position_embeddings, device="cpu")
         angles = angles_1d(positions, config.head_dim // 2, config.rope_theta)
-        self.register_buffer("rotary_cos", angles.cos(), persistent=False)
-        self.register_buffer("rotary_sin", angles.sin(), persistent=False)
+        self.keep_rotary(angles.cos(), angles.sin())
 
     @property
     def decoder(self) -> LlamaDecoder:

@@ -19,8 +19,7 @@ from softcfg.nn.attention import AttentionContext, attend, split_heads
 from softcfg.nn.fused import add_norm, add_product
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
-from softcfg.nn.position import Position
-from softcfg.nn.rotary import Rotary, angles_2d, tables_after_condition
+from softcfg.nn.rotary import angles_2d, tables_after_condition
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,6 @@ class LlamaGenBody(Generator):
     no_split_modules = ("LlamaGenBlock",)
 
     config: LlamaGenConfig
-    rotary_cos: Tensor
-    rotary_sin: Tensor
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -136,9 +133,7 @@ class LlamaGenBody(Generator):
         self.output = Linear(config.dim, config.vocab_size, bias=False)
         position = torch.arange(side * side, device="cpu")
         angles = angles_2d(position // side, position % side, head_dim // 2, config.rope_base)
-        cos, sin = tables_after_condition(angles, config.cls_token_num)
-        self.register_buffer("rotary_cos", cos, persistent=False)
-        self.register_buffer("rotary_sin", sin, persistent=False)
+        self.keep_rotary(*tables_after_condition(angles, config.cls_token_num))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -148,11 +143,6 @@ class LlamaGenBody(Generator):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """See `Generator.embed_tokens`."""
         return self.tok_embeddings(tokens)
-
-    def rotary(self, condition: Condition, position: Position, new: int) -> Rotary:
-        """See `Generator.rotary`."""
-        where = position.index(new)
-        return Rotary(self.rotary_cos[where], self.rotary_sin[where])
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""
