@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import operator
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from softcfg.version import __version__
 
@@ -92,6 +93,15 @@ class UnexpectedArgumentError(UserError, TypeError):
 def how_to_install(extra: str) -> str:
     """How the packages of an extra are installed: the one way, from the clone or a wheel."""
     return f"pip install '.[{extra}]' in the clone, or 'softcfg-{__version__}-py3-none-any.whl[{extra}]' from a wheel"
+
+
+@contextlib.contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Turn a failed import into a sentence: what needs which package, such as "device_map needs Accelerate"."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what.format(error.name)}: {how_to_install(extra)}") from error
 
 
 def require_whole(value: object, name: str, least: int) -> int:

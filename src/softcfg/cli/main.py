@@ -34,7 +34,7 @@ from softcfg.cli import (
 from softcfg.cli import eval as evaluation
 from softcfg.cli.arguments import HelpFormatter
 from softcfg.cli.streams import patient_streams
-from softcfg.errors import UserError, clean, how_to_install, suggestion
+from softcfg.errors import UserError, clean, needing, suggestion
 from softcfg.runs.signals import Terminated
 from softcfg.version import __version__
 
@@ -89,10 +89,8 @@ class Completion(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         """See `argparse.Action`."""
-        try:
+        with needing("completion needs shtab", "completion"):
             import shtab
-        except ImportError:
-            raise UserError(f"completion needs shtab: {how_to_install('completion')}") from None
         print(shtab.complete(parser, values))
         parser.exit()
 

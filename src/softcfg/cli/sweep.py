@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError, how_to_install
+from softcfg.errors import UserError, how_to_install, needing
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
@@ -97,10 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    try:
+    with needing("sweeps need optuna", "tune"):
         import optuna  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(f"sweeps need optuna: {how_to_install('tune')}") from None
     from softcfg.runs.processes import Processes
 
     with termination_raises(), Processes(args.device) as processes:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from softcfg.errors import UserError, how_to_install
+from softcfg.errors import UserError, needing
 
 T = TypeVar("T")
 
@@ -41,10 +41,8 @@ class Processes:
             return
         if device not in (None, "cpu", "cuda"):
             raise UserError(f"--device {device} names one device for several processes; leave it out, or give cpu")
-        try:
+        with needing("several processes need Accelerate", "runs"):
             from accelerate import PartialState
-        except ImportError as error:
-            raise UserError(f"several processes need Accelerate: {how_to_install('runs')}") from error
         wants_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         # Accelerate takes a launch without GPUs for a single process unless it is told.
         self._state = PartialState(cpu=wants_cpu or not torch.cuda.is_available())

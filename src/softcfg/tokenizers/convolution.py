@@ -33,6 +33,11 @@ def check_size(config: Any, size: str, patch_size: int) -> None:
         )
 
 
+def level_channels(config: Any) -> list[int]:
+    """Channels of each level of a `LlamaGenVQ` or `MoVQ`, the full resolution first."""
+    return [config.ch * factor for factor in config.ch_mult]
+
+
 def conv(inputs: int, outputs: int) -> nn.Conv2d:
     """Return a convolution that keeps the size."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -127,7 +132,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Any, norm: Callable[[int], nn.Module], names: PartNames) -> None:
         super().__init__()
-        channels = [config.ch, *config.level_channels]
+        channels = [config.ch, *level_channels(config)]
         last, blocks = len(config.ch_mult) - 1, config.num_res_blocks
         self.conv_in = conv(3, config.ch)
         self._levels = names.levels[0]
@@ -153,7 +158,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Any, norm: Callable[[int], nn.Module], names: PartNames) -> None:
         super().__init__()
-        channels, blocks = config.level_channels, config.num_res_blocks + 1
+        channels, blocks = level_channels(config), config.num_res_blocks + 1
         self.conv_in = conv(config.z_channels, channels[-1])
         self.mid = middle(channels[-1], norm, names)
         self._levels, self._lowest_first = names.levels[1], names.lowest_first

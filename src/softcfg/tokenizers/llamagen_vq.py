@@ -62,11 +62,6 @@ class LlamaGenVQConfig:
         """Width of a token in pixels."""
         return 2 ** (len(self.ch_mult) - 1)
 
-    @property
-    def level_channels(self) -> list[int]:
-        """Channels of each level, the full resolution first."""
-        return [self.ch * factor for factor in self.ch_mult]
-
     def has_attention(self, level: int) -> bool:
         """Whether the blocks of `level` are followed by attention: those of the lowest resolution."""
         return level == len(self.ch_mult) - 1

@@ -62,11 +62,6 @@ class MoVQConfig:
         """Width of a code in pixels."""
         return 2 ** (len(self.ch_mult) - 1)
 
-    @property
-    def level_channels(self) -> list[int]:
-        """Channels of each level, the full resolution first."""
-        return [self.ch * factor for factor in self.ch_mult]
-
     def has_attention(self, level: int) -> bool:
         """Whether the blocks of `level` are followed by attention."""
         return self.resolution // 2**level in self.attn_resolutions

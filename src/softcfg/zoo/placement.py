@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from softcfg.errors import UserError, how_to_install
+from softcfg.errors import UserError, needing
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +34,8 @@ def quantize(module: ModuleT, kind: str, device: torch.device) -> ModuleT:
 
     if kind not in QUANTIZATIONS:
         raise UserError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
-    try:
+    with needing(f"{kind} weights need torchao", "quantize"):
         from torchao.quantization import quantize_
-    except ImportError as error:
-        raise UserError(f"{kind} weights need torchao: {how_to_install('quantize')}") from error
     dtype = next(module.parameters()).dtype
     if kind == "int4" and device.type == "cuda" and dtype != torch.bfloat16:
         raise UserError(f"int4 weights on a GPU need bfloat16, not {str(dtype).removeprefix('torch.')}")
@@ -85,10 +83,8 @@ def spread(
 
     if not generator.no_split_modules:
         raise UserError(f"{type(generator).__name__} generators fit on one device: leave out device_map")
-    try:
+    with needing("device_map needs Accelerate", "runs"):
         from accelerate import dispatch_model, infer_auto_device_map
-    except ImportError as error:
-        raise UserError(f"device_map needs Accelerate: {how_to_install('runs')}") from error
     if not isinstance(device_map, str):
         placed = dict(device_map)
     elif device_map == "auto":

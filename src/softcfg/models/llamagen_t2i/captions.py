@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softcfg.errors import UserError, how_to_install, quote
+from softcfg.errors import UserError, needing, quote
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.llamagen_t2i.encoder import CaptionEncoder, KeptFeatures
 from softcfg.prompts import Prompt
@@ -115,11 +115,9 @@ def clean_caption(caption: str, passes: int = PASSES) -> str:
 
 
 def _clean_once(caption: str) -> str:
-    try:
+    with needing("cleaning captions needs {}", "llamagen-t2i"):
         import ftfy
         from bs4 import BeautifulSoup, ParserRejectedMarkup
-    except ImportError as error:
-        raise UserError(f"cleaning captions needs {error.name}: {how_to_install('llamagen-t2i')}") from error
 
     caption = urllib.parse.unquote_plus(caption).strip().lower()
     caption = _apply(BEFORE_MARKUP, caption)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softcfg.errors import CheckpointError, UserError, how_to_install
+from softcfg.errors import CheckpointError, UserError, needing
 from softcfg.files import is_file, is_folder, read_bounded, write_atomically
 from softcfg.models.text import plain_tokenizer
 from softcfg.nn.precision import own_dtype
@@ -39,10 +39,8 @@ class CaptionEncoder:
     """
 
     def __init__(self, folder: Path, most: int, *, dtype: torch.dtype, place: Callable[[nn.Module], nn.Module]) -> None:
-        try:
+        with needing("encoding captions needs transformers", "llamagen-t2i"):
             from transformers import T5EncoderModel
-        except ImportError as error:
-            raise UserError(f"encoding captions needs transformers: {how_to_install('llamagen-t2i')}") from error
         path = folder / "tokenizer.json"
         self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path), path), path)
         self.tokenizer.enable_truncation(most)
