@@ -30,23 +30,31 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[Tensor]] = {}
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum"] = torch.zeros_like(matrix)
-                state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
-                update = orthogonal(matrix.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update.reshape(matrix.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+                if matrix.grad is not None:
+                    alike.setdefault((matrix.shape[0], matrix[0].numel()), []).append(matrix)
+            for shape, matrices in alike.items():
+                for matrix in matrices:
+                    if not self.state[matrix]:
+                        self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+                gradients = [matrix.grad for matrix in matrices]
+                momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                wanted = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)
+                updates = orthogonal(wanted).view(-1, *matrices[0].shape).unbind()
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
-def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """Bring the singular values of a matrix near 1, by a Newton-Schulz iteration of degree five."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if training.fast_bfloat16() else matrix.dtype)
+def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """Bring the singular values of matrices [..., m, n] near 1, by a Newton-Schulz iteration of degree five."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(
+        torch.bfloat16 if training.fast_bfloat16() else matrices.dtype
+    )
     for _ in range(rounds):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return (x.mT if tall else x).to(matrices.dtype)

@@ -51,7 +51,7 @@ def text_tokenizer(pictures: Iterable[Picture], size: int = TEXT_TOKENS) -> Toke
     tokenizer.decoder = decoders.Metaspace()
     drawn = {picture.name: picture.keywords for picture in pictures}
     lines = [*drawn] * 4 + [" ".join(keywords) for keywords in drawn.values()]
-    lines += [*COLOURS, *OPENINGS, *(f"{style.word} style" for style in STYLES)] * 20
+    lines += ["moved", *COLOURS, *OPENINGS, *(f"{style.word} style" for style in STYLES)] * 20
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=1, special_tokens=["<unknown>"], show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer

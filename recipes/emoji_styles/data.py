@@ -27,12 +27,28 @@ HELD_OUT = 0.1  # of the pairs of name and style, and of those of colour and nam
 LEAST_STYLES = 8  # that have drawn a name
 LEAST_STYLES_OF_FLAGS = 5
 RECOLOURINGS = 3  # of a picture whose object has a main colour
+ALIKE, ALIKE_STYLES = 0.3, 3  # names are alike if their pictures are nearer than this in as many styles
 
 GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
 RECOLOURED = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 # Signs and their like, of which one is hardly told from another.
 LEFT_OUT = ("family", "person-symbol", "person-gesture", "place-map")
 KEPT = ("geometric", "flag")
+# Names that some artist draws like another name.
+TWINS = (
+    "two hump camel", "spouting whale", "ox", "water buffalo", "ewe", "e mail", "incoming envelope", "page facing up",
+    "sun behind small cloud", "sun behind large cloud", "black medium square", "black medium small square",
+    "black small square", "small orange diamond", "tear off calendar", "spiral calendar", "waxing gibbous moon",
+    "waning gibbous moon", "light rail", "trolleybus", "tram car", "mountain railway", "high speed train",
+    "railway car", "love hotel", "hotel", "department store", "japanese post office", "card index",
+    "card index dividers", "pager",
+    "locked with pen", "green book", "ledger", "notebook", "crayon", "black nib", "round pushpin", "film projector",
+    "horizontal traffic light", "oncoming police car", "oncoming bus", "oncoming taxi", "articulated lorry",
+    "sunrise over mountains", "japanese castle", "old key", "speaker low volume", "person with skullcap", "rat",
+    "backhand index pointing up", "oncoming fist", "raised hand", "radio button", "black square button", "label",
+    "admission tickets", "hourglass not done", "foggy", "moon viewing ceremony", "mahjong red dragon",
+    "clinking glasses",
+)  # fmt: skip
 MONOCHROME = "ink"
 COUNTRIES = (
     "argentina", "australia", "austria", "belgium", "brazil", "canada", "chile", "china", "colombia", "cuba", "denmark",
@@ -101,6 +117,11 @@ def bare(name: str) -> str:
     return " ".join(word for word in name.split() if word not in COLOURS)
 
 
+def mirrors(name: str) -> bool:
+    """Whether a mirrored picture still shows what its name says."""
+    return not {"left", "right", "waxing", "waning", "quarter", "crescent", "flag"} & set(name.split())
+
+
 def load(folder: Path | None = None, *, names: int | None = None) -> Collection:
     """Return the collection; fetch and render what is not in the cache.
 
@@ -160,7 +181,10 @@ def assemble(
     """
     styles = Counter(emoji[~recoloured].tolist())
     least = {number: LEAST_STYLES_OF_FLAGS if found[number].group == "flags" else LEAST_STYLES for number in styles}
-    subjects = [number for number in sorted(styles) if styles[number] >= least[number]]
+    subjects = [
+        number for number in sorted(styles) if styles[number] >= least[number] and found[number].name not in TWINS
+    ]
+    subjects = _distinct(subjects, [one.name for one in found], emoji, style, recoloured, pixels)
     if names is not None:
         subjects = [subjects[i * len(subjects) // names] for i in range(names)]
     place = {number: i for i, number in enumerate(subjects)}
@@ -176,6 +200,40 @@ def assemble(
             Picture(one.name, one.keywords, STYLES[style[i]].word, word, bool(recoloured[i]), why, place[emoji[i]])
         )
     return Collection(pictures, pixels[chosen], [found[number].name for number in subjects])
+
+
+def _distinct(
+    subjects: Sequence[int],
+    names: Sequence[str],
+    emoji: np.ndarray,
+    style: np.ndarray,
+    recoloured: np.ndarray,
+    pixels: np.ndarray,
+) -> list[int]:
+    """Leave out names that nobody could tell from a shorter one.
+
+    Their pictures look alike ("neutral face", "expressionless face"), or only a colour tells the names apart ("green
+    apple", which is also a recoloured "red apple").
+    """
+    pictures = np.full((len(STYLES), len(subjects), 16 * 16 * 3), np.nan, np.float32)
+    place = {number: i for i, number in enumerate(subjects)}
+    side = pixels.shape[1] // 16
+    for i in np.flatnonzero(~recoloured):
+        if emoji[i] in place:
+            tiles = 1 - pixels[i].reshape(16, side, 16, side, 3).mean((1, 3), dtype=np.float32) / 255
+            pictures[style[i], place[emoji[i]]] = tiles.ravel()
+    kept: list[int] = []
+    words: set[str] = set()
+    for i in sorted(range(len(subjects)), key=lambda i: len(names[subjects[i]])):
+        word = bare(names[subjects[i]])
+        # The distance of two pictures over their mean norm: 0 if they are equal, about 1 if they are unlike.
+        norms = np.linalg.norm(pictures[:, i, None], axis=2) + np.linalg.norm(pictures[:, kept], axis=2)
+        distances = 2 * np.linalg.norm(pictures[:, i, None] - pictures[:, kept], axis=2) / np.maximum(norms, 1e-6)
+        alike = np.sort(distances, axis=0)[ALIKE_STYLES - 1] < ALIKE  # unknown ones come last
+        if word not in words and not alike.any():
+            kept.append(i)
+            words |= {word} - {""}
+    return [subjects[i] for i in sorted(kept)]
 
 
 def _held_out_styles(

@@ -14,6 +14,7 @@ import yaml
 from recipes.commands import run_command
 from recipes.emoji_styles import data, train_generator, train_judge, train_tokenizer
 from recipes.training import Budget, parameters
+from softcfg.errors import UserError
 from softcfg.files import write_atomically
 
 NOTICE = Path(__file__).with_name("NOTICE.txt")
@@ -62,19 +63,23 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the generator; on a CPU this needs a C++ compiler"
     )
+    parser.add_argument("--batch-size", type=int, help="examples per step, of the part that --only names")
     parser.add_argument("--seed", type=int, default=0)
     run_command(parser, train)
 
 
 def train(given: argparse.Namespace) -> None:
     """Train what is asked for and write model.yaml."""
+    if given.batch_size is not None and not (given.only and given.batch_size > 0):
+        raise UserError("--batch-size takes a number above 0, and --only the part that it is meant for")
     collection = data.load(given.pictures, names=given.names)
     for part, share in ({given.only: 1.0} if given.only else SHARES).items():
         budget = Budget(given.minutes * share, given.steps, given.seed)
         if part == "generator":
-            train_generator.train(given.out, budget, collection, compiled=given.compile)
+            train_generator.train(given.out, budget, collection, batch_size=given.batch_size, compiled=given.compile)
         else:
-            {"tokenizer": train_tokenizer, "judge": train_judge}[part].train(given.out, budget, collection)
+            module = {"tokenizer": train_tokenizer, "judge": train_judge}[part]
+            module.train(given.out, budget, collection, batch_size=given.batch_size)
     if all((given.out / f"{part}.safetensors").exists() for part in ("tokenizer", "generator")):
         write_model_card(given.out)
 

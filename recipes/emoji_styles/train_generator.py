@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.emoji_styles.augment import Moves, moved
 from recipes.emoji_styles.captions import TEXT_TOKENS, caption, text_tokenizer
-from recipes.emoji_styles.data import SIZE, Collection, Picture
+from recipes.emoji_styles.data import SIZE, Collection, mirrors
 from recipes.emoji_styles.train_tokenizer import CONFIG as TOKENIZER
-from recipes.emoji_styles.train_tokenizer import pixels_of, prepare, tokens_of
+from recipes.emoji_styles.train_tokenizer import floats, prepare, tokens_of
 from recipes.muon import Muon
 from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
 from softcfg.files import make_folder, write_atomically
 from softcfg.models.lumina import Lumina, LuminaConfig, PromptCondition, TokenPrompt
 from softcfg.nn.linear import Linear
-from softcfg.tokenizers.movq import MoVQ, MoVQConfig
+from softcfg.tokenizers.movq import MoVQ
 
 SPECIAL_TOKENS = ("<prompt>", "<separator>", "<image>", "</image>", "<line>")
 SIZES = 4  # sides of 1 to 4 grid cells have a token
@@ -50,9 +51,13 @@ CONFIG = LuminaConfig(
     image_size=SIZE,
 )
 BATCH_SIZE = 32
+GPU_BATCH_SIZE = 256
 PROMPT_DROPOUT = 0.1
-VARIANTS = 12  # of each picture, moved
-MOVES = Moves(turn=4, scale=0.1, shift=0.06)
+AS_DRAWN = 0.3  # share of the pictures; the captions of the others say that they are moved
+MOVES = Moves(turn=8, scale=0.12, shift=0.08, mirrored=0.5)
+MOVED = ", moved"
+OTHER_CODES = 0.05  # share of the codes of the input that are those of another picture, against learning by heart
+WORKERS = 4  # processes that write captions ahead, on a GPU
 DRAWN = 0.6  # share of pictures that are not recoloured
 TEXT_SLOTS = 16  # tokens of a prompt; longer captions are cut
 EVALUATED = 256
@@ -61,37 +66,49 @@ OTHERS_BELOW = 30.0  # nats that the logits of text tokens lie below those of th
 
 
 class Examples:
-    """Pictures as codes, from which batches of prompts and images are made.
+    """Pictures, from which batches of prompts and codes are made.
 
     Args:
-        pictures: N pictures.
-        codes: integers [V, N, T], as drawn first and then V - 1 times moved.
+        collection: the pictures.
         text: the tokenizer of the captions.
+        model: its codebook makes the codes, on its device.
+        config: the generator's.
     """
 
-    def __init__(self, pictures: Sequence[Picture], codes: Tensor, text: TextTokenizer, config: LuminaConfig) -> None:
-        self.pictures, self.text, self.config = pictures, text, config
-        self.codes, self.variants = codes[0].long(), codes
-        seen = [i for i, picture in enumerate(pictures) if not picture.held_out]
-        self.drawn = [i for i in seen if not pictures[i].recoloured]
-        self.recoloured = [i for i in seen if pictures[i].recoloured]
+    def __init__(self, collection: Collection, text: TextTokenizer, model: MoVQ, config: LuminaConfig) -> None:
+        self.pictures, self.text, self.config, self.quantizer = collection.pictures, text, config, model
+        self.pixels = torch.from_numpy(collection.pixels).to(model.quantize.embedding.weight.device)
+        self.mirror = torch.tensor([mirrors(picture.name) for picture in self.pictures])
+        seen = [i for i, picture in enumerate(self.pictures) if not picture.held_out]
+        self.drawn = [i for i in seen if not self.pictures[i].recoloured]
+        self.recoloured = [i for i in seen if self.pictures[i].recoloured]
         self.held_out = {
-            kind: [i for i, p in enumerate(pictures) if p.held_out == kind and p.recoloured == (kind == "colour")]
+            kind: [i for i, p in enumerate(self.pictures) if p.held_out == kind and p.recoloured == (kind == "colour")]
             for kind in ("style", "colour")
         }
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[list[TokenPrompt], Tensor]:
-        """Return the prompts and codes int64 [B, T] of a training step."""
+    def chosen(self, seed: int, step: int, size: int) -> tuple[list[TokenPrompt], list[int], list[bool]]:
+        """Return the prompts of a training step, the numbers of its pictures, and which of them are moved."""
         first = round(size * DRAWN) if self.recoloured else size
         chosen = [self.drawn[i] for i in batch_index(seed, step, first, len(self.drawn)).tolist()]
         if first < size:
             others = batch_index(seed + 1, step, size - first, len(self.recoloured))
             chosen += [self.recoloured[i] for i in others.tolist()]
         numbers = random.Random(f"{seed} {step}")
-        captions = [caption(self.pictures[i], numbers) for i in chosen]
+        moves = [numbers.random() >= AS_DRAWN for _ in chosen]
+        captions = [caption(self.pictures[i], numbers) + MOVED * moves for i, moves in zip(chosen, moves, strict=True)]
         dropped = [numbers.random() < PROMPT_DROPOUT for _ in chosen]
-        variants = [numbers.randrange(len(self.variants)) for _ in chosen]
-        return self.prompts(captions, dropped), self.variants[variants, chosen].long()
+        return self.prompts(captions, dropped), chosen, moves
+
+    def codes(
+        self, chosen: Sequence[int], moves: Sequence[bool] = (), numbers: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the codes int64 [B, T] of pictures, some of them moved at random."""
+        pixels = floats(self.pixels[torch.tensor(chosen, device=self.pixels.device)])
+        if numbers is not None:
+            which = torch.tensor(moves, device=pixels.device).view(-1, 1, 1, 1)
+            pixels = torch.where(which, moved(pixels, MOVES, numbers, self.mirror[chosen]), pixels)
+        return tokens_of(self.quantizer, pixels)
 
     def prompts(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[TokenPrompt]:
         """Return prompts; a dropped one is without any tokens, as the unconditional rows of guidance."""
@@ -102,36 +119,36 @@ class Examples:
         ]
 
 
-def codes_of(
-    out: Path, collection: Collection, seed: int, config: MoVQConfig = TOKENIZER, variants: int = VARIANTS
-) -> Tensor:
-    """Return the tokens int16 [1 + variants, N, T] of all pictures, as drawn and moved; they are kept in `out`."""
-    path = out / "codes.safetensors"
-    shape = (1 + variants, len(collection), (SIZE // config.patch_size) ** 2)
-    if path.exists() and (known := load_file(path)["codes"]).shape == shape:
-        return known
-    model = MoVQ(config)
-    model.quantize.embedding.weight.data.copy_(load_file(prepare(out, collection, seed, config))["codes"])
-    found = []
-    for variant in range(1 + variants):
-        numbers = randomness(seed, variant)
-        for part in torch.arange(len(collection)).split(200):
-            pixels = pixels_of(collection, part.tolist())
-            found.append(tokens_of(model, moved(pixels, MOVES, numbers) if variant else pixels).short())
-    codes = torch.cat(found).view(shape)
-    save_weights(path, {"codes": codes})
-    return codes
+class Steps(torch.utils.data.Dataset):
+    """What `Examples.chosen` gives for each step, for workers that are ahead of the training."""
+
+    def __init__(self, examples: Examples, seed: int, size: int) -> None:
+        # Workers need no pixels, and nothing that is on a GPU.
+        self.examples = copy.copy(examples)
+        del self.examples.pixels, self.examples.quantizer
+        self.seed, self.size = seed, size
+
+    def __getitem__(self, step: int) -> tuple[list[TokenPrompt], list[int], list[bool]]:
+        return self.examples.chosen(self.seed, step, self.size)
+
+    def iterate(self, first: int, workers: int) -> Iterator[tuple[list[TokenPrompt], list[int], list[bool]]]:
+        """Yield those of all steps from `first` on."""
+        steps = iter(range(first, 2**40))
+        return iter(torch.utils.data.DataLoader(self, None, sampler=steps, num_workers=workers))  # type: ignore[arg-type]
 
 
-def train(out: Path, budget: Budget, collection: Collection, *, compiled: bool = False) -> Path:
-    """Tokenise the pictures with the codebook in `out`, train, and return the path of the weights."""
-    codes = codes_of(out, collection, budget.seed)
+def train(
+    out: Path, budget: Budget, collection: Collection, *, batch_size: int | None = None, compiled: bool = False
+) -> Path:
+    """Choose the codebook if there is none in `out`, train, and return the path of the weights."""
+    model = MoVQ(TOKENIZER).to(accelerator().device)
+    codebook = load_file(prepare(out, collection, budget.seed))["codes"]
+    model.quantize.embedding.weight.data.copy_(codebook)
     path = make_folder(out) / "tokenizer.json"
     if not path.exists():  # a training that goes on keeps its words
         write_atomically(path, text_tokenizer(collection.pictures).to_str().encode())
-    text = TextTokenizer.from_file(str(path))
-    examples = Examples(collection.pictures, codes, text, CONFIG)
-    return train_on_codes(out, budget, examples, compiled=compiled)
+    examples = Examples(collection, TextTokenizer.from_file(str(path)), model, CONFIG)
+    return train_on_codes(out, budget, examples, batch_size=batch_size, compiled=compiled)
 
 
 def train_on_codes(
@@ -139,13 +156,14 @@ def train_on_codes(
     budget: Budget,
     examples: Examples,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     compiled: bool = False,
     stop_at: int | None = None,
 ) -> Path:
     """Train and return the path of the averaged weights, in bfloat16."""
     torch.manual_seed(budget.seed)
     device = accelerator()
+    batch_size = batch_size or (BATCH_SIZE if device.device.type == "cpu" else GPU_BATCH_SIZE)
     config = examples.config
     model = generator(config).to(device.device)
     initialise(model)
@@ -154,8 +172,14 @@ def train_on_codes(
     training = Training(out / "generator", device, {"model": model, "average": average}, optimizers_of(model))
     predict = torch.compile(plain_attention(model)) if compiled else plain_attention(model)
 
+    steps = Steps(examples, budget.seed, batch_size).iterate(training.step, WORKERS * (device.device.type != "cpu"))
+
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
-        return nats_per_code(predict, model, *examples.batch(budget.seed, step, batch_size)), {}
+        prompts, *chosen = next(steps)
+        numbers = randomness(budget.seed, step)
+        codes = examples.codes(*chosen, numbers)
+        other = (torch.rand(codes.shape, generator=numbers) < OTHER_CODES).to(codes.device)
+        return nats_per_code(predict, model, prompts, codes, torch.where(other, codes.roll(1, 0), codes)), {}
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
@@ -168,7 +192,7 @@ def train_on_codes(
             for kind, drop in (("conditional", False), ("unconditional", True)):
                 if chosen:
                     prompts = examples.prompts(captions, [drop] * len(captions))
-                    value = nats_per_code(averaged, averaged, prompts, examples.codes[chosen])
+                    value = nats_per_code(averaged, averaged, prompts, examples.codes(chosen))
                     numbers[f"{name}_{kind}"] = float(value)
         return numbers
 
@@ -211,7 +235,7 @@ def whole(model: Lumina, examples: Examples) -> dict[str, Tensor]:
     chosen = _spread(examples.drawn, HEAD_EXAMPLES)
     captions = [examples.pictures[i].caption for i in chosen]
     prompts = examples.prompts(captions, [place % 4 == 0 for place in range(len(captions))])
-    nats_per_code(model, model, prompts, examples.codes[chosen])
+    nats_per_code(model, model, prompts, examples.codes(chosen))
     hook.remove()
     wanted = model.lm_head(hidden[0]).logsumexp(1) - OTHERS_BELOW
     other = torch.linalg.lstsq(hidden[0], wanted[:, None]).solution.T
@@ -225,9 +249,10 @@ def nats_per_code(
     model: Lumina,
     prompts: Sequence[TokenPrompt],
     codes: Tensor,
+    given: Tensor | None = None,
     text_slots: int = TEXT_SLOTS,
 ) -> Tensor:
-    """Mean cross-entropy of the image codes int64 [B, h w] given the prompts.
+    """Mean cross-entropy of the image codes int64 [B, h w] given the prompts, and the codes `given` before each.
 
     All prompts are padded to `text_slots`, so that a compiled model meets one length only.
     """
@@ -235,7 +260,8 @@ def nats_per_code(
     longest = TokenPrompt([config.prompt_start_id] * text_slots)
     condition = model.condition([*prompts, longest], guided=False)[: len(prompts)]
     h, w = condition.geometry.grid
-    lines = F.pad(codes.view(-1, h, w) + config.first_code_id, (0, 1), value=config.new_line_id).flatten(1)
+    given = codes if given is None else given
+    lines = F.pad(given.view(-1, h, w) + config.first_code_id, (0, 1), value=config.new_line_id).flatten(1)
     logits = predict(condition, lines.to(model.device))
     steps = torch.arange(condition.num_tokens, device=model.device)
     logits = logits[:, model.is_code(steps, condition)]

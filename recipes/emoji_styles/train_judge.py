@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.emoji_styles.augment import Moves, moved
+from recipes.emoji_styles.augment import Moves, disguised, moved
 from recipes.emoji_styles.colours import COLOURS
-from recipes.emoji_styles.data import Collection, Picture
+from recipes.emoji_styles.data import Collection, Picture, mirrors
 from recipes.emoji_styles.sources import STYLES
-from recipes.emoji_styles.train_tokenizer import pixels_of
+from recipes.emoji_styles.train_tokenizer import floats, pixels_of
 from recipes.muon import Muon
 from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
 from softcfg.evaluation.emoji_judge import UNKNOWN, EmojiJudge, agreement
 from softcfg.files import write_atomically
 
 BATCH_SIZE = 64
-MOVES = Moves(turn=12, scale=0.15, shift=0.06)
+GPU_BATCH_SIZE = 512
+MOVES = Moves(turn=12, scale=0.15, shift=0.06, mirrored=0.5)
 SMOOTHING = 0.1
-PER_HEAD = (1.0, 0.3, 0.3)
+PER_HEAD = (1.0, 0.5, 0.3)
 
 
 def judge_of(collection: Collection) -> EmojiJudge:
@@ -38,11 +39,12 @@ def wanted(picture: Picture) -> tuple[int, int, int]:
 
 
 def train(
-    out: Path, budget: Budget, collection: Collection, *, batch_size: int = BATCH_SIZE, stop_at: int | None = None
+    out: Path, budget: Budget, collection: Collection, *, batch_size: int | None = None, stop_at: int | None = None
 ) -> Path:
     """Train on the pictures that are not held out and return the path of the averaged weights."""
     torch.manual_seed(budget.seed)
     device = accelerator()
+    batch_size = batch_size or (BATCH_SIZE if device.device.type == "cpu" else GPU_BATCH_SIZE)
     model = judge_of(collection).to(device.device)
     average = Average(model, 0.995)
     averaged = judge_of(collection).to(device.device).eval()
@@ -52,17 +54,25 @@ def train(
     optimizers = [Muon(kernels, lr=1e-2, weight_decay=0.1), torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01)]
     training = Training(out / "judge", device, {"model": model, "average": average}, optimizers)
     labels = torch.tensor([wanted(picture) for picture in collection.pictures])
+    mirror = torch.tensor([mirrors(picture.name) for picture in collection.pictures])
     known = torch.tensor(collection.where())
+    pictures = torch.from_numpy(collection.pixels).to(device.device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
         chosen = known[batch_index(budget.seed, step, batch_size, len(known))]
-        pixels = moved(pixels_of(collection, chosen.tolist()), MOVES, randomness(budget.seed, step)).to(device.device)
+        numbers = randomness(budget.seed, step)
+        pixels = floats(pictures[chosen.to(device.device)])
+        pixels, *same = disguised(moved(pixels, MOVES, numbers, mirror[chosen]), numbers)
+        targets = list(labels[chosen].to(device.device).T)
+        targets[1:] = [target.where(kept, UNKNOWN) for target, kept in zip(targets[1:], same, strict=True)]
         heads = model(pixels)
-        value = torch.zeros(())
-        for logits, target, share in zip(heads, labels[chosen].to(device.device).T, PER_HEAD, strict=True):
-            entropy = F.cross_entropy(logits.float(), target, ignore_index=UNKNOWN, label_smoothing=SMOOTHING)
-            value = value + share * entropy
-        return value, {"names_right": (heads[0].argmax(1).cpu() == labels[chosen, 0]).float().mean()}
+        value = torch.zeros((), device=device.device)
+        for logits, target, share in zip(heads, targets, PER_HEAD, strict=True):
+            entropy = F.cross_entropy(
+                logits.float(), target, ignore_index=UNKNOWN, label_smoothing=SMOOTHING, reduction="sum"
+            )
+            value = value + share * entropy / batch_size
+        return value, {"names_right": (heads[0].argmax(1) == targets[0]).float().mean()}
 
     def evaluate() -> dict[str, float]:
         averaged.load_state_dict(average.weights())
@@ -74,7 +84,7 @@ def train(
                 i for i in collection.where(held_out=kind) if kind == "colour" or not collection.pictures[i].recoloured
             ]
             if chosen:
-                found = agreement(averaged, pixels_of(collection, chosen), labels[chosen])
+                found = agreement(averaged, pixels_of(collection, chosen).to(device.device), labels[chosen])
                 numbers |= {f"held_out_{kind}_{key}": value for key, value in found.items()}
         return numbers
 

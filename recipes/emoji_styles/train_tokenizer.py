@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recipes.codebook import MovingCodebook, rows
+from recipes.emoji_styles.augment import Moves, moved
 from recipes.emoji_styles.data import SIZE, Collection
 from recipes.muon import Muon
 from recipes.training import Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
@@ -33,6 +34,8 @@ CONFIG = MoVQConfig(
     z_channels=len(PATTERNS), embed_dim=len(PATTERNS), n_embed=2048,
 )  # fmt: skip
 BATCH_SIZE = 8
+GPU_BATCH_SIZE = 64
+MOVES = Moves(turn=4, scale=0.1, shift=0.06)
 CODEBOOK_PICTURES = 1500
 CODEBOOK_ROUNDS = 20
 EDGES = 0.5
@@ -61,21 +64,23 @@ def train(
     collection: Collection,
     *,
     config: MoVQConfig = CONFIG,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     stop_at: int | None = None,
 ) -> Path:
     """Train on the pictures that are not held out and return the path of the weights."""
     torch.manual_seed(budget.seed)
     device = accelerator()
+    batch_size = batch_size or (BATCH_SIZE if device.device.type == "cpu" else GPU_BATCH_SIZE)
     model = MoVQ(config).to(device.device)
     model.quantize.requires_grad_(False)
     model.quantize.embedding.weight.copy_(load_file(prepare(out, collection, budget.seed, config))["codes"])
     training = Training(out / "tokenizer", device, {"model": model}, optimizers_of(model))
-    known, unknown = collection.where(), collection.where(held_out="style")
+    known, unknown = torch.tensor(collection.where()), collection.where(held_out="style")
+    pictures = torch.from_numpy(collection.pixels).to(device.device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
-        chosen = [known[i] for i in batch_index(budget.seed, step, batch_size, len(known)).tolist()]
-        pixels = pixels_of(collection, chosen).to(device.device)
+        chosen = known[batch_index(budget.seed, step, batch_size, len(known))]
+        pixels = moved(floats(pictures[chosen.to(device.device)]), MOVES, randomness(budget.seed, step))
         decoded = model.decode_latents(model.embed_tokens(tokens_of(model, pixels))).float()
         error = F.mse_loss(decoded, pixels)
         value = F.l1_loss(decoded, pixels) + EDGES * edge_loss(decoded, pixels) + 4 * error
@@ -89,7 +94,7 @@ def train(
     def evaluate() -> dict[str, float]:
         save_weights(out / "tokenizer.safetensors", model.state_dict())
         chosen = unknown[:: max(1, len(unknown) // EVALUATED)]
-        return reconstruction_quality(model, pixels_of(collection, chosen)) if chosen else {}
+        return reconstruction_quality(model, pixels_of(collection, chosen).to(device.device)) if chosen else {}
 
     plan = Plan(warmup_steps=50, decay_share=0.5, evaluate_every=500, log_every=21)
     training.fit(budget, plan, loss, evaluate=evaluate, stop_at=stop_at)
@@ -113,7 +118,12 @@ def tokenizer_from(weights: Path, config: MoVQConfig = CONFIG) -> MoVQ:
 
 def pixels_of(collection: Collection, chosen: Sequence[int]) -> Tensor:
     """Return pictures as float32 [N, 3, S, S] in [0, 1]."""
-    return torch.from_numpy(collection.pixels[np.asarray(chosen, dtype=np.int64)]).permute(0, 3, 1, 2).float() / 255
+    return floats(torch.from_numpy(collection.pixels[np.asarray(chosen, dtype=np.int64)]))
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """uint8 [N, S, S, 3] as float32 [N, 3, S, S] in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def edge_loss(decoded: Tensor, pixels: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ from recipes.emoji_styles import (
     train_judge,
     train_tokenizer,
 )
+from recipes.emoji_styles.augment import Moves, moved
 from recipes.emoji_styles.data import Collection, Picture
 from recipes.emoji_styles.sources import STYLES, Drawings, Emoji, Package
-from recipes.training import Budget
+from recipes.training import Budget, randomness
 from softcfg.errors import UserError
 from softcfg.evaluation import load_extractor
 from softcfg.evaluation.emoji_judge import UNKNOWN, Vocabulary, agreement, load_judge
@@ -194,6 +195,11 @@ def test_recolouring_moves_the_main_colour_alone(wanted: str) -> None:
 # ---- what is held out
 
 
+def unlike(number: np.ndarray) -> np.ndarray:
+    """Pictures of 16 x 16 pixels, a different one for each number."""
+    return np.random.default_rng(0).integers(256, size=(number.max() + 1, 16, 16, 3), dtype=np.uint8)[number]
+
+
 def test_every_name_and_style_is_seen_and_no_held_out_pair_is() -> None:
     found = [Emoji(str(i), f"thing {i}", (), "objects", "tool", ()) for i in range(200)]
     number, style = (part.flatten() for part in np.meshgrid(np.arange(200), np.arange(9), indexing="ij"))
@@ -204,7 +210,7 @@ def test_every_name_and_style_is_seen_and_no_held_out_pair_is() -> None:
         np.concatenate([style, style]),
         np.full(3600, colours.COLOURS.index("blue")),
         np.concatenate([drawn, again]),
-        np.zeros((3600, 2, 2, 3), np.uint8),
+        unlike(np.concatenate([number, number])),
     )
     seen = [made.pictures[i] for i in made.where()]
     pairs = {(p.name, p.style) for p in seen}
@@ -216,16 +222,25 @@ def test_every_name_and_style_is_seen_and_no_held_out_pair_is() -> None:
     compositions = {(p.colour, p.name) for p in made.pictures if p.held_out == "colour"}
     assert 0.03 < len(compositions) / 200 < 0.2
     assert not compositions & {(p.colour, p.name) for p in seen if p.recoloured}
-    assert (
-        data.assemble(found, number, style, style, drawn, np.zeros((1800, 1, 1, 3)), names=10).names[-1] == "thing 180"
-    )
+    assert data.assemble(found, number, style, style, drawn, unlike(number), names=10).names[-1] == "thing 180"
 
 
 def test_names_that_few_have_drawn_are_left_out() -> None:
     found = [Emoji(str(i), f"thing {i}", (), group, "", ()) for i, group in enumerate(("objects", "objects", "flags"))]
     number, style = np.array([0] * 9 + [1] * 7 + [2] * 5), np.concatenate([np.arange(n) for n in (9, 7, 5)])
-    made = data.assemble(found, number, style, style, np.zeros(21, bool), np.zeros((21, 1, 1, 3), np.uint8))
+    made = data.assemble(found, number, style, style, np.zeros(21, bool), unlike(number))
     assert made.names == ["thing 0", "thing 2"]
+
+
+def test_names_that_are_alike_are_left_out() -> None:
+    names = ("neutral face", "expressionless face", "red apple", "green apple", "anchor", "old key", "key")
+    found = [Emoji(str(i), name, (), "objects", "tool", ()) for i, name in enumerate(names)]
+    number, style = np.repeat(np.arange(7), 9), np.tile(np.arange(9), 7)
+    pixels = unlike(number)
+    pixels[number == 1] = pixels[number == 0]
+    pixels[(number == 4) & (style < 2)] = pixels[(number == 2) & (style < 2)]  # in two styles alone
+    made = data.assemble(found, number, style, style, np.zeros(63, bool), pixels)
+    assert made.names == ["neutral face", "red apple", "anchor", "key"]
 
 
 # ---- captions
@@ -281,28 +296,36 @@ def examples(collection: Collection) -> train_generator.Examples:
         train_generator.CONFIG, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_codes=16,
     )  # fmt: skip
-    codes = torch.randint(16, (2, len(collection), 144), generator=torch.Generator().manual_seed(0))
-    text = captions.text_tokenizer(collection.pictures)
-    return train_generator.Examples(collection.pictures, codes, text, config)
+    model = train_tokenizer.MoVQ(replace(train_tokenizer.CONFIG, n_embed=16))
+    numbers = randomness(0, 0)
+    pixels = moved(train_tokenizer.pixels_of(collection, range(len(collection))), Moves(20, 0.3, 0.2), numbers)
+    patches = train_tokenizer.summary(pixels).flatten(2).transpose(1, 2).flatten(0, 1).unique(dim=0)
+    model.quantize.embedding.weight.data.copy_(patches[torch.randperm(len(patches), generator=numbers)[:16]])
+    return train_generator.Examples(collection, captions.text_tokenizer(collection.pictures), model, config)
 
 
 def test_batches_hold_no_held_out_picture_and_leave_prompts_out(examples: train_generator.Examples) -> None:
     assert [examples.pictures[i].held_out for i in examples.held_out["style"]] == ["style"]
     assert [examples.pictures[i].colour for i in examples.held_out["colour"]] == ["blue"]
-    kept = {
-        tuple(codes[i].tolist()) for codes in examples.variants for rows in examples.held_out.values() for i in rows
-    }
-    lengths, drawn = [], set()
-    for step in range(120):
-        prompts, codes = examples.batch(0, step, 8)
+    prompts_of_steps = train_generator.Steps(examples, 0, 8).iterate(0, 0)
+    lengths, seen, still = [], set(), 0
+    for _ in range(120):
+        prompts, chosen, moves = next(prompts_of_steps)
         lengths += [len(prompt.ids) for prompt in prompts]
-        drawn |= {tuple(row) for row in codes.tolist()}
-    assert not drawn & kept
-    assert len(drawn) == 2 * (len(examples.pictures) - 2)  # as drawn and moved
+        seen |= set(chosen)
+        still += moves.count(False)
+    assert seen == {i for i, picture in enumerate(examples.pictures) if not picture.held_out}
     assert 0.05 < lengths.count(0) / len(lengths) < 0.15
-    again, same = examples.batch(0, 119, 8)
+    assert 0.2 < still / 960 < 0.4
+    again, *same = next(train_generator.Steps(examples, 0, 8).iterate(119, 0))
     assert [list(prompt.ids) for prompt in prompts] == [list(prompt.ids) for prompt in again]
-    assert torch.equal(codes, same)
+    assert same == [chosen, moves]
+
+
+def test_pictures_move_but_those_that_are_to_stay(examples: train_generator.Examples) -> None:
+    drawn = examples.codes([0, 1, 2, 20])
+    found = examples.codes([0, 1, 2, 20], [True, False, True, False], randomness(0, 0))
+    assert (found == drawn).all(1).tolist() == [False, True, False, True]
 
 
 def test_generator_learns_and_continues(tmp_path: Path, examples: train_generator.Examples) -> None:
@@ -321,7 +344,7 @@ def test_generator_learns_and_continues(tmp_path: Path, examples: train_generato
     # The whole model, under its token rules and without the padding, agrees with the one that was trained.
     prompts = examples.prompts(["red square, flat style", "night, ink style"], [False, False])
     condition = model.condition(prompts, guided=False)
-    codes = examples.codes[[2, 14]]
+    codes = examples.codes([2, 14])
     tokens = torch.nn.functional.pad(codes.view(2, 12, 12) + config.first_code_id, (0, 1), value=config.new_line_id)
     logits = model.constrain(model(condition, tokens.flatten(1)), torch.arange(157), condition)
     at_codes = logits[:, model.is_code(torch.arange(157), condition)]
@@ -330,7 +353,7 @@ def test_generator_learns_and_continues(tmp_path: Path, examples: train_generato
 
 
 def test_judge_learns_and_reads_prompts(tmp_path: Path, collection: Collection) -> None:
-    train_judge.train(tmp_path, Budget(steps=80), collection, batch_size=8)
+    train_judge.train(tmp_path, Budget(steps=40), collection, batch_size=8)
     judge, words, _ = load_judge(tmp_path / "judge.safetensors")
     chosen = collection.where()
     asked = words.read([collection.pictures[i].caption for i in chosen])
@@ -341,7 +364,7 @@ def test_judge_learns_and_reads_prompts(tmp_path: Path, collection: Collection) 
 
     extractor = load_extractor("emoji", tmp_path / "judge.safetensors")
     described = extractor.describe(torch.from_numpy(collection.pixels[:2]).permute(0, 3, 1, 2))
-    assert (described.pooled.shape, described.logits.shape) == ((2, 256), (2, 3))
+    assert (described.pooled.shape, described.logits.shape) == ((2, 320), (2, 3))
     with pytest.raises(UserError, match="takes images of 96 x 96 pixels, these have 32 x 32"):
         extractor.describe(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
@@ -410,7 +433,7 @@ def test_recipe_from_packages_to_measured_model(
     run(train, "--steps", "2", "--out", out)
     assert {path.name for path in Path(out).glob("*.*")} == {
         "model.yaml", "NOTICE.txt", "codebook.safetensors", "generator.safetensors", "tokenizer.safetensors",
-        "tokenizer.json", "judge.safetensors", "judge.json", "codes.safetensors",
+        "tokenizer.json", "judge.safetensors", "judge.json",
     }  # fmt: skip
     assert max(path.stat().st_size for path in Path(out).glob("*.safetensors")) <= 16 * 2**20
     monkeypatch.setattr(evaluate, "SHOWN", ("rocket, flat style",))

@@ -19,6 +19,7 @@ from softcfg.evaluation.weights import load_network
 from softcfg.files import read_text
 
 UNKNOWN = -1
+STYLE = 1  # which of the heads
 LARGEST_VOCABULARY = 1 << 20  # bytes
 
 
@@ -77,32 +78,42 @@ class Vocabulary:
 
 
 class EmojiJudge(SmallNetwork):
-    """A residual convolutional network over 96 x 96 images, with heads for name, style and colour."""
+    """A residual convolutional network over 96 x 96 images, with heads for name, style and colour.
+
+    The style is told from the statistics of small surroundings, in which nobody recognises what is drawn.
+    """
 
     image_size = 96
-    num_features = 256
+    num_features = 320
 
     def __init__(self, names: int, styles: int, colours: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            conv_block(3, 32, 2),  # 48 x 48
-            conv_block(32, 64, 2),  # 24 x 24
-            Residual(64),
-            conv_block(64, 128, 2),  # 12 x 12
-            Residual(128),
-            conv_block(128, self.num_features, 2),  # 6 x 6
+            conv_block(3, 40, 2),  # 48 x 48
+            conv_block(40, 80, 2),  # 24 x 24
+            Residual(80),
+            conv_block(80, 160, 2),  # 12 x 12
+            Residual(160),
+            Residual(160),
+            conv_block(160, self.num_features, 2),  # 6 x 6
+            Residual(self.num_features),
             Residual(self.num_features),
         )
+        self.texture = conv_block(80, self.num_features // 2)  # means and deviations are the features
+        self.dropout = nn.Dropout(0.25)
         self.heads = nn.ModuleList(nn.Linear(self.num_features, count) for count in (names, styles, colours))
 
     def scaled(self, pixels: Tensor) -> Tensor:
         """See `SmallNetwork.scaled`: [0, 1] to [-1, 1]."""
-        return 2 * pixels - 1
+        return 2 * super().scaled(pixels) - 1
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return logits of names, styles and colours for images `[B, 3, 96, 96]` in [0, 1]."""
-        features = self.features(pixels)
-        return [head(features) for head in self.heads]
+        near = self.blocks[:3](self.scaled(pixels))
+        features = self.dropout(self.blocks[3:](near).mean(dim=(2, 3)))
+        near = self.texture(near).float()
+        texture = torch.cat((near.mean((2, 3)), near.var((2, 3)).add(1e-4).sqrt()), dim=1).to(features)
+        return [head(texture if i == STYLE else features) for i, head in enumerate(self.heads)]
 
 
 class Residual(nn.Module):
