@@ -59,7 +59,7 @@ def _attend_chunk(
         if SCALED:
             scores *= tl.load(key_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_KEYS:
-            scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=1.0)
+            scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         above = tl.maximum(maximum, scores)
         # A lane that has seen padding alone has its maximum at -inf, and -inf - -inf is no number.
@@ -70,7 +70,7 @@ def _attend_chunk(
         if SCALED:
             p *= tl.load(value_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_VALUES:
-            p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=1.0)
+            p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=0.0)
         output = output * kept[:, None] + v.to(tl.float32) * p[:, None]
         maximum = above
 
