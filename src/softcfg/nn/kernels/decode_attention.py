@@ -169,7 +169,7 @@ def decode_attention(
         outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
     # Without a limit the assembler aims for more threads on a multiprocessor, and spills; loads of small pieces need
     # a few registers more. FP fusion is what it has always been; newer versions ask.
-    options: dict[str, Any] = {"maxnreg": 160 if keys.itemsize == 1 and dim % 16 else 128, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"maxnreg": 160 if dim * keys.itemsize % 16 else 128, "enable_fp_fusion": True}
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
