@@ -2,6 +2,7 @@
 
     python -m benchmarks.against_transformers --model janus-pro-1b --layers 4
     python -m benchmarks.against_transformers --model emu3-gen --layers 2 --dtype bfloat16
+    python -m benchmarks.against_transformers --device cuda --dtype bfloat16 --layers 24 --side 10 --batch-size 1 4
 
 Both sides have the same weights (random, one copy in memory), prompts, scale and number of tokens, and take turns in
 one process. Whole images of two sizes are drawn, and a step is what a token more takes, so that neither reading the
@@ -55,7 +56,7 @@ def llama(config: Any) -> dict[str, Any]:
 
 
 def build(model: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model of transformers with random weights, made in `dtype` at once."""
+    """A model of transformers with random weights, made in `dtype` at once, on the default device."""
     from transformers.initialization import no_init_weights
 
     usual = torch.get_default_dtype()
@@ -77,6 +78,7 @@ def janus(config: JanusConfig, dtype: torch.dtype) -> tuple[Any, Drawing]:
     """The model of transformers, and what draws with it."""
     from transformers import JanusConfig as Config
     from transformers import JanusForConditionalGeneration as Model
+    from transformers import StaticCache
 
     tokens, special = config.grid_size**2, config.special_ids
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -95,13 +97,16 @@ def janus(config: JanusConfig, dtype: torch.dtype) -> tuple[Any, Drawing]:
     generation.bos_token_id, generation.pad_token_id = special["bos"], special["pad"]
 
     def draw(batch: int, config: JanusConfig) -> Callable[[], object]:
-        ids = torch.tensor([janus_prompt(config)] * batch)
+        ids = torch.tensor([janus_prompt(config)] * batch, device=model.device)
 
         def run() -> object:
             model.model.vision_model.config.num_image_tokens = config.grid_size**2
+            slots = PROMPT_TOKENS + config.grid_size**2
+            # It is the cache that `generate` makes by itself, except that this fails in 5.17.
             return model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=True, top_k=0,
-                guidance_scale=5.0, max_length=PROMPT_TOKENS + config.grid_size**2,
+                guidance_scale=5.0, max_length=slots,
+                past_key_values=StaticCache(model.config.get_text_config(), max_cache_len=slots),
             )  # fmt: skip
 
         return run
@@ -135,7 +140,7 @@ def emu3(config: Emu3Config, dtype: torch.dtype) -> tuple[Any, Drawing]:
         codes = geometry.is_code(torch.arange(geometry.num_tokens)).tolist()
         allowed = [visual if code else [special["eol"]] for code in codes]
         allowed[-len(ending) :] = [[token] for token in ending]
-        prompt, negative = (torch.tensor([emu3_prompt(config)] * batch) for _ in range(2))
+        prompt, negative = (torch.tensor([emu3_prompt(config)] * batch, device=model.device) for _ in range(2))
         return lambda: model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=2048, guidance_scale=3.0,
             negative_prompt_ids=negative, negative_prompt_attention_mask=torch.ones_like(negative),
@@ -165,6 +170,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["janus-pro-1b", "janus-pro-7b", "emu3-gen"], default="janus-pro-1b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--side", type=int, default=12, help="codes along a side of the images")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=5)
@@ -175,9 +181,8 @@ def main() -> None:
     family = MODELS[args.model].generator.family.name
     with torch.no_grad():
         torch.manual_seed(0)
-        model, theirs = (janus if family == "janus-pro" else emu3)(config, dtype)
-        if torch.cuda.is_available():
-            model.cuda()
+        with torch.device(args.device):
+            model, theirs = (janus if family == "janus-pro" else emu3)(config, dtype)
         generators = [load_generator(family, each, model.state_dict(), model.device, dtype) for each in (small, config)]
         scale, top_k = MODELS[args.model].sampling["guidance_scale"], MODELS[args.model].sampling["top_k"]
         sampling, rows = Sampling(1.0, top_k), []
@@ -198,7 +203,7 @@ def main() -> None:
             step = {name: 1e3 * (seconds[name, many] - seconds[name, few]) / (many - few) for name in image}
             ratios = [each["transformers"] / each[name] for each in (step, image) for name in ("CFG", "SoftCFG")]
             rows.append([batch, *step.values(), *ratios])
-    print(f"{args.model}, {args.layers} layers, {few} and {many} tokens, {args.dtype}, {machine()}\n")
+    print(f"{args.model}, {args.layers} layers, {few} and {many} tokens, {args.dtype}, {machine(args.device)}\n")
     header = [
         "batch", "transformers, ms a step", "CFG", "SoftCFG", "times as fast, CFG", "times as fast, SoftCFG",
         "whole image, CFG", "whole image, SoftCFG",

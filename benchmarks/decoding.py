@@ -48,7 +48,9 @@ def released_step(generator: ClassGenerator, batch: int, guidance: CFG, position
         baseline.tokens = tokens
         baseline.confidence = list(confidence)
         baseline.applied = torch.ones(batch, max(position - 2, 0))
-        return baseline.step()
+        drawn = baseline.step()
+        baseline.cache = []  # it is as large as the contents
+        return drawn
 
     return step
 

@@ -15,17 +15,24 @@ from softcfg.nn.products import machine as processor
 Side = TypeVar("Side", bound=Hashable)
 
 
-def medians(sides: Mapping[Side, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[Side, float]:
-    """Median seconds of each side; the sides take turns, so that a change of the machine's pace meets all of them."""
+def medians(
+    sides: Mapping[Side, Callable[[], object]], repeats: int, warmup: int = 1, in_a_row: int = 1
+) -> dict[Side, float]:
+    """Median seconds of each side; the sides take turns, so that a change of the machine's pace meets all of them.
+
+    Args:
+        in_a_row: runs of a turn, before a GPU is waited for.
+    """
     times: dict[Side, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + repeats):
         for name, run in sides.items():
             _synchronize()
             started = time.perf_counter()
-            run()
+            for _ in range(in_a_row):
+                run()
             _synchronize()
             if turn >= warmup:
-                times[name].append(time.perf_counter() - started)
+                times[name].append((time.perf_counter() - started) / in_a_row)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -55,8 +62,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(text(cell) for cell in line) + " |" for line in lines)
 
 
-def machine() -> str:
-    """One line on what the figures were measured on."""
-    if torch.cuda.is_available():
+def machine(device: str = "cuda") -> str:
+    """One line on what the figures were measured on: the CPU if there is no GPU."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{processor()}, {torch.get_num_threads()} threads"

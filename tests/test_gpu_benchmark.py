@@ -41,6 +41,9 @@ def test_it_measures_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "left out" not in found
     assert found["check"] == [{"name": "sound", "ok": True, "detail": "fine"}]
     assert [(row["batch"], row["cache"]) for row in found["steps"]] == [(1, "float32"), (2, "float32"), (2, "int8")]
+    (whole,), (profile,) = found["images"], found["profile"]
+    assert whole["images/s"] == pytest.approx(2 / whole["SoftCFG, s a batch"])
+    assert profile["kernels"] > len(profile["longest"]) > 0
     for row in found["steps"]:
         assert row["SoftCFG"] > 0
         assert row["bound"] > 0
@@ -75,15 +78,34 @@ def test_a_part_that_fails_leaves_the_others(
     assert code == 0
     (left,) = found[kind]
     assert left["why"] == why
+    assert "in failing\n" in left["traceback"]
     assert [row["batch"] for row in found["steps"]] == [2, 2]
 
 
-def test_no_time_leaves_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "TESTS", {"sound": lambda device: (False, "off")})
+def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     code, found = run(tmp_path, "--limit", "0")
-    assert code == 1
-    assert found["left out"] == [{"what": "ceilings", "why": "no time is left"}]
+    assert code == 0
+    assert [left["why"] for left in found["left out"]] == ["no time is left"] * (3 + len(gpu.Plan.small().points))
     assert "steps" not in found
+
+
+def test_a_check_that_is_off_or_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device) -> tuple[bool, str]:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(doctor, "TESTS", {"sound": lambda device: (False, "off")})
+    assert run(tmp_path, "--only", "check")[0] == 1
+    monkeypatch.setattr(doctor, "TESTS", {"broken": broken})
+    code, found = run(tmp_path, "--only", "check")
+    assert code == 1
+    assert found["failed"][0]["why"] == "a kernel failed"
+
+
+def test_it_goes_on_with_what_was_not_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "--only", "steps fashion-small float32 1")
+    _, found = run(tmp_path, "--only", "steps", "--resume")
+    assert [(row["batch"], row["cache"]) for row in found["steps"]] == [(1, "float32"), (2, "float32"), (2, "int8")]
+    assert sum(line.startswith("| fashion-small") for line in capsys.readouterr().out.splitlines()) == 1 + 3
 
 
 def test_it_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,8 @@ class Point:
 
 def key(settings: Row) -> str:
     """A text that two rows share if they are of the same point."""
-    return json.dumps({name: settings[name] for name in ("measure", "guidance", "seed", "samples")}, sort_keys=True)
+    names = ("measure", "guidance", "seed", "samples", *(["temperature"] if "temperature" in settings else []))
+    return json.dumps({name: settings[name] for name in names}, sort_keys=True)
 
 
 @dataclass(frozen=True)

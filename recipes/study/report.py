@@ -54,6 +54,10 @@ METRICS = {  # title, factor, decimals
     "recall": ("recall ↑, %", 100, 2),
     "class_accuracy": ("class accuracy ↑, %", 100, 2),
 }
+QUANTITIES = {
+    "entropy_gap": "normalised entropy, unconditional less conditional",
+    "branch_distance": "distance of the branches",
+}
 TOLERANCE = 1.1  # a scale is usable where FID is at most this multiple of the least
 MISSING = "–"
 GRID = (CFG(1.5, 1.0), CFG(2.0, 2.0))  # what is tuned of CFG and SoftCFG
@@ -74,7 +78,7 @@ class Measured:
     def text(self, guidance: CFG, metric: str) -> str:
         """Mean and standard deviation over the seeds."""
         _, factor, decimals = METRICS[metric]
-        return _spread([factor * value for value in self.of_seeds(guidance, metric).values()], decimals)
+        return spread([factor * value for value in self.of_seeds(guidance, metric).values()], decimals)
 
     def fid_difference(self, guidance: CFG, other: CFG) -> tuple[float, float] | None:
         """By how much the FID of two settings differs, with the standard error, if both have a seed in common."""
@@ -120,7 +124,7 @@ class Measured:
             metrics = [self.text(guidance, metric) for metric in METRICS]
             difference = "" if guidance == compared else self.fid_less(guidance, compared)
             lines.append([title, says(guidance), str(count), *metrics, difference])
-        return _table(head, lines)
+        return markdown_table(head, lines)
 
     def best_table(self, others: Mapping[str, CFG]) -> str:
         """Every method at its best setting, compared with CFG; the setting is named by what was tuned of it."""
@@ -184,7 +188,7 @@ def write(document: Path, rows: Mapping[str, Row], design: Design, elsewhere: Ma
     text = document.read_text(encoding="utf-8")
     text = re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
     for name, draw in PICTURES.items():
-        write_atomically(pictures / f"{name}.svg", _svg(draw(study)))
+        write_atomically(pictures / f"{name}.svg", svg(draw(study)))
     write_atomically(document, text.encode())
 
 
@@ -230,7 +234,7 @@ def ablation(study: Study) -> str:
         study.design.bounds(), ("*training images*", "*the same through the tokenizer*"), strict=True
     ):
         if row := study.rows.get(key(point.settings())):
-            values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
+            values = [spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
             table += "\n| " + " | ".join([title, MISSING, MISSING, *values, ""]) + " |"
     return table
 
@@ -243,9 +247,9 @@ def sizes(study: Study) -> str:
         settings = Point(guidance, 0, 0).settings()["guidance"]
         found = [row for row in study.rows.values() if row["guidance"] == settings and row["measure"] == "images"]
         for row in sorted(found, key=lambda row: (row["samples"], row["seed"])):
-            values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
+            values = [spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
             lines.append([name, _scale(guidance), str(row["seed"]), f"{row['samples']:,}", *values])
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def same_scale(study: Study) -> str:
@@ -269,7 +273,7 @@ def over_scales(study: Study) -> str:
             line += [study.text(cfg, metric), study.text(softcfg, metric)]
         lines.append(line)
     ranges = [_usable_range(study, name) for name in ("CFG", "SoftCFG")]
-    return "\n\n".join([_table(head, lines), *filter(None, ranges)])
+    return "\n\n".join([markdown_table(head, lines), *filter(None, ranges)])
 
 
 def weighted(study: Study) -> str:
@@ -298,33 +302,8 @@ def over_steps(study: Study) -> str:
     traces = _traces(study)
     if not traces:
         return NOT_DRAWN
-    rows = {name: row["values"] for name, row in traces.items()}
-    total = len(next(iter(rows.values()))["entropy_gap"])
-    thirds = [slice(round(i * total / 3), round((i + 1) * total / 3)) for i in range(3)]
-    head = ["method", "quantity", *(f"steps {part.start + 1} to {part.stop}" for part in thirds)]
-    names = {
-        "entropy_gap": "normalised entropy, unconditional less conditional",
-        "branch_distance": "distance of the branches",
-        "brightness": "brightness of the patch",
-    }
-    lines = [
-        [name, title, *(f"{mean(values[quantity][part]):.4f}" for part in thirds)]
-        for quantity, title in names.items()
-        for name, values in rows.items()
-    ]
-    lines += [
-        ["SoftCFG" + suffix, "sum of (1 - w)", *(f"{mean(values[part]):.2f}" for part in thirds)]
-        for suffix, values in (
-            ("", rows["SoftCFG"]["budget"]),
-            (" without Step Normalisation", rows["SoftCFG without Step Normalisation"]["budget_without"]),
-        )
-    ]
-    shares = ["method", "mean p_max of black patches", "of other patches", "share of all p_max on black patches"]
-    of_patches = [
-        [name, *(f"{values[k]:.3f}" for k in ("background_confidence", "object_confidence", "background_share"))]
-        for name, values in rows.items()
-    ]
-    return "\n\n".join([_table(head, lines), _table(shares, of_patches)])
+    quantities = {**QUANTITIES, "brightness": "brightness of the patch"}
+    return of_traces({name: row["values"] for name, row in traces.items()}, quantities, "black")
 
 
 def patches(study: Study) -> str:
@@ -355,7 +334,7 @@ def tuning(study: Study) -> str:
                 for scale, value in grid[power].items()
             ]
             lines.append([name, f"{power:g}", *values])
-    return f"FID of {study.design.tuning_samples:,} images, seed {seed}:\n\n{_table(head, lines)}"
+    return f"FID of {study.design.tuning_samples:,} images, seed {seed}:\n\n{markdown_table(head, lines)}"
 
 
 def methods(study: Study) -> str:
@@ -372,7 +351,7 @@ def with_softcfg(study: Study) -> str:
         if name in best and without in best and study.of_seeds(best[name], "fid"):
             one, two = best[name], best[without]
             lines.append([name, without, study.text(one, "fid"), study.text(two, "fid"), study.fid_less(one, two)])
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def same_setting(study: Study) -> str:
@@ -390,7 +369,7 @@ def _same_setting(measured: Measured, candidates: Mapping[str, Sequence[CFG]]) -
             shown = (_difference(pairs, same_images=True), found[0], found[-1])
             counts = [sum(sign * difference > 2 * error for difference, error in found) for sign in (-1, 1)]
             lines.append([name, str(len(found)), *(f"{d:+.3f} ± {error:.3f}" for d, error in shown), *map(str, counts)])
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def half_trained(study: Study) -> str:
@@ -478,9 +457,9 @@ def plot_steps(study: Study) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for colour, (name, row) in zip(COLOURS, _traces(study).items(), strict=False):
-        _curve(left, row, "entropy_gap", colour, name)
-        _curve(middle, row, "branch_distance", colour, name)
-        _curve(right, row, "brightness", colour, name)
+        curve(left, row, "entropy_gap", colour, name)
+        curve(middle, row, "branch_distance", colour, name)
+        curve(right, row, "brightness", colour, name)
     left.axhline(0, color="0.6", linewidth=0.8)
     left.set(xlabel="step", ylabel="normalised entropy", title="Unconditional less conditional entropy")
     middle.set(xlabel="step", ylabel="total variation distance", title="Distance of the branches", ylim=(0, None))
@@ -495,10 +474,10 @@ def plot_budget(study: Study) -> Figure:
     left, right = figure.subplots(1, 2)
     traces = _traces(study)
     if traces:
-        _curve(left, traces["SoftCFG"], "budget", COLOURS[0], "SoftCFG")
+        curve(left, traces["SoftCFG"], "budget", COLOURS[0], "SoftCFG")
         without = "SoftCFG without Step Normalisation"
-        _curve(left, traces[without], "budget_without", COLOURS[1], without)
-        _curve(right, traces["SoftCFG"], "confidence", COLOURS[0], "SoftCFG")
+        curve(left, traces[without], "budget_without", COLOURS[1], without)
+        curve(right, traces["SoftCFG"], "confidence", COLOURS[0], "SoftCFG")
     left.set(xlabel="step", ylabel="sum of (1 - w)", title="Perturbation of a step", ylim=(0, None))
     left.legend(frameon=False)
     right.set(xlabel="token", ylabel="p_max", title="Mean confidence in the tokens", ylim=(0, 1))
@@ -531,6 +510,44 @@ PICTURES: Mapping[str, Callable[[Study], Figure]] = {
 
 
 # ---- pieces
+
+
+def fid_difference(one: Mapping[int, Row], two: Mapping[int, Row], decimals: int = 3) -> str:
+    """By how much the FID of two settings differs, seed -> values of each, with its standard error by the jackknife."""
+    found = _difference([(one[seed], two[seed]) for seed in sorted(one.keys() & two.keys())])
+    return f"{found[0]:+.{decimals}f} ± {found[1]:.{decimals}f}" if found else MISSING
+
+
+def of_traces(traces: Mapping[str, Row], quantities: Mapping[str, str], background: str) -> str:
+    """Tables of what was traced: means over thirds of the steps, and the confidence on the background.
+
+    Args:
+        traces: values by the name of the method, "SoftCFG" with and without Step Normalisation among them.
+        quantities: titles by name.
+        background: its colour.
+    """
+    total = len(next(iter(traces.values()))["entropy_gap"])
+    thirds = [slice(round(i * total / 3), round((i + 1) * total / 3)) for i in range(3)]
+    head = ["method", "quantity", *(f"steps {part.start + 1} to {part.stop}" for part in thirds)]
+    lines = [
+        [name, title, *(f"{mean(values[quantity][part]):.4f}" for part in thirds)]
+        for quantity, title in quantities.items()
+        for name, values in traces.items()
+    ]
+    lines += [
+        ["SoftCFG" + suffix, "sum of (1 - w)", *(f"{mean(values[part]):.2f}" for part in thirds)]
+        for suffix, values in (
+            ("", traces["SoftCFG"]["budget"]),
+            (" without Step Normalisation", traces["SoftCFG without Step Normalisation"]["budget_without"]),
+        )
+    ]
+    shares = ["method", f"mean p_max of {background} patches", "of other patches"]
+    shares += [f"share of all p_max on {background} patches"]
+    of_patches = [
+        [name, *(f"{values[k]:.3f}" for k in ("background_confidence", "object_confidence", "background_share"))]
+        for name, values in traces.items()
+    ]
+    return "\n\n".join([markdown_table(head, lines), markdown_table(shares, of_patches)])
 
 
 def _traces(study: Study) -> dict[str, Row]:
@@ -572,12 +589,17 @@ def _reported(study: Study) -> Iterable[CFG]:
 
 def _errors(study: Study, settings: Sequence[CFG], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations over the seeds, of the settings that are there."""
-    found = [values for guidance in settings if (values := list(study.of_seeds(guidance, metric).values()))]
+    return errors([list(study.of_seeds(guidance, metric).values()) for guidance in settings])
+
+
+def errors(found: Iterable[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of values that belong together, where there are any."""
+    found = list(filter(None, found))
     spreads = [stdev(values) if len(values) > 1 else 0.0 for values in found]
     return np.array([mean(values) for values in found]), np.array(spreads)
 
 
-def _curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
+def curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
     """Mean over images, with two standard errors as a band."""
     values, errors = np.array(row["values"][quantity]), np.array(row["values"][f"{quantity}_error"])
     steps = np.arange(1, len(values) + 1)
@@ -602,19 +624,21 @@ def _scale(guidance: CFG) -> str:
     return f"{guidance.guidance_scale:g}, {guidance.guidance_scale_pow:g}" if guidance.is_active else MISSING
 
 
-def _spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
+def spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
+    """Mean and standard deviation."""
     if not values:
         return MISSING
     text = f"{mean(values):{sign}.{decimals}f}"
     return f"{text} ± {stdev(values):.{decimals}f}" if len(values) > 1 else text
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
     """The same file for the same figure."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "softcfg", "svg.fonttype": "none"}):

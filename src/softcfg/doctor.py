@@ -92,7 +92,7 @@ def choices(device: torch.device) -> dict[str, str]:
         call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True)
         skipped: list[str] = []
         for backend in reversed(BACKENDS.values()):
-            why = backend.unavailable.get(device) or backend.why_not(call)
+            why = backend.unavailable.get(call.query.device) or backend.why_not(call)
             if why is None and backend.preferred(call):
                 found[f"attention, {name}"] = "; ".join([backend.name, *skipped])
                 break
@@ -153,7 +153,7 @@ def report(device: torch.device, *, test: bool = True) -> dict[str, Any]:
 
 def _attention(device: torch.device) -> tuple[bool, str]:
     """The attention of a step against plain products in float64 on the CPU, for the zoo's shapes."""
-    shapes, worst, served = set(), 0.0, 0
+    shapes, worst, where, served = set(), 0.0, "", 0
     for entry in MODELS.values():
         generator: Any = empty_module(entry.generator)
         _, key_heads, head_dim = generator.cache_shape
@@ -164,9 +164,11 @@ def _attention(device: torch.device) -> tuple[bool, str]:
     for (head_dim, groups), (dtype, stored, weighted) in itertools.product(sorted(shapes), kinds):
         call = _call(device, dtype, head_dim, groups, static=True, weighted=weighted, stored=stored)
         found = attention(call).cpu().double()
-        worst = max(worst, float((found - _exact(call)).abs().max()) / TOLERANCE[dtype])
+        off = float((found - _exact(call)).abs().nan_to_num(nan=torch.inf).max()) / TOLERANCE[dtype]
+        if off > worst:
+            worst, where = off, f"{dtype}, head_dim {head_dim}, heads in groups of {groups}, {stored or dtype} cache"
         served += 1
-    return worst <= 1, f"{served} kinds, the largest error is {worst:.2g} of what rounding explains"
+    return worst <= 1, f"{served} kinds, the largest error is {worst:.2g} of what rounding explains ({where})"
 
 
 def _graph(device: torch.device) -> tuple[bool | None, str]:
@@ -288,7 +290,7 @@ def _exact(call: AttentionCall) -> Tensor:
         context.slots,
         cache,
         value_weights=None if context.value_weights is None else context.value_weights.cpu().double(),
-        mask=None if context.mask is None else context.mask.cpu(),
+        given_mask=None if context.mask is None else context.mask.cpu(),
     )
     query, key, value = (tensor.cpu().double() for tensor in (call.query, call.key, call.value))
     with use_backend("math"):

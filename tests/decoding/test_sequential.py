@@ -1,4 +1,7 @@
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,6 +241,20 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(
     assert len(caught) == 1
     assert tried == ["cpu"]
     assert drawn.tolist() == wanted.tolist()
+
+
+def test_a_graph_keeps_the_memory_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads and writes memory that it does not own."""
+    held = torch.zeros(3)
+    seen = weakref.ref(held)
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", lambda step, device: lambda: None)
+    run = graphs.captured(partial(held.add_, 1), torch.device("cpu"))
+    del held
+    gc.collect()
+    assert seen() is not None
+    del run
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.mark.parametrize("guidance", METHODS[:2], ids=lambda m: type(m).__name__)

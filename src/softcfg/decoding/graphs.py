@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def repeat(step: Callable[[Tensor], None], steps: range, device: torch.device) -
 
 
 def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A function that repeats `step`: on a GPU a CUDA graph of it, which keeps its tensors; elsewhere the step itself.
+    """A function that repeats `step`: on a GPU a CUDA graph of it; elsewhere the step itself.
 
     The step must have run before, so that kernels are compiled and libraries are set up. If it cannot be captured, for
     lack of memory for example, it is repeated as it is, with a warning.
@@ -48,7 +49,7 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
     if capture is None:
         return step
     try:
-        return capture(step, device)
+        return partial(_replay, capture(step, device), step)
     except RuntimeError as error:
         warnings.warn(
             f"the decoding step could not be captured as a graph, so every step launches its kernels anew, which is "
@@ -57,6 +58,11 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
             stacklevel=2,
         )
         return step
+
+
+def _replay(replay: Callable[[], object], step: Callable[[], object]) -> None:
+    """Replay a graph of `step`, which is held because a graph does not own the tensors that it reads and writes."""
+    replay()
 
 
 def _cuda_graph(step: Callable[[], object], device: torch.device) -> Callable[[], object]:

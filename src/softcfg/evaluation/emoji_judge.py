@@ -19,6 +19,7 @@ from softcfg.evaluation.weights import load_network
 from softcfg.files import read_text
 
 UNKNOWN = -1
+STYLE = 1  # which of the heads
 LARGEST_VOCABULARY = 1 << 20  # bytes
 
 
@@ -77,7 +78,10 @@ class Vocabulary:
 
 
 class EmojiJudge(SmallNetwork):
-    """A residual convolutional network over 96 x 96 images, with heads for name, style and colour."""
+    """A residual convolutional network over 96 x 96 images, with heads for name, style and colour.
+
+    The style is told from the statistics of small surroundings, in which nobody recognises what is drawn.
+    """
 
     image_size = 96
     num_features = 320
@@ -95,17 +99,21 @@ class EmojiJudge(SmallNetwork):
             Residual(self.num_features),
             Residual(self.num_features),
         )
+        self.texture = conv_block(80, self.num_features // 2)  # means and deviations are the features
         self.dropout = nn.Dropout(0.25)
         self.heads = nn.ModuleList(nn.Linear(self.num_features, count) for count in (names, styles, colours))
 
     def scaled(self, pixels: Tensor) -> Tensor:
         """See `SmallNetwork.scaled`: [0, 1] to [-1, 1]."""
-        return 2 * pixels - 1
+        return 2 * super().scaled(pixels) - 1
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return logits of names, styles and colours for images `[B, 3, 96, 96]` in [0, 1]."""
-        features = self.dropout(self.features(pixels))
-        return [head(features) for head in self.heads]
+        near = self.blocks[:3](self.scaled(pixels))
+        features = self.dropout(self.blocks[3:](near).mean(dim=(2, 3)))
+        near = self.texture(near).float()
+        texture = torch.cat((near.mean((2, 3)), near.var((2, 3)).add(1e-4).sqrt()), dim=1).to(features)
+        return [head(texture if i == STYLE else features) for i, head in enumerate(self.heads)]
 
 
 class Residual(nn.Module):

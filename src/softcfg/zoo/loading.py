@@ -261,7 +261,9 @@ def random_weights(
     module_class, config_class = component.family.classes()
     config: Any = load_config(config_class, component.config, component.family.sections)
     _on_meta(module_class, config)  # what is too large is refused before it takes memory
-    with torch.random.fork_rng():
+    # A GPU makes a billion numbers in no time; elsewhere they are those of the CPU.
+    maker = device if device is not None and torch.device(device).type == "cuda" else "cpu"
+    with torch.random.fork_rng(), torch.device(maker):
         torch.manual_seed(seed)
         try:
             module = module_class(config)

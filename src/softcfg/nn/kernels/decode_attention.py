@@ -1,8 +1,8 @@
 """Split-KV attention for decoding: one query per row against a static cache, with weights on values and keys.
 
-A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. A row
-and a head alone are too few programs to reach it: the slots are split into chunks, every program attends to one
-chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
+A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. In a small
+batch, rows and heads alone are too few programs to reach it: the slots are split into chunks, every program attends to
+one chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
 one launch, and one captured CUDA graph, serves every step; chunks after the position cost nothing.
 
 A value weight is one multiplication of a probability in a register: SoftCFG costs nothing next to reading the cache.
@@ -17,15 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 256  # slots that a program attends to
+PROGRAMS = 1024  # that keep a GPU busy; with fewer rows and heads, the slots are split
+WARPS, STAGES = 4, 3  # of a program; blocks on their way from memory
+ELEMENTS = 2048  # of a block of keys, of at most 16 bits each; half as many in float32
+CHUNKS = 64  # at most, that the second kernel holds in registers
 
 
 @triton.jit
 def _attend_chunk(
     query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
     query_row, query_head, cache_row, cache_head, scales_row, scales_head, value_weights_row, key_weights_row,
-    heads, groups, chunks, scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    heads, groups, chunks, size, scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr, WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row, head, chunk = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
@@ -42,39 +45,45 @@ def _attend_chunk(
     values += base
     scales = row.to(tl.int64) * scales_row + (head // groups) * scales_head
 
-    maximum = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    output = tl.zeros((WIDTH,), tl.float32)
-    for begin in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), BLOCK):
+    # Every lane of a block has a softmax of its own, so that nothing is exchanged between warps until the end.
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    output = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for begin in tl.range(chunk * size, tl.minimum((chunk + 1) * size, end), BLOCK, num_stages=STAGES):
         slots = begin + tl.arange(0, BLOCK)
         seen = (slots < end) & (slots >= start)
         place = slots[:, None] * DIM + dims[None, :]
-        k = tl.load(keys + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        scores = tl.sum(k * q[None, :], axis=1)
+        k = tl.load(keys + place, mask=seen[:, None] & inside[None, :], other=0.0)
+        v = tl.load(values + place, mask=seen[:, None] & inside[None, :], other=0.0)
+        scores = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
         if SCALED:
             scores *= tl.load(key_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_KEYS:
             scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=1.0)
         scores = tl.where(seen, scores, float("-inf"))
-        above = tl.maximum(maximum, tl.max(scores, axis=0))
-        # A block of padding alone leaves the maximum at -inf, and -inf - -inf is no number.
+        above = tl.maximum(maximum, scores)
+        # A lane that has seen padding alone has its maximum at -inf, and -inf - -inf is no number.
         shift = tl.where(above == float("-inf"), 0.0, above)
         kept = tl.exp(maximum - shift)
         p = tl.exp(scores - shift)
-        total = total * kept + tl.sum(p, axis=0)
+        total = total * kept + p
         if SCALED:
             p *= tl.load(value_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_VALUES:
             p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=1.0)
-        v = tl.load(values + place, mask=seen[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        output = output * kept + tl.sum(v * p[:, None], axis=0)
+        output = output * kept[:, None] + v.to(tl.float32) * p[:, None]
         maximum = above
 
+    highest = tl.max(maximum, axis=0)
+    kept = tl.exp(maximum - tl.where(highest == float("-inf"), 0.0, highest))
     part = tl.program_id(0) * chunks + chunk
-    one = tl.arange(0, 1)
-    tl.store(maxima + part + one, maximum)
-    tl.store(sums + part + one, total)
-    tl.store(outputs + part * DIM + dims, output, mask=inside)
+    whole, joined = tl.sum(total * kept, axis=0), tl.sum(output * kept[:, None], axis=0)
+    if WHOLE:
+        joined /= tl.where(whole > 0, whole, 1.0)
+    else:
+        tl.store(maxima + part, highest)
+        tl.store(sums + part, whole)
+    tl.store(outputs + part * DIM + dims, joined.to(outputs.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -98,6 +107,11 @@ def _join_chunks(
     )
     output = tl.sum(part * kept[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(joined + place * DIM + dims, output.to(joined.dtype.element_ty), mask=inside)
+
+
+def slots_at_once(width: int, dtype: torch.dtype) -> int:
+    """What the registers of four warps have room for, such that four programs share a multiprocessor."""
+    return (ELEMENTS // 2 if dtype == torch.float32 else ELEMENTS) // max(width, 32)
 
 
 def decode_attention(
@@ -138,33 +152,40 @@ def decode_attention(
     if (key_scales is None) != (value_scales is None):
         raise ValueError("keys and values must both have scales, or neither")
     scales_row, scales_head = (0, 0) if key_scales is None else key_scales.stride()[:2]
-    query, last = query.contiguous(), last.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    last = last.contiguous()
     first = None if first is None else first.contiguous()
     value_weights, value_weights_row = _by_row(value_weights, rows, slots)
     key_weights, key_weights_row = _by_row(key_weights, rows, slots)
-    chunks = triton.cdiv(slots, CHUNK)
-    maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
-    outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
-    joined = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
     width = triton.next_power_of_2(dim)
-    # Small enough for the registers of four warps, of which several programs then share a multiprocessor.
-    block = 64 if width <= 64 else 32  # slots at once
+    block = slots_at_once(width, keys.dtype)
+    chunks = min(CHUNKS, triton.cdiv(PROGRAMS, rows * heads))
+    size = triton.cdiv(triton.cdiv(slots, chunks), block) * block
+    chunks = triton.cdiv(slots, size)
+    joined = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
+    maxima, sums, outputs = None, None, joined
+    if chunks > 1:
+        maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
+        outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
     # Without a limit the assembler aims for more threads on a multiprocessor, and spills. FP fusion is
     # what it has always been; newer versions ask.
     options: dict[str, Any] = {
-        "num_warps": 4, "maxnreg": 128 if keys.dtype == torch.float32 else 96, "enable_fp_fusion": True,
+        "num_warps": WARPS, "maxnreg": 128, "enable_fp_fusion": True,
     }  # fmt: skip
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
-        scales_row, scales_head, value_weights_row, key_weights_row, heads, heads // keys.shape[1], chunks, dim**-0.5,
-        DIM=dim, WIDTH=width, CHUNK=CHUNK, BLOCK=block,
+        scales_row, scales_head, value_weights_row, key_weights_row,
+        heads, heads // keys.shape[1], chunks, size, dim**-0.5,
+        DIM=dim, WIDTH=width, BLOCK=block, WHOLE=chunks == 1, STAGES=STAGES,
         SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
         PADDED=first is not None, **options,
     )  # fmt: skip
-    _join_chunks[(rows * heads,)](
-        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options
-    )
+    if chunks > 1:
+        _join_chunks[(rows * heads,)](
+            maxima, sums, outputs, joined, chunks,
+            DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options,
+        )  # fmt: skip
     return joined
 
 
