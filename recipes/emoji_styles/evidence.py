@@ -173,7 +173,6 @@ class Laboratory:
 
     def __init__(self, collection: Collection, model: str, device: torch.device, batch_size: int) -> None:
         self.collection = collection
-        self.model = model
         self.device = device
         self.batch_size = batch_size
         self.pipeline = Pipeline.from_pretrained(model, device=device)
@@ -184,7 +183,7 @@ class Laboratory:
     def run(self, point: Drawn) -> Row:
         """The row of a point for the results."""
         kinds = {**dict.fromkeys(KINDS, self.images), "trace": self.trace}
-        return row_of(point, kinds.get(point.measure, self.bound), self.model, self.device)  # type: ignore[arg-type]
+        return row_of(point, kinds.get(point.measure, self.bound), self.pipeline.name, self.device)  # type: ignore[arg-type]
 
     def images(self, point: Drawn) -> Row:
         """What the judge sees in images drawn with the point's settings."""
@@ -256,7 +255,7 @@ class Laboratory:
         weakened: list[Tensor] = []
         pictures = self.prompted("seen", point.samples)
         drawn = self.draw(point, pictures)
-        inputs = self.pipeline.conditioning.inputs(drawn.prompts)
+        inputs = self.pipeline.conditioning.inputs(drawn.prompts or [])
         for start in range(0, len(pictures), TRACED_AT_ONCE):
             part = slice(start, start + TRACED_AT_ONCE)
             generator = self.pipeline.generator
@@ -271,15 +270,15 @@ class Laboratory:
             steps = torch.arange(drawn.tokens.shape[1], device=generator.device)
             codes = generator.is_code(steps, generator.condition(inputs[part], guided=False))
             trace = trace if codes is None else trace.at(codes)
-            for name, values in per_step(trace).items():
-                found[name].append(values)
+            for name, each in per_step(trace).items():
+                found[name].append(each)
             if point.guidance.perturbs:
                 last = torch.tensor([trace.confidence.shape[1] - 1])
                 weakened.append(1 - step_weights(trace.confidence, point.guidance.weak_branch, last)[:, 0])
             least = torch.from_numpy(drawn.pixels[part].min(axis=3)).float() / 255
             found["object"].append((brightness(least, self.pipeline.tokenizer.latent_size) < WHITE).float())
         background = torch.cat(found["object"]) == 0
-        values = {**means(found), **on_background(torch.cat(found["confidence"]), background)}
+        values: Row = {**means(found), **on_background(torch.cat(found["confidence"]), background)}
         if weakened:
             named = on_background(torch.cat(weakened), background)
             values |= {f"{where}_weakened": named[f"{where}_confidence"] for where in ("background", "object")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -179,7 +180,7 @@ def of_temperatures(evidence: Evidence) -> str:
     lines = []
     for temperature in evidence.plan.temperatures[1:]:
         other = Evidence(evidence.rows, Plan(evidence.plan.samples, evidence.plan.seeds, (temperature,)))
-        for guidance in every(other, KINDS):
+        for guidance in every(other, list(KINDS)):
             line = [f"{temperature:g}", title(guidance), *(other.text(guidance, "seen", m) for m in DISTANCES)]
             lines.append([*line, *(other.text(guidance, kind, "all") for kind in SHOWN)])
     head = ["temperature", "method, scale", *(METRICS[m][0] for m in DISTANCES)]
@@ -247,8 +248,8 @@ def plot_methods(evidence: Evidence) -> Figure:
     shown = [("seen", "fid"), *((kind, "all") for kind in SHOWN)]
     for colour, name in zip(ALL_COLOURS, METHODS, strict=True):
         for axis, (kind, metric) in zip(axes, shown, strict=True):
-            label = {"label": name} if metric == "fid" else {}
-            _over_scales(axis, evidence, name, kind, metric, color=colour, **label)
+            label = name if metric == "fid" else None
+            _over_scales(axis, evidence, name, kind, metric, color=colour, label=label)
     _finish(axes, evidence, shown)
     for axis, (words, _) in zip(axes[1:], SHOWN.values(), strict=True):
         axis.set_title(words)
@@ -285,7 +286,7 @@ PICTURES = {
 }
 
 
-def _over_scales(axis: Axes, evidence: Evidence, name: str, kind: str, metric: str, **line: str) -> None:
+def _over_scales(axis: Axes, evidence: Evidence, name: str, kind: str, metric: str, **line: Any) -> None:
     """A line with the spread over the seeds, at the scales that are there."""
     drawn = evidence.drawn(name, kind, metric)
     values, spreads = errors([[_factor(metric) * v for v in evidence.values(each, kind, metric)] for each in drawn])
@@ -297,8 +298,8 @@ def _finish(axes: Sequence[Axes], evidence: Evidence, shown: Sequence[tuple[str,
     """Labels, and a level for no guidance."""
     for axis, (kind, metric) in zip(axes, shown, strict=True):
         if none := evidence.values(NONE, kind, metric):
-            label = {"label": "no guidance"} if metric == "fid" else {}
-            axis.axhline(_factor(metric) * float(np.mean(none)), color="0.5", linewidth=0.8, zorder=0, **label)
+            label = "no guidance" if metric == "fid" else None
+            axis.axhline(_factor(metric) * float(np.mean(none)), color="0.5", linewidth=0.8, zorder=0, label=label)
         axis.set(xscale="log", xlabel="guidance scale", ylabel="FID" if metric == "fid" else f"{metric} right, %")
         axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
         axis.minorticks_off()

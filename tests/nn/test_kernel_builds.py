@@ -228,13 +228,14 @@ def build_heads(shape: Heads, dtype: torch.dtype, int8: bool) -> None:
     together = empty(rows, (shape.heads + 2 * shared) * dim, dtype=dtype).split(
         [shape.heads * dim, shared * dim, shared * dim], dim=-1
     )
+    query, key, value = (part.unflatten(-1, (-1, dim))[:, :, None] for part in together)
     keys, values = empty(2, rows, shared, slots, dim, dtype=torch.int8 if int8 else dtype)
-    weights = (empty(dim, dtype=dtype), empty(dim, dtype=dtype) if shape.norm == fused.LAYER else None)
+    weights: Any = (empty(dim, dtype=dtype), empty(dim, dtype=dtype) if shape.norm == fused.LAYER else None)
     weights = weights if shape.norm else (None, None)
     table = empty(rows, dim // 2) if shape.rotation else None
     scales = empty(rows, shared, slots, 1) if int8 else None
     fused.rotate_and_cache(
-        *(part.unflatten(-1, (-1, dim))[:, :, None] for part in together), empty(rows, dtype=torch.int64), keys, values,
+        query, key, value, empty(rows, dtype=torch.int64), keys, values,
         norm=shape.norm, query_weights=weights, key_weights=weights, eps=(1e-5, 1e-5), cos=table, sin=table,
         neighbours=shape.rotation == "neighbours", key_scales=scales, value_scales=scales,
     )  # fmt: skip

@@ -170,9 +170,9 @@ def test_a_point_is_measured_as_the_evaluation_measures(laboratory: Laboratory, 
     assert key(row) == key(point.settings())
     pictures = chosen(collection, "seen", 12)
     prompts = [collection.pictures[i].caption for i in pictures]
-    drawn = Pipeline.from_pretrained(model)(
-        prompts, guidance, seed=1, batch_size=5, temperature=0.7, progress=False
-    ).pixels
+    pipeline = Pipeline.from_pretrained(model)
+    assert row["model"] == pipeline.name != ""
+    drawn = pipeline(prompts, guidance, seed=1, batch_size=5, temperature=0.7, progress=False).pixels
     reference = collection.pixels[collection.where(recoloured=False)]
     weights = Path(model) / "judge.safetensors"
     extractor = evaluation.load_extractor("emoji", weights)

@@ -241,6 +241,7 @@ class RAR(ClassGenerator):
         if position.slot is not None:
             return partial(self._modulation, condition, position.slot, new), None
         slots = position.index(new)
+        assert isinstance(slots, Tensor)
         if self._holds_all(condition):
             at = condition.source[:, None] * condition.cache_slots + slots
             return lambda layer, module: self._held(condition, layer, module).flatten(0, 1), at
