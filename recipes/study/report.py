@@ -362,14 +362,18 @@ def same_setting(study: Study) -> str:
 
 def _same_setting(measured: Measured, candidates: Mapping[str, Sequence[CFG]]) -> str:
     head = ["method", "settings", "mean difference", "least", "greatest", "lower by two errors", "higher by two errors"]
+    best = measured.design.best_candidates(measured.rows)
     lines = []
     for name, settings in candidates.items():
         if pairs := measured.tuning_pairs(settings):
             found = sorted(_difference([pair]) for pair in pairs)
             shown = (_difference(pairs, same_images=True), found[0], found[-1])
             counts = [sum(sign * difference > 2 * error for difference, error in found) for sign in (-1, 1)]
-            lines.append([name, str(len(found)), *(f"{d:+.3f} ± {error:.3f}" for d, error in shown), *map(str, counts)])
-    return markdown_table(head, lines)
+            line = [name, str(len(found)), *(f"{d:+.3f} ± {error:.3f}" for d, error in shown), *map(str, counts)]
+            guidance = best.get(name)
+            final = isinstance(guidance, SoftCFG) and measured.fid_less(guidance, without_softcfg(guidance))
+            lines.append([*line, final or MISSING])
+    return markdown_table([*head, "at its best, other seeds"], lines)
 
 
 def half_trained(study: Study) -> str:

@@ -208,7 +208,7 @@ class TestOtherMethods:
         assert line.endswith("| -0.250 ± 0.005 |")
         assert "| SoftCFG and APG | APG | 2.250 ± 0.707 | 1.750 ± 0.707 | +0.500 ± 0.011 |" in text
         difference = "+0.500 ± 0.015"  # of the one setting at which both were tuned
-        assert f"| SoftCFG and APG | 1 | {difference} | {difference} | {difference} | 0 | 1 |" in text
+        assert f"| SoftCFG and APG | 1 | {difference} | {difference} | {difference} | 0 | 1 | – |" in text
         assert "<text" in (tmp_path / "images" / "study" / "methods.svg").read_text()
 
     def test_what_is_not_drawn_yet_is_told(self, tmp_path: Path) -> None:
@@ -240,7 +240,10 @@ class TestOtherMethods:
         assert len(lines) == 2 * len(ELSEWHERE)  # at its best, and at every setting
         assert all(line.endswith("| -0.125 ± 0.004 |") for line in lines[::2])
         count = len(design.candidates["CFG"])
-        assert lines[-1] == f"| SoftCFG of strength 0.5 | {count} {3 * '| -0.125 ± 0.004 '}| {count} | 0 |"
+        assert (
+            lines[-1]
+            == f"| SoftCFG of strength 0.5 | {count} {3 * '| -0.125 ± 0.004 '}| {count} | 0 | -0.125 ± 0.004 |"
+        )
 
     def test_every_composition_is_compared_with_what_it_composes(self) -> None:
         candidates = Comparison().candidates
