@@ -165,7 +165,7 @@ HALF_TRAINED = "runs/fashion-small-quarter"
 LONGER = "fashion"
 ELSEWHERE: Mapping[str, Comparison] = {
     HALF_TRAINED: Comparison(
-        samples=2_000, seeds=6, tuning_samples=500, candidates=HALF_TRAINED_CANDIDATES, counterparts=True
+        samples=2_000, seeds=3, tuning_samples=500, candidates=HALF_TRAINED_CANDIDATES, counterparts=True
     ),
     LONGER: Comparison(samples=1_000, seeds=1, tuning_samples=250, candidates=LONGER_CANDIDATES, counterparts=True),
 }
