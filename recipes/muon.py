@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
                 for matrix in matrices:
                     if not self.state[matrix]:
                         self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-                gradients = [matrix.grad for matrix in matrices]
+                gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
                 momenta = [self.state[matrix]["momentum"] for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 wanted = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)

@@ -218,7 +218,7 @@ def _distinct(
     pictures = np.full((len(STYLES), len(subjects), 16 * 16 * 3), np.nan, np.float32)
     place = {number: i for i, number in enumerate(subjects)}
     side = pixels.shape[1] // 16
-    for i in np.flatnonzero(~recoloured):
+    for i in np.flatnonzero(~recoloured).tolist():
         if emoji[i] in place:
             tiles = 1 - pixels[i].reshape(16, side, 16, side, 3).mean((1, 3), dtype=np.float32) / 255
             pictures[style[i], place[emoji[i]]] = tiles.ravel()

@@ -134,7 +134,7 @@ class Steps(torch.utils.data.Dataset):
     def iterate(self, first: int, workers: int) -> Iterator[tuple[list[TokenPrompt], list[int], list[bool]]]:
         """Yield those of all steps from `first` on."""
         steps = iter(range(first, 2**40))
-        return iter(torch.utils.data.DataLoader(self, None, sampler=steps, num_workers=workers))  # type: ignore[arg-type]
+        return iter(torch.utils.data.DataLoader(self, None, sampler=steps, num_workers=workers))
 
 
 def train(
@@ -175,9 +175,9 @@ def train_on_codes(
     steps = Steps(examples, budget.seed, batch_size).iterate(training.step, WORKERS * (device.device.type != "cpu"))
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
-        prompts, *chosen = next(steps)
+        prompts, chosen, moves = next(steps)
         numbers = randomness(budget.seed, step)
-        codes = examples.codes(*chosen, numbers)
+        codes = examples.codes(chosen, moves, numbers)
         other = (torch.rand(codes.shape, generator=numbers) < OTHER_CODES).to(codes.device)
         return nats_per_code(predict, model, prompts, codes, torch.where(other, codes.roll(1, 0), codes)), {}
 

@@ -29,7 +29,7 @@ from softcfg.nn.kernels import decode_attention, fused  # noqa: E402
 CAPABILITIES = (80, 90, 100)
 WEIGHTS = ("none", "value", "key", "both")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_REGISTERS = 128  # of a thread: four programs of 128 threads on a multiprocessor
+MOST_REGISTERS = 128  # of a thread: 512 threads on a multiprocessor; 160 where vectors are loaded in small pieces
 
 
 class Variant(NamedTuple):
@@ -148,18 +148,18 @@ def read(kernel: Any, tmp_path: Path) -> Kernel:
 def check(variant: Variant, capability: int, tmp_path: Path) -> None:
     if capability >= 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("this Triton's assembler does not know the GPU")
-    from softcfg.nn.kernels.decode_attention import slots_at_once
+    from softcfg.nn.kernels.decode_attention import WARPS, slots_at_once
 
     kernels = compiled(variant, capability, tmp_path)
     for kernel in kernels.values():
         assert kernel.stack == 0
-        assert kernel.registers <= MOST_REGISTERS
+        assert kernel.registers <= MOST_REGISTERS + 32 * bool(variant.int8 and variant.head_dim % 16)
     itemsize = 1 if variant.int8 else variant.dtype.itemsize
     # 16 bytes at once, or what a vector of the cache is a multiple of: 8 or 4 at head_dim 88 and 100.
     widest = gcd(variant.head_dim * itemsize, 16)
     width = 1 << (variant.head_dim - 1).bit_length()
     stored = torch.int8 if variant.int8 else variant.dtype
-    block = 2 * slots_at_once(width, stored) * width * itemsize // 128  # bytes of keys and values that a thread loads
+    block = 2 * slots_at_once(width, stored) * width * itemsize // (32 * WARPS)  # bytes of keys and values of a thread
     assert kernels["_attend_chunk"].loads.count(widest) * widest >= block
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 1024  # that keep a GPU busy; with fewer rows and heads, the slots are split
-WARPS, STAGES = 4, 3  # of a program; blocks on their way from memory
+WARPS, STAGES = 2, 2  # of a program; blocks on their way from memory: the fastest of ten on an H100
 ELEMENTS = 2048  # of a block of keys, of at most 16 bits each; half as many in float32
 CHUNKS = 64  # at most, that the second kernel holds in registers
 
@@ -59,7 +59,7 @@ def _attend_chunk(
         if SCALED:
             scores *= tl.load(key_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_KEYS:
-            scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=1.0)
+            scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         above = tl.maximum(maximum, scores)
         # A lane that has seen padding alone has its maximum at -inf, and -inf - -inf is no number.
@@ -70,7 +70,7 @@ def _attend_chunk(
         if SCALED:
             p *= tl.load(value_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_VALUES:
-            p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=1.0)
+            p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=0.0)
         output = output * kept[:, None] + v.to(tl.float32) * p[:, None]
         maximum = above
 
@@ -110,7 +110,7 @@ def _join_chunks(
 
 
 def slots_at_once(width: int, dtype: torch.dtype) -> int:
-    """What the registers of four warps have room for, such that four programs share a multiprocessor."""
+    """What the registers of a program have room for, such that many programs share a multiprocessor."""
     return (ELEMENTS // 2 if dtype == torch.float32 else ELEMENTS) // max(width, 32)
 
 
@@ -167,11 +167,9 @@ def decode_attention(
     if chunks > 1:
         maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
         outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
-    # Without a limit the assembler aims for more threads on a multiprocessor, and spills. FP fusion is
-    # what it has always been; newer versions ask.
-    options: dict[str, Any] = {
-        "num_warps": WARPS, "maxnreg": 128, "enable_fp_fusion": True,
-    }  # fmt: skip
+    # Without a limit the assembler aims for more threads on a multiprocessor, and spills; loads of small pieces need
+    # a few registers more. FP fusion is what it has always been; newer versions ask.
+    options: dict[str, Any] = {"maxnreg": 160 if keys.itemsize == 1 and dim % 16 else 128, "enable_fp_fusion": True}
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
@@ -179,12 +177,12 @@ def decode_attention(
         heads, heads // keys.shape[1], chunks, size, dim**-0.5,
         DIM=dim, WIDTH=width, BLOCK=block, WHOLE=chunks == 1, STAGES=STAGES,
         SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
-        PADDED=first is not None, **options,
+        PADDED=first is not None, num_warps=WARPS, **options,
     )  # fmt: skip
     if chunks > 1:
         _join_chunks[(rows * heads,)](
             maxima, sums, outputs, joined, chunks,
-            DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options,
+            DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), num_warps=4, **options,
         )  # fmt: skip
     return joined
 
