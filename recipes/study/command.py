@@ -17,7 +17,6 @@ import torch
 
 from recipes.commands import run_command
 from recipes.fashion_mnist.data import DEFAULT_FOLDER
-from recipes.study import report
 from recipes.study.measure import Laboratory
 from recipes.study.points import ELSEWHERE, HALF_TRAINED, Comparison, Design, key, traced
 from recipes.study.results import Results, rows_of
@@ -72,6 +71,8 @@ def make(given: argparse.Namespace) -> None:
                 results_of(model, given)
                 work_together(model, given)
     if not given.draw_only:
+        from recipes.study import report  # where points are drawn alone, matplotlib need not be there
+
         rows, design = results_of(given.model, given).rows(), design_of(given)
         elsewhere = {model: rows_of(model, given.results) for model in ELSEWHERE}
         report.write(given.document, rows, design, elsewhere)

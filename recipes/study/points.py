@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from recipes.study.methods import CANDIDATES, HALF_TRAINED_CANDIDATES, LONGER_CANDIDATES, NONE
+from recipes.study.methods import CANDIDATES, HALF_TRAINED_CANDIDATES, LONGER_CANDIDATES, NONE, without_softcfg
 from recipes.study.patches import PatchSoftCFG
 from softcfg import CFG, SoftCFG
 from softcfg.guidance import describe
@@ -72,18 +72,23 @@ class Comparison:
         seeds: seeds per point, from 0.
         tuning_samples: images per point of the tuning.
         candidates: the settings of every method, among which its best is looked for; a single one is not tuned.
+        counterparts: whether the best settings with SoftCFG are drawn without it, too.
     """
 
     samples: int = 10_000
     seeds: int = 3
     tuning_samples: int = 1_000
     candidates: Mapping[str, Sequence[CFG]] = field(default_factory=lambda: CANDIDATES)
+    counterparts: bool = False
 
     def points(self, rows: Mapping[str, Row]) -> list[Point]:
         """All points that follow from the results so far, the most important first."""
         points = self.tuning_of_candidates()
+        settings = list(self.best_candidates(rows).values())
+        if self.counterparts:
+            settings += [without_softcfg(guidance) for guidance in settings if isinstance(guidance, SoftCFG)]
         for seed in range(self.seeds):
-            points += self._images(self.best_candidates(rows).values(), seed)
+            points += self._images(settings, seed)
         return list(dict.fromkeys(points))
 
     def tuning_of_candidates(self) -> list[Point]:
@@ -159,8 +164,10 @@ class Design(Comparison):
 HALF_TRAINED = "runs/fashion-small-quarter"
 LONGER = "fashion"
 ELSEWHERE: Mapping[str, Comparison] = {
-    HALF_TRAINED: Comparison(samples=2_000, seeds=2, tuning_samples=500, candidates=HALF_TRAINED_CANDIDATES),
-    LONGER: Comparison(samples=1_000, seeds=1, tuning_samples=250, candidates=LONGER_CANDIDATES),
+    HALF_TRAINED: Comparison(
+        samples=2_000, seeds=3, tuning_samples=500, candidates=HALF_TRAINED_CANDIDATES, counterparts=True
+    ),
+    LONGER: Comparison(samples=1_000, seeds=1, tuning_samples=250, candidates=LONGER_CANDIDATES, counterparts=True),
 }
 
 

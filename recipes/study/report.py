@@ -85,14 +85,14 @@ class Measured:
         one, two = (
             {row["seed"]: row["values"] for row in of_seeds(each, self.rows, self.design)} for each in (guidance, other)
         )
-        return _difference([(one[seed], two[seed]) for seed in sorted(one.keys() & two.keys())])
+        seeds = sorted(one.keys() & two.keys())
+        return _difference([(one[seed], two[seed]) for seed in seeds]) if seeds else None
 
-    def tuning_differences(self, settings: Iterable[CFG]) -> list[tuple[float, float]]:
-        """What SoftCFG adds to the FID of the same setting without it, with the error, wherever the tuning has both."""
+    def tuning_pairs(self, settings: Iterable[CFG]) -> list[tuple[Row, Row]]:
+        """What was measured with SoftCFG and of the same setting without it, wherever the tuning has both."""
         softcfg = dict.fromkeys(guidance for guidance in settings if isinstance(guidance, SoftCFG))
         pairs = [(self._of_tuning(guidance), self._of_tuning(without_softcfg(guidance))) for guidance in softcfg]
-        found = [_difference([(one, two)]) for one, two in pairs if one and two]
-        return [difference for difference in found if difference]
+        return [(one, two) for one, two in pairs if one and two and "fid_without" in one and "fid_without" in two]
 
     def _of_tuning(self, guidance: CFG) -> Row | None:
         """What was measured of a setting in the tuning, if it was."""
@@ -355,23 +355,25 @@ def with_softcfg(study: Study) -> str:
 
 
 def same_setting(study: Study) -> str:
-    """Part 8: what SoftCFG adds at every setting that was tuned."""
+    """Part 7: what SoftCFG adds at every setting that was tuned."""
     grid = [g for point in study.design.tuning() if isinstance(g := point.guidance, SoftCFG) and g.step_norm]
-    groups: dict[str, tuple[Measured, Sequence[CFG]]] = {"SoftCFG": (study, grid)}
-    groups |= {name: (study, study.design.candidates.get(name, ())) for name in WITHOUT_SOFTCFG}
-    groups |= {
-        f"on `{model}`": (measured, [g for settings in measured.design.candidates.values() for g in settings])
-        for model, measured in study.elsewhere.items()
-    }
-    head = ["", "settings", "least difference", "median", "greatest", "lower by two errors", "higher by two errors"]
+    return _same_setting(study, {"SoftCFG": grid, **study.design.candidates})
+
+
+def _same_setting(measured: Measured, candidates: Mapping[str, Sequence[CFG]]) -> str:
+    head = ["method", "settings", "mean difference", "least", "greatest", "lower by two errors", "higher by two errors"]
+    best = measured.design.best_candidates(measured.rows)
     lines = []
-    for name, (measured, settings) in groups.items():
-        if found := sorted(measured.tuning_differences(settings)):
-            least, middle, most = found[0], found[len(found) // 2], found[-1]
-            counts = [sum(sign * d > 2 * error for d, error in found) for sign in (-1, 1)]
-            texts = [f"{difference:+.3f} ± {error:.3f}" for difference, error in (least, middle, most)]
-            lines.append([name, str(len(found)), *texts, *map(str, counts)])
-    return markdown_table(head, lines)
+    for name, settings in candidates.items():
+        if pairs := measured.tuning_pairs(settings):
+            found = sorted(_difference([pair]) for pair in pairs)
+            shown = (_difference(pairs, same_images=True), found[0], found[-1])
+            counts = [sum(sign * difference > 2 * error for difference, error in found) for sign in (-1, 1)]
+            line = [name, str(len(found)), *(f"{d:+.3f} ± {error:.3f}" for d, error in shown), *map(str, counts)]
+            guidance = best.get(name)
+            final = isinstance(guidance, SoftCFG) and measured.fid_less(guidance, without_softcfg(guidance))
+            lines.append([*line, final or MISSING])
+    return markdown_table([*head, "at its best, other seeds"], lines)
 
 
 def half_trained(study: Study) -> str:
@@ -394,7 +396,8 @@ def _elsewhere(study: Study, model: str) -> str:
         f"{design.samples:,} images per point. Tuned: the best of {choices} settings of each method, "
         f"of {design.tuning_samples:,} images each of seed {TUNING_SEED}."
     )
-    return f"{about}\n\n{measured.best_table({})}"
+    pairs = "At the same settings, in the tuning, with SoftCFG less without it:"
+    return "\n\n".join([about, measured.best_table({}), pairs, _same_setting(measured, design.candidates)])
 
 
 BLOCKS: Mapping[str, Callable[[Study], str]] = {
@@ -608,17 +611,17 @@ def curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
     axis.fill_between(steps, values - 2 * errors, values + 2 * errors, color=colour, alpha=0.2, linewidth=0)
 
 
-def _difference(pairs: Sequence[tuple[Row, Row]]) -> tuple[float, float] | None:
-    """By how much the FID of the first differs from that of the second, a pair for each seed, with the standard error.
+def _difference(pairs: Sequence[tuple[Row, Row]], *, same_images: bool = False) -> tuple[float, float]:
+    """By how much the FID of the first of a pair differs from that of the second, mean and standard error.
 
-    The error is that of the jackknife over tenths of the images, the same tenths on both sides.
+    The error is that of the jackknife over tenths of the images, the same tenths on both sides. Pairs are of different
+    seeds, or of different settings with the same images' random numbers.
     """
-    pairs = [(one, two) for one, two in pairs if "fid_without" in one and "fid_without" in two]
-    if not pairs:
-        return None
     without = np.array([np.subtract(one["fid_without"], two["fid_without"]) for one, two in pairs])
+    if same_images:
+        without = without.mean(axis=0, keepdims=True)
     variances = (without.shape[1] - 1) * without.var(axis=1)
-    return mean(one["fid"] - two["fid"] for one, two in pairs), float(variances.sum() ** 0.5 / len(pairs))
+    return mean(one["fid"] - two["fid"] for one, two in pairs), float(variances.sum() ** 0.5 / len(without))
 
 
 def _scale(guidance: CFG) -> str:

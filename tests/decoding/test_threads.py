@@ -11,7 +11,7 @@ from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.decoding import threads
 from softcfg.decoding.threads import StepThreads, step_threads
 from softcfg.nn.linear import prepared_linear_layers
-from softcfg.nn.products import use_product
+from softcfg.nn.products import OneDNN, use_product
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,12 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any version of PyTorch, a product of which the number of threads may be chosen."""
+    monkeypatch.setattr(OneDNN, "depends_on_threads", False)
 
 
 class Machine:
@@ -72,7 +78,8 @@ def test_steps_that_grow_with_the_sequence_are_no_sign_of_other_work() -> None:
     assert set(machine.run(500, StepThreads(2, lambda: machine.now))[6:]) == {2}
 
 
-def test_an_error_in_a_step_leaves_the_number_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("same_bits")
+def test_an_error_in_a_step_leaves_the_number_as_it_was() -> None:
     generator = Pipeline.from_pretrained("fashion-small").generator
     counts = []
 
@@ -91,6 +98,7 @@ def test_an_error_in_a_step_leaves_the_number_as_it_was(monkeypatch: pytest.Monk
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("same_bits")
 @pytest.mark.parametrize("how", ["variable", "by hand", "bits"])
 def test_the_number_is_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Pipeline.from_pretrained("fashion-small").generator

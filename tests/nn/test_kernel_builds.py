@@ -153,7 +153,9 @@ def check(variant: Variant, capability: int, tmp_path: Path) -> None:
     kernels = compiled(variant, capability, tmp_path)
     for kernel in kernels.values():
         assert kernel.stack == 0
-        assert kernel.registers <= MOST_REGISTERS + 32 * bool(variant.int8 and variant.head_dim % 16)
+        assert kernel.registers <= MOST_REGISTERS + 32 * bool(
+            variant.head_dim * (1 if variant.int8 else variant.dtype.itemsize) % 16
+        )
     itemsize = 1 if variant.int8 else variant.dtype.itemsize
     # 16 bytes at once, or what a vector of the cache is a multiple of: 8 or 4 at head_dim 88 and 100.
     widest = gcd(variant.head_dim * itemsize, 16)

@@ -208,7 +208,7 @@ class TestOtherMethods:
         assert line.endswith("| -0.250 ± 0.005 |")
         assert "| SoftCFG and APG | APG | 2.250 ± 0.707 | 1.750 ± 0.707 | +0.500 ± 0.011 |" in text
         difference = "+0.500 ± 0.015"  # of the one setting at which both were tuned
-        assert f"| SoftCFG and APG | 1 | {difference} | {difference} | {difference} | 0 | 1 |" in text
+        assert f"| SoftCFG and APG | 1 | {difference} | {difference} | {difference} | 0 | 1 | – |" in text
         assert "<text" in (tmp_path / "images" / "study" / "methods.svg").read_text()
 
     def test_what_is_not_drawn_yet_is_told(self, tmp_path: Path) -> None:
@@ -229,14 +229,21 @@ class TestOtherMethods:
                 min(guidance.guidance_scale for guidance in design.candidates["CFG"])
             }
             rows |= [row_of(Point(best["CFG"], 0, design.samples), 1.0)]
+            softcfg = design.candidates["SoftCFG of strength 0.5"]
+            rows |= [row_of(design.tuned_with(guidance), guidance.guidance_scale - 0.125) for guidance in softcfg]
             rows |= [row_of(Point(best["SoftCFG of strength 0.5"], 0, design.samples), 0.875)]
             elsewhere[model] = rows
         text = document_of(tmp_path, self.rows(CFG=1.5), self.design, elsewhere)
         for design in ELSEWHERE.values():
             assert f"{design.samples:,} images per point. Tuned: the best of" in text
         lines = [line for line in text.splitlines() if line.startswith("| SoftCFG of strength 0.5 |")]
-        assert len(lines) == len(ELSEWHERE)
-        assert all(line.endswith("| -0.125 ± 0.004 |") for line in lines)
+        assert len(lines) == 2 * len(ELSEWHERE)  # at its best, and at every setting
+        assert all(line.endswith("| -0.125 ± 0.004 |") for line in lines[::2])
+        count = len(design.candidates["CFG"])
+        assert (
+            lines[-1]
+            == f"| SoftCFG of strength 0.5 | {count} {3 * '| -0.125 ± 0.004 '}| {count} | 0 | -0.125 ± 0.004 |"
+        )
 
     def test_every_composition_is_compared_with_what_it_composes(self) -> None:
         candidates = Comparison().candidates

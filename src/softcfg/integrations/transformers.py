@@ -51,7 +51,7 @@ try:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
-    raise UserError(f"this needs transformers 5 or later: {how_to_install('transformers')}") from error
+    raise UserError(f"this needs transformers 5.6 or later: {how_to_install('transformers')}") from error
 
 ATTENTION = "softcfg"  # its name for `attn_implementation`
 JANUS_SCALE = 5.0  # of its image mode, where its configuration has none
@@ -753,13 +753,14 @@ def generate(
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise UserError(f"{mode.value.replace('_', ' ')} is not supported by softcfg's decoding")
     caller = sys._getframe(1)
-    if streamer is None and caller.f_code.co_name == "generate":  # which hands it to its own loops alone
-        streamer = caller.f_locals.get("streamer")
+    call = caller.f_locals if caller.f_code.co_name == "generate" else {}
+    if streamer is None:
+        streamer = call.get("streamer")  # which `generate` hands to its own loops alone
     attention_mask = model_kwargs.pop("attention_mask", None)
     cache = model_kwargs.pop("past_key_values", None)
     if cache is None:
         raise UserError("softcfg's decoding needs the cache: leave use_cache on")
-    if not getattr(cache, "_is_user_defined", False):  # made by `generate` for the conditional rows alone
+    if cache is not call.get("kwargs", {}).get("past_key_values"):  # made by `generate` for the conditional rows alone
         cache = "static" if isinstance(cache, StaticCache) else "dynamic"
     derived = ("position_ids", "logits_to_keep", "use_cache")
     given = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) or value]

@@ -59,7 +59,7 @@ def _attend_chunk(
         if SCALED:
             scores *= tl.load(key_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_KEYS:
-            scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=1.0)
+            scores *= tl.load(key_weights + row * key_weights_row + slots, mask=seen, other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         above = tl.maximum(maximum, scores)
         # A lane that has seen padding alone has its maximum at -inf, and -inf - -inf is no number.
@@ -70,7 +70,7 @@ def _attend_chunk(
         if SCALED:
             p *= tl.load(value_scales + scales + slots, mask=seen, other=0.0)
         if WEIGHT_VALUES:
-            p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=1.0)
+            p *= tl.load(value_weights + row * value_weights_row + slots, mask=seen, other=0.0)
         output = output * kept[:, None] + v.to(tl.float32) * p[:, None]
         maximum = above
 
@@ -169,7 +169,7 @@ def decode_attention(
         outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
     # Without a limit the assembler aims for more threads on a multiprocessor, and spills; loads of small pieces need
     # a few registers more. FP fusion is what it has always been; newer versions ask.
-    options: dict[str, Any] = {"maxnreg": 160 if keys.itemsize == 1 and dim % 16 else 128, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"maxnreg": 160 if dim * keys.itemsize % 16 else 128, "enable_fp_fusion": True}
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
