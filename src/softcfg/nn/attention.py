@@ -13,6 +13,7 @@ How it is computed is the business of the backends (`softcfg.nn.backends`).
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.backends import AttentionCall, attention
@@ -109,3 +110,19 @@ class SelfAttention(nn.Module):
         """[rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = split_heads(self.qkv(x), self.heads)
         return self.proj(attend(query, key, value, layer, context, self.q_norm, self.k_norm))
+
+
+class FullAttention(nn.Module):
+    """Multi-head self-attention of all positions to all, its projections under the names of released weights."""
+
+    def __init__(self, width: int, heads: int, names: tuple[str, str] = ("qkv", "proj")) -> None:
+        super().__init__()
+        self.heads, self._names = heads, names
+        self.add_module(names[0], nn.Linear(width, 3 * width))
+        self.add_module(names[1], nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n, width] -> the same shape."""
+        qkv, proj = (getattr(self, name) for name in self._names)
+        attended = F.scaled_dot_product_attention(*split_heads(qkv(x), self.heads))
+        return proj(attended.transpose(1, 2).flatten(2))

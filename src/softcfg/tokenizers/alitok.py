@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_multiple, require_positive
+from softcfg.nn.attention import FullAttention
 from softcfg.tokenizers.base import Codebook, Tokenizer
 
 
@@ -172,7 +173,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
+        self.attn = FullAttention(width, heads, ("in_proj", "out_proj"))
         self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
@@ -180,21 +181,6 @@ class Layer(nn.Module):
         """[B, n, width] -> the same shape."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention of all positions to all."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.split = (3, heads, width // heads)
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, n, width] -> the same shape."""
-        query, key, value = self.in_proj(x).unflatten(-1, self.split).permute(2, 0, 3, 1, 4)
-        return self.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_multiple, require_positive
+from softcfg.nn.attention import FullAttention
 from softcfg.nn.mlp import MLP
 from softcfg.tokenizers.base import Codebook, Tokenizer
 
@@ -169,7 +169,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.vit_embed_dim
         self.norm1 = nn.LayerNorm(width, EPS)
-        self.attn = Attention(width, config.vit_num_heads)
+        self.attn = FullAttention(width, config.vit_num_heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
@@ -179,21 +179,6 @@ class Block(nn.Module):
         """[B, n, width] -> the same shape."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention of all positions to all."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.split = (3, heads, width // heads)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, n, width] -> the same shape."""
-        query, key, value = self.qkv(x).unflatten(-1, self.split).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
