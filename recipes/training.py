@@ -214,6 +214,11 @@ def accelerator() -> Accelerator:
     return chosen
 
 
+def by_device(accelerator: Accelerator, *, cpu: int, gpu: int) -> int:
+    """Return the number for the kind of device that is trained on."""
+    return cpu if accelerator.device.type == "cpu" else gpu
+
+
 def fast_bfloat16() -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware: a GPU, or a CPU with AMX (ten times faster)."""
     return torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16", False)

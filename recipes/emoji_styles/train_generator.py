@@ -21,7 +21,17 @@ from recipes.emoji_styles.data import SIZE, Collection, mirrors
 from recipes.emoji_styles.train_tokenizer import CONFIG as TOKENIZER
 from recipes.emoji_styles.train_tokenizer import floats, prepare, tokens_of
 from recipes.muon import Muon
-from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.training import (
+    Average,
+    Budget,
+    Plan,
+    Training,
+    accelerator,
+    batch_index,
+    by_device,
+    randomness,
+    save_weights,
+)
 from softcfg.files import make_folder, write_atomically
 from softcfg.models.lumina import Lumina, LuminaConfig, PromptCondition, TokenPrompt
 from softcfg.nn.linear import Linear
@@ -163,7 +173,7 @@ def train_on_codes(
     """Train and return the path of the averaged weights, in bfloat16."""
     torch.manual_seed(budget.seed)
     device = accelerator()
-    batch_size = batch_size or (BATCH_SIZE if device.device.type == "cpu" else GPU_BATCH_SIZE)
+    batch_size = batch_size or by_device(device, cpu=BATCH_SIZE, gpu=GPU_BATCH_SIZE)
     config = examples.config
     model = generator(config).to(device.device)
     initialise(model)
@@ -172,7 +182,7 @@ def train_on_codes(
     training = Training(out / "generator", device, {"model": model, "average": average}, optimizers_of(model))
     predict = torch.compile(plain_attention(model)) if compiled else plain_attention(model)
 
-    steps = Steps(examples, budget.seed, batch_size).iterate(training.step, WORKERS * (device.device.type != "cpu"))
+    steps = Steps(examples, budget.seed, batch_size).iterate(training.step, by_device(device, cpu=0, gpu=WORKERS))
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
         prompts, chosen, moves = next(steps)

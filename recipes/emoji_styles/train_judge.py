@@ -16,7 +16,17 @@ from recipes.emoji_styles.data import Collection, Picture, mirrors
 from recipes.emoji_styles.sources import STYLES
 from recipes.emoji_styles.train_tokenizer import floats, pixels_of
 from recipes.muon import Muon
-from recipes.training import Average, Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.training import (
+    Average,
+    Budget,
+    Plan,
+    Training,
+    accelerator,
+    batch_index,
+    by_device,
+    randomness,
+    save_weights,
+)
 from softcfg.evaluation.emoji_judge import UNKNOWN, EmojiJudge, agreement
 from softcfg.files import write_atomically
 
@@ -44,7 +54,7 @@ def train(
     """Train on the pictures that are not held out and return the path of the averaged weights."""
     torch.manual_seed(budget.seed)
     device = accelerator()
-    batch_size = batch_size or (BATCH_SIZE if device.device.type == "cpu" else GPU_BATCH_SIZE)
+    batch_size = batch_size or by_device(device, cpu=BATCH_SIZE, gpu=GPU_BATCH_SIZE)
     model = judge_of(collection).to(device.device)
     average = Average(model, 0.995)
     averaged = judge_of(collection).to(device.device).eval()

@@ -21,7 +21,7 @@ from recipes.codebook import MovingCodebook, rows
 from recipes.emoji_styles.augment import Moves, moved
 from recipes.emoji_styles.data import SIZE, Collection
 from recipes.muon import Muon
-from recipes.training import Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.training import Budget, Plan, Training, accelerator, batch_index, by_device, randomness, save_weights
 from softcfg.tokenizers.movq import MoVQ, MoVQConfig
 
 PATCH = 8
@@ -70,7 +70,7 @@ def train(
     """Train on the pictures that are not held out and return the path of the weights."""
     torch.manual_seed(budget.seed)
     device = accelerator()
-    batch_size = batch_size or (BATCH_SIZE if device.device.type == "cpu" else GPU_BATCH_SIZE)
+    batch_size = batch_size or by_device(device, cpu=BATCH_SIZE, gpu=GPU_BATCH_SIZE)
     model = MoVQ(config).to(device.device)
     model.quantize.requires_grad_(False)
     model.quantize.embedding.weight.copy_(load_file(prepare(out, collection, budget.seed, config))["codes"])
