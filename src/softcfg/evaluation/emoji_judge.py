@@ -146,17 +146,32 @@ def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int
         wanted: int64 `[N, 3]`, see `Vocabulary.read`.
 
     Returns:
+        As `shares_right`.
+
+    Raises:
+        UserError: there are not as many prompts as images.
+    """
+    scale = 1 if pixels.is_floating_point() else 255
+    parts = [judge(part / scale) for part in pixels.split(batch_size)]
+    return shares_right([torch.cat(head) for head in zip(*parts, strict=True)], wanted)
+
+
+def shares_right(logits: Sequence[Tensor], wanted: Tensor) -> dict[str, float]:
+    """Return the shares of images in which the largest logits are those of what was asked for.
+
+    Args:
+        logits: of names, styles and colours, float `[N, C]` each.
+        wanted: int64 `[N, 3]`, see `Vocabulary.read`.
+
+    Returns:
         "name", "style", "colour": of the images whose prompts say it; "all": everything that the prompt says is right.
 
     Raises:
         UserError: there are not as many prompts as images.
     """
-    if wanted.shape != (len(pixels), 3):
-        raise UserError(f"agreement needs one prompt per image, got {len(wanted)} for {len(pixels)} images")
-    scale = 1 if pixels.is_floating_point() else 255
-    seen = torch.cat(
-        [torch.stack([logits.argmax(1) for logits in judge(part / scale)], 1) for part in pixels.split(batch_size)]
-    ).cpu()
+    seen = torch.stack([head.argmax(1) for head in logits], 1).cpu()
+    if wanted.shape != seen.shape:
+        raise UserError(f"agreement needs one prompt per image, got {len(wanted)} for {len(seen)} images")
     said, right = wanted != UNKNOWN, seen == wanted
     shares = {
         key: float(right[said[:, i], i].float().mean())

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
-from softcfg.evaluation.emoji_judge import EmojiJudge, load_judge
+from softcfg.evaluation.arithmetic import full_float32
+from softcfg.evaluation.emoji_judge import EmojiJudge, load_judge, shares_right
 from softcfg.evaluation.fashion_classifier import FashionClassifier
 from softcfg.evaluation.features import Extractor, Features
 from softcfg.evaluation.inception import InceptionV3
@@ -78,9 +79,16 @@ def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _emoji(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    judge, _, digest = load_judge(weights or BUNDLED / "emoji-styles" / "judge.safetensors", device, dtype)
+    judge, words, digest = load_judge(weights or BUNDLED / "emoji" / "judge.safetensors", device, dtype)
     describe = functools.partial(_describe, "emoji", judge, judge.heads[0], dtype)
-    return Extractor("emoji", describe, digest, device, dtype)
+
+    @torch.inference_mode()
+    @full_float32()
+    def agreement(pooled: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        pooled = pooled.to(device, dtype)
+        return shares_right([head(pooled) for head in judge.heads], words.read(prompts))
+
+    return Extractor("emoji", describe, digest, device, dtype, agreement=agreement)
 
 
 def _describe(

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,8 @@ class Extractor:
         identity: tells apart networks of the same name; best the SHA-256 of the weights.
         note: what a reader of figures made with it has to know, or "".
         classifies: whether logit c is that of class c as the labels of the samples count; then class accuracy is known.
+        agreement: pooled features `[N, D]` and N prompts -> shares of the images, in [0, 1], that show what their
+            prompts say: "all" of it, and of those whose prompts say it the "name", "style" and "colour".
     """
 
     name: str
@@ -70,6 +72,7 @@ class Extractor:
     dtype: torch.dtype = torch.float32
     note: str = ""
     classifies: bool = False
+    agreement: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None
 
 
 def extract(
