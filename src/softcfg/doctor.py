@@ -290,7 +290,7 @@ def _exact(call: AttentionCall) -> Tensor:
         context.slots,
         cache,
         value_weights=None if context.value_weights is None else context.value_weights.cpu().double(),
-        mask=None if context.mask is None else context.mask.cpu(),
+        given_mask=None if context.mask is None else context.mask.cpu(),
     )
     query, key, value = (tensor.cpu().double() for tensor in (call.query, call.key, call.value))
     with use_backend("math"):

@@ -27,6 +27,7 @@ from softcfg.guidance import CONFIDENCES, PERTURBATIONS, RULES
 from softcfg.models.base import Condition, Generator
 from softcfg.nn import precision
 from softcfg.nn.backends.triton_decode import TritonDecode
+from softcfg.nn.fused import without_fused_kernels
 
 WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "unique_consecutive",
@@ -223,7 +224,7 @@ def test_steps_on_fake_cuda_tensors(
         pytest.skip(f"this version asks the driver for fake tensors, too: {error}")
     on_fake_cuda(generator, mode)
     on_fake_cuda(condition, mode)
-    with torch.no_grad(), mode:
+    with torch.no_grad(), without_fused_kernels(), mode:
         step = step_from(generator, guidance, FILTERS["both"], condition)
         with no_waiting(monkeypatch) as reads:
             step(2)

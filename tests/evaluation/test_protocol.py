@@ -32,7 +32,7 @@ from softcfg.evaluation import (
 )
 from softcfg.evaluation.extractors import EXTRACTORS
 from softcfg.files import hash_file
-from stand_in import Counting, extractor, factory
+from stand_in import Counting, describe, extractor, factory
 
 
 @pytest.fixture(scope="module")
@@ -377,17 +377,21 @@ def test_pictures_in_lists_measure_like_arrays(case: Golden, files: dict[str, Pa
     assert list(evaluate(files["samples"], files["images"], extractor(), "fid").metrics) == ["fid"]
 
 
-def reads_prompts(pooled: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+def brightness(pixels: Tensor) -> Features:
+    return replace(describe(pixels), answers=pixels.float().mean((1, 2, 3))[:, None])
+
+
+def reads_prompts(answers: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """Knows bright and dark pictures alone."""
     if set(prompts) - {"bright", "dark"}:
         raise UserError("there is no such picture")
-    bright = pooled.mean(1) > 4
+    bright = answers[:, 0] > 128
     return {"all": float((bright == torch.tensor([prompt == "bright" for prompt in prompts])).float().mean())}
 
 
 def test_agreement_with_prompts() -> None:
     pixels = np.stack([np.full((16, 16, 3), level, np.uint8) for level in (10, 250, 240, 20)])
-    judge = replace(extractor(), agreement=reads_prompts)
+    judge = replace(extractor(), describe=brightness, agreement=reads_prompts)
     prompts = ["dark", "bright", "dark", "dark"]
     assert evaluate(pixels, extractor=judge, prompts=prompts, metrics="agreement").metrics == {"agreement": 0.75}
     report = evaluate(pixels, extractor=judge)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from math import gcd
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +23,8 @@ from softcfg.zoo.registry import GENERATORS, MODELS, Component, ModelFile
 from tiny_models import module
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
+
+from softcfg.nn.kernels import decode_attention, fused  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 WEIGHTS = ("none", "value", "key", "both")
@@ -39,10 +42,12 @@ class Variant(NamedTuple):
     dtype: torch.dtype
     int8: bool
     weights: str
+    whole: bool  # whether rows and heads are so many that slots are not split
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.") + ("-int8" if self.int8 else "")
-        return f"{self.head_dim}-groups{self.groups}-{kind}-{self.weights}{'-padded' if self.padded else ''}"
+        also = ("-padded" if self.padded else "") + ("-whole" if self.whole else "")
+        return f"{self.head_dim}-groups{self.groups}-{kind}-{self.weights}{also}"
 
 
 class Kernel(NamedTuple):
@@ -66,17 +71,15 @@ def shapes() -> list[tuple[int, int, int, bool]]:
 
 
 def variants() -> list[Variant]:
-    kinds = product(DTYPES, (False, True), WEIGHTS)
+    kinds = product(DTYPES, (False, True), WEIGHTS, (False, True))
     return [Variant(*shape, *kind) for kind in kinds for shape in shapes()]
 
 
 @contextmanager
-def compiling_for(capability: int) -> Iterator[Any]:
-    """Launches compile for a GPU of this compute capability, and do not run."""
+def compiling_for(capability: int, kernels: ModuleType) -> Iterator[dict[str, Any]]:
+    """Launches of the module's kernels compile for a GPU of this compute capability, and do not run."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
-
-    from softcfg.nn.kernels import decode_attention as kernels
 
     class Absent:
         def get_current_target(self) -> GPUTarget:
@@ -92,12 +95,13 @@ def compiling_for(capability: int) -> Iterator[Any]:
     before = dict(vars(driver))  # a driver is looked for when it is first used; there may be none
     driver.set_active(Absent())
     patch = pytest.MonkeyPatch()
-    for name in ("_attend_chunk", "_join_chunks"):
+    for name, kernel in vars(kernels).items():
+        if not isinstance(kernel, triton.JITFunction):
+            continue
 
         def build(*args: Any, run: Any, name: str, **kwargs: Any) -> None:
             built[name] = run(*args, **{**kwargs, "warmup": True})
 
-        kernel = getattr(kernels, name)
         patch.setattr(kernel, "run", partial(build, run=kernel.run, name=name))
     try:
         yield built
@@ -108,7 +112,7 @@ def compiling_for(capability: int) -> Iterator[Any]:
 
 def compiled(variant: Variant, capability: int, tmp_path: Path) -> dict[str, Kernel]:
     """Both kernels as `decode_attention` launches them; tensors without contents are aligned like those of a GPU."""
-    rows, key_heads = 4, 2
+    rows, key_heads = 512 if variant.whole else 4, 2
     kind: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
     query = torch.empty(rows, key_heads * variant.groups, 1, variant.head_dim, device="meta", dtype=variant.dtype)
     shape = (rows, key_heads, variant.slots)
@@ -117,10 +121,8 @@ def compiled(variant: Variant, capability: int, tmp_path: Path) -> dict[str, Ker
     scales = torch.empty(*shape, 1, **kind) if variant.int8 else None
     weights = torch.empty(rows, variant.slots, **kind)
     row = torch.empty(rows, device="meta", dtype=torch.int64)
-    with compiling_for(capability) as built:
-        from softcfg.nn.kernels.decode_attention import decode_attention
-
-        decode_attention(
+    with compiling_for(capability, decode_attention) as built:
+        decode_attention.decode_attention(
             query, keys, values, row,
             first=row if variant.padded else None, key_scales=scales, value_scales=scales,
             value_weights=weights if variant.weights in ("value", "both") else None,
@@ -164,6 +166,7 @@ REACHED = [
     variant
     for variant in variants()
     if variant.weights == "value"
+    and variant.whole == (variant.dtype == torch.bfloat16)
     and (variant.dtype, variant.int8) in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
 ]
 HUNGRY = [variant for variant in REACHED if variant.head_dim >= 88 and variant.groups == 1]
@@ -186,6 +189,84 @@ def test_the_largest_variants_fit_other_gpus(variant: Variant, capability: int, 
 def test_every_variant_fits_every_gpu(capability: int, tmp_path: Path) -> None:
     for variant in variants():
         check(variant, capability, tmp_path)
+
+
+class Heads(NamedTuple):
+    """How a family treats queries and keys before attention."""
+
+    head_dim: int
+    heads: int
+    key_heads: int
+    norm: int
+    rotation: str
+
+
+# AliTok XL and L, LlamaGen, RAR XL and XXL, Janus, Emu3, Lumina.
+HEADS = [
+    Heads(80, 16, 16, fused.RMS, "neighbours"), Heads(64, 16, 16, fused.RMS, "neighbours"),
+    Heads(100, 32, 32, 0, "neighbours"), Heads(80, 16, 16, fused.LAYER, ""), Heads(88, 16, 16, fused.LAYER, ""),
+    Heads(128, 16, 16, 0, "halves"), Heads(128, 32, 8, 0, "halves"), Heads(128, 32, 32, fused.LAYER, "halves"),
+]  # fmt: skip
+# With a weight alone, and with all there is.
+NORMS = [(width, kind) for width in (768, 1280, 1408, 4096, 7168) for kind in (fused.RMS, fused.LAYER)]
+
+
+def build_norm(width: int, kind: int, dtype: torch.dtype) -> None:
+    empty = partial(torch.empty, device="meta", dtype=dtype)
+    x, added, weight = empty(500, width), empty(500, width), empty(width)
+    gate, scale, shift = empty(500, 6 * width).chunk(6, dim=-1)[:3]
+    every = (gate, weight, (scale, shift)) if kind == fused.LAYER else (None,) * 3
+    fused.add_norm(x, added, every[0], kind, weight, every[1], 1e-5, every[2])
+
+
+def build_heads(shape: Heads, dtype: torch.dtype, int8: bool) -> None:
+    rows, slots, dim, shared = 500, 273, shape.head_dim, shape.key_heads
+    empty = partial(torch.empty, device="meta")
+    together = empty(rows, (shape.heads + 2 * shared) * dim, dtype=dtype).split(
+        [shape.heads * dim, shared * dim, shared * dim], dim=-1
+    )
+    keys, values = empty(2, rows, shared, slots, dim, dtype=torch.int8 if int8 else dtype)
+    weights = (empty(dim, dtype=dtype), empty(dim, dtype=dtype) if shape.norm == fused.LAYER else None)
+    weights = weights if shape.norm else (None, None)
+    table = empty(rows, dim // 2) if shape.rotation else None
+    scales = empty(rows, shared, slots, 1) if int8 else None
+    fused.rotate_and_cache(
+        *(part.unflatten(-1, (-1, dim))[:, :, None] for part in together), empty(rows, dtype=torch.int64), keys, values,
+        norm=shape.norm, query_weights=weights, key_weights=weights, eps=(1e-5, 1e-5), cos=table, sin=table,
+        neighbours=shape.rotation == "neighbours", key_scales=scales, value_scales=scales,
+    )  # fmt: skip
+
+
+def check_fused(build: Callable[..., None], arguments: tuple[Any, ...], capability: int, tmp_path: Path) -> None:
+    if capability >= 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("this Triton's assembler does not know the GPU")
+    with compiling_for(capability, fused) as built:
+        build(*arguments)
+    assert built
+    for kernel in (read(each, tmp_path) for each in built.values()):
+        assert kernel.stack == 0
+        assert kernel.registers <= MOST_REGISTERS // 2  # a warp more or less decides how many rows are in flight
+        if build is build_norm:
+            assert set(kernel.loads) == {16}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fused_kernels_fit_the_registers(capability: int, tmp_path: Path) -> None:
+    for norm in NORMS if capability == 90 else NORMS[-1:]:
+        check_fused(build_norm, (*norm, torch.bfloat16), capability, tmp_path)
+    for shape in HEADS if capability == 90 else HEADS[-1:]:
+        check_fused(build_heads, (shape, torch.bfloat16, capability != 90), capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_fused_kernel_fits_the_registers(capability: int, tmp_path: Path) -> None:
+    for dtype in DTYPES:
+        for norm in NORMS:
+            check_fused(build_norm, (*norm, dtype), capability, tmp_path)
+        for shape, int8 in product(HEADS, (False, True)):
+            check_fused(build_heads, (shape, dtype, int8), capability, tmp_path)
 
 
 if __name__ == "__main__":

@@ -353,7 +353,7 @@ def test_generator_learns_and_continues(tmp_path: Path, examples: train_generato
 
 
 def test_judge_learns_and_reads_prompts(tmp_path: Path, collection: Collection) -> None:
-    train_judge.train(tmp_path, Budget(steps=80), collection, batch_size=8)
+    train_judge.train(tmp_path, Budget(steps=40), collection, batch_size=8)
     judge, words, _ = load_judge(tmp_path / "judge.safetensors")
     chosen = collection.where()
     asked = words.read([collection.pictures[i].caption for i in chosen])

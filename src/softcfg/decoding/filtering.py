@@ -66,7 +66,9 @@ class Sampling:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Distribution [..., V] that tokens are drawn from, float32, zero for codes that were filtered out."""
         given = logits
-        logits = given.float() / float(self.temperature)
+        logits = given.float()
+        if self.temperature != 1:
+            logits = logits / float(self.temperature)
         if 0 < self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -154,9 +156,8 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
         cdf, threshold = _in_whole_numbers(probabilities, uniform)
     else:
         cdf = probabilities.double().cumsum(dim=-1)
-        total = cdf[..., -1:]
-        # u * total may round up to the total itself, past the last possible code.
-        threshold = torch.minimum(uniform.double()[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        # A number below 1 is at most 1 - 2^-53, so u * total rounds to less than the total: to a possible code.
+        threshold = uniform.double()[..., None] * cdf[..., -1:]
     # Without a distribution there is no such code, and an id outside of the vocabulary ends a GPU's process.
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
 

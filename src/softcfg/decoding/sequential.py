@@ -131,7 +131,7 @@ class Step:
     def position(self, condition: Condition) -> Position:
         """Where the pass starts that feeds these inputs; the first step feeds the condition."""
         if self.number is None:
-            return Position.by_row((condition.slots - 1 + self.index).expand(condition.rows))
+            return Position.by_row(self.index.expand(condition.rows) + (condition.slots - 1))
         return Position.shared(condition.slots - 1 + self.number) if self.number else Position.start()
 
 

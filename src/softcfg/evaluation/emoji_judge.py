@@ -19,6 +19,7 @@ from softcfg.evaluation.weights import load_network
 from softcfg.files import read_text
 
 UNKNOWN = -1
+STYLE = 1  # which of the heads
 LARGEST_VOCABULARY = 1 << 20  # bytes
 
 
@@ -77,7 +78,10 @@ class Vocabulary:
 
 
 class EmojiJudge(SmallNetwork):
-    """A residual convolutional network over 96 x 96 images, with heads for name, style and colour."""
+    """A residual convolutional network over 96 x 96 images, with heads for name, style and colour.
+
+    The style is told from the statistics of small surroundings, in which nobody recognises what is drawn.
+    """
 
     image_size = 96
     num_features = 320
@@ -95,17 +99,26 @@ class EmojiJudge(SmallNetwork):
             Residual(self.num_features),
             Residual(self.num_features),
         )
+        self.texture = conv_block(80, self.num_features // 2)  # means and deviations are the features
         self.dropout = nn.Dropout(0.25)
         self.heads = nn.ModuleList(nn.Linear(self.num_features, count) for count in (names, styles, colours))
 
     def scaled(self, pixels: Tensor) -> Tensor:
         """See `SmallNetwork.scaled`: [0, 1] to [-1, 1]."""
-        return 2 * pixels - 1
+        return 2 * super().scaled(pixels) - 1
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return logits of names, styles and colours for images `[B, 3, 96, 96]` in [0, 1]."""
-        features = self.dropout(self.features(pixels))
-        return [head(features) for head in self.heads]
+        return self.describe(pixels)[1]
+
+    def describe(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the features `[B, num_features]` that `features` gives, and the logits."""
+        near = self.blocks[:3](self.scaled(pixels))
+        features = self.blocks[3:](near).mean(dim=(2, 3))
+        near = self.texture(near).float()
+        texture = torch.cat((near.mean((2, 3)), near.var((2, 3)).add(1e-4).sqrt()), dim=1).to(features)
+        seen = self.dropout(features)
+        return features, [head(texture if i == STYLE else seen) for i, head in enumerate(self.heads)]
 
 
 class Residual(nn.Module):
@@ -152,15 +165,15 @@ def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int
         UserError: there are not as many prompts as images.
     """
     scale = 1 if pixels.is_floating_point() else 255
-    parts = [judge(part / scale) for part in pixels.split(batch_size)]
-    return shares_right([torch.cat(head) for head in zip(*parts, strict=True)], wanted)
+    parts = [torch.stack([head.argmax(1) for head in judge(part / scale)], 1) for part in pixels.split(batch_size)]
+    return shares_right(torch.cat(parts).cpu(), wanted)
 
 
-def shares_right(logits: Sequence[Tensor], wanted: Tensor) -> dict[str, float]:
-    """Return the shares of images in which the largest logits are those of what was asked for.
+def shares_right(seen: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Return the shares of images in which name, style and colour are those that were asked for.
 
     Args:
-        logits: of names, styles and colours, float `[N, C]` each.
+        seen: what the judge sees, int64 `[N, 3]`.
         wanted: int64 `[N, 3]`, see `Vocabulary.read`.
 
     Returns:
@@ -169,7 +182,6 @@ def shares_right(logits: Sequence[Tensor], wanted: Tensor) -> dict[str, float]:
     Raises:
         UserError: there are not as many prompts as images.
     """
-    seen = torch.stack([head.argmax(1) for head in logits], 1).cpu()
     if wanted.shape != seen.shape:
         raise UserError(f"agreement needs one prompt per image, got {len(wanted)} for {len(seen)} images")
     said, right = wanted != UNKNOWN, seen == wanted

@@ -30,12 +30,12 @@ class SmallNetwork(nn.Module):
         Raises:
             ValueError: the images have another shape.
         """
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"images must be [B, 3, {self.image_size}, {self.image_size}], got {list(pixels.shape)}")
         return self.blocks(self.scaled(pixels)).mean(dim=(2, 3))
 
     def scaled(self, pixels: Tensor) -> Tensor:
-        """The input of the first convolution; by default the pixels as they are."""
+        """Return the input of the first convolution: the pixels as they are, of the shape that `features` takes."""
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"images must be [B, 3, {self.image_size}, {self.image_size}], got {list(pixels.shape)}")
         return pixels
 
 

@@ -262,11 +262,11 @@ class _Comparison:
         if extractor.agreement is None:
             raise _UnavailableError(f"the extractor {extractor.name} does not read prompts")
         assert self.prompts is not None
-        pooled = self.samples.tensor("pooled")
-        if len(self.prompts) != len(pooled):
-            raise UserError(f"agreement needs one prompt per sample, got {len(self.prompts)} for {len(pooled)}")
+        answers = self.samples.tensor("answers").cpu()
+        if len(self.prompts) != len(answers):
+            raise UserError(f"agreement needs one prompt per sample, got {len(self.prompts)} for {len(answers)}")
         try:
-            return extractor.agreement(pooled, self.prompts)
+            return extractor.agreement(answers, self.prompts)
         except UserError as error:
             raise _UnavailableError(str(error)) from error
 
@@ -371,7 +371,8 @@ class _Side:
         """The "pooled", "spatial" or "logits" features."""
         found = self.features.tensors().get(kind)
         if found is None:
-            raise _UnavailableError(f"the extractor {self.extractor.name} gives no {kind} features")
+            what = kind if kind == "answers" else f"{kind} features"
+            raise _UnavailableError(f"the extractor {self.extractor.name} gives no {what}")
         return found.to(self.device)
 
     def statistics(self, kind: str) -> Statistics:

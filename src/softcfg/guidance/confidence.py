@@ -101,5 +101,6 @@ def token_confidence(cond_logits: Tensor, tokens: Tensor, kind: str = "max", tem
     import torch
 
     accumulate = torch.promote_types(cond_logits.dtype, torch.float32)
-    probabilities = torch.softmax(cond_logits.to(accumulate) / temperature, dim=-1)
+    logits = cond_logits.to(accumulate)
+    probabilities = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     return CONFIDENCES[kind](probabilities, tokens)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("value", "key", "both")
 ALIGNMENTS = ("own", "successor")
+SMALLEST = 2.0**-126  # sum of confidences that a float32 holds in full
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ def perturbation_weights(
     if step_norm:
         total = confidence.sum(dim=-1, keepdim=True)
         total = total + eps if eps else total
-        confidence = confidence / total.where(total > 0, 1)
-    weights = (1 - confidence).clamp_min(0)  # a share may round to just above one
-    weights = weights if strength == 1 else weights.pow(strength)
+        confidence = confidence / total.clamp_min(SMALLEST)  # without confidences, all shares are 0
+    # A share may round to just above one.
+    if strength == 1:
+        return (1 - confidence).clamp_min(floor)
+    weights = (1 - confidence).clamp_min(0).pow(strength)
     return weights.clamp_min(floor) if floor else weights

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
 from softcfg.nn.attention import AttentionContext, SelfAttention
+from softcfg.nn.fused import add_norm, add_product
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
 from softcfg.nn.position import Position
@@ -83,8 +84,9 @@ class AliTokBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape."""
-        x = x + self.attn(self.norm1(x), layer, context)
-        return x + self.mlp(self.norm2(x))
+        x, inputs = add_norm(x, None, norm=self.norm1)
+        x, inputs = add_norm(x, self.attn(inputs, layer, context), norm=self.norm2)
+        return add_product(x, self.mlp.w2, self.mlp.hidden(inputs))
 
 
 class AliTok(ClassGenerator):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition, Generator
 from softcfg.nn.attention import AttentionContext, attend, split_heads
+from softcfg.nn.fused import add_norm, add_product
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
 from softcfg.nn.position import Position
@@ -107,8 +108,9 @@ class LlamaGenBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, dim] -> the same shape."""
-        x = x + self.attention(self.attention_norm(x), layer, context)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x, inputs = add_norm(x, None, norm=self.attention_norm)
+        x, inputs = add_norm(x, self.attention(inputs, layer, context), norm=self.ffn_norm)
+        return add_product(x, self.feed_forward.w2, self.feed_forward.hidden(inputs))
 
 
 class LlamaGenBody(Generator):

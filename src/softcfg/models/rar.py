@@ -5,6 +5,7 @@ Parameter names are those of the released checkpoints (`rar_b.bin` to `rar_xxl.b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from softcfg.configuration import require_multiple, require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
 from softcfg.nn.attention import AttentionContext, SelfAttention
+from softcfg.nn.fused import add_norm
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import MLP
 from softcfg.nn.position import Position
@@ -21,6 +23,8 @@ from softcfg.nn.position import Position
 EPS = 1e-6  # of every layer norm
 WINDOW_ROWS = 256  # rows of a product at which it runs near full speed
 HELD_BYTES = 2 * 2**30  # that the modulations of a whole batch and sequence may take
+
+Branch = tuple[Tensor | None, Tensor | None]  # what a branch adds to the residual stream, and the gate on it
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,18 @@ class RARBlock(Modulation):
         self.norm2 = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width, config.intermediate_size)
 
-    def forward(self, x: Tensor, modulation: Tensor, layer: int, context: AttentionContext) -> Tensor:
-        """[rows, n, hidden_size] -> the same shape; `modulation` is [rows, n, 6 * hidden_size]."""
+    def forward(
+        self, x: Tensor, branch: Branch, modulation: Tensor, layer: int, context: AttentionContext
+    ) -> tuple[Tensor, Branch]:
+        """The residual stream [rows, n, hidden_size] and what is still to be added to it, before and after the block.
+
+        `modulation` is [rows, n, 6 * hidden_size].
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, layer, context)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x, inputs = add_norm(x, *branch, norm=self.norm1, modulation=(scale1, shift1))
+        attended = self.attn(inputs, layer, context)
+        x, inputs = add_norm(x, attended, gate1, norm=self.norm2, modulation=(scale2, shift2))
+        return x, (self.mlp(inputs), gate2)
 
 
 class HeadNorm(Modulation):
@@ -122,11 +133,12 @@ class HeadNorm(Modulation):
 
     def __init__(self, width: int) -> None:
         super().__init__(width, parts=2)
+        self.norm = nn.LayerNorm(width, EPS, elementwise_affine=False)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """[rows, n, width] -> the same shape; `modulation` is [rows, n, 2 * width]."""
+    def forward(self, x: Tensor, branch: Branch, modulation: Tensor) -> Tensor:
+        """As `RARBlock` takes them -> [rows, n, width]; `modulation` is [rows, n, 2 * width]."""
         scale, shift = modulation.chunk(2, dim=-1)
-        return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+        return add_norm(x, *branch, norm=self.norm, modulation=(scale, shift))[1]
 
 
 class RAR(ClassGenerator):
@@ -181,11 +193,12 @@ class RAR(ClassGenerator):
     def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
         """See `Generator.run_blocks`: every block, and the norm after the last one, takes its modulation."""
         assert isinstance(condition, RARCondition)
-        position, new = context.position, x.shape[1]
+        modulation = self._modulations(condition, context.position, x.shape[1])
+        branch: Branch = (None, None)
         for layer, block in enumerate(self.blocks):
-            x = block(x, self._modulation(condition, layer, block, position, new), layer, context)
+            x, branch = block(x, branch, modulation(layer, block), layer, context)
         head = self.adaln_before_head
-        return head(x, self._modulation(condition, len(self.blocks), head, position, new))
+        return head(x, branch, modulation(len(self.blocks), head))
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""
@@ -211,15 +224,21 @@ class RAR(ClassGenerator):
     def _holds_all(self, condition: RARCondition) -> bool:
         return condition.cache_slots * self._slot_bytes(condition) <= HELD_BYTES
 
-    def _modulation(
+    def _modulations(
+        self, condition: RARCondition, position: Position, new: int
+    ) -> Callable[[int, Modulation], Tensor]:
+        """What gives the modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size]."""
+        if position.slot is not None or self._holds_all(condition):
+            return lambda layer, module: self._held_modulation(condition, layer, module, position, new)
+        label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
+        inputs = F.silu(label + self.timesteps_embeddings[0, position.index(new)])
+        return lambda layer, module: module.adaLN_modulation[1](inputs)
+
+    def _held_modulation(
         self, condition: RARCondition, layer: int, module: Modulation, position: Position, new: int
     ) -> Tensor:
-        """The modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size]."""
         window, slot = condition.windows.get(layer), position.slot
         if slot is None:
-            if not self._holds_all(condition):
-                label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
-                return module.adaLN_modulation(label + self.timesteps_embeddings[0, position.index(new)])
             if window is None or window[1].shape[1] < condition.cache_slots:
                 window = condition.windows[layer] = (0, self._modulate(condition, module, 0, condition.cache_slots))
             return window[1][condition.source[:, None], position.index(new)]

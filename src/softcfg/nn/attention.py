@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from softcfg.nn.backends import AttentionCall, attention
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.fused import rotate_and_cache
 from softcfg.nn.linear import Linear
 from softcfg.nn.position import Position
 
@@ -54,7 +55,7 @@ def weighted_attention(
         value_weights=value_weights,
         key_weights=key_weights,
         attention_weights=attention_weights,
-        mask=mask,
+        given_mask=mask,
     )
     return attention(AttentionCall(query, key, value, context))
 
@@ -65,21 +66,27 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, context: AttentionContext) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    context: AttentionContext,
+    q_norm: nn.Module | None = None,
+    k_norm: nn.Module | None = None,
+) -> Tensor:
     """Attention of a layer for the new slots, with the rotary embedding, cache, weights and mask of the context.
 
     Args:
         query: [rows, heads, n, head_dim].
         key, value: [rows, key_heads, n, head_dim]; they are written into the cache.
+        q_norm, k_norm: of queries and keys, before their rotation; None for none.
 
     Returns:
         [rows, n, heads * head_dim].
     """
     context = context.on(query.device)
-    if context.rotary is not None:
-        query, key = context.rotary(query), context.rotary(key)
-    if context.cache is not None:
-        context.cache.write(layer, key, value, context.position)
+    query, key = rotate_and_cache(query, key, value, layer, context, q_norm, k_norm)
     return attention(AttentionCall(query, key, value, context, layer)).transpose(1, 2).flatten(2)
 
 
@@ -101,4 +108,4 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = split_heads(self.qkv(x), self.heads)
-        return self.proj(attend(self.q_norm(query), self.k_norm(key), value, layer, context))
+        return self.proj(attend(query, key, value, layer, context, self.q_norm, self.k_norm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,9 +27,9 @@ class AttentionContext:
             [rows, n, S]; None for ones. The attention row is not renormalised (SoftCFG, arXiv 2510.00996).
         attention_weights: factors >= 0 on the attention probabilities, which are renormalised; shaped likewise. A
             weight of 0 hides a slot. Each query must see a slot with a weight above 0.
-        mask: bool [rows, S], False for slots that no query may see, or None: the queries are then the last n of the S
-            slots, and causal. Or bool [rows, n, S], True for the slots that each query sees, causality included.
         padding: int64 [rows], leading slots of each row that no query sees. The mask hides them as well.
+        new: n, if the mask is to follow from position and padding.
+        given_mask: the mask otherwise.
     """
 
     position: Position
@@ -39,8 +39,17 @@ class AttentionContext:
     value_weights: Tensor | None = None
     key_weights: Tensor | None = None
     attention_weights: Tensor | None = None
-    mask: Tensor | None = None
     padding: Tensor | None = None
+    new: int | None = None
+    given_mask: Tensor | None = None
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Bool [rows, S], False for slots that no query may see, or None: the queries are then the last n of the S
+        slots, and causal. Or bool [rows, n, S], True for the slots that each query sees, causality included. It is made
+        when it is first asked for: the kernels of a GPU read position and padding themselves.
+        """
+        return self.given_mask if self.new is None else self.position.mask(self.new, self.slots, self.padding)
 
     @classmethod
     def create(
@@ -72,8 +81,8 @@ class AttentionContext:
             value_weights=None if value_weights is None else value_weights[..., :slots],
             key_weights=None if key_weights is None else key_weights[..., :slots],
             attention_weights=None if attention_weights is None else attention_weights[..., :slots],
-            mask=position.mask(new, slots, padding),
             padding=padding,
+            new=new,
         )
 
     def on(self, device: torch.device) -> AttentionContext:
@@ -82,7 +91,9 @@ class AttentionContext:
             return self
         if device not in self._copies:
             moved: dict[str, Any] = {
-                name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+                field.name: value.to(device)
+                for field in fields(self)
+                if isinstance(value := getattr(self, field.name), Tensor)
             }
             rotary = None if self.rotary is None else self.rotary.on(device)
             self._copies[device] = replace(self, position=self.position.on(device), rotary=rotary, **moved)
@@ -91,7 +102,7 @@ class AttentionContext:
     @cached_property
     def _devices(self) -> set[torch.device]:
         weights = [self.value_weights, self.key_weights, self.attention_weights]
-        tensors = [self.position.row_slots, *weights, self.mask, self.padding]
+        tensors = [self.position.row_slots, *weights, self.given_mask, self.padding]
         if self.rotary is not None:
             tensors += [self.rotary.cos, self.rotary.sin]
         return {tensor.device for tensor in tensors if tensor is not None}

@@ -7,11 +7,13 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softcfg.nn.backends import triton_decode
 from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.products import Product, choose
 
@@ -56,6 +58,9 @@ class Linear(nn.Linear):
 def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
     """Prepare all `Linear` layers of `module` for inputs of `rows` rows; inside, its weights must not change.
 
+    On a GPU, weights of the same inputs, which a part of the module names in `together`, are laid side by side, where
+    they stay: one product then serves all of them.
+
     Layers for which the memory is not enough stay as they are, with a warning. Inside another such context, also of
     another thread, all layers stay as that one has prepared them.
     """
@@ -65,6 +70,9 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
         try:
             if mine:
                 _prepare(module, layers, rows)
+                for part in module.modules():
+                    if isinstance(names := getattr(part, "together", None), tuple):
+                        _lay_side_by_side([getattr(part, name) for name in names])
         except BaseException as error:
             if not is_out_of_memory(error):
                 _restore(layers)
@@ -88,6 +96,26 @@ def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int) -> None:
         product = choose([layer.weight for layer in group], group[0].bias, rows)
         for layer in group:
             layer.prepare(product, rows, keep=uses[id(layer.weight)] > 1)
+
+
+def are_side_by_side(weights: Sequence[Tensor]) -> bool:
+    """Whether plain matrices [out, in] follow each other in one memory."""
+    return all(type(each.data) is Tensor and each.is_contiguous() for each in weights) and all(
+        one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.storage_offset() + one.numel() == other.storage_offset()
+        for one, other in pairwise(weights)
+    )
+
+
+def _lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
+    weights = [layer.weight for layer in layers]
+    if any(not triton_decode.runs_on(each) or each.is_inference() for each in weights) or are_side_by_side(weights):
+        return
+    alike = len({(each.dtype, each.device, each.shape[1]) for each in weights}) == 1
+    if alike and all(type(each.data) is Tensor for each in weights):
+        parts = torch.cat(weights).split([len(each) for each in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.data = part
 
 
 def _restore(layers: Iterable[Linear]) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.attention import attend
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.fused import add_norm, add_product, products, silu_product
 from softcfg.nn.linear import Linear
 
 
 class LlamaAttention(nn.Module):
     """Causal self-attention without biases, in which `key_heads` serve neighbouring query heads each.
 
-    `q_norm` and `k_norm` act on queries and keys [rows, n, heads, head_dim]; without them they stay as they are.
+    `q_norm` and `k_norm` act on queries and keys [rows, heads, n, head_dim]; without them they stay as they are.
     """
+
+    together = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self, width: int, heads: int, key_heads: int, q_norm: nn.Module | None = None, k_norm: nn.Module | None = None
@@ -31,14 +33,16 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = (
-            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+            product.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for product in products(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key, value = (heads.transpose(1, 2) for heads in (self.q_norm(query), self.k_norm(key), value))
-        return self.o_proj(attend(query, key, value, layer, context))
+        return self.o_proj(attend(query, key, value, layer, context, self.q_norm, self.k_norm))
 
 
 class LlamaMLP(nn.Module):
     """down(silu(gate x) * up x), without biases."""
+
+    together = ("gate_proj", "up_proj")
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -48,7 +52,11 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., hidden]."""
+        return silu_product(*products(x, self.gate_proj, self.up_proj))
 
 
 class LlamaBlock(nn.Module):
@@ -63,8 +71,9 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), layer, context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, inputs = add_norm(x, None, norm=self.input_layernorm)
+        x, inputs = add_norm(x, self.self_attn(inputs, layer, context), norm=self.post_attention_layernorm)
+        return add_product(x, self.mlp.down_proj, self.mlp.hidden(inputs))
 
 
 class LlamaDecoder(nn.Module):

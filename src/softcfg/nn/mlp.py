@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softcfg.nn.fused import products, silu_product
 from softcfg.nn.linear import Linear
 
 
@@ -24,6 +25,8 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x), without biases."""
 
+    together = ("w1", "w3")
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.w1 = Linear(width, hidden, bias=False)
@@ -32,4 +35,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., hidden]."""
+        return silu_product(*products(x, self.w1, self.w3))

@@ -21,6 +21,7 @@ from softcfg.models.ids import as_ids
 from softcfg.models.llama import LlamaConfig, PromptIds, SharedVocabularyGenerator, left_pad, make_decoder, only_size
 from softcfg.models.lumina.prompts import LuminaPrompts, TokenPrompt
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.fused import KINDS
 from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
 
 HEAD_NORM_EPS = 1e-5
@@ -121,21 +122,24 @@ class PromptCondition(PromptIds):
         return PromptCondition(self.ids[rows], padding, self.geometry, self.given)
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(nn.LayerNorm):
     """Layer norm over the channels of each head; each row of weights serves as many consecutive heads."""
 
     def __init__(self, groups: int, width: int) -> None:
-        super().__init__()
+        super().__init__(width, HEAD_NORM_EPS)
         self.weight = nn.Parameter(torch.ones(groups, width))
         self.bias = nn.Parameter(torch.zeros(groups, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[rows, n, heads, width] -> the same shape."""
+        """[rows, heads, n, width] -> the same shape."""
         groups, width = self.weight.shape
         if groups == 1:
             return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
-        x = F.layer_norm(x, (width,), eps=HEAD_NORM_EPS).unflatten(2, (groups, -1))
-        return (x * self.weight[:, None] + self.bias[:, None]).flatten(2, 3)
+        x = F.layer_norm(x, (width,), eps=HEAD_NORM_EPS).unflatten(1, (groups, -1))
+        return (x * self.weight[:, None, None] + self.bias[:, None, None]).flatten(1, 2)
+
+
+KINDS[HeadNorm] = KINDS[nn.LayerNorm]
 
 
 class LuminaBlock(LlamaBlock):

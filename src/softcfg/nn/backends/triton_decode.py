@@ -29,7 +29,7 @@ class TritonDecode(AttentionBackend):
             return "it needs a cache and a position by row"
         if call.context.attention_weights is not None:
             return "it has weights on values and keys alone"
-        return None if _has_triton() else "Triton is not installed"
+        return None if has_triton() else "Triton is not installed"
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionBackend.attend`.
@@ -62,6 +62,12 @@ class TritonDecode(AttentionBackend):
             raise BackendUnavailableError(f"{type(error).__name__}: {error}") from error
 
 
+def runs_on(x: Tensor) -> bool:
+    """Whether kernels may be tried on the device of `x`."""
+    return x.is_cuda and has_triton()
+
+
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None

@@ -1,8 +1,8 @@
 """Split-KV attention for decoding: one query per row against a static cache, with weights on values and keys.
 
-A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. A row
-and a head alone are too few programs to reach it: the slots are split into chunks, every program attends to one
-chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
+A decoding step reads the whole cache once and computes next to nothing, so it is bound by memory bandwidth. In a small
+batch, rows and heads alone are too few programs to reach it: the slots are split into chunks, every program attends to
+one chunk, and a second kernel joins the chunks' results (as in flash-decoding). The position is read from a tensor, so
 one launch, and one captured CUDA graph, serves every step; chunks after the position cost nothing.
 
 A value weight is one multiplication of a probability in a register: SoftCFG costs nothing next to reading the cache.
@@ -17,17 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 256  # slots that a program attends to at most
-PROGRAMS = 512  # about four of them on each multiprocessor of a large GPU; where there are fewer, they attend to less
-FEW_CHUNKS = 16  # of twice as many the results are still quickly joined
+PROGRAMS = 1024  # that keep a GPU busy; with fewer rows and heads, the slots are split
+CHUNKS = 64  # at most, that the second kernel holds in registers
 
 
 @triton.jit
 def _attend_chunk(
     query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
     query_row, query_head, cache_row, cache_head, scales_row, scales_head, value_weights_row, key_weights_row,
-    heads, groups, chunks, chunk_slots, scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    heads, groups, chunks, size, scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     SCALED: tl.constexpr, WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row, head, chunk = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
@@ -48,7 +47,7 @@ def _attend_chunk(
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     output = tl.zeros((BLOCK, WIDTH), tl.float32)
-    for begin in range(chunk * chunk_slots, tl.minimum((chunk + 1) * chunk_slots, end), BLOCK):
+    for begin in range(chunk * size, tl.minimum((chunk + 1) * size, end), BLOCK):
         slots = begin + tl.arange(0, BLOCK)
         seen = (slots < end) & (slots >= start)
         place = slots[:, None] * DIM + dims[None, :]
@@ -76,9 +75,13 @@ def _attend_chunk(
     highest = tl.max(maximum, axis=0)
     kept = tl.exp(maximum - tl.where(highest == float("-inf"), 0.0, highest))
     part = tl.program_id(0) * chunks + chunk
-    tl.store(maxima + part, highest)
-    tl.store(sums + part, tl.sum(total * kept, axis=0))
-    tl.store(outputs + part * DIM + dims, tl.sum(output * kept[:, None], axis=0), mask=inside)
+    whole, joined = tl.sum(total * kept, axis=0), tl.sum(output * kept[:, None], axis=0)
+    if WHOLE:
+        joined /= tl.where(whole > 0, whole, 1.0)
+    else:
+        tl.store(maxima + part, highest)
+        tl.store(sums + part, whole)
+    tl.store(outputs + part * DIM + dims, joined.to(outputs.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -147,19 +150,21 @@ def decode_attention(
     if (key_scales is None) != (value_scales is None):
         raise ValueError("keys and values must both have scales, or neither")
     scales_row, scales_head = (0, 0) if key_scales is None else key_scales.stride()[:2]
-    query, last = query.contiguous(), last.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    last = last.contiguous()
     first = None if first is None else first.contiguous()
     value_weights, value_weights_row = _by_row(value_weights, rows, slots)
     key_weights, key_weights_row = _by_row(key_weights, rows, slots)
     width = triton.next_power_of_2(dim)
     block = slots_at_once(width, keys.dtype)
-    chunk_slots, chunks = CHUNK, triton.cdiv(slots, CHUNK)
-    while chunk_slots > block and chunks <= FEW_CHUNKS and rows * heads * chunks < PROGRAMS:
-        chunk_slots //= 2
-        chunks = triton.cdiv(slots, chunk_slots)
-    maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
-    outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
+    chunks = min(CHUNKS, triton.cdiv(PROGRAMS, rows * heads))
+    size = triton.cdiv(triton.cdiv(slots, chunks), block) * block
+    chunks = triton.cdiv(slots, size)
     joined = torch.empty(rows, heads, 1, dim, dtype=query.dtype, device=query.device)
+    maxima, sums, outputs = None, None, joined
+    if chunks > 1:
+        maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
+        outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
     # Without a limit the assembler aims for more threads on a multiprocessor, and spills. FP fusion is
     # what it has always been; newer versions ask.
     options: dict[str, Any] = {
@@ -169,14 +174,16 @@ def decode_attention(
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
         scales_row, scales_head, value_weights_row, key_weights_row,
-        heads, heads // keys.shape[1], chunks, chunk_slots, dim**-0.5,
-        DIM=dim, WIDTH=width, BLOCK=block,
+        heads, heads // keys.shape[1], chunks, size, dim**-0.5,
+        DIM=dim, WIDTH=width, BLOCK=block, WHOLE=chunks == 1,
         SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
         PADDED=first is not None, **options,
     )  # fmt: skip
-    _join_chunks[(rows * heads,)](
-        maxima, sums, outputs, joined, chunks, DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options
-    )
+    if chunks > 1:
+        _join_chunks[(rows * heads,)](
+            maxima, sums, outputs, joined, chunks,
+            DIM=dim, WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), **options,
+        )  # fmt: skip
     return joined
 
 

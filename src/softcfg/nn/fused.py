@@ -1,0 +1,249 @@
+"""What stands between the matrix products of a block: as PyTorch's operations or, on a GPU, as one Triton kernel each.
+
+The kernels serve what has no gradient. Where they do not run, which the first launch shows, the operations take their
+place, with one warning; they are also what the kernels are tested against.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softcfg.nn.backends import triton_decode
+from softcfg.nn.context import AttentionContext
+from softcfg.nn.kv_cache import Int8KVCache, KVCache
+from softcfg.nn.linear import Linear, are_side_by_side
+
+Result = TypeVar("Result")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 8192  # row of a norm
+KINDS: dict[type, int] = {
+    type(None): 0,
+    nn.Identity: 0,
+    nn.RMSNorm: 1,
+    nn.LayerNorm: 2,
+}  # norms, as the kernels call them
+UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
+_enabled: ContextVar[bool] = ContextVar("fused_kernels", default=True)
+
+
+@contextmanager
+def without_fused_kernels() -> Iterator[None]:
+    """Use PyTorch's operations in this thread while the context is open; graphs that were captured stay as they are."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def add_norm(
+    x: Tensor,
+    added: Tensor | None,
+    gate: Tensor | None = None,
+    *,
+    norm: nn.Module,
+    modulation: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream x + gate * added, and norm(it) * (1 + scale) + shift for the next branch.
+
+    Args:
+        x: [rows, n, width].
+        added: what a branch adds to the stream, shaped alike; None for nothing.
+        gate: factors on it, shaped alike; None for ones.
+        modulation: scale and shift, shaped alike; None for zeros.
+    """
+    kind = _kind(norm, x)
+    if kind and _serves(x, added, gate, *(modulation or ())) and x.shape[-1] <= WIDEST:
+
+        def launch() -> tuple[Tensor, Tensor]:
+            from softcfg.nn.kernels import fused
+
+            flat = [None if each is None else each.reshape(-1, x.shape[-1]) for each in (x, added, gate)]
+            total, normed = fused.add_norm(
+                flat[0].contiguous(), None if flat[1] is None else flat[1].contiguous(), flat[2],
+                kind, *_parameters(norm), norm.eps,
+                None if modulation is None else tuple(each.reshape(-1, x.shape[-1]) for each in modulation),
+            )  # fmt: skip
+            return total.view(x.shape), normed.view(x.shape)
+
+        found = _launched(x.device, launch)
+        if found is not None:
+            return found
+    if added is not None:
+        x = x + (added if gate is None else gate * added)
+    normed = norm(x)
+    if modulation is not None:
+        scale, shift = modulation
+        normed = normed * (1 + scale) + shift
+    return x, normed
+
+
+def rotate_and_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    context: AttentionContext,
+    q_norm: nn.Module | None = None,
+    k_norm: nn.Module | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The queries and keys of a pass, normalised and rotated; keys and values are written into the cache of the layer.
+
+    Args:
+        query: [rows, heads, n, head_dim].
+        key, value: [rows, key_heads, n, head_dim].
+        q_norm, k_norm: over head_dim; None for none.
+    """
+    if _fits(query, key, value, layer, context, q_norm, k_norm):
+
+        def launch() -> tuple[Tensor, Tensor]:
+            from softcfg.nn.kernels import fused
+
+            cache, rotary = context.cache, context.rotary
+            assert cache is not None
+            assert context.position.row_slots is not None
+            key_scales, value_scales = cache.scales(layer)
+            turn: dict[str, Any] = {}
+            if rotary is not None:
+                turn = {"cos": rotary.cos[:, 0], "sin": rotary.sin[:, 0], "neighbours": not rotary.halves}
+            return fused.rotate_and_cache(
+                query, key, value, context.position.row_slots, cache.keys[layer], cache.values[layer],
+                norm=_kind(q_norm, query), query_weights=_parameters(q_norm), key_weights=_parameters(k_norm),
+                eps=(_eps(q_norm), _eps(k_norm)), key_scales=key_scales, value_scales=value_scales, **turn,
+            )  # fmt: skip
+
+        found = _launched(query.device, launch)
+        if found is not None:
+            return found
+    query, key = (x if norm is None else norm(x) for x, norm in ((query, q_norm), (key, k_norm)))
+    if context.rotary is not None:
+        query, key = context.rotary(query), context.rotary(key)
+    if context.cache is not None:
+        context.cache.write(layer, key, value, context.position)
+    return query, key
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if _serves(gate, up) and gate.stride(-1) == up.stride(-1) == 1:
+
+        def launch() -> Tensor:
+            from softcfg.nn.kernels import fused
+
+            width = gate.shape[-1]
+            return fused.silu_product(gate.reshape(-1, width), up.reshape(-1, width)).view(gate.shape)
+
+        found = _launched(gate.device, launch)
+        if found is not None:
+            return found
+    return F.silu(gate) * up
+
+
+def products(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """The products of `x` with some layers; as one product where it may be and their weights lie side by side.
+
+    `linear.prepared_linear_layers` lays them so.
+    """
+    weights = [layer.weight for layer in layers]
+    if _serves(x, *weights) and all(_is_plain(layer) for layer in layers) and are_side_by_side(weights):
+        sizes = [weight.shape[0] for weight in weights]
+        return F.linear(x, weights[0].as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)
+    return [layer(x) for layer in layers]
+
+
+def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """x + layer(inputs), the last use of `x`, whose memory the result may take: the product then adds to it."""
+    weight = layer.weight
+    if _serves(x, inputs, weight) and _is_plain(layer) and x.is_contiguous():
+        x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), weight.t())
+        return x
+    return x + layer(inputs)
+
+
+def _serves(*tensors: Tensor | None) -> bool:
+    """Whether the kernels may be tried: on a GPU, on tensors of one dtype, and without a gradient."""
+    x = tensors[0]
+    assert x is not None
+    if not _enabled.get() or torch.is_grad_enabled() or x.device in UNAVAILABLE or not triton_decode.runs_on(x):
+        return False
+    alike = all(each is None or (each.dtype, each.device) == (x.dtype, x.device) for each in tensors)
+    return alike and x.dtype in DTYPES
+
+
+def _launched(device: torch.device, launch: Callable[[], Result]) -> Result | None:
+    """What a launch gives; None if kernels do not run on the device: for want of a compiler, or it is not supported."""
+    try:
+        return launch()
+    except torch.OutOfMemoryError:  # the operations take more
+        raise
+    except Exception as error:  # Triton, its compiler and its driver have no common type of error
+        UNAVAILABLE.add(device)
+        message = f"fused kernels do not run on {device}, PyTorch's operations take their place"
+        warnings.warn(f"{message}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+        return None
+
+
+def _fits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    context: AttentionContext,
+    q_norm: nn.Module | None,
+    k_norm: nn.Module | None,
+) -> bool:
+    cache, rotary, dim = context.cache, context.rotary, query.shape[-1]
+    if cache is None or context.position.row_slots is None or query.shape[2] != 1 or dim % 2:
+        return False
+    if type(cache).write not in (KVCache.write, Int8KVCache.write) or cache.dtype != query.dtype:
+        return False
+    if rotary is not None and (rotary.cos.dim() != 3 or rotary.cos.dtype != torch.float32):
+        return False
+    if _kind(q_norm, query) is None or _kind(q_norm, query) != _kind(k_norm, key):
+        return False
+    side_by_side = all((each.stride(1), each.stride(3)) == (dim, 1) for each in (query, key, value))
+    keys, values = cache.keys[layer], cache.values[layer]
+    return side_by_side and keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1) and _serves(
+        query, key, value
+    )  # fmt: skip
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a product with weights as they are and no more: no bias, adapter, quantization or hook."""
+    return (
+        type(layer) in (Linear, nn.Linear)
+        and layer.bias is None
+        and getattr(layer, "product", None) is None
+        and type(layer.weight.data) is Tensor
+        and _is_unhooked(layer)
+    )
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _kind(norm: nn.Module | None, x: Tensor) -> int | None:
+    """How the kernels know a norm over the last dimension of `x`; 0 for no norm, None for one that they do not know."""
+    kind = KINDS.get(type(norm))
+    if not kind or not isinstance(norm, nn.Module):
+        return kind
+    if norm.eps is None or norm.normalized_shape != x.shape[-1:] or not _is_unhooked(norm):
+        return None
+    return kind if all((each.dtype, each.device) == (x.dtype, x.device) for each in norm.parameters()) else None
+
+
+def _parameters(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(norm, "weight", None), getattr(norm, "bias", None)
+
+
+def _eps(norm: nn.Module | None) -> float:
+    return getattr(norm, "eps", 0.0)

@@ -1,0 +1,266 @@
+"""The fused kernels in Triton's interpreter: against their definitions in float64, and the steps of every family."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+import warnings
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import softcfg
+from small_families import load
+from softcfg import CFG, Sampling, SoftCFG
+from softcfg.decoding import decode, image_uniforms
+from softcfg.decoding.sequential import Decoder, Step
+from softcfg.models.lumina.generator import HeadNorm
+from softcfg.nn import AttentionContext, KVCache, Position, Rotary, fused, kernels
+from softcfg.nn.backends import triton_decode
+from softcfg.nn.kv_cache import Int8KVCache
+from softcfg.nn.products import use_product
+
+pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
+
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # and how far rounding goes
+
+
+def here() -> torch.device:
+    return torch.get_default_device()
+
+
+def random(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 1.0)
+    return module.to(dtype).requires_grad_(False)
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+def check_add_norm() -> None:
+    widths = {torch.float32: (48,), torch.bfloat16: (1280,), torch.float16: (7168,)}
+    for dtype in DTYPES:
+        for width, kind, adds, gated, modulated in product(
+            widths[dtype], (nn.RMSNorm, nn.LayerNorm, "bare"), (False, True), (False, True), (False, True)
+        ):
+            if (gated and not adds) or (width == 7168 and not (adds and gated == modulated)):
+                continue
+            bare = kind == "bare"
+            norm = nn.LayerNorm(width, 1e-6, elementwise_affine=False) if bare else kind(width, eps=1e-5)  # type: ignore[operator]
+            norm = random(norm, dtype)
+            x, added = (torch.randn(2, 3, 1, width) + 0.5).to(dtype)
+            gate, scale, shift = torch.randn(3, 1, 3 * width).to(dtype).chunk(3, dim=-1)
+            total, normed = fused.add_norm(
+                x, added if adds else None, gate if gated else None, norm=norm,
+                modulation=(scale, shift) if modulated else None,
+            )  # fmt: skip
+            wanted = x.double()
+            if adds:
+                wanted = wanted + added.double() * (gate.double() if gated else 1)
+            close(total, wanted, dtype)
+            weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+            weight, bias = (None if each is None else each.double() for each in (weight, bias))
+            wanted = total.double()  # rounded, as the stream is
+            if kind is nn.RMSNorm:
+                wanted = F.rms_norm(wanted, (width,), weight, 1e-5)
+            else:
+                wanted = F.layer_norm(wanted, (width,), weight, bias, 1e-6 if bare else 1e-5)
+            if modulated:
+                wanted = wanted * (1 + scale.double()) + shift.double()
+            close(normed, wanted, dtype)
+
+
+def check_rotate_and_cache() -> None:
+    shapes = [(3, 4, 2, 80), (2, 3, 3, 48), (2, 1, 1, 128), (1, 20, 4, 100)]
+    kinds = list(product((None, "neighbours", "halves"), (None, nn.RMSNorm, nn.LayerNorm, HeadNorm), (False, True)))
+    for number, (turned, kind, rounded) in enumerate(kinds):
+        rows, heads, shared, dim = shapes[number % len(shapes)]
+        dtype = list(DTYPES)[number % len(DTYPES)]
+        slots = 7
+        cache = (Int8KVCache if rounded else KVCache)(2, rows + 1, shared, slots, dim, dtype=dtype, device=here())
+        cache = cache.up_to(slots)
+        groups = {None: (), HeadNorm: (shared, dim)}.get(kind, (dim,))
+        norms = [None if kind is None else random(kind(*groups), dtype) for _ in range(2)]
+        if kind is not None and number % 2:
+            norms[1] = norms[0]
+        # Queries, keys and values side by side, as one product gives them.
+        together = torch.randn(rows, 1, (heads + 2 * shared) * dim).to(dtype)
+        query, key, value = (
+            part.unflatten(-1, (-1, dim)).transpose(1, 2)
+            for part in together.split([heads * dim, shared * dim, shared * dim], dim=-1)
+        )
+        at = torch.arange(rows) * 2 % slots
+        angles = torch.randn(rows, 1, dim // 2)
+        rotary = None if turned is None else Rotary(angles.cos(), angles.sin(), halves=turned == "halves")
+        position = Position.by_row(at)
+        before = [each.clone() for each in (*cache.keys, *cache.values)]
+        cache.keys, cache.values = ([each[:rows] for each in half] for half in (cache.keys, cache.values))
+        if isinstance(cache, Int8KVCache):
+            scales = cache._scales
+            scales.keys, scales.values = ([each[:rows] for each in half] for half in (scales.keys, scales.values))
+        context = AttentionContext.create(position, 1, cache, rotary=rotary)
+        found = fused.rotate_and_cache(query, key, value, 1, context, *norms)
+
+        wanted = []
+        for x, norm in zip((query, key), norms, strict=True):
+            x = x.double()
+            if norm is not None:
+                x = norm.double()(x)
+                norm.to(dtype)
+            if rotary is not None:
+                x = rotary(x)
+            wanted.append(x)
+        for one, other in zip(found, wanted, strict=True):
+            close(one, other, dtype)
+        keys, values = cache.read(1, slots)
+        for contents, vectors in ((keys, found[1]), (values, value)):
+            row = torch.arange(rows)
+            written = contents[row, :, at].double()
+            vectors = vectors[:, :, 0].double()
+            if rounded:
+                step = vectors.abs().amax(dim=-1, keepdim=True) / 127
+                assert ((written - vectors).abs() <= step * (0.5 + 1e-3) + DTYPES[dtype] * vectors.abs()).all()
+            else:
+                assert torch.equal(written, vectors)
+        # Nothing else is written.
+        for contents, old, written in zip((*cache.keys, *cache.values), before, (False, True) * 2, strict=True):
+            changed = (contents != old[:rows]).any(dim=-1)
+            assert written or not changed.any()
+            changed[torch.arange(rows), :, at] = False
+            assert not changed.any()
+
+
+def check_silu_product() -> None:
+    for dtype in DTYPES:
+        gate, up = (torch.randn(2, 5, 1, 700) * 4).to(dtype)
+        close(fused.silu_product(gate, up), F.silu(gate.double()) * up.double(), dtype)
+
+
+def steps(family: str, guidance: CFG, cache_dtype: torch.dtype | None) -> tuple[Tensor, KVCache]:
+    """What some steps of constant shapes draw from, and the cache after them."""
+    generator = load(family).to(here())
+    generator.cache_dtype = cache_dtype
+    condition = generator.condition(generator.example_inputs(2), guided=True)
+    decoder = Decoder(generator, condition, guidance, Sampling())
+    uniforms = image_uniforms(0, range(2), condition.num_tokens).to(here())
+    tokens = torch.zeros(2, condition.num_tokens, dtype=torch.int64)
+    with use_product("plain"), decoder.prepared_linear_layers():
+        decoder.advance(decoder.step(0), tokens, uniforms)
+        tokens[:] = tokens[:, :1]
+        found = [decoder.predict(Step(torch.tensor([number])), tokens) for number in (1, 2)]
+    return torch.stack(found), decoder.cache
+
+
+def check_families() -> None:
+    for number, family in enumerate(("alitok", "rar", "llamagen", "emu3", "lumina-mgpt-2")):
+        cache_dtype = (None, torch.int8)[number % 2]
+        with fused.without_fused_kernels():
+            wanted, old = steps(family, SoftCFG(3.0), cache_dtype)
+        found, new = steps(family, SoftCFG(3.0), cache_dtype)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 if cache_dtype is None else 1e-3)
+        for one, other in zip(new.read(0, 4), old.read(0, 4), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4 if cache_dtype is None else 2e-2)
+
+
+def check() -> None:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        check_add_norm()
+        check_rotate_and_cache()
+        check_silu_product()
+        check_families()
+
+
+def test_kernels_are_the_operations_that_they_replace() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_a_gpu() -> None:
+    with torch.device("cuda"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing takes the place of a kernel that fails
+        check()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), ImportError("no driver")])
+def test_decoding_goes_on_without_kernels_that_do_not_run(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    generator = softcfg.load_generator(model_folder)
+    uniforms = image_uniforms(3, range(2), generator.num_tokens)
+    wanted = decode(generator, [0, 2], SoftCFG(3.0), uniforms=uniforms, static=True)
+    failing(monkeypatch, error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(decode(generator, [0, 2], SoftCFG(3.0), uniforms=uniforms, static=True), wanted)
+    assert [str(warning.message) for warning in caught] == [
+        f"fused kernels do not run on cpu, PyTorch's operations take their place: {type(error).__name__}: {error}"
+    ]
+
+
+def test_out_of_memory_is_not_a_kernel_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, torch.OutOfMemoryError("all memory is taken"))
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        fused.silu_product(torch.ones(2), torch.ones(2))
+    assert not fused.UNAVAILABLE
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As if the CPU were a GPU, on which no kernel runs."""
+
+    def kernel(*_: object, **__: object) -> None:
+        raise error
+
+    module = types.ModuleType("softcfg.nn.kernels.fused")
+    for name in ("add_norm", "rotate_and_cache", "silu_product"):
+        setattr(module, name, kernel)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(kernels, "fused", module, raising=False)
+    monkeypatch.setattr(triton_decode, "runs_on", lambda x: True)
+    monkeypatch.setattr(fused, "UNAVAILABLE", set())
+
+
+def test_what_has_a_gradient_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, AssertionError("a kernel has no gradient"))
+    x = torch.randn(3, 4, requires_grad=True)
+    total, normed = fused.add_norm(x, x, norm=nn.LayerNorm(4))
+    (total + fused.silu_product(normed, x)).sum().backward()
+    assert x.grad is not None
+    assert not fused.UNAVAILABLE
+
+
+def test_only_plain_layers_are_products() -> None:
+    """An adapter, a hook or a norm of another kind has to be called."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    class Doubled(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    hooked, x = nn.Linear(4, 4, bias=False), torch.ones(1, 4)
+    hooked.register_forward_hook(lambda module, inputs, out: out + 1)
+    assert not any(map(fused._is_plain, (Adapted(4, 4, bias=False), nn.Linear(4, 4), hooked)))
+    assert fused._kind(Doubled(4, eps=1e-5), x) is None
+    assert fused._kind(nn.RMSNorm(4, eps=1e-5), x) == 1
+
+
+if __name__ == "__main__":
+    triton_decode.runs_on = lambda x: True  # the interpreter runs on a CPU
+    fused._launched = lambda device, launch: launch()  # and nothing takes the place of what fails
+    check()
