@@ -120,9 +120,8 @@ def evaluate(
     if not isinstance(extractor, Extractor):
         extractor = load_extractor(extractor, weights, device, dtype)
     if not metrics:
-        unasked = () if extractor.classifies else ("class_accuracy",)
-        unasked += tuple(AGREEMENT) if extractor.agreement is None else ()
-        wanted = [name for name in wanted if name not in unasked]
+        suits = {"class_accuracy": extractor.classifies, **dict.fromkeys(AGREEMENT, extractor.agreement is not None)}
+        wanted = [name for name in wanted if suits.get(name, True)]
     for given in inputs:
         given.require_made_with(extractor)
 
