@@ -81,8 +81,16 @@ pictures: install
 train: install
 	$(BIN)/python -m recipes.fashion_mnist.train
 
-study: install
+QUARTER := runs/fashion-small-quarter
+
+study: install $(QUARTER)/model.yaml
 	$(BIN)/python -m recipes.study
+
+$(QUARTER)/model.yaml:
+	mkdir -p $(QUARTER)
+	cp src/softcfg/zoo/bundled/fashion-small/tokenizer.safetensors $(QUARTER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.fashion_mnist.train --preset fashion-small --only generator --steps 280 \
+		--out $(QUARTER)
 
 clean:
 	rm -rf .venv $(OUT) site .mypy_cache .ruff_cache .pytest_cache

@@ -91,7 +91,8 @@ def rar_step(generator: RAR, classes: Tensor, tokens: Tensor, cache: Cache) -> T
         x = x + gate1 * attention.proj(out.transpose(1, 2).reshape(rows, new, width))
         x = x + gate2 * block.mlp(block.norm2(x) * (1 + scale2) + shift2)
     head = generator.adaln_before_head
-    return generator.lm_head(head(x, head.adaLN_modulation(condition)))[:, -1]
+    scale, shift = head.adaLN_modulation(condition).chunk(2, dim=-1)
+    return generator.lm_head(head.norm(x) * (1 + scale) + shift)[:, -1]
 
 
 STEPS: dict[type[Generator], Callable[..., Tensor]] = {AliTok: alitok_step, RAR: rar_step}

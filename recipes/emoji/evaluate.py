@@ -52,7 +52,8 @@ def chosen(collection: Collection, kind: str, count: int) -> list[int]:
     """Return `count` pictures of a kind, evenly spread; only those held out for their colour are recoloured."""
     recoloured = kind == "colour"
     suitable = collection.where(held_out=KINDS[kind], recoloured=recoloured)
-    return [suitable[i * len(suitable) // count] for i in range(min(count, len(suitable)))]
+    count = min(count, len(suitable))
+    return [suitable[i * len(suitable) // count] for i in range(count)]
 
 
 def measure(given: argparse.Namespace) -> None:

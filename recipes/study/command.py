@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from recipes.commands import run_command
 from recipes.fashion_mnist.data import DEFAULT_FOLDER
 from recipes.study import report
 from recipes.study.measure import Laboratory
-from recipes.study.points import Design, key, traced
-from recipes.study.results import Results
+from recipes.study.points import ELSEWHERE, HALF_TRAINED, Comparison, Design, key, traced
+from recipes.study.results import Results, rows_of
 from softcfg.errors import UserError
 from softcfg.files import hash_file
 from softcfg.zoo import resolve
 
+MODEL = "fashion-small"
 DOCUMENT = Path("docs/study.md")
 RESULTS = Path("docs/study/results.jsonl")
 
@@ -35,13 +37,16 @@ def main() -> None:
     )
     size = Design()
     gpu = torch.cuda.is_available()
-    parser.add_argument("--model", default="fashion-small", help="a bundled model, or a model folder")
+    parser.add_argument("--model", default=MODEL, help="a bundled model, or a model folder")
     parser.add_argument("--samples", type=int, default=size.samples, help="images per point")
     parser.add_argument("--seeds", type=int, default=size.seeds, help="seeds per point")
     parser.add_argument(
         "--tuning-samples", type=int, default=size.tuning_samples, help="images per point of the tuning"
     )
-    parser.add_argument("--softcfg-alone", action="store_true", help="leave out the other guidance methods")
+    parser.add_argument(
+        "--softcfg-alone", action="store_true", help="leave out the other guidance methods, and the other models"
+    )
+    parser.add_argument("--only", choices=(MODEL, *ELSEWHERE), help="draw the points of this model alone")
     parser.add_argument("--batch-size", type=int, default=1000 if gpu else 250, help="images at once")
     parser.add_argument(
         "--workers", type=int, default=1 if gpu else min(2, os.cpu_count() or 1), help="processes, of one thread each"
@@ -57,13 +62,28 @@ def main() -> None:
 def make(given: argparse.Namespace) -> None:
     """Draw and measure what is missing, then write the document."""
     if not given.document_only:
-        work_together(given)
+        models = list(comparisons(given))
+        if given.only and given.only not in models:
+            raise UserError(f"with these options nothing is drawn with {given.only}, only with {', '.join(models)}")
+        for model in [given.only] if given.only else models:
+            if model == HALF_TRAINED and not Path(model).is_dir():
+                print(f"left out: {model} is not there; recipes/fashion_mnist/README.md trains it", file=sys.stderr)
+            else:
+                results_of(model, given)
+                work_together(model, given)
     if not given.draw_only:
-        rows, design = results_of(given).rows(), design_of(given)
-        report.write(given.document, rows, design)
+        rows, design = results_of(given.model, given).rows(), design_of(given)
+        elsewhere = {model: rows_of(model, given.results) for model in ELSEWHERE}
+        report.write(given.document, rows, design, elsewhere)
         if not given.document_only:
             laboratory = Laboratory(given.model, given.data, given.batch_size)
             report.write_picture(given.document, laboratory.picture(traced(design.best(rows))))
+
+
+def comparisons(given: argparse.Namespace) -> dict[str, Comparison]:
+    """Model -> what is drawn with it."""
+    others = {} if given.softcfg_alone or given.model != MODEL else ELSEWHERE
+    return {given.model: design_of(given), **others}
 
 
 def design_of(given: argparse.Namespace) -> Design:
@@ -72,22 +92,21 @@ def design_of(given: argparse.Namespace) -> Design:
     return Design(*size, candidates={}) if given.softcfg_alone else Design(*size)
 
 
-def results_of(given: argparse.Namespace) -> Results:
-    """The results of the model that the options name."""
-    entry = resolve(given.model)
+def results_of(model: str, given: argparse.Namespace) -> Results:
+    """The results of a model."""
+    entry = resolve(model)
     if entry.folder is None:
-        raise UserError(f"the study needs a model of Fashion-MNIST in a folder, and {given.model} is none")
+        raise UserError(f"the study needs a model of Fashion-MNIST in a folder, and {model} is none")
     return Results(given.results, hash_file(entry.folder / entry.generator.file.local_name)[:16])
 
 
-def work_together(given: argparse.Namespace) -> None:
-    """Run the workers until all points are there."""
+def work_together(model: str, given: argparse.Namespace) -> None:
+    """Run the workers until all points of a model are there."""
     if given.workers == 1:
-        work(given)
+        work(model, given)
         return
-    results_of(given)
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(given, os.getpid())) for _ in range(given.workers)]
+    workers = [context.Process(target=work, args=(model, given, os.getpid())) for _ in range(given.workers)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -96,11 +115,11 @@ def work_together(given: argparse.Namespace) -> None:
         raise UserError("a worker failed; the points that are done are kept")
 
 
-def work(given: argparse.Namespace, parent: int | None = None) -> None:
+def work(model: str, given: argparse.Namespace, parent: int | None = None) -> None:
     """Draw points that nobody else draws until all are there, or until the parent process is gone."""
     torch.set_num_threads(1)
-    laboratory = Laboratory(given.model, given.data, given.batch_size)
-    results, design = results_of(given), design_of(given)
+    laboratory = Laboratory(model, given.data, given.batch_size)
+    results, design = results_of(model, given), comparisons(given)[model]
     while parent in (None, os.getppid()):
         rows = results.rows()
         points = [point for point in design.points(rows) if key(point.settings()) not in rows]

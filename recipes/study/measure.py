@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from recipes.study.points import Point, Row
 from softcfg import CFG, Pipeline, evaluation
 from softcfg.evaluation import Extractor, Features
 from softcfg.images import grid
-from softcfg.inspection import measures
+from softcfg.inspection import Trace, measures
 from softcfg.version import __version__
 
 CLASSES = 10
@@ -58,17 +58,8 @@ class Laboratory:
 
     def run(self, point: Point) -> Row:
         """The row of a point for the results."""
-        start = time.monotonic()
         kinds = {"images": self.images, "trace": self.trace, "real": self.bound, "reconstructed": self.bound}
-        values = kinds[point.measure](point)
-        return {
-            **point.settings(),
-            "model": self.model,
-            "values": values,
-            "seconds": round(time.monotonic() - start, 1),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "versions": {"softcfg": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        }
+        return row_of(point, kinds[point.measure], self.model, self.device)
 
     def images(self, point: Point) -> Row:
         """The metrics of images drawn with the point's settings, classes in turn."""
@@ -103,20 +94,11 @@ class Laboratory:
         """
         features = self.features(images)
         assert features.logits is not None
-        precision, recall = evaluation.precision_recall(self.reference.pooled, features.pooled)
-        tenth = torch.arange(len(labels)) * TENTHS // len(labels)
         return {
-            "fid": self.fid(features.pooled),
-            "fid_without": [self.fid(features.pooled[tenth != left_out]) for left_out in range(TENTHS)],
+            **distances(self.reference.pooled, self.reference_statistics, features.pooled),
             "inception_score": evaluation.inception_score(features.logits),
-            "precision": precision,
-            "recall": recall,
             "class_accuracy": evaluation.class_accuracy(features.logits, labels),
         }
-
-    def fid(self, features: Tensor) -> float:
-        """The Frechet distance of features [N, D] from the test images."""
-        return evaluation.frechet_distance(evaluation.statistics(features), self.reference_statistics)
 
     def trace(self, point: Point) -> Row:
         """What guidance does at every step, means over the images.
@@ -138,23 +120,76 @@ class Laboratory:
                 sampling=self.pipeline.sampling(),
                 value_weights=False,
             )
-            found["entropy_gap"].append(measures.entropy_gap(trace))
-            found["branch_distance"].append(measures.branch_distance(trace))
-            found["budget"].append(measures.perturbation_budget(trace, step_norm=True))
-            found["budget_without"].append(measures.perturbation_budget(trace, step_norm=False))
-            found["confidence"].append(trace.confidence)
+            for name, values in per_step(trace).items():
+                found[name].append(values)
             gray = torch.from_numpy(drawn.pixels[..., 0]).float() / 255
             found["brightness"].append(brightness(gray, self.pipeline.tokenizer.latent_size))
-        values: Row = {}
-        for name, parts in found.items():
-            every = torch.cat(parts).double().cpu()
-            values[name] = _short(every.mean(dim=0))
-            values[f"{name}_error"] = _short(every.std(dim=0) / len(every) ** 0.5)
-        confidence, black = torch.cat(found["confidence"]).cpu(), torch.cat(found["brightness"]) < BLACK
-        for name, chosen in (("background", black), ("object", ~black)):
-            values[f"{name}_confidence"] = float((confidence * chosen).sum() / chosen.sum().clamp(min=1))
-        values["background_share"] = float((confidence * black).sum() / confidence.sum())
-        return values
+        background = torch.cat(found["brightness"]) < BLACK
+        return {**means(found), **on_background(torch.cat(found["confidence"]), background)}
+
+
+def row_of(point: Point, work: Callable[[Point], Row], model: str, device: torch.device) -> Row:
+    """The row of a point for the results, of the values that `work` finds."""
+    start = time.monotonic()
+    values = work(point)
+    return {
+        **point.settings(),
+        "model": model,
+        "values": values,
+        "seconds": round(time.monotonic() - start, 1),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "versions": {"softcfg": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def distances(reference: Tensor, statistics: evaluation.Statistics, features: Tensor) -> Row:
+    """FID, precision and recall of features [N, D] against those of real images and their statistics.
+
+    `fid_without` are the FIDs without each tenth of the images, from which its error is estimated.
+    """
+
+    def fid(chosen: Tensor) -> float:
+        return evaluation.frechet_distance(evaluation.statistics(chosen).to(statistics.mean.device), statistics)
+
+    precision, recall = evaluation.precision_recall(reference, features)
+    tenth = torch.arange(len(features), device=features.device) * TENTHS // len(features)
+    return {
+        "fid": fid(features),
+        "fid_without": [fid(features[tenth != left_out]) for left_out in range(TENTHS)],
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def per_step(trace: Trace) -> dict[str, Tensor]:
+    """What guidance does at every step of every image, [B, T] each."""
+    return {
+        "entropy_gap": measures.entropy_gap(trace),
+        "branch_distance": measures.branch_distance(trace),
+        "budget": measures.perturbation_budget(trace, step_norm=True),
+        "budget_without": measures.perturbation_budget(trace, step_norm=False),
+        "confidence": trace.confidence,
+    }
+
+
+def means(found: Mapping[str, Sequence[Tensor]]) -> Row:
+    """Means over the images, and beside each its standard error, of quantities [B, T] in parts."""
+    values: Row = {}
+    for name, parts in found.items():
+        every = torch.cat(list(parts)).double().cpu()
+        values[name] = short(every.mean(dim=0))
+        values[f"{name}_error"] = short(every.std(dim=0) / len(every) ** 0.5)
+    return values
+
+
+def on_background(confidence: Tensor, background: Tensor) -> Row:
+    """Mean confidences [B, T] on the background, bool [B, T], and on the object; and the background's share of all."""
+    confidence, background = confidence.cpu(), background.cpu()
+    values = {
+        f"{name}_confidence": float((confidence * chosen).sum() / chosen.sum().clamp(min=1))
+        for name, chosen in (("background", background), ("object", ~background))
+    }
+    return {**values, "background_share": float((confidence * background).sum() / confidence.sum())}
 
 
 def _colours(gray: Tensor) -> Tensor:
@@ -162,5 +197,6 @@ def _colours(gray: Tensor) -> Tensor:
     return gray[..., None].expand(-1, -1, -1, 3)
 
 
-def _short(values: Tensor) -> list[float]:
+def short(values: Tensor) -> list[float]:
+    """Four digits of each."""
     return [float(f"{value:.4g}") for value in values.tolist()]

@@ -1,15 +1,20 @@
-"""The other guidance methods that the study compares: ten settings of each, among which its best is looked for."""
+"""The guidance methods that the study compares, and the settings of each among which its best is looked for.
+
+Beside CFG and SoftCFG each has ten settings on `fashion-small`, and fewer on the other models.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from softcfg import CFG, SoftCFG
 from softcfg.guidance import PERTURBATIONS, RULES
 
+NONE = CFG(guidance_scale=1.0)
 SCALES = (2.0, 3.0, 5.0, 8.0, 12.0)
 LATE = (32, 64)  # the second half of the steps of `fashion-small`
+LATE_OF_LONGER = (128, 256)  # and of `fashion`
 
 
 def _rule(name: str, *settings: Mapping[str, float]) -> list[CFG]:
@@ -31,8 +36,8 @@ def _third(name: str) -> list[CFG]:
     return [CFG(scale, perturbation=PERTURBATIONS[name](), perturbation_scale=own) for scale, own in scales]
 
 
-def _with_softcfg(rule: str, **settings: float) -> list[CFG]:
-    return [SoftCFG(rule=RULES[rule](**settings), strength=strength) for strength in (1.0, 0.5)]
+def _with_softcfg(rule: str, strengths: Sequence[float] = (1.0, 0.5), **settings: float) -> list[CFG]:
+    return [SoftCFG(rule=RULES[rule](**settings), strength=strength) for strength in strengths]
 
 
 RULE_CANDIDATES: Mapping[str, Sequence[CFG]] = {
@@ -69,8 +74,45 @@ SOFTCFG_CANDIDATES: Mapping[str, Sequence[CFG]] = {
     ],
     "SoftCFG and rescaled CFG": _at(_with_softcfg("rescale")),
     "SoftCFG and APG": _at(_with_softcfg("apg")),
+    "SoftCFG and APG with momentum": _at(_with_softcfg("apg", (0.5, 0.25), momentum=-0.5)),
     "SoftCFG and CFG-Zero*": _at(_with_softcfg("zero_star")),
     "SoftCFG and tangential damping": _at(_with_softcfg("tcfg")),
     "SoftCFG and adaptive scale": _at(_with_softcfg("adaptive")),
 }
 CANDIDATES: Mapping[str, Sequence[CFG]] = {**RULE_CANDIDATES, **SOFTCFG_CANDIDATES, **PERTURBATION_CANDIDATES}
+
+# SoftCFG, and the method from whose best setting it starts, without SoftCFG.
+WITHOUT_SOFTCFG: Mapping[str, str] = {
+    "SoftCFG of strength below 1": "CFG",
+    "SoftCFG in the second half": "CFG in the second half",
+    "SoftCFG and APG with momentum": "APG",
+    **{f"SoftCFG and {rule}": rule for rule in RULE_CANDIDATES if f"SoftCFG and {rule}" in SOFTCFG_CANDIDATES},
+}
+
+
+def without_softcfg(guidance: SoftCFG) -> CFG:
+    """The same rule, scales and interval with nothing perturbed."""
+    kept = {field.name: getattr(guidance, field.name) for field in fields(CFG) if field.name != "perturbation"}
+    return CFG(**kept)
+
+
+def _on_other_models(scales: Sequence[float], late: tuple[int, int]) -> dict[str, Sequence[CFG]]:
+    """Where SoftCFG may do better: the same few methods on other models, at as many scales each."""
+    (apg,) = _rule("apg", {"momentum": -0.5})  # the best of the rules on `fashion-small`
+    methods = {
+        "CFG": CFG(),
+        "SoftCFG": SoftCFG(),
+        "SoftCFG of strength 0.5": SoftCFG(strength=0.5),
+        "SoftCFG of strength 0.25": SoftCFG(strength=0.25),
+        "CFG in the second half": CFG(interval=late),
+        "APG": apg,
+    }
+    return {"no guidance": [NONE], **{name: _at([method], scales) for name, method in methods.items()}}
+
+
+HALF_TRAINED_CANDIDATES: Mapping[str, Sequence[CFG]] = {
+    **_on_other_models(SCALES, LATE),
+    "SoftCFG in the second half": _at([SoftCFG(interval=LATE)]),
+    "SoftCFG of strength 0.5 and APG": _at(_with_softcfg("apg", (0.5,), momentum=-0.5)),
+}
+LONGER_CANDIDATES: Mapping[str, Sequence[CFG]] = _on_other_models((2.0, 3.0), LATE_OF_LONGER)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from recipes.study.methods import CANDIDATES
+from recipes.study.methods import CANDIDATES, HALF_TRAINED_CANDIDATES, LONGER_CANDIDATES, NONE
 from recipes.study.patches import PatchSoftCFG
 from softcfg import CFG, SoftCFG
 from softcfg.guidance import describe
@@ -23,7 +23,6 @@ METHODS: Mapping[str, CFG] = {
     "SoftCFG without Step Normalisation": SoftCFG(step_norm=False),
     "SoftCFG": SoftCFG(),
 }
-NONE = CFG(guidance_scale=1.0)
 
 TUNING_SEED = 1000
 TUNING_SCALES = (1.5, 2.0, 3.0, 5.0, 8.0)
@@ -60,18 +59,19 @@ class Point:
 
 def key(settings: Row) -> str:
     """A text that two rows share if they are of the same point."""
-    return json.dumps({name: settings[name] for name in ("measure", "guidance", "seed", "samples")}, sort_keys=True)
+    names = ("measure", "guidance", "seed", "samples", *(["temperature"] if "temperature" in settings else []))
+    return json.dumps({name: settings[name] for name in names}, sort_keys=True)
 
 
 @dataclass(frozen=True)
-class Design:
-    """The size of the study.
+class Comparison:
+    """Methods side by side, each at its best setting.
 
     Attributes:
         samples: images per point.
         seeds: seeds per point, from 0.
         tuning_samples: images per point of the tuning.
-        candidates: the settings of every other method, among which its best is looked for.
+        candidates: the settings of every method, among which its best is looked for; a single one is not tuned.
     """
 
     samples: int = 10_000
@@ -79,10 +79,44 @@ class Design:
     tuning_samples: int = 1_000
     candidates: Mapping[str, Sequence[CFG]] = field(default_factory=lambda: CANDIDATES)
 
+    def points(self, rows: Mapping[str, Row]) -> list[Point]:
+        """All points that follow from the results so far, the most important first."""
+        points = self.tuning_of_candidates()
+        for seed in range(self.seeds):
+            points += self._images(self.best_candidates(rows).values(), seed)
+        return list(dict.fromkeys(points))
+
+    def tuning_of_candidates(self) -> list[Point]:
+        """The settings among which the best of every method is looked for."""
+        choices = [settings for settings in self.candidates.values() if len(settings) > 1]
+        return [self.tuned_with(guidance) for settings in choices for guidance in settings]
+
+    def best_candidates(self, rows: Mapping[str, Row]) -> dict[str, CFG]:
+        """Every method at its setting of least FID, as soon as all of its settings are drawn."""
+        found: dict[str, CFG] = {}
+        for name, settings in self.candidates.items():
+            keys = {guidance: key(self.tuned_with(guidance).settings()) for guidance in settings}
+            if len(settings) == 1:
+                found[name] = settings[0]
+            elif rows.keys() >= set(keys.values()):
+                found[name] = min(settings, key=lambda guidance: rows[keys[guidance]]["values"]["fid"])
+        return found
+
+    def _images(self, settings: Iterable[CFG], seed: int) -> list[Point]:
+        return [Point(guidance, seed, self.samples) for guidance in settings]
+
+    def tuned_with(self, guidance: CFG) -> Point:
+        """The point at which a setting is judged in the tuning."""
+        return Point(guidance, TUNING_SEED, self.tuning_samples)
+
+
+class Design(Comparison):
+    """The whole study of one model: SoftCFG and CFG in detail, and the comparison with the other methods."""
+
     def tuning(self) -> list[Point]:
-        """The grid in which the best scale and power of every method are looked for."""
+        """The grid in which the best scale and power of CFG and SoftCFG are looked for."""
         return [
-            Point(replace(method, guidance_scale=scale, guidance_scale_pow=power), TUNING_SEED, self.tuning_samples)
+            self.tuned_with(replace(method, guidance_scale=scale, guidance_scale_pow=power))
             for method in METHODS.values()
             for scale in TUNING_SCALES
             for power in TUNING_POWERS
@@ -106,42 +140,28 @@ class Design:
         points = [*tuning, *self._images(first, 0), *traces, *self._images(others, 0), *self.bounds()]
         for seed in range(1, self.seeds):
             points += self._images([*first, *others], seed)
-        points += self.tuning_of_candidates()
-        best_candidates = self.best_candidates(rows).values()
-        for seed in range(self.seeds):
-            points += self._images(best_candidates, seed)
-        return list(dict.fromkeys(points))
-
-    def _images(self, settings: Iterable[CFG], seed: int) -> list[Point]:
-        return [Point(guidance, seed, self.samples) for guidance in settings]
+        return list(dict.fromkeys([*points, *super().points(rows)]))
 
     def bounds(self) -> list[Point]:
         """What no generator can do better, as there is nothing else to draw: guidance and seed mean nothing here."""
         return [Point(NONE, 0, self.samples, measure) for measure in ("real", "reconstructed")]
 
     def best(self, rows: Mapping[str, Row]) -> dict[str, CFG]:
-        """Every method at the scale and power of least FID in the grid."""
+        """CFG and SoftCFG at the scale and power of least FID in the grid."""
         found: dict[str, CFG] = {}
         for name in METHODS:
             grid = [point for point in self.tuning() if at_scale_of(point.guidance)[name] == point.guidance]
             found[name] = min(grid, key=lambda p: rows[key(p.settings())]["values"]["fid"]).guidance
         return found
 
-    def tuning_of_candidates(self) -> list[Point]:
-        """The settings among which the best of every other method is looked for."""
-        return [self._tuning(guidance) for settings in self.candidates.values() for guidance in settings]
 
-    def best_candidates(self, rows: Mapping[str, Row]) -> dict[str, CFG]:
-        """Every other method at its setting of least FID, as soon as all of its settings are drawn."""
-        found: dict[str, CFG] = {}
-        for name, settings in self.candidates.items():
-            keys = {guidance: key(self._tuning(guidance).settings()) for guidance in settings}
-            if rows.keys() >= set(keys.values()):
-                found[name] = min(settings, key=lambda guidance: rows[keys[guidance]]["values"]["fid"])
-        return found
-
-    def _tuning(self, guidance: CFG) -> Point:
-        return Point(guidance, TUNING_SEED, self.tuning_samples)
+# Other models, with fewer images: name or folder of the model -> its comparison.
+HALF_TRAINED = "runs/fashion-small-quarter"
+LONGER = "fashion"
+ELSEWHERE: Mapping[str, Comparison] = {
+    HALF_TRAINED: Comparison(samples=2_000, seeds=2, tuning_samples=500, candidates=HALF_TRAINED_CANDIDATES),
+    LONGER: Comparison(samples=1_000, seeds=1, tuning_samples=250, candidates=LONGER_CANDIDATES),
+}
 
 
 def at_scale_of(guidance: CFG) -> dict[str, CFG]:
@@ -185,7 +205,7 @@ def of_patches(best: Mapping[str, CFG]) -> dict[str, CFG]:
     return {patches: PatchSoftCFG(**shared, patches=patches) for patches in ("black", "other")}  # type: ignore[arg-type]
 
 
-def of_seeds(guidance: CFG, rows: Mapping[str, Row], design: Design) -> Iterator[Row]:
+def of_seeds(guidance: CFG, rows: Mapping[str, Row], design: Comparison) -> Iterator[Row]:
     """The rows of a setting, one a seed, as far as they are there."""
     for seed in range(design.seeds):
         row = rows.get(key(Point(guidance, seed, design.samples).settings()))

@@ -18,12 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from recipes.study.methods import NONE, WITHOUT_SOFTCFG, without_softcfg
 from recipes.study.points import (
+    ELSEWHERE,
+    HALF_TRAINED,
+    LONGER,
     METHODS,
-    NONE,
     RANGE,
     TUNING_POWERS,
     TUNING_SCALES,
+    TUNING_SEED,
+    Comparison,
     Design,
     Point,
     Row,
@@ -36,9 +41,10 @@ from recipes.study.points import (
     targets,
     traced,
 )
-from softcfg import CFG
+from softcfg import CFG, SoftCFG
 from softcfg.errors import UserError
 from softcfg.files import make_folder, write_atomically
+from softcfg.guidance import describe
 from softcfg.inspection.plots import COLOURS
 
 METRICS = {  # title, factor, decimals
@@ -48,17 +54,22 @@ METRICS = {  # title, factor, decimals
     "recall": ("recall ↑, %", 100, 2),
     "class_accuracy": ("class accuracy ↑, %", 100, 2),
 }
+QUANTITIES = {
+    "entropy_gap": "normalised entropy, unconditional less conditional",
+    "branch_distance": "distance of the branches",
+}
 TOLERANCE = 1.1  # a scale is usable where FID is at most this multiple of the least
 MISSING = "–"
+GRID = (CFG(1.5, 1.0), CFG(2.0, 2.0))  # what is tuned of CFG and SoftCFG
+NOT_DRAWN = "Not drawn yet."
 
 
-class Study:
-    """The results, and what is asked of them."""
+class Measured:
+    """The results of one model, and what is asked of them."""
 
-    def __init__(self, rows: Mapping[str, Row], design: Design) -> None:
+    def __init__(self, rows: Mapping[str, Row], design: Comparison) -> None:
         self.rows = rows
         self.design = design
-        self.best = design.best(rows)
 
     def of_seeds(self, guidance: CFG, metric: str) -> dict[int, float]:
         """Seed -> value of a metric, for the seeds that are there."""
@@ -67,45 +78,96 @@ class Study:
     def text(self, guidance: CFG, metric: str) -> str:
         """Mean and standard deviation over the seeds."""
         _, factor, decimals = METRICS[metric]
-        return _spread([factor * value for value in self.of_seeds(guidance, metric).values()], decimals)
+        return spread([factor * value for value in self.of_seeds(guidance, metric).values()], decimals)
 
-    def fid_less(self, guidance: CFG, other: CFG) -> str:
-        """By how much the FID of two settings differs, with the standard error.
-
-        The error is that of the jackknife over tenths of the images, the same tenths at both settings.
-        """
+    def fid_difference(self, guidance: CFG, other: CFG) -> tuple[float, float] | None:
+        """By how much the FID of two settings differs, with the standard error, if both have a seed in common."""
         one, two = (
             {row["seed"]: row["values"] for row in of_seeds(each, self.rows, self.design)} for each in (guidance, other)
         )
-        seeds = sorted(one.keys() & two.keys())
-        if not seeds:
-            return MISSING
-        difference = mean(one[seed]["fid"] - two[seed]["fid"] for seed in seeds)
-        without = np.array([np.subtract(one[seed]["fid_without"], two[seed]["fid_without"]) for seed in seeds])
-        tenths = without.shape[1]
-        variances = (tenths - 1) * without.var(axis=1)
-        return f"{difference:+.3f} ± {variances.sum() ** 0.5 / len(seeds):.3f}"
+        return _difference([(one[seed], two[seed]) for seed in sorted(one.keys() & two.keys())])
 
-    def table(self, settings: Mapping[str, CFG], first: str, compared: CFG, name: str) -> str:
-        """One line a setting: its scale and power, all metrics, and how much its FID differs from another's."""
-        head = [
-            first,
-            "scale, power",
-            "seeds",
-            *(title for title, _, _ in METRICS.values()),
-            f"FID less that of {name}",
-        ]
+    def tuning_differences(self, settings: Iterable[CFG]) -> list[tuple[float, float]]:
+        """What SoftCFG adds to the FID of the same setting without it, with the error, wherever the tuning has both."""
+        softcfg = dict.fromkeys(guidance for guidance in settings if isinstance(guidance, SoftCFG))
+        pairs = [(self._of_tuning(guidance), self._of_tuning(without_softcfg(guidance))) for guidance in softcfg]
+        found = [_difference([(one, two)]) for one, two in pairs if one and two]
+        return [difference for difference in found if difference]
+
+    def _of_tuning(self, guidance: CFG) -> Row | None:
+        """What was measured of a setting in the tuning, if it was."""
+        row = self.rows.get(key(self.design.tuned_with(guidance).settings()))
+        return row and row["values"]
+
+    def fid_less(self, guidance: CFG, other: CFG) -> str:
+        """`fid_difference` as a text."""
+        found = self.fid_difference(guidance, other)
+        return f"{found[0]:+.3f} ± {found[1]:.3f}" if found else MISSING
+
+    def table(
+        self,
+        settings: Mapping[str, CFG],
+        first: str,
+        compared: CFG,
+        name: str,
+        setting: tuple[str, Callable[[CFG], str]] | None = None,
+    ) -> str:
+        """One line a setting: its scale and power, all metrics, and how much its FID differs from another's.
+
+        `setting` is the title of another second column, and what it says of a setting.
+        """
+        title, says = setting or ("scale, power", _scale)
+        head = [first, title, "seeds", *(title for title, _, _ in METRICS.values()), f"FID less that of {name}"]
         lines = []
         for title, guidance in settings.items():
             count = len(self.of_seeds(guidance, "fid"))
             metrics = [self.text(guidance, metric) for metric in METRICS]
             difference = "" if guidance == compared else self.fid_less(guidance, compared)
-            lines.append([title, _scale(guidance), str(count), *metrics, difference])
-        return _table(head, lines)
+            lines.append([title, says(guidance), str(count), *metrics, difference])
+        return markdown_table(head, lines)
+
+    def best_table(self, others: Mapping[str, CFG]) -> str:
+        """Every method at its best setting, compared with CFG; the setting is named by what was tuned of it."""
+        best = {**others, **self.design.best_candidates(self.rows)}
+        if "CFG" not in best:
+            return NOT_DRAWN
+        settings = {
+            guidance: self._tuned(guidance, self.design.candidates.get(n, GRID)) for n, guidance in best.items()
+        }
+        return self.table(best, "method", best["CFG"], "CFG", ("setting (its FID in the tuning)", settings.__getitem__))
+
+    def _tuned(self, guidance: CFG, candidates: Sequence[CFG]) -> str:
+        """The settings in which the candidates differ, and the FID of this one among them."""
+        values = self._of_tuning(guidance)
+        if values is None:
+            return MISSING
+        names = {"guidance_scale": "scale", "guidance_scale_pow": "power"}
+        every, chosen = [describe(candidate) for candidate in candidates], describe(guidance)
+        varied = [name for name in chosen if len({str(each.get(name)) for each in every}) > 1]
+        parts = f"{chosen.get('rule')}_", f"{chosen.get('perturbation')}_"
+        texts = [f"{names.get(n, n.removeprefix(parts[0]).removeprefix(parts[1]))} {chosen[n]:g}" for n in varied]
+        return f"{', '.join(texts).replace('_', ' ')} ({values['fid']:.3f})"
 
 
-def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
+class Study(Measured):
+    """The results of the whole study: of its own model, and of the models elsewhere by their names."""
+
+    design: Design
+
+    def __init__(self, rows: Mapping[str, Row], design: Design, elsewhere: Mapping[str, Mapping[str, Row]]) -> None:
+        super().__init__(rows, design)
+        self.best = design.best(rows)
+        self.elsewhere = {model: Measured(found, ELSEWHERE[model]) for model, found in elsewhere.items()}
+
+
+def write(document: Path, rows: Mapping[str, Row], design: Design, elsewhere: Mapping[str, Mapping[str, Row]]) -> None:
     """Write the plots, and the document with its blocks made anew.
+
+    Args:
+        document: has the text around the blocks.
+        rows: the results of the study's model.
+        design: its size.
+        elsewhere: the results of the other models by their names.
 
     Raises:
         UserError: the document does not exist, has a block of an unknown name, or scale and power are not tuned yet.
@@ -114,7 +176,7 @@ def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
         raise UserError("there are no results for all points of the tuning yet; draw them first")
     if not document.is_file():
         raise UserError(f"{document} does not exist; it holds the text around the tables")
-    study = Study(rows, design)
+    study = Study(rows, design, elsewhere)
     pictures = _pictures(document)
 
     def block(found: re.Match[str]) -> str:
@@ -126,7 +188,7 @@ def write(document: Path, rows: Mapping[str, Row], design: Design) -> None:
     text = document.read_text(encoding="utf-8")
     text = re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
     for name, draw in PICTURES.items():
-        write_atomically(pictures / f"{name}.svg", _svg(draw(study)))
+        write_atomically(pictures / f"{name}.svg", svg(draw(study)))
     write_atomically(document, text.encode())
 
 
@@ -172,7 +234,7 @@ def ablation(study: Study) -> str:
         study.design.bounds(), ("*training images*", "*the same through the tokenizer*"), strict=True
     ):
         if row := study.rows.get(key(point.settings())):
-            values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
+            values = [spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
             table += "\n| " + " | ".join([title, MISSING, MISSING, *values, ""]) + " |"
     return table
 
@@ -185,9 +247,9 @@ def sizes(study: Study) -> str:
         settings = Point(guidance, 0, 0).settings()["guidance"]
         found = [row for row in study.rows.values() if row["guidance"] == settings and row["measure"] == "images"]
         for row in sorted(found, key=lambda row: (row["samples"], row["seed"])):
-            values = [_spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
+            values = [spread([f * row["values"][metric]], decimals) for metric, (_, f, decimals) in METRICS.items()]
             lines.append([name, _scale(guidance), str(row["seed"]), f"{row['samples']:,}", *values])
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def same_scale(study: Study) -> str:
@@ -211,7 +273,7 @@ def over_scales(study: Study) -> str:
             line += [study.text(cfg, metric), study.text(softcfg, metric)]
         lines.append(line)
     ranges = [_usable_range(study, name) for name in ("CFG", "SoftCFG")]
-    return "\n\n".join([_table(head, lines), *filter(None, ranges)])
+    return "\n\n".join([markdown_table(head, lines), *filter(None, ranges)])
 
 
 def weighted(study: Study) -> str:
@@ -239,34 +301,9 @@ def over_steps(study: Study) -> str:
     """Part 5."""
     traces = _traces(study)
     if not traces:
-        return "Not drawn yet."
-    rows = {name: row["values"] for name, row in traces.items()}
-    total = len(next(iter(rows.values()))["entropy_gap"])
-    thirds = [slice(round(i * total / 3), round((i + 1) * total / 3)) for i in range(3)]
-    head = ["method", "quantity", *(f"steps {part.start + 1} to {part.stop}" for part in thirds)]
-    names = {
-        "entropy_gap": "normalised entropy, unconditional less conditional",
-        "branch_distance": "distance of the branches",
-        "brightness": "brightness of the patch",
-    }
-    lines = [
-        [name, title, *(f"{mean(values[quantity][part]):.4f}" for part in thirds)]
-        for quantity, title in names.items()
-        for name, values in rows.items()
-    ]
-    lines += [
-        ["SoftCFG" + suffix, "sum of (1 - w)", *(f"{mean(values[part]):.2f}" for part in thirds)]
-        for suffix, values in (
-            ("", rows["SoftCFG"]["budget"]),
-            (" without Step Normalisation", rows["SoftCFG without Step Normalisation"]["budget_without"]),
-        )
-    ]
-    shares = ["method", "mean p_max of black patches", "of other patches", "share of all p_max on black patches"]
-    of_patches = [
-        [name, *(f"{values[k]:.3f}" for k in ("background_confidence", "object_confidence", "background_share"))]
-        for name, values in rows.items()
-    ]
-    return "\n\n".join([_table(head, lines), _table(shares, of_patches)])
+        return NOT_DRAWN
+    quantities = {**QUANTITIES, "brightness": "brightness of the patch"}
+    return of_traces({name: row["values"] for name, row in traces.items()}, quantities, "black")
 
 
 def patches(study: Study) -> str:
@@ -297,12 +334,75 @@ def tuning(study: Study) -> str:
                 for scale, value in grid[power].items()
             ]
             lines.append([name, f"{power:g}", *values])
-    return f"FID of {study.design.tuning_samples:,} images, seed {seed}:\n\n{_table(head, lines)}"
+    return f"FID of {study.design.tuning_samples:,} images, seed {seed}:\n\n{markdown_table(head, lines)}"
+
+
+def methods(study: Study) -> str:
+    """Part 7: all methods."""
+    return study.best_table({"no guidance": NONE, "CFG": study.best["CFG"], "SoftCFG": study.best["SoftCFG"]})
+
+
+def with_softcfg(study: Study) -> str:
+    """Part 7: what SoftCFG adds to a method, each at its best."""
+    best = {**study.best, **study.design.best_candidates(study.rows)}
+    head = ["with SoftCFG", "without", "FID ↓ with", "FID ↓ without", "difference"]
+    lines = []
+    for name, without in {"SoftCFG": "CFG", **WITHOUT_SOFTCFG}.items():
+        if name in best and without in best and study.of_seeds(best[name], "fid"):
+            one, two = best[name], best[without]
+            lines.append([name, without, study.text(one, "fid"), study.text(two, "fid"), study.fid_less(one, two)])
+    return markdown_table(head, lines)
+
+
+def same_setting(study: Study) -> str:
+    """Part 8: what SoftCFG adds at every setting that was tuned."""
+    grid = [g for point in study.design.tuning() if isinstance(g := point.guidance, SoftCFG) and g.step_norm]
+    groups: dict[str, tuple[Measured, Sequence[CFG]]] = {"SoftCFG": (study, grid)}
+    groups |= {name: (study, study.design.candidates.get(name, ())) for name in WITHOUT_SOFTCFG}
+    groups |= {
+        f"on `{model}`": (measured, [g for settings in measured.design.candidates.values() for g in settings])
+        for model, measured in study.elsewhere.items()
+    }
+    head = ["", "settings", "least difference", "median", "greatest", "lower by two errors", "higher by two errors"]
+    lines = []
+    for name, (measured, settings) in groups.items():
+        if found := sorted(measured.tuning_differences(settings)):
+            least, middle, most = found[0], found[len(found) // 2], found[-1]
+            counts = [sum(sign * d > 2 * error for d, error in found) for sign in (-1, 1)]
+            texts = [f"{difference:+.3f} ± {error:.3f}" for difference, error in (least, middle, most)]
+            lines.append([name, str(len(found)), *texts, *map(str, counts)])
+    return markdown_table(head, lines)
+
+
+def half_trained(study: Study) -> str:
+    """Part 8: a model that is trained for a quarter of the steps."""
+    return _elsewhere(study, HALF_TRAINED)
+
+
+def longer(study: Study) -> str:
+    """Part 8: a model with 256 tokens."""
+    return _elsewhere(study, LONGER)
+
+
+def _elsewhere(study: Study, model: str) -> str:
+    measured = study.elsewhere.get(model)
+    if not measured or not measured.rows:
+        return NOT_DRAWN
+    design = measured.design
+    choices = max(len(settings) for settings in design.candidates.values())
+    about = (
+        f"{design.samples:,} images per point. Tuned: the best of {choices} settings of each method, "
+        f"of {design.tuning_samples:,} images each of seed {TUNING_SEED}."
+    )
+    return f"{about}\n\n{measured.best_table({})}"
 
 
 BLOCKS: Mapping[str, Callable[[Study], str]] = {
     block.__name__: block
-    for block in (about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, patches, tuning)
+    for block in (
+        *(about, ablation, sizes, same_scale, over_scales, weighted, confidences, over_steps, patches, tuning),
+        *(methods, with_softcfg, same_setting, half_trained, longer),
+    )
 }
 
 
@@ -358,9 +458,9 @@ def plot_steps(study: Study) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for colour, (name, row) in zip(COLOURS, _traces(study).items(), strict=False):
-        _curve(left, row, "entropy_gap", colour, name)
-        _curve(middle, row, "branch_distance", colour, name)
-        _curve(right, row, "brightness", colour, name)
+        curve(left, row, "entropy_gap", colour, name)
+        curve(middle, row, "branch_distance", colour, name)
+        curve(right, row, "brightness", colour, name)
     left.axhline(0, color="0.6", linewidth=0.8)
     left.set(xlabel="step", ylabel="normalised entropy", title="Unconditional less conditional entropy")
     middle.set(xlabel="step", ylabel="total variation distance", title="Distance of the branches", ylim=(0, None))
@@ -375,13 +475,29 @@ def plot_budget(study: Study) -> Figure:
     left, right = figure.subplots(1, 2)
     traces = _traces(study)
     if traces:
-        _curve(left, traces["SoftCFG"], "budget", COLOURS[0], "SoftCFG")
+        curve(left, traces["SoftCFG"], "budget", COLOURS[0], "SoftCFG")
         without = "SoftCFG without Step Normalisation"
-        _curve(left, traces[without], "budget_without", COLOURS[1], without)
-        _curve(right, traces["SoftCFG"], "confidence", COLOURS[0], "SoftCFG")
+        curve(left, traces[without], "budget_without", COLOURS[1], without)
+        curve(right, traces["SoftCFG"], "confidence", COLOURS[0], "SoftCFG")
     left.set(xlabel="step", ylabel="sum of (1 - w)", title="Perturbation of a step", ylim=(0, None))
     left.legend(frameon=False)
     right.set(xlabel="token", ylabel="p_max", title="Mean confidence in the tokens", ylim=(0, 1))
+    return figure
+
+
+def plot_methods(study: Study) -> Figure:
+    """How much the FID of every method differs from that of CFG, the least first, with two standard errors."""
+    best = {"SoftCFG": study.best["SoftCFG"], **study.design.best_candidates(study.rows)}
+    found = {name: study.fid_difference(guidance, study.best["CFG"]) for name, guidance in best.items()}
+    drawn = sorted(((name, *pair) for name, pair in found.items() if pair), key=lambda each: -each[1])
+    figure = Figure(figsize=(8, 1 + 0.22 * len(drawn)), layout="constrained")
+    axis = figure.subplots()
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    for row, (name, difference, error) in enumerate(drawn):
+        colour = COLOURS["SoftCFG" in name]
+        axis.errorbar(difference, row, xerr=2 * error, color=colour, marker="o", markersize=4, capsize=2)
+    axis.set_yticks(range(len(drawn)), [name for name, _, _ in drawn])
+    axis.set(xlabel="FID less that of CFG")
     return figure
 
 
@@ -390,10 +506,49 @@ PICTURES: Mapping[str, Callable[[Study], Figure]] = {
     "tuning": plot_tuning,
     "steps": plot_steps,
     "budget": plot_budget,
+    "methods": plot_methods,
 }
 
 
 # ---- pieces
+
+
+def fid_difference(one: Mapping[int, Row], two: Mapping[int, Row], decimals: int = 3) -> str:
+    """By how much the FID of two settings differs, seed -> values of each, with its standard error by the jackknife."""
+    found = _difference([(one[seed], two[seed]) for seed in sorted(one.keys() & two.keys())])
+    return f"{found[0]:+.{decimals}f} ± {found[1]:.{decimals}f}" if found else MISSING
+
+
+def of_traces(traces: Mapping[str, Row], quantities: Mapping[str, str], background: str) -> str:
+    """Tables of what was traced: means over thirds of the steps, and the confidence on the background.
+
+    Args:
+        traces: values by the name of the method, "SoftCFG" with and without Step Normalisation among them.
+        quantities: titles by name.
+        background: its colour.
+    """
+    total = len(next(iter(traces.values()))["entropy_gap"])
+    thirds = [slice(round(i * total / 3), round((i + 1) * total / 3)) for i in range(3)]
+    head = ["method", "quantity", *(f"steps {part.start + 1} to {part.stop}" for part in thirds)]
+    lines = [
+        [name, title, *(f"{mean(values[quantity][part]):.4f}" for part in thirds)]
+        for quantity, title in quantities.items()
+        for name, values in traces.items()
+    ]
+    lines += [
+        ["SoftCFG" + suffix, "sum of (1 - w)", *(f"{mean(values[part]):.2f}" for part in thirds)]
+        for suffix, values in (
+            ("", traces["SoftCFG"]["budget"]),
+            (" without Step Normalisation", traces["SoftCFG without Step Normalisation"]["budget_without"]),
+        )
+    ]
+    shares = ["method", f"mean p_max of {background} patches", "of other patches"]
+    shares += [f"share of all p_max on {background} patches"]
+    of_patches = [
+        [name, *(f"{values[k]:.3f}" for k in ("background_confidence", "object_confidence", "background_share"))]
+        for name, values in traces.items()
+    ]
+    return "\n\n".join([markdown_table(head, lines), markdown_table(shares, of_patches)])
 
 
 def _traces(study: Study) -> dict[str, Row]:
@@ -435,12 +590,17 @@ def _reported(study: Study) -> Iterable[CFG]:
 
 def _errors(study: Study, settings: Sequence[CFG], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations over the seeds, of the settings that are there."""
-    found = [values for guidance in settings if (values := list(study.of_seeds(guidance, metric).values()))]
+    return errors([list(study.of_seeds(guidance, metric).values()) for guidance in settings])
+
+
+def errors(found: Iterable[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of values that belong together, where there are any."""
+    found = list(filter(None, found))
     spreads = [stdev(values) if len(values) > 1 else 0.0 for values in found]
     return np.array([mean(values) for values in found]), np.array(spreads)
 
 
-def _curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
+def curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
     """Mean over images, with two standard errors as a band."""
     values, errors = np.array(row["values"][quantity]), np.array(row["values"][f"{quantity}_error"])
     steps = np.arange(1, len(values) + 1)
@@ -448,23 +608,38 @@ def _curve(axis: Axes, row: Row, quantity: str, colour: str, name: str) -> None:
     axis.fill_between(steps, values - 2 * errors, values + 2 * errors, color=colour, alpha=0.2, linewidth=0)
 
 
+def _difference(pairs: Sequence[tuple[Row, Row]]) -> tuple[float, float] | None:
+    """By how much the FID of the first differs from that of the second, a pair for each seed, with the standard error.
+
+    The error is that of the jackknife over tenths of the images, the same tenths on both sides.
+    """
+    pairs = [(one, two) for one, two in pairs if "fid_without" in one and "fid_without" in two]
+    if not pairs:
+        return None
+    without = np.array([np.subtract(one["fid_without"], two["fid_without"]) for one, two in pairs])
+    variances = (without.shape[1] - 1) * without.var(axis=1)
+    return mean(one["fid"] - two["fid"] for one, two in pairs), float(variances.sum() ** 0.5 / len(pairs))
+
+
 def _scale(guidance: CFG) -> str:
     return f"{guidance.guidance_scale:g}, {guidance.guidance_scale_pow:g}" if guidance.is_active else MISSING
 
 
-def _spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
+def spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
+    """Mean and standard deviation."""
     if not values:
         return MISSING
     text = f"{mean(values):{sign}.{decimals}f}"
     return f"{text} ± {stdev(values):.{decimals}f}" if len(values) > 1 else text
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
     """The same file for the same figure."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "softcfg", "svg.fonttype": "none"}):

@@ -15,6 +15,32 @@ from softcfg.errors import UserError
 from softcfg.files import make_folder
 
 
+def read(path: Path) -> list[Row]:
+    """All rows of a file of results; a line that a kill left torn does not count.
+
+    Raises:
+        UserError: a line is no result.
+    """
+    rows: list[Row] = []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            key(row), row["weights"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}, is no result; take it out") from None
+        rows.append(row)
+    return rows
+
+
+def rows_of(model: str, path: Path) -> dict[str, Row]:
+    """The rows by `key` of the model of that name, as it was when it was last measured; it need not be there."""
+    rows = [row for row in read(path) if row.get("model") == model]
+    return {key(row): row for row in rows if row["weights"] == rows[-1]["weights"]}
+
+
 class Results:
     """The file of results, of one model or several; a model is told by the hash of its weights."""
 
@@ -24,23 +50,8 @@ class Results:
         self.claims = make_folder(path.parent / ".claims")
 
     def rows(self) -> dict[str, Row]:
-        """The rows of this model by their `key`; a line that a kill left torn does not count.
-
-        Raises:
-            UserError: a line is no result.
-        """
-        rows: dict[str, Row] = {}
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        for number, line in enumerate(text.splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                break
-            try:
-                row = json.loads(line)
-                if row["weights"] == self.weights:
-                    rows[key(row)] = row
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path}, line {number}, is no result; take it out") from None
-        return rows
+        """The rows of this model by their `key`."""
+        return {key(row): row for row in read(self.path) if row["weights"] == self.weights}
 
     def append(self, row: Row) -> None:
         """Add a line, whole."""

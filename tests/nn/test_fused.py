@@ -9,6 +9,7 @@ import types
 import warnings
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from small_families import load
 from softcfg import CFG, Sampling, SoftCFG
 from softcfg.decoding import decode, image_uniforms
 from softcfg.decoding.sequential import Decoder, Step
+from softcfg.models.base import Generator
 from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, fused, kernels
 from softcfg.nn.backends import triton_decode
 from softcfg.nn.kv_cache import Int8KVCache
+from softcfg.nn.linear import are_side_by_side, prepared_linear_layers
 from softcfg.nn.products import use_product
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
@@ -33,6 +36,11 @@ DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # a
 
 def here() -> torch.device:
     return torch.get_default_device()
+
+
+def loaded(family: str) -> Generator:
+    with torch.inference_mode(False):  # as users do; others keep their weights where they are
+        return load(family).to(here())
 
 
 def random(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -59,9 +67,14 @@ def check_add_norm() -> None:
             norm = random(norm, dtype)
             x, added = (torch.randn(2, 3, 1, width) + 0.5).to(dtype)
             gate, scale, shift = torch.randn(3, 1, 3 * width).to(dtype).chunk(3, dim=-1)
+            at = None if width == 48 else torch.tensor([[4], [0], [4]])
+            if at is not None:
+                tables = torch.randn(5, 3 * width).to(dtype).chunk(3, dim=-1)
+                gate, scale, shift = (table[at] for table in tables)
+            entries = (gate, scale, shift) if at is None else tables
             total, normed = fused.add_norm(
-                x, added if adds else None, gate if gated else None, norm=norm,
-                modulation=(scale, shift) if modulated else None,
+                x, added if adds else None, entries[0] if gated else None, norm=norm,
+                modulation=(entries[1], entries[2]) if modulated else None, at=at,
             )  # fmt: skip
             wanted = x.double()
             if adds:
@@ -88,7 +101,7 @@ def check_rotate_and_cache() -> None:
         slots = 7
         cache = (Int8KVCache if rounded else KVCache)(2, rows + 1, shared, slots, dim, dtype=dtype, device=here())
         cache = cache.up_to(slots)
-        groups = {None: (), HeadNorm: (shared, dim)}.get(kind, (dim,))
+        groups: Any = (shared, dim) if kind is HeadNorm else (dim,)
         norms = [None if kind is None else random(kind(*groups), dtype) for _ in range(2)]
         if kind is not None and number % 2:
             norms[1] = norms[0]
@@ -132,9 +145,9 @@ def check_rotate_and_cache() -> None:
             else:
                 assert torch.equal(written, vectors)
         # Nothing else is written.
-        for contents, old, written in zip((*cache.keys, *cache.values), before, (False, True) * 2, strict=True):
+        for contents, old, layer in zip((*cache.keys, *cache.values), before, (0, 1) * 2, strict=True):
             changed = (contents != old[:rows]).any(dim=-1)
-            assert written or not changed.any()
+            assert layer == 1 or not changed.any()
             changed[torch.arange(rows), :, at] = False
             assert not changed.any()
 
@@ -147,7 +160,7 @@ def check_silu_product() -> None:
 
 def steps(family: str, guidance: CFG, cache_dtype: torch.dtype | None) -> tuple[Tensor, KVCache]:
     """What some steps of constant shapes draw from, and the cache after them."""
-    generator = load(family).to(here())
+    generator = loaded(family)
     generator.cache_dtype = cache_dtype
     condition = generator.condition(generator.example_inputs(2), guided=True)
     decoder = Decoder(generator, condition, guidance, Sampling())
@@ -171,6 +184,19 @@ def check_families() -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-4 if cache_dtype is None else 2e-2)
 
 
+def check_side_by_side() -> None:
+    """Preparing lays weights of the same inputs side by side, and changes none."""
+    generator = loaded("emu3")
+    before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+    parts = [part for part in generator.modules() if hasattr(part, "together")]
+    weights = [[getattr(part, name).weight for name in part.together] for part in parts]
+    assert not any(map(are_side_by_side, weights))
+    with use_product("plain"), prepared_linear_layers(generator, 2):
+        assert len(weights) == 4
+        assert all(map(are_side_by_side, weights))
+    assert all(torch.equal(before[name], tensor) for name, tensor in generator.state_dict().items())
+
+
 def check() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -178,6 +204,7 @@ def check() -> None:
         check_rotate_and_cache()
         check_silu_product()
         check_families()
+        check_side_by_side()
 
 
 def test_kernels_are_the_operations_that_they_replace() -> None:

@@ -140,7 +140,9 @@ def read(kernel: Any, tmp_path: Path) -> Kernel:
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     (registers, stack), *_ = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", kernel.asm["ptx"])
-    return Kernel(int(registers), int(stack), [int(count or 1) * int(bits) // 8 for count, bits in loads])
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], 0x(\w+)", kernel.asm["ptx"])  # into shared memory
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in loads] + [int(size, 16) for size in copies]
+    return Kernel(int(registers), int(stack), sizes)
 
 
 def check(variant: Variant, capability: int, tmp_path: Path) -> None:
@@ -215,8 +217,9 @@ def build_norm(width: int, kind: int, dtype: torch.dtype) -> None:
     empty = partial(torch.empty, device="meta", dtype=dtype)
     x, added, weight = empty(500, width), empty(500, width), empty(width)
     gate, scale, shift = empty(500, 6 * width).chunk(6, dim=-1)[:3]
-    every = (gate, weight, (scale, shift)) if kind == fused.LAYER else (None,) * 3
-    fused.add_norm(x, added, every[0], kind, weight, every[1], 1e-5, every[2])
+    at = torch.empty(500, device="meta", dtype=torch.int64)
+    every = (gate, weight, (scale, shift), at) if kind == fused.LAYER else (None,) * 4
+    fused.add_norm(x, added, every[0], kind, weight, every[1], 1e-5, every[2], every[3])
 
 
 def build_heads(shape: Heads, dtype: torch.dtype, int8: bool) -> None:
@@ -225,13 +228,14 @@ def build_heads(shape: Heads, dtype: torch.dtype, int8: bool) -> None:
     together = empty(rows, (shape.heads + 2 * shared) * dim, dtype=dtype).split(
         [shape.heads * dim, shared * dim, shared * dim], dim=-1
     )
+    query, key, value = (part.unflatten(-1, (-1, dim))[:, :, None] for part in together)
     keys, values = empty(2, rows, shared, slots, dim, dtype=torch.int8 if int8 else dtype)
-    weights = (empty(dim, dtype=dtype), empty(dim, dtype=dtype) if shape.norm == fused.LAYER else None)
+    weights: Any = (empty(dim, dtype=dtype), empty(dim, dtype=dtype) if shape.norm == fused.LAYER else None)
     weights = weights if shape.norm else (None, None)
     table = empty(rows, dim // 2) if shape.rotation else None
     scales = empty(rows, shared, slots, 1) if int8 else None
     fused.rotate_and_cache(
-        *(part.unflatten(-1, (-1, dim))[:, :, None] for part in together), empty(rows, dtype=torch.int64), keys, values,
+        query, key, value, empty(rows, dtype=torch.int64), keys, values,
         norm=shape.norm, query_weights=weights, key_weights=weights, eps=(1e-5, 1e-5), cos=table, sin=table,
         neighbours=shape.rotation == "neighbours", key_scales=scales, value_scales=scales,
     )  # fmt: skip
@@ -247,7 +251,7 @@ def check_fused(build: Callable[..., None], arguments: tuple[Any, ...], capabili
         assert kernel.stack == 0
         assert kernel.registers <= MOST_REGISTERS // 2  # a warp more or less decides how many rows are in flight
         if build is build_norm:
-            assert set(kernel.loads) == {16}
+            assert set(kernel.loads) <= {8, 16}  # 8: which row of the modulations
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

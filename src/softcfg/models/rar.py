@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,16 +116,22 @@ class RARBlock(Modulation):
         self.mlp = MLP(width, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, branch: Branch, modulation: Tensor, layer: int, context: AttentionContext
+        self,
+        x: Tensor,
+        branch: Branch,
+        modulation: Tensor,
+        layer: int,
+        context: AttentionContext,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Branch]:
         """The residual stream [rows, n, hidden_size] and what is still to be added to it, before and after the block.
 
-        `modulation` is [rows, n, 6 * hidden_size].
+        `modulation` is [rows, n, 6 * hidden_size]; with `at` [rows, n] it is a table of entries, and so is the gate.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x, inputs = add_norm(x, *branch, norm=self.norm1, modulation=(scale1, shift1))
+        x, inputs = add_norm(x, *branch, norm=self.norm1, modulation=(scale1, shift1), at=at)
         attended = self.attn(inputs, layer, context)
-        x, inputs = add_norm(x, attended, gate1, norm=self.norm2, modulation=(scale2, shift2))
+        x, inputs = add_norm(x, attended, gate1, norm=self.norm2, modulation=(scale2, shift2), at=at)
         return x, (self.mlp(inputs), gate2)
 
 
@@ -135,10 +142,10 @@ class HeadNorm(Modulation):
         super().__init__(width, parts=2)
         self.norm = nn.LayerNorm(width, EPS, elementwise_affine=False)
 
-    def forward(self, x: Tensor, branch: Branch, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Branch, modulation: Tensor, at: Tensor | None = None) -> Tensor:
         """As `RARBlock` takes them -> [rows, n, width]; `modulation` is [rows, n, 2 * width]."""
         scale, shift = modulation.chunk(2, dim=-1)
-        return add_norm(x, *branch, norm=self.norm, modulation=(scale, shift))[1]
+        return add_norm(x, *branch, norm=self.norm, modulation=(scale, shift), at=at)[1]
 
 
 class RAR(ClassGenerator):
@@ -193,12 +200,12 @@ class RAR(ClassGenerator):
     def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
         """See `Generator.run_blocks`: every block, and the norm after the last one, takes its modulation."""
         assert isinstance(condition, RARCondition)
-        modulation = self._modulations(condition, context.position, x.shape[1])
+        modulation, at = self._modulations(condition, context.position, x.shape[1])
         branch: Branch = (None, None)
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, modulation(layer, block), layer, context)
+            x, branch = block(x, branch, modulation(layer, block), layer, context, at)
         head = self.adaln_before_head
-        return head(x, branch, modulation(len(self.blocks), head))
+        return head(x, branch, modulation(len(self.blocks), head), at)
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""
@@ -226,24 +233,33 @@ class RAR(ClassGenerator):
 
     def _modulations(
         self, condition: RARCondition, position: Position, new: int
-    ) -> Callable[[int, Modulation], Tensor]:
-        """What gives the modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size]."""
-        if position.slot is not None or self._holds_all(condition):
-            return lambda layer, module: self._held_modulation(condition, layer, module, position, new)
-        label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
-        inputs = F.silu(label + self.timesteps_embeddings[0, position.index(new)])
-        return lambda layer, module: module.adaLN_modulation[1](inputs)
+    ) -> tuple[Callable[[int, Modulation], Tensor], Tensor | None]:
+        """What gives the modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size].
 
-    def _held_modulation(
-        self, condition: RARCondition, layer: int, module: Modulation, position: Position, new: int
-    ) -> Tensor:
-        window, slot = condition.windows.get(layer), position.slot
-        if slot is None:
-            if window is None or window[1].shape[1] < condition.cache_slots:
-                window = condition.windows[layer] = (0, self._modulate(condition, module, 0, condition.cache_slots))
-            return window[1][condition.source[:, None], position.index(new)]
+        Where all slots are held it is a table [entries, parts * hidden_size]; then an index [rows, new] comes with it.
+        """
+        if position.slot is not None:
+            return partial(self._modulation, condition, position.slot, new), None
+        slots = position.index(new)
+        assert isinstance(slots, Tensor)
+        if self._holds_all(condition):
+            at = condition.source[:, None] * condition.cache_slots + slots
+            return lambda layer, module: self._held(condition, layer, module).flatten(0, 1), at
+        label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
+        inputs = F.silu(label + self.timesteps_embeddings[0, slots])
+        return lambda layer, module: module.adaLN_modulation[1](inputs), None
+
+    def _held(self, condition: RARCondition, layer: int, module: Modulation) -> Tensor:
+        """The modulations of all slots, [U, slots, parts * hidden_size]."""
+        window = condition.windows.get(layer)
+        if window is None or (window[0], window[1].shape[1]) != (0, condition.cache_slots):
+            window = condition.windows[layer] = (0, self._modulate(condition, module, 0, condition.cache_slots))
+        return window[1]
+
+    def _modulation(self, condition: RARCondition, slot: int, new: int, layer: int, module: Modulation) -> Tensor:
         if new > 1:  # many slots as it is
             return self._modulate(condition, module, slot, new)[condition.source]
+        window = condition.windows.get(layer)
         if window is None or not window[0] <= slot < window[0] + window[1].shape[1]:
             ahead = max(1, WINDOW_ROWS // len(condition.distinct))
             window = condition.windows[layer] = (slot, self._modulate(condition, module, slot, ahead))

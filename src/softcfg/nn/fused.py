@@ -51,6 +51,7 @@ def add_norm(
     *,
     norm: nn.Module,
     modulation: tuple[Tensor, Tensor] | None = None,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The residual stream x + gate * added, and norm(it) * (1 + scale) + shift for the next branch.
 
@@ -59,6 +60,7 @@ def add_norm(
         added: what a branch adds to the stream, shaped alike; None for nothing.
         gate: factors on it, shaped alike; None for ones.
         modulation: scale and shift, shaped alike; None for zeros.
+        at: int64 [rows, n]. Gate, scale and shift are then tables [entries, width], and this says which entry is whose.
     """
     kind = _kind(norm, x)
     if kind and _serves(x, added, gate, *(modulation or ())) and x.shape[-1] <= WIDEST:
@@ -66,17 +68,22 @@ def add_norm(
         def launch() -> tuple[Tensor, Tensor]:
             from softcfg.nn.kernels import fused
 
-            flat = [None if each is None else each.reshape(-1, x.shape[-1]) for each in (x, added, gate)]
+            width = x.shape[-1]
             total, normed = fused.add_norm(
-                flat[0].contiguous(), None if flat[1] is None else flat[1].contiguous(), flat[2],
-                kind, *_parameters(norm), norm.eps,
-                None if modulation is None else tuple(each.reshape(-1, x.shape[-1]) for each in modulation),
+                x.reshape(-1, width).contiguous(),
+                None if added is None else added.reshape(-1, width).contiguous(),
+                None if gate is None else gate.reshape(-1, width), kind, *_parameters(norm), _eps(norm),
+                None if modulation is None else (modulation[0].reshape(-1, width), modulation[1].reshape(-1, width)),
+                None if at is None else at.flatten(),
             )  # fmt: skip
             return total.view(x.shape), normed.view(x.shape)
 
         found = _launched(x.device, launch)
         if found is not None:
             return found
+    if at is not None:
+        gate = None if gate is None else gate[at]
+        modulation = None if modulation is None else (modulation[0][at], modulation[1][at])
     if added is not None:
         x = x + (added if gate is None else gate * added)
     normed = norm(x)
@@ -116,7 +123,7 @@ def rotate_and_cache(
                 turn = {"cos": rotary.cos[:, 0], "sin": rotary.sin[:, 0], "neighbours": not rotary.halves}
             return fused.rotate_and_cache(
                 query, key, value, context.position.row_slots, cache.keys[layer], cache.values[layer],
-                norm=_kind(q_norm, query), query_weights=_parameters(q_norm), key_weights=_parameters(k_norm),
+                norm=_kind(q_norm, query) or 0, query_weights=_parameters(q_norm), key_weights=_parameters(k_norm),
                 eps=(_eps(q_norm), _eps(k_norm)), key_scales=key_scales, value_scales=value_scales, **turn,
             )  # fmt: skip
 

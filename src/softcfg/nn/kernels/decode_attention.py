@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 1024  # that keep a GPU busy; with fewer rows and heads, the slots are split
+WARPS, STAGES = 4, 3  # of a program; blocks on their way from memory
+ELEMENTS = 2048  # of a block of keys, of at most 16 bits each; half as many in float32
 CHUNKS = 64  # at most, that the second kernel holds in registers
 
 
@@ -26,7 +28,7 @@ def _attend_chunk(
     query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
     query_row, query_head, cache_row, cache_head, scales_row, scales_head, value_weights_row, key_weights_row,
     heads, groups, chunks, size, scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr, WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row, head, chunk = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
@@ -47,7 +49,7 @@ def _attend_chunk(
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     output = tl.zeros((BLOCK, WIDTH), tl.float32)
-    for begin in range(chunk * size, tl.minimum((chunk + 1) * size, end), BLOCK):
+    for begin in tl.range(chunk * size, tl.minimum((chunk + 1) * size, end), BLOCK, num_stages=STAGES):
         slots = begin + tl.arange(0, BLOCK)
         seen = (slots < end) & (slots >= start)
         place = slots[:, None] * DIM + dims[None, :]
@@ -109,7 +111,7 @@ def _join_chunks(
 
 def slots_at_once(width: int, dtype: torch.dtype) -> int:
     """What the registers of four warps have room for, such that four programs share a multiprocessor."""
-    return (2048 if dtype == torch.float32 else 4096) // max(width, 32)
+    return (ELEMENTS // 2 if dtype == torch.float32 else ELEMENTS) // max(width, 32)
 
 
 def decode_attention(
@@ -168,14 +170,14 @@ def decode_attention(
     # Without a limit the assembler aims for more threads on a multiprocessor, and spills. FP fusion is
     # what it has always been; newer versions ask.
     options: dict[str, Any] = {
-        "num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True,
+        "num_warps": WARPS, "maxnreg": 128, "enable_fp_fusion": True,
     }  # fmt: skip
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),
         scales_row, scales_head, value_weights_row, key_weights_row,
         heads, heads // keys.shape[1], chunks, size, dim**-0.5,
-        DIM=dim, WIDTH=width, BLOCK=block, WHOLE=chunks == 1,
+        DIM=dim, WIDTH=width, BLOCK=block, WHOLE=chunks == 1, STAGES=STAGES,
         SCALED=key_scales is not None, WEIGHT_VALUES=value_weights is not None, WEIGHT_KEYS=key_weights is not None,
         PADDED=first is not None, **options,
     )  # fmt: skip

@@ -20,11 +20,15 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # what it has always been;
 
 @triton.jit
 def _add_norm(
-    x, added, gate, weight, bias, scale, shift, total, normed, gate_row, scale_row, eps,
+    x, added, gate, weight, bias, scale, shift, at, total, normed, gate_row, scale_row, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
     ADD: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, MODULATED: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    modulated = row
+    if INDEXED:
+        modulated = tl.load(at + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     place = row * WIDTH + columns
@@ -32,7 +36,7 @@ def _add_norm(
     if ADD:
         more = tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            more *= tl.load(gate + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
+            more *= tl.load(gate + modulated * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = (value + more).to(total.dtype.element_ty)
         tl.store(total + place, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -44,8 +48,8 @@ def _add_norm(
     if BIASED:
         value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if MODULATED:
-        value *= 1.0 + tl.load(scale + row * scale_row + columns, mask=inside, other=0.0).to(tl.float32)
-        value += tl.load(shift + row * scale_row + columns, mask=inside, other=0.0).to(tl.float32)
+        value *= 1.0 + tl.load(scale + modulated * scale_row + columns, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(shift + modulated * scale_row + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + place, value.to(normed.dtype.element_ty), mask=inside)
 
 
@@ -175,6 +179,7 @@ def add_norm(
     bias: Tensor | None,
     eps: float,
     modulation: tuple[Tensor, Tensor] | None,
+    at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x + gate * added, and the norm of it times 1 + scale plus shift; all of one dtype.
 
@@ -184,6 +189,8 @@ def add_norm(
         kind: `RMS` or `LAYER`.
         weight, bias: [width] of the norm; None for ones and zeros.
         modulation: scale and shift, of the same strides; shaped like `gate`.
+        at: int64 [rows], which rows of gate, scale and shift, which then may be of any number, serve each row; None for
+            its own.
 
     Returns:
         Both [rows, width]; the first is `x` itself if nothing is added.
@@ -194,10 +201,11 @@ def add_norm(
     scale, shift = modulation or (None, None)
     block = triton.next_power_of_2(width)
     _add_norm[(rows,)](
-        x, added, gate, weight, bias, scale, shift, total, normed,
+        x, added, gate, weight, bias, scale, shift, at, total, normed,
         0 if gate is None else gate.stride(0), 0 if scale is None else scale.stride(0), eps,
         WIDTH=width, BLOCK=block, KIND=kind, ADD=added is not None, GATED=gate is not None,
         WEIGHTED=weight is not None, BIASED=bias is not None, MODULATED=scale is not None,
+        INDEXED=at is not None,
         num_warps=min(16, max(1, block // 512)), **OPTIONS,
     )  # fmt: skip
     return total, normed
