@@ -1,12 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
+FIRST := compare emoji --methods none,cfg,softcfg,apg
 FLOOR := .venv-floor/bin/uv pip install --quiet --python .venv-floor --resolution lowest-direct -e
 
 .PHONY: help install sample test test-all test-floor lint format bench docs pictures train study clean
 
 help:
-	@echo "make sample    install what sampling needs, and draw images with the bundled model into $(OUT)/"
+	@echo "make sample    install what sampling needs, and draw eight prompts under four methods of guidance into $(OUT)/"
 	@echo "make install   install all that the other targets need"
 	@echo "make test      lint, type check and the tests"
 	@echo "make test-all  the same with the slow tests"
@@ -14,7 +15,7 @@ help:
 	@echo "make bench     the benchmarks"
 	@echo "make docs      the documentation as a site, into site/"
 	@echo "make pictures  draw the pictures of the documents again"
-	@echo "make train     train the bundled model again (recipes/fashion_mnist)"
+	@echo "make train     train the bundled model of clothes again (recipes/fashion_mnist)"
 	@echo "make study     draw what the study of guidance lacks, and write docs/study.md"
 
 install: .venv/.installed
@@ -33,7 +34,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 	@touch $@
 
 sample: .venv/.base
-	$(BIN)/softcfg sample fashion --labels all --output-dir $(OUT)
+	$(BIN)/softcfg $(FIRST) --output-dir $(OUT)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
@@ -68,9 +69,12 @@ docs: install
 pictures: install
 	$(BIN)/softcfg sample fashion --labels all --overwrite --output-dir runs/pictures
 	cp runs/pictures/comparison.png docs/images/fashion-comparison.png
-	$(BIN)/softcfg sample emoji --prompt umbrella --prompt "flag of japan" --prompt "flag of france" --overwrite \
-		--output-dir runs/first
-	cp runs/first/comparison.png docs/images/first.png
+	rm -rf runs/pictures-emoji runs/pictures-methods
+	$(BIN)/softcfg $(FIRST) --output-dir runs/pictures-emoji
+	cp runs/pictures-emoji/grid.png docs/images/first.png
+	$(BIN)/softcfg compare fashion-small --scales 4 --num-samples 10 --output-dir runs/pictures-methods --methods \
+		none,cfg,softcfg,rescale,apg,zero_star,tcfg,adaptive,probability,low_confidence,window,decay,pag,tpg,vpg
+	cp runs/pictures-methods/grid.png docs/images/guidance.png
 	$(BIN)/softcfg plot fashion --labels Sneaker,Bag,Dress,Coat --step 150 --output-dir docs/images/plots
 	$(BIN)/python -m recipes.web_page docs/images/ui.png
 

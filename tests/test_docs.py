@@ -275,6 +275,8 @@ class Shell:
             assert command in REDUCED, "neither in REDUCED nor in PARSED"
             drawn_from_prompts = command == "sample" and any(word.startswith("--prompt") for word in words)
             reduced = ["--images-per-prompt", "1"] if drawn_from_prompts else REDUCED[command]
+            if command == "compare" and "emoji" in words:
+                reduced = ["--num-samples", "1"]
             assert main([*words, *reduced]) == 0
 
     def torchrun(self, words: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is written about a picture: its name and keywords, in the many ways in which people would ask for it."""
+"""What is written about a picture: name, keywords, colour and style, in the ways in which people would ask for it."""
 
 from __future__ import annotations
 
@@ -7,41 +7,31 @@ from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from recipes.emoji.data import COLOURS, Picture
+from recipes.emoji.colours import COLOURS
+from recipes.emoji.data import Picture, bare
+from recipes.emoji.sources import STYLES
 
-TEXT_TOKENS = 4096
-OPENINGS = ("a", "a", "the", "an emoji of", "an emoji of a", "a picture of a")
+TEXT_TOKENS = 1536
+OPENINGS = ("a", "the", "an emoji of a", "a picture of a")
+WITHOUT_STYLE = 0.1
 
 
 def caption(picture: Picture, numbers: random.Random) -> str:
     """Return one of many captions; of a recoloured picture it always says the colour."""
-    if picture.recoloured:
-        colour, name = picture.name.split(" ", 1)
-    else:
-        colour, name = picture.colour, picture.name
-    words = name.split()
+    words = picture.name.split()
     chosen = numbers.random()
-    if chosen < 0.08 and picture.keywords:
+    if chosen < 0.06 and picture.keywords:
         words = numbers.choice(picture.keywords).split()
-    elif chosen < 0.16 and picture.keywords:
+    elif chosen < 0.10 and picture.keywords:
         words += numbers.choice(picture.keywords).split()
-    elif chosen < 0.26 and len(words) > 1:
+    elif chosen < 0.16 and len(words) > 1:
         words = [word for word in words if numbers.random() < 0.75] or [numbers.choice(words)]
-    elif chosen < 0.34:
-        numbers.shuffle(words)
-    elif words[0] == "flag" and chosen < 0.75:
-        words = ["flag", "of", *words[1:]] if chosen < 0.55 else [*words[1:], "flag"]
-    if picture.recoloured or (colour and colour not in words and numbers.random() < 0.25):
-        # The colour stands in front, seldom behind.
-        words = [*words, colour] if numbers.random() < 0.15 else [colour, *(w for w in words if w not in COLOURS)]
-    if numbers.random() < 0.2:
+    if picture.recoloured or (picture.colour and picture.colour not in words and numbers.random() < 0.25):
+        words = [picture.colour, *bare(" ".join(words)).split()]
+    if numbers.random() < 0.15:
         words = [*numbers.choice(OPENINGS).split(), *words]
-    return " ".join(words)
-
-
-def pair_caption(first: str, second: str, *, wide: bool) -> str:
-    """Return the caption of two pictures beside each other, or one above the other."""
-    return f"{first} {'and' if wide else 'above'} {second}"
+    text = " ".join(words)
+    return text if numbers.random() < WITHOUT_STYLE else f"{text}, {picture.style} style"
 
 
 def text_tokenizer(pictures: Iterable[Picture], size: int = TEXT_TOKENS) -> Tokenizer:
@@ -59,9 +49,9 @@ def text_tokenizer(pictures: Iterable[Picture], size: int = TEXT_TOKENS) -> Toke
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    lines = [" ".join((picture.name, *picture.keywords)) for picture in pictures if not picture.recoloured]
-    lines += [picture.name for picture in pictures]
-    lines += [*COLOURS, *OPENINGS, pair_caption("", "", wide=True), pair_caption("", "", wide=False)] * 10
+    drawn = {picture.name: picture.keywords for picture in pictures}
+    lines = [*drawn] * 4 + [" ".join(keywords) for keywords in drawn.values()]
+    lines += ["moved", *COLOURS, *OPENINGS, *(f"{style.word} style" for style in STYLES)] * 20
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=1, special_tokens=["<unknown>"], show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer

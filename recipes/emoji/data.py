@@ -1,208 +1,313 @@
-"""Captioned pictures of 32x32 pixels: Noto Color Emoji, with names and keywords from Unicode and CLDR.
+"""Captioned pictures of 96 x 96 pixels: emoji in the hands of nine artists, as they drew them and recoloured.
 
-Beside the emoji as they are there are recoloured ones ("blue apple"): the pixels of an object's main colour move to
-another hue. Some of these compositions are held out, to see whether the model combines words it knows.
+Whole pairs of name and style are held out, and whole pairs of colour and name, to see whether the model combines what
+it has seen apart. No picture of a held-out pair is trained on, recoloured or not.
 """
 
 from __future__ import annotations
 
-import colorsys
 import hashlib
-import re
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image
 
+from recipes.emoji.colours import COLOURS, HUES, main_colour, turn_hue
+from recipes.emoji.sources import NAMES, STYLES, Drawings, Emoji, emoji, find, pictures_folder
 from softcfg.errors import UserError
+from softcfg.files import make_folder
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian package fonts-noto-color-emoji
-NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")  # Debian package unicode-data
-KEYWORDS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")  # Debian package unicode-cldr-core
+SIZE = 96
+VERSION = 1  # of the rendering: another one makes the cache anew
+HELD_OUT = 0.1  # of the pairs of name and style, and of those of colour and name
+LEAST_STYLES = 8  # that have drawn a name
+LEAST_STYLES_OF_FLAGS = 5
+RECOLOURINGS = 3  # of a picture whose object has a main colour
+ALIKE, ALIKE_STYLES = 0.3, 3  # names are alike if their pictures are nearer than this in as many styles
 
-SIZE = 32
-FONT_SIZE = 109  # the only size of the font's bitmaps, 136 x 128
-GLYPH = (136, 128)
-
-RECOLOURED = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
-HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 120, "blue": 212, "purple": 270, "pink": 325}  # degrees
-COLOURS = (*HUES, "brown", "black", "gray", "white")
-HELD_OUT = 0.1  # of the recoloured pictures
-_SAME = 35  # degrees of hue around an object's main colour that move with it
+GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
+RECOLOURED = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
+# Signs and their like, of which one is hardly told from another.
+LEFT_OUT = ("family", "person-symbol", "person-gesture", "place-map")
+KEPT = ("geometric", "flag")
+# Names that some artist draws like another name.
+TWINS = (
+    "two hump camel", "spouting whale", "ox", "water buffalo", "ewe", "e mail", "incoming envelope", "page facing up",
+    "sun behind small cloud", "sun behind large cloud", "black medium square", "black medium small square",
+    "black small square", "small orange diamond", "tear off calendar", "spiral calendar", "waxing gibbous moon",
+    "waning gibbous moon", "light rail", "trolleybus", "tram car", "mountain railway", "high speed train",
+    "railway car", "love hotel", "hotel", "department store", "japanese post office", "card index",
+    "card index dividers", "pager",
+    "locked with pen", "green book", "ledger", "notebook", "crayon", "black nib", "round pushpin", "film projector",
+    "horizontal traffic light", "oncoming police car", "oncoming bus", "oncoming taxi", "articulated lorry",
+    "sunrise over mountains", "japanese castle", "old key", "speaker low volume", "person with skullcap", "rat",
+    "backhand index pointing up", "oncoming fist", "raised hand", "radio button", "black square button", "label",
+    "admission tickets", "hourglass not done", "foggy", "moon viewing ceremony", "mahjong red dragon",
+    "clinking glasses",
+)  # fmt: skip
+MONOCHROME = "ink"
+COUNTRIES = (
+    "argentina", "australia", "austria", "belgium", "brazil", "canada", "chile", "china", "colombia", "cuba", "denmark",
+    "egypt", "finland", "france", "germany", "greece", "india", "indonesia", "ireland", "israel", "italy", "jamaica",
+    "japan", "kenya", "mexico", "netherlands", "new zealand", "nigeria", "norway", "poland", "portugal", "south africa",
+    "south korea", "spain", "sweden", "switzerland", "thailand", "ukraine", "united kingdom", "united states",
+    "vietnam",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An emoji, or a recoloured one.
+    """An emoji as an artist drew it, or recoloured.
 
     Attributes:
-        name: lower case, without punctuation; "red apple".
+        name: lower case, without punctuation, without the colour that it was given: "red apple", "octopus".
         keywords: further words for it.
+        style: the word for the style.
         colour: the word for its main colour, "" where there is none.
-        recoloured: whether it is not as the font draws it.
-        pixels: uint8 [32, 32, 3], on white.
+        recoloured: whether it has this colour by recolouring.
+        held_out: "", or the pair that keeps it from training: "style" (name and style) or "colour" (colour and name).
+        subject: number of the name.
     """
 
     name: str
     keywords: tuple[str, ...]
+    style: str
     colour: str
     recoloured: bool
-    pixels: np.ndarray = field(repr=False, compare=False)
+    held_out: str
+    subject: int
 
-    @cached_property
-    def held_out(self) -> bool:
-        """Whether the picture is kept from training."""
-        return self.recoloured and int(hashlib.sha256(self.name.encode()).hexdigest()[:8], 16) < HELD_OUT * 2**32
+    @property
+    def subject_words(self) -> str:
+        """The name, with the colour in front if it is recoloured: "blue apple"."""
+        return f"{self.colour} {bare(self.name)}" if self.recoloured else self.name
+
+    @property
+    def caption(self) -> str:
+        """The plain caption: "blue apple, flat style"."""
+        return f"{self.subject_words}, {self.style} style"
 
 
-def load(font: Path = FONT, names: Path = NAMES, keywords: Path = KEYWORDS) -> list[Picture]:
-    """Return all pictures, the emoji as they are in the order of Unicode, and the recoloured ones after them.
+@dataclass(frozen=True)
+class Collection:
+    """Pictures and their pixels, uint8 [N, 96, 96, 3] on white; the names, of which `Picture.subject` counts."""
+
+    pictures: list[Picture]
+    pixels: np.ndarray
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def where(self, *, held_out: str | None = "", recoloured: bool | None = None) -> list[int]:
+        """Return the pictures held out for a reason ("": those trained on), recoloured or not, or either."""
+        return [
+            i
+            for i, picture in enumerate(self.pictures)
+            if picture.held_out == held_out and recoloured in (None, picture.recoloured)
+        ]
+
+
+def bare(name: str) -> str:
+    """Return a name without the words for colours."""
+    return " ".join(word for word in name.split() if word not in COLOURS)
+
+
+def mirrors(name: str) -> bool:
+    """Whether a mirrored picture still shows what its name says."""
+    return not {"left", "right", "waxing", "waning", "quarter", "crescent", "flag"} & set(name.split())
+
+
+def load(folder: Path | None = None, *, names: int | None = None) -> Collection:
+    """Return the collection; fetch and render what is not in the cache.
+
+    Args:
+        folder: the cache, by default that of `pictures_folder`.
+        names: take this many names only, spread evenly.
 
     Raises:
-        UserError: a file is missing, or Pillow cannot shape sequences.
+        UserError: a package cannot be fetched or is damaged, or the renderer is not installed.
     """
-    for path in (font, names, keywords):
-        if not path.is_file():
-            raise UserError(
-                f"{path} does not exist: install the Debian packages fonts-noto-color-emoji, unicode-data and "
-                "unicode-cldr-core, or name the files"
-            )
-    if not features.check("raqm"):
-        raise UserError("Pillow was built without raqm, which composes emoji of several characters")
-    drawn = ImageFont.truetype(str(font), FONT_SIZE)
-    known = _keywords(keywords)
+    folder = pictures_folder() if folder is None else folder
+    archives = [style.package.fetch(folder) for style in STYLES]
+    found = list(wanted(emoji(NAMES.fetch(folder))))
+    path = folder / f"drawn-{_fingerprint()}.npz"
+    if not path.is_file():
+        _draw_all(path, found, [Drawings(archive) for archive in archives])
+    with np.load(path) as stored:
+        drawn = {name: stored[name] for name in ("emoji", "style", "colour", "recoloured", "pixels")}
+    return assemble(found, **drawn, names=names)
+
+
+def wanted(all_emoji: Sequence[Emoji]) -> Iterator[Emoji]:
+    """Yield the emoji that look like something: no letters, arrows, signs, clocks, families, one of each role."""
+    for one in all_emoji:
+        first = one.name.split()[0]
+        person = one.group == "people-body" and (
+            first in ("man", "men", "woman", "women") and len(one.name.split()) > 1
+        )
+        joined = one.group == "people-body" and "200d" in one.code
+        clock = one.name.endswith((" oclock", " thirty")) or one.name in ("twelve thirty",)
+        if one.subgroup == "country-flag":
+            if one.name.removeprefix("flag of ") in COUNTRIES:
+                yield one
+        elif one.subgroup in KEPT or (
+            one.group in GROUPS and one.subgroup not in LEFT_OUT and not (person or joined or clock)
+        ):
+            yield one
+
+
+def assemble(
+    found: Sequence[Emoji],
+    emoji: np.ndarray,
+    style: np.ndarray,
+    colour: np.ndarray,
+    recoloured: np.ndarray,
+    pixels: np.ndarray,
+    names: int | None = None,
+) -> Collection:
+    """Name the pictures, and choose what is held out.
+
+    Args:
+        found: what `emoji` counts.
+        emoji, style, colour: int64 [N]; a colour of -1 is none.
+        recoloured: bool [N].
+        pixels: uint8 [N, S, S, 3].
+        names: see `load`.
+    """
+    styles = Counter(emoji[~recoloured].tolist())
+    least = {number: LEAST_STYLES_OF_FLAGS if found[number].group == "flags" else LEAST_STYLES for number in styles}
+    subjects = [
+        number for number in sorted(styles) if styles[number] >= least[number] and found[number].name not in TWINS
+    ]
+    subjects = _distinct(subjects, [one.name for one in found], emoji, style, recoloured, pixels)
+    if names is not None:
+        subjects = [subjects[i * len(subjects) // names] for i in range(names)]
+    place = {number: i for i, number in enumerate(subjects)}
+    held_out = _held_out_styles(subjects, emoji, style, found)
     pictures: list[Picture] = []
-    recoloured: list[Picture] = []
-    for text, name, group in _emoji(names):
-        image = render(drawn, text)
-        pixels, content = _on_white(image)
-        words = tuple(word for word in known.get(text.replace("\ufe0f", ""), ()) if word != name)
-        colour = main_colour(pixels, content)
-        pictures.append(Picture(name, words, colour, False, pixels))
-        if group in RECOLOURED and colour in (*HUES, "brown"):
-            recoloured.extend(_recoloured(pictures[-1], content))
-    taken = {picture.name for picture in pictures}
-    for picture in recoloured:
-        if picture.name not in taken:
-            taken.add(picture.name)
-            pictures.append(picture)
-    return pictures
+    chosen = [i for i, number in enumerate(emoji.tolist()) if number in place]
+    for i in chosen:
+        one, word = found[emoji[i]], COLOURS[colour[i]] if colour[i] >= 0 else ""
+        why = "style" if (emoji[i], style[i]) in held_out else ""
+        if not why and recoloured[i] and _share(f"{word} {bare(one.name)}") < HELD_OUT:
+            why = "colour"
+        pictures.append(
+            Picture(one.name, one.keywords, STYLES[style[i]].word, word, bool(recoloured[i]), why, place[emoji[i]])
+        )
+    return Collection(pictures, pixels[chosen], [found[number].name for number in subjects])
 
 
-def render(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:
-    """Draw one emoji as RGBA of 136 x 128 pixels."""
-    image = Image.new("RGBA", GLYPH, (255, 255, 255, 0))
-    ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
-    return image
+def _distinct(
+    subjects: Sequence[int],
+    names: Sequence[str],
+    emoji: np.ndarray,
+    style: np.ndarray,
+    recoloured: np.ndarray,
+    pixels: np.ndarray,
+) -> list[int]:
+    """Leave out names that nobody could tell from a shorter one.
+
+    Their pictures look alike ("neutral face", "expressionless face"), or only a colour tells the names apart ("green
+    apple", which is also a recoloured "red apple").
+    """
+    pictures = np.full((len(STYLES), len(subjects), 16 * 16 * 3), np.nan, np.float32)
+    place = {number: i for i, number in enumerate(subjects)}
+    side = pixels.shape[1] // 16
+    for i in np.flatnonzero(~recoloured).tolist():
+        if emoji[i] in place:
+            tiles = 1 - pixels[i].reshape(16, side, 16, side, 3).mean((1, 3), dtype=np.float32) / 255
+            pictures[style[i], place[emoji[i]]] = tiles.ravel()
+    kept: list[int] = []
+    words: set[str] = set()
+    for i in sorted(range(len(subjects)), key=lambda i: len(names[subjects[i]])):
+        word = bare(names[subjects[i]])
+        # The distance of two pictures over their mean norm: 0 if they are equal, about 1 if they are unlike.
+        norms = np.linalg.norm(pictures[:, i, None], axis=2) + np.linalg.norm(pictures[:, kept], axis=2)
+        distances = 2 * np.linalg.norm(pictures[:, i, None] - pictures[:, kept], axis=2) / np.maximum(norms, 1e-6)
+        alike = np.sort(distances, axis=0)[ALIKE_STYLES - 1] < ALIKE  # unknown ones come last
+        if word not in words and not alike.any():
+            kept.append(i)
+            words |= {word} - {""}
+    return [subjects[i] for i in sorted(kept)]
 
 
-def _on_white(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 32 x 32 pixels on white, and which of them are content."""
-    square = Image.new("RGBA", (GLYPH[0], GLYPH[0]), (255, 255, 255, 0))
-    square.paste(image, (0, (GLYPH[0] - GLYPH[1]) // 2))
+def _held_out_styles(
+    subjects: Sequence[int], emoji: np.ndarray, style: np.ndarray, found: Sequence[Emoji]
+) -> set[tuple[int, int]]:
+    """Choose a tenth of the pairs of name and style, at most one in three of those of a name."""
+    pairs = defaultdict(list)
+    for number, kind in zip(emoji.tolist(), style.tolist(), strict=True):
+        pairs[number].append(kind)
+    chosen = set()
+    for number in subjects:
+        kinds = sorted(pairs[number], key=lambda kind: _share(f"{found[number].name}, {STYLES[kind].word} style"))
+        lucky = [kind for kind in kinds if _share(f"{found[number].name}, {STYLES[kind].word} style") < HELD_OUT]
+        chosen |= {(number, kind) for kind in lucky[: len(kinds) // 3]}
+    return chosen
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text only."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+
+
+# ---- rendering
+
+
+def _fingerprint() -> str:
+    """What the rendered pictures depend on."""
+    parts = [str(VERSION), str(SIZE), NAMES.sha256, *(style.package.sha256 for style in STYLES)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def _draw_all(path: Path, found: Sequence[Emoji], sets: list[Drawings]) -> None:
+    """Render all pictures and recolour some; write them to `path`."""
+    rows: list[tuple[int, int, int, bool, np.ndarray]] = []
+    for number, one in enumerate(found):
+        for style, svg in enumerate(find(one, sets)):
+            if svg is None:
+                continue
+            pixels, content = render(svg)
+            colour = "" if STYLES[style].word == MONOCHROME else main_colour(pixels, content)
+            rows.append((number, style, COLOURS.index(colour) if colour else -1, False, pixels))
+            if one.group in RECOLOURED and colour in (*HUES, "brown") and bare(one.name):
+                for other, turned in _recoloured(f"{one.name}, {style}", colour, pixels, content):
+                    rows.append((number, style, COLOURS.index(other), True, turned))
+        if number % 100 == 0:
+            print(f"drawing the pictures: {number} of {len(found)} names", flush=True)
+    columns = ("emoji", "style", "colour", "recoloured", "pixels")
+    make_folder(path.parent)
+    temporary = path.with_suffix(".part.npz")
+    stacked = {name: np.stack([row[i] for row in rows]) for i, name in enumerate(columns)}
+    np.savez_compressed(temporary, **stacked)  # type: ignore[arg-type]
+    temporary.replace(path)
+
+
+def _recoloured(drawn: str, colour: str, pixels: np.ndarray, content: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the picture in some other colours, chosen by `drawn`, where the result has the colour aimed at."""
+    made = 0
+    for other in sorted(HUES, key=lambda word: _share(f"{drawn} {word}")):
+        if made < RECOLOURINGS and other != colour:
+            turned = turn_hue(pixels, content, colour, other)
+            if main_colour(turned, content) == other:
+                made += 1
+                yield other, turned
+
+
+def render(svg: str, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels uint8 [size, size, 3] on white, and bool [size, size] which of them are content."""
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError:
+        raise UserError("resvg-py is not installed: it renders the pictures; `pip install resvg-py`") from None
+    png = bytes(svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
+    square = Image.new("RGBA", (size, size), (255, 255, 255, 0))
+    square.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
     white = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
-    small = white.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    alpha = square.getchannel("A").resize((SIZE, SIZE), Image.Resampling.BOX)
-    return np.asarray(small), np.asarray(alpha) > 127
-
-
-def _emoji(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield text, name and group of every emoji, without the many that differ in skin tone or gender sign only."""
-    group = subgroup = ""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# group:"):
-            group = line.removeprefix("# group:").strip()
-        elif line.startswith("# subgroup:"):
-            subgroup = line.removeprefix("# subgroup:").strip()
-        elif found := re.match(r"([0-9A-F ]+); fully-qualified +# \S+ E[\d.]+ (.+)", line):
-            text = "".join(chr(int(code, 16)) for code in found[1].split())
-            tone = any("\U0001f3fb" <= character <= "\U0001f3ff" for character in text)
-            joined = "\u200d" in text and (subgroup == "family" or text[-2] in "\u2640\u2642")
-            if not tone and not joined:
-                yield text, plain(found[2]), group
-
-
-def _keywords(path: Path) -> dict[str, tuple[str, ...]]:
-    found = {}
-    for entry in ElementTree.parse(path).getroot().iter("annotation"):
-        if entry.get("type") != "tts" and entry.text:
-            words = [plain(word) for word in entry.text.split("|")]
-            found[entry.get("cp", "")] = tuple(word for word in words if re.search("[a-z]", word))
-    return found
-
-
-def plain(text: str) -> str:
-    """Lower case, and spaces in place of punctuation: "flag: Åland Islands" is "flag åland islands"."""
-    text = text.lower().replace("’", "").replace("'", "").replace("#", "hash").replace("*", "star")
-    return " ".join(re.findall(r"[^\W_]+", text))
-
-
-def main_colour(pixels: np.ndarray, content: np.ndarray, share: float = 0.45) -> str:
-    """The word for the colour that at least `share` of the content has; "" if none has."""
-    if not content.any():
-        return ""
-    words = colour_of(pixels[content])
-    counts = np.bincount(words, minlength=len(COLOURS))
-    return COLOURS[counts.argmax()] if counts.max() >= share * len(words) else ""
-
-
-def colour_of(colours: np.ndarray) -> np.ndarray:
-    """Index into `COLOURS` of each uint8 colour [N, 3]."""
-    hue, saturation, value = _hsv(colours)
-    word = np.select(
-        [hue < 14, hue < 43, hue < 68, hue < 165, hue < 252, hue < 300, hue < 345],
-        [COLOURS.index(name) for name in ("red", "orange", "yellow", "green", "blue", "purple", "pink")],
-        COLOURS.index("red"),
-    )
-    light = (word == COLOURS.index("red")) & (saturation < 0.5) & (value > 0.8)
-    dark = np.isin(word, [COLOURS.index(name) for name in ("red", "orange", "yellow")]) & (value < 0.7) & (hue < 60)
-    dark &= (word != COLOURS.index("red")) | (value < 0.5) | (saturation < 0.6)
-    word = np.where(light, COLOURS.index("pink"), np.where(dark, COLOURS.index("brown"), word))
-    faint = saturation < np.where(value > 0.5, 0.15, 0.25)
-    word = np.where(faint, np.where(value > 0.88, COLOURS.index("white"), COLOURS.index("gray")), word)
-    return np.where(value < np.where(faint, 0.4, 0.2), COLOURS.index("black"), word)
-
-
-def _recoloured(picture: Picture, content: np.ndarray) -> Iterator[Picture]:
-    """The picture in every other colour, where the result has the colour that was aimed at."""
-    bare = " ".join(word for word in picture.name.split() if word not in COLOURS)
-    if not bare:
-        return
-    hue, saturation, value = _hsv(picture.pixels.reshape(-1, 3))
-    inside = content.flatten() & (saturation > 0.2) & (value > 0.15)
-    main = inside & (colour_of(picture.pixels.reshape(-1, 3)) == COLOURS.index(picture.colour))
-    angles = np.deg2rad(hue[main])
-    centre = np.rad2deg(np.arctan2(np.sin(angles).mean(), np.cos(angles).mean())) % 360
-    moved = np.abs((hue - centre + 180) % 360 - 180) < _SAME
-    for colour, target in HUES.items():
-        if colour == picture.colour:
-            continue
-        turned = np.where(moved, (hue + target - centre) % 360, hue)
-        pixels = _rgb(turned, saturation, value).reshape(picture.pixels.shape)
-        if main_colour(pixels, content) == colour:
-            keywords = tuple(word for word in picture.keywords if word not in COLOURS)
-            yield Picture(f"{colour} {bare}", keywords, colour, True, pixels)
-
-
-def _hsv(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue in degrees, saturation and value of uint8 colours [N, 3]."""
-    rgb = colours.astype(np.float64) / 255
-    value = rgb.max(1)
-    spread = value - rgb.min(1)
-    safe = np.where(spread > 0, spread, 1)
-    red, green, blue = rgb.T
-    hue = np.where(
-        value == red,
-        (green - blue) / safe % 6,
-        np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    return hue * 60, spread / np.where(value > 0, value, 1), value
-
-
-def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    rgb = [colorsys.hsv_to_rgb(h / 360, s, v) for h, s, v in zip(hue, saturation, value, strict=True)]
-    return np.round(np.array(rgb) * 255).astype(np.uint8)
+    return np.asarray(white), np.asarray(square.getchannel("A")) > 127

@@ -1,8 +1,8 @@
-"""Train the image tokenizer: 32x32 pixels to 8x8 tokens and back.
+"""Train the image tokenizer: 96 x 96 pixels to 12 x 12 tokens and back.
 
-What a token says is fixed beforehand: the code nearest to a summary of its 4x4 patch, its mean colour and the coarsest
-patterns in it, where k-means over the summaries of many patches gives the codes. The decoder learns to draw pictures
-from these codes, and the encoder learns the summary.
+What a token says is fixed beforehand: the code nearest to a summary of its 8 x 8 patch, its mean colour and the
+coarsest patterns in it, where k-means over the summaries of many patches gives the codes. The decoder learns to draw
+pictures from these codes, and the encoder learns the summary.
 """
 
 from __future__ import annotations
@@ -18,51 +18,69 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recipes.codebook import MovingCodebook, rows
-from recipes.emoji.data import SIZE, Picture
+from recipes.emoji.augment import Moves, moved
+from recipes.emoji.data import SIZE, Collection
 from recipes.muon import Muon
-from recipes.training import Budget, Plan, Training, accelerator, batch_index, randomness, save_weights
+from recipes.training import Budget, Plan, Training, accelerator, batch_index, by_device, randomness, save_weights
 from softcfg.tokenizers.movq import MoVQ, MoVQConfig
 
+PATCH = 8
+# Channel (brightness, red - blue, red - 2 green + blue) and the half waves down and across of what a summary holds.
+WAVES = sorted(((i, j) for i in range(5) for j in range(5)), key=lambda wave: (sum(wave), max(wave)))
+PATTERNS = [(0, *wave) for wave in WAVES[:15]] + [(c, *wave) for c in (1, 2) for wave in WAVES[:6]]
+
 CONFIG = MoVQConfig(
-    ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=SIZE,
-    z_channels=12, embed_dim=12, n_embed=1024,
+    ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=SIZE,
+    z_channels=len(PATTERNS), embed_dim=len(PATTERNS), n_embed=2048,
 )  # fmt: skip
-BATCH_SIZE = 16
+BATCH_SIZE = 8
+GPU_BATCH_SIZE = 64
+MOVES = Moves(turn=4, scale=0.1, shift=0.06)
 CODEBOOK_PICTURES = 1500
+CODEBOOK_ROUNDS = 20
 EDGES = 0.5
 ENCODER_EVERY = 3  # steps
-# Channel (brightness, red - blue, red - 2 green + blue) and the half waves down and across of what a summary holds.
-PATTERNS = (
-    (0, 0, 0), (1, 0, 0), (2, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 0, 2), (0, 2, 0),
-    (1, 0, 1), (1, 1, 0), (2, 0, 1), (2, 1, 0),
-)  # fmt: skip
+EVALUATED = 300
+
+
+def prepare(out: Path, collection: Collection, seed: int, config: MoVQConfig = CONFIG) -> Path:
+    """Choose the codes by k-means over patches of pictures that are not held out; return the file they are in."""
+    path = out / "codebook.safetensors"
+    if not path.exists():
+        numbers = randomness(seed, 0)
+        known = collection.where()
+        chosen = torch.randperm(len(known), generator=numbers)[:CODEBOOK_PICTURES].tolist()
+        pixels = pixels_of(collection, [known[i] for i in chosen])
+        model = MoVQ(config)
+        patches = rows(summary(pixels))[content(pixels)]
+        MovingCodebook(model.quantize.embedding).initialise(patches, numbers, CODEBOOK_ROUNDS)
+        save_weights(path, {"codes": model.quantize.embedding.weight})
+    return path
 
 
 def train(
     out: Path,
     budget: Budget,
-    pictures: Sequence[Picture],
+    collection: Collection,
     *,
     config: MoVQConfig = CONFIG,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     stop_at: int | None = None,
 ) -> Path:
     """Train on the pictures that are not held out and return the path of the weights."""
     torch.manual_seed(budget.seed)
     device = accelerator()
+    batch_size = batch_size or by_device(device, cpu=BATCH_SIZE, gpu=GPU_BATCH_SIZE)
     model = MoVQ(config).to(device.device)
     model.quantize.requires_grad_(False)
+    model.quantize.embedding.weight.copy_(load_file(prepare(out, collection, budget.seed, config))["codes"])
     training = Training(out / "tokenizer", device, {"model": model}, optimizers_of(model))
-    data = pixels_of([picture for picture in pictures if not picture.held_out]).to(device.device)
-    test = pixels_of([picture for picture in pictures if picture.held_out]).to(device.device)
-    if not training.step:
-        numbers = randomness(budget.seed, 0)
-        pixels = data[torch.randperm(len(data), generator=numbers)[:CODEBOOK_PICTURES]]
-        patches = rows(summary(pixels))[content(pixels)]
-        MovingCodebook(model.quantize.embedding).initialise(patches, numbers)
+    known, unknown = torch.tensor(collection.where()), collection.where(held_out="style")
+    pictures = torch.from_numpy(collection.pixels).to(device.device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
-        pixels = data[batch_index(budget.seed, step, batch_size, len(data))]
+        chosen = known[batch_index(budget.seed, step, batch_size, len(known))]
+        pixels = moved(floats(pictures[chosen.to(device.device)]), MOVES, randomness(budget.seed, step))
         decoded = model.decode_latents(model.embed_tokens(tokens_of(model, pixels))).float()
         error = F.mse_loss(decoded, pixels)
         value = F.l1_loss(decoded, pixels) + EDGES * edge_loss(decoded, pixels) + 4 * error
@@ -75,9 +93,10 @@ def train(
 
     def evaluate() -> dict[str, float]:
         save_weights(out / "tokenizer.safetensors", model.state_dict())
-        return reconstruction_quality(model, test) if len(test) else {}
+        chosen = unknown[:: max(1, len(unknown) // EVALUATED)]
+        return reconstruction_quality(model, pixels_of(collection, chosen).to(device.device)) if chosen else {}
 
-    plan = Plan(warmup_steps=50, decay_share=0.5, evaluate_every=250, log_every=21)
+    plan = Plan(warmup_steps=50, decay_share=0.5, evaluate_every=500, log_every=21)
     training.fit(budget, plan, loss, evaluate=evaluate, stop_at=stop_at)
     return out / "tokenizer.safetensors"
 
@@ -97,11 +116,14 @@ def tokenizer_from(weights: Path, config: MoVQConfig = CONFIG) -> MoVQ:
     return model
 
 
-def pixels_of(pictures: Sequence[Picture]) -> Tensor:
-    """Float32 [N, 3, 32, 32] in [0, 1]."""
-    if not pictures:
-        return torch.zeros(0, 3, SIZE, SIZE)
-    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2).float() / 255
+def pixels_of(collection: Collection, chosen: Sequence[int]) -> Tensor:
+    """Return pictures as float32 [N, 3, S, S] in [0, 1]."""
+    return floats(torch.from_numpy(collection.pixels[np.asarray(chosen, dtype=np.int64)]))
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """uint8 [N, S, S, 3] as float32 [N, 3, S, S] in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def edge_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
@@ -112,37 +134,38 @@ def edge_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 
 def summary(pixels: Tensor) -> Tensor:
-    """What a token should say of its 4x4 patch, as coefficients [B, 12, h, w] of orthogonal cosines; zero for white."""
+    """What a token should say of its 8 x 8 patch, as coefficients [B, 27, h, w] of cosines; zero for white."""
     red, green, blue = (1 - pixels).unbind(1)
     light = (red + green + blue) / 3**0.5
     colour = torch.stack([light, (red - blue) / 2**0.5, (red - 2 * green + blue) / 6**0.5], dim=1)
-    place = (torch.arange(4, device=pixels.device) + 0.5) * torch.pi / 4
-    waves = torch.stack([(place * k).cos() * (2**0.5 if k else 1) for k in range(3)]) / 4  # [3, 4]
-    patches = colour.unflatten(3, (-1, 4)).unflatten(2, (-1, 4))  # [B, 3, h, 4, w, 4]
+    place = (torch.arange(PATCH, device=pixels.device) + 0.5) * torch.pi / PATCH
+    waves = torch.stack([(place * k).cos() * (2**0.5 if k else 1) for k in range(5)]) / PATCH  # [5, 8]
+    patches = colour.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, 3, h, 8, w, 8]
     patterns = torch.einsum("bchyvx,iy,jx->bcijhv", patches, waves, waves)
     return torch.stack([patterns[:, c, i, j] for c, i, j in PATTERNS], dim=1)
 
 
 def tokens_of(model: MoVQ, pixels: Tensor) -> Tensor:
-    """The tokens int64 [B, 64] that the decoder learns to draw from; `model.encode` comes near them."""
-    return model.quantize_latents(summary(pixels))
+    """The tokens int64 [B, T] that the decoder learns to draw from; `model.encode` comes near them."""
+    with torch.autocast(pixels.device.type, enabled=False):
+        return model.quantize_latents(summary(pixels))
 
 
 def content(pixels: Tensor) -> Tensor:
     """Return which of the `B * T` patches are not white throughout."""
-    return F.max_pool2d(1 - pixels.amin(1, keepdim=True), 4).flatten() > 0.02
+    return F.max_pool2d(1 - pixels.amin(1, keepdim=True), PATCH).flatten() > 0.02
 
 
 @torch.inference_mode()
 def reconstruction_quality(model: MoVQ, pixels: Tensor) -> dict[str, float]:
     """Return the PSNR in dB of pictures through the summary and through the encoder, and more of their codes."""
-    wanted = torch.cat([tokens_of(model, part) for part in pixels.split(100)])
-    found = torch.cat([model.encode(part) for part in pixels.split(100)])
+    wanted = torch.cat([tokens_of(model, part) for part in pixels.split(50)])
+    found = torch.cat([model.encode(part) for part in pixels.split(50)])
     share = torch.bincount(wanted.flatten(), minlength=model.codebook_size).float()
     share /= share.sum()
 
     def psnr(tokens: Tensor) -> float:
-        decoded = torch.cat([model.decode(part) for part in tokens.split(100)])
+        decoded = torch.cat([model.decode(part) for part in tokens.split(50)])
         return -10 * (decoded - pixels).square().mean().log10().item()
 
     return {

@@ -26,7 +26,8 @@ from softcfg.images import grid, png_bytes
 from softcfg.pipeline import Pipeline
 from softcfg.runs.export import first_images
 from softcfg.runs.folder import RunFolder
-from softcfg.runs.job import RunRequest, draw_run
+from softcfg.runs.job import DrawnRun, RunRequest, draw_run
+from softcfg.runs.pictures import label_names
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress
 
@@ -178,17 +179,24 @@ def compare(
         measure(np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8), [0] * PROBE_IMAGES)
         make_folder(folder)
 
+    names: Sequence[str] = ()  # of what is drawn
+
+    def finish(drawn: DrawnRun) -> None:
+        nonlocal names
+        names = label_names(drawn.drawer)
+
     processes.agree(probe)
     for entry in chosen:
         for seed in seeds:
             one = dataclasses.replace(request, model=pipeline, guidance=entry.guidance, seed=seed)
-            run = draw_run(one, run_folder(folder, entry, seed), processes=processes, on_progress=on_progress)
+            place = run_folder(folder, entry, seed)
+            run = draw_run(one, place, processes=processes, on_progress=on_progress, on_finish=finish)
             for name, value in processes.agree(lambda run=run: measure(run.path)).items():  # type: ignore[misc]
                 entry.metrics.setdefault(name, []).append(value)
         if processes.first and on_entry is not None:
             on_entry(entry)
 
-    processes.agree(lambda: _write_results(folder, chosen, seeds))
+    processes.agree(lambda: _write_results(folder, chosen, seeds, names))
     return list(chosen)
 
 
@@ -207,8 +215,11 @@ def table(chosen: Sequence[Entry]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def picture(folder: Path, chosen: Sequence[Entry], seed: int) -> Image.Image:
+def picture(folder: Path, chosen: Sequence[Entry], seed: int, names: Sequence[str]) -> Image.Image:
     """The first images of every entry, one row each, with the same seeds in a column.
+
+    Args:
+        names: what labels stand for, see `label_names`; above the columns.
 
     Raises:
         UserError: a shard is missing or damaged.
@@ -216,8 +227,9 @@ def picture(folder: Path, chosen: Sequence[Entry], seed: int) -> Image.Image:
     rows = []
     for entry in chosen:
         run = RunFolder.open(run_folder(folder, entry, seed))
-        rows.append([Image.fromarray(pixels) for _, pixels in first_images(run, SHOWN)])
-    return grid(rows, row_labels=[entry.title for entry in chosen])
+        shown = list(first_images(run, SHOWN))
+        rows.append([Image.fromarray(pixels) for _, pixels in shown])
+    return grid(rows, row_labels=[entry.title for entry in chosen], column_labels=[names[label] for label, _ in shown])
 
 
 def plot(chosen: Sequence[Entry], x: str, y: str) -> Figure:
@@ -239,8 +251,8 @@ def plot(chosen: Sequence[Entry], x: str, y: str) -> Figure:
     return figure
 
 
-def _write_results(folder: Path, chosen: Sequence[Entry], seeds: Sequence[int]) -> None:
-    write_atomically(folder / "grid.png", png_bytes(picture(folder, chosen, seeds[0])))
+def _write_results(folder: Path, chosen: Sequence[Entry], seeds: Sequence[int], names: Sequence[str]) -> None:
+    write_atomically(folder / "grid.png", png_bytes(picture(folder, chosen, seeds[0], names)))
     content = [
         {
             "method": entry.name,

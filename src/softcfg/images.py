@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PAD = 2  # pixels between images
 MARGIN = 8
+SMALL = 12  # pixels, the type of the labels of columns
+MOST_LINES = 3
 BACKGROUND = "white"
 INK = "#222222"
 
@@ -175,13 +177,19 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def grid(
-    rows: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str] = (), title: str = "", min_size: int = 64
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    title: str = "",
+    min_size: int = 64,
 ) -> Image.Image:
-    """Put images of one size into rows, with a label in front of each row and a title above.
+    """Put images of one size into rows, with a label in front of each row, and a title and labels of columns above.
 
     Args:
         rows: the images; rows may have different lengths.
         row_labels: one text per row, or none.
+        column_labels: one text per column, or none; broken into lines, and cut after `MOST_LINES`.
         min_size: smaller images are enlarged by a whole factor to at least this side, without smoothing.
     """
     width, height = rows[0][0].size
@@ -190,7 +198,10 @@ def grid(
     size = max(12, height // 5)
     font = ImageFont.load_default(size)
     left = max((round(font.getlength(label)) for label in row_labels), default=-MARGIN) + MARGIN
-    top = round(size * 1.6) if title else 0
+    small = ImageFont.load_default(SMALL)
+    headings = [_wrapped(text, width - MARGIN, small) for text in column_labels]
+    title_height = round(size * 1.6) if title else 0
+    top = title_height + round(SMALL * 1.4) * max((heading.count("\n") + 1 for heading in headings), default=0)
     columns = max(len(row) for row in rows)
     across = max(columns * (width + PAD) - PAD, round(font.getlength(title)))
     canvas = Image.new(
@@ -201,6 +212,9 @@ def grid(
     ink = ImageDraw.Draw(canvas)
     if title:
         ink.text((MARGIN + left, MARGIN), title, fill=INK, font=font)
+    for c, heading in enumerate(headings):
+        x = MARGIN + left + c * (width + PAD) + width // 2
+        ink.text((x, MARGIN + top - PAD), heading, fill=INK, font=small, anchor="md", align="center")
     for r, row in enumerate(rows):
         y = MARGIN + top + r * (height + PAD)
         if row_labels:
@@ -209,6 +223,21 @@ def grid(
             enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (MARGIN + left + c * (width + PAD), y))
     return canvas
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text in lines of at most `width` pixels where its words allow, at most `MOST_LINES` of them."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    for number, line in enumerate(lines):
+        while font.getlength(lines[number]) > width and len(line) > 1:
+            line = line[:-1]
+            lines[number] = f"{line}…"
+    return "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "…"])
 
 
 def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:

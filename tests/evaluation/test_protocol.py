@@ -1,6 +1,8 @@
 """Whole evaluations: files in, report out."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from softcfg.evaluation import (
 )
 from softcfg.evaluation.extractors import EXTRACTORS
 from softcfg.files import hash_file
-from stand_in import Counting, extractor, factory
+from stand_in import Counting, describe, extractor, factory
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_the_extractor_of_the_golden_files(case: Golden) -> None:
 def test_files_of_the_evaluator(case: Golden, files: dict[str, Path]) -> None:
     expected = case.about["evaluator"]
     report = evaluate(files["samples"], files["reference"], extractor())
-    assert list(report.metrics) == [name for name in METRICS if name != "class_accuracy"]
+    assert list(report.metrics) == list(METRICS[:5])
     assert not any("class accuracy" in note for note in report.notes)  # nobody asks that of Inception
     for name in ("fid", "sfid"):
         assert report[name] == pytest.approx(expected[name], abs=2e-6)
@@ -373,3 +375,40 @@ def test_pictures_in_lists_measure_like_arrays(case: Golden, files: dict[str, Pa
     found = evaluate(mixed, [*map(Image.fromarray, case.arrays["ref_arr_0"].numpy())], extractor(), dtype="float32")
     assert found.metrics == pytest.approx(evaluate(files["samples"], files["images"], extractor()).metrics, abs=1e-9)
     assert list(evaluate(files["samples"], files["images"], extractor(), "fid").metrics) == ["fid"]
+
+
+def brightness(pixels: Tensor) -> Features:
+    return replace(describe(pixels), answers=pixels.float().mean((1, 2, 3))[:, None])
+
+
+def reads_prompts(answers: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """Knows bright and dark pictures alone."""
+    if set(prompts) - {"bright", "dark"}:
+        raise UserError("there is no such picture")
+    bright = answers[:, 0] > 128
+    return {"all": float((bright == torch.tensor([prompt == "bright" for prompt in prompts])).float().mean())}
+
+
+def test_agreement_with_prompts() -> None:
+    pixels = np.stack([np.full((16, 16, 3), level, np.uint8) for level in (10, 250, 240, 20)])
+    judge = replace(extractor(), describe=brightness, agreement=reads_prompts)
+    prompts = ["dark", "bright", "dark", "dark"]
+    assert evaluate(pixels, extractor=judge, prompts=prompts, metrics="agreement").metrics == {"agreement": 0.75}
+    report = evaluate(pixels, extractor=judge)
+    assert "agreement" not in report.metrics
+    assert "no agreement: array does not say from which prompts its images were drawn" in report.notes
+    report = evaluate(pixels, extractor=judge, prompts=["blue"] * 4)
+    assert [note for note in report.notes if "agreement" in note] == ["no agreement: there is no such picture"]
+    assert not any("agreement" in note for note in evaluate(pixels, extractor=extractor(), prompts=prompts).notes)
+    for settings, message in (
+        ({"prompts": prompts[:3]}, "agreement needs one prompt per sample, got 3 for 4"),
+        ({"prompts": "dark"}, "prompts must be a list of texts, one per sample, got 'dark'"),
+        (
+            {"prompts": prompts, "metrics": ["colour_agreement"]},
+            "colour right cannot be computed: no prompt says a colour",
+        ),
+        ({"metrics": ["agreement"]}, "agreement cannot be computed: array does not say from which prompts"),
+        ({"prompts": prompts, "metrics": ["agreement"], "extractor": extractor()}, "stand-in does not read prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(pixels, **{"extractor": judge, **settings})

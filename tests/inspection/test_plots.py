@@ -123,3 +123,16 @@ def test_a_heading_is_as_wide_as_it_needs() -> None:
     narrow, wide = grid([[image]], title=title), grid([[image] * 6], title=title)
     ink = [np.flatnonzero((np.asarray(picture)[:20] < 128).any(axis=(0, 2))) for picture in (narrow, wide)]
     assert ink[0].max() == ink[1].max() < narrow.width - 1
+
+
+def test_columns_have_labels_that_fit_above_them() -> None:
+    images = [Image.new("RGB", (64, 64), "black")] * 3
+    plain, labelled = grid([images]), grid([images], column_labels=["a", "flag of japan, flat style", "w" * 100])
+    assert labelled.width == plain.width
+    lines = (labelled.height - plain.height) / (grid([images], column_labels=["a"] * 3).height - plain.height)
+    assert lines == 3
+    above = (np.asarray(labelled)[: labelled.height - plain.height] < 128).any(axis=(0, 2))
+    centres = [8 + 66 * column for column in range(3)]
+    assert all(above[x : x + 64].any() for x in centres)
+    assert not above[8 + 64 : 8 + 66].any()  # nothing between them
+    assert not above[8 + 130 : 8 + 132].any()

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recipes.emoji_styles import captions, evidence, train, train_generator, train_tokenizer
-from recipes.emoji_styles.colours import COLOURS, HUES
-from recipes.emoji_styles.data import Collection, Picture
-from recipes.emoji_styles.evaluate import chosen
-from recipes.emoji_styles.evidence import METHODS, SCALES, Laboratory, Plan, at, measure
-from recipes.emoji_styles.evidence_report import PICTURES, report
-from recipes.emoji_styles.sources import STYLES
-from recipes.emoji_styles.train_judge import judge_of, wanted
+from recipes.emoji import captions, evidence, train, train_generator, train_tokenizer
+from recipes.emoji.colours import COLOURS, HUES
+from recipes.emoji.data import Collection, Picture
+from recipes.emoji.evaluate import chosen
+from recipes.emoji.evidence import METHODS, SCALES, Laboratory, Plan, at, measure
+from recipes.emoji.evidence_report import PICTURES, report
+from recipes.emoji.sources import STYLES
+from recipes.emoji.train_judge import judge_of, wanted
 from recipes.study.points import NONE, TUNING_SEED, key
 from softcfg import CFG, Pipeline, UserError, evaluation
 from softcfg.evaluation.emoji_judge import agreement, load_judge

@@ -44,6 +44,8 @@ def test_differences_name_fields_and_values() -> None:
         "guidance.floor (None there, 0.1 here)",
     ]
     assert differences(one, settings(labels=list(range(1000)))) == ["labels"]
+    weights = {"config": {"width": 1}, "sha256": "0" * 64}, {"config": {"width": 2}, "sha256": "1" * 64}
+    assert differences(*(settings(generator=each) for each in weights)) == ["generator.sha256"]
     assert fingerprint(one) != fingerprint(other)
 
 

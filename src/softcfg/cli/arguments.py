@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -307,6 +308,8 @@ def add_size_arguments(group: argparse._ArgumentGroup) -> None:
 def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | None:
     """The texts to draw, those of `--prompt` before those of `--prompts`; None for a model that draws classes.
 
+    Without either, those are drawn that the model has as examples.
+
     Raises:
         UserError: no prompts for a text-to-image model, labels for one, or prompts or a size for another.
     """
@@ -325,6 +328,9 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
             raise UserError(f"--prompts: {args.prompts} holds no text")
         if len(prompts) > MOST_PROMPTS:
             raise UserError(f"--prompts: {args.prompts} holds more than {MOST_PROMPTS:,} texts, the limit")
+    if not prompts and pipeline.entry is not None and pipeline.entry.examples:
+        prompts = list(pipeline.entry.examples)
+        print(f"no --prompt and no --prompts: the examples of {pipeline.name} are drawn", file=sys.stderr)
     if not prompts:
         raise UserError(f"{pipeline.name} draws texts: give one with --prompt, or a file of them with --prompts")
     return prompts

@@ -33,6 +33,7 @@ methods, scales and seeds. Started by torchrun or 'accelerate launch', all proce
 
 EXAMPLES = """\
 examples:
+  softcfg compare emoji --methods none,cfg,softcfg,apg --extractor emoji
   softcfg compare fashion-small --methods none,cfg,softcfg,apg,pag --num-samples 20
   softcfg compare fashion --methods cfg,softcfg,apg,softcfg+apg --scales 2,4,8 --num-samples 5000 --seeds 0,1,2 \\
       --reference test-images --extractor fashion"""

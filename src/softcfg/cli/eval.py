@@ -15,6 +15,8 @@ SAMPLES and --reference are .npz files with arr_0 (uint8 [N, H, W, 3]), folders 
 images, or run folders; the reference may also be an .npz file of statistics (mu, sigma, mu_s, sigma_s), as ADM
 reference batches and --save-stats have them. Without a reference there is only the Inception Score, and class
 accuracy where the extractor knows the classes (fashion) and SAMPLES says what was drawn (a run folder, arr_1).
+The extractor emoji also gives the agreement with the prompts of a run: the shares of images that show all that
+was asked for, and its name, style and colour.
 
 The Inception weights are downloaded once, into the folder SOFTCFG_CHECKPOINTS (default:
 ~/.cache/softcfg/checkpoints); features are kept in SOFTCFG_FEATURES (default: ~/.cache/softcfg/features)."""
@@ -23,6 +25,7 @@ EXAMPLES = """\
 examples:
   softcfg eval samples.npz --reference VIRTUAL_imagenet256_labeled.npz --output metrics.json
   softcfg eval out --reference test-images --extractor fashion --metrics fid,precision,recall
+  softcfg eval out --extractor emoji
   softcfg eval train-images --save-stats train.npz --metrics inception_score"""
 
 
@@ -33,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         metavar="LIST",
-        help="some of fid,sfid,inception_score,precision,recall,class_accuracy (default: all that can be computed)",
+        help="some of fid,sfid,inception_score,precision,recall,class_accuracy,agreement,name_agreement,"
+        "style_agreement,colour_agreement (default: all that can be computed)",
     )
     parser.add_argument(
         "--image-size-eval",

@@ -32,7 +32,7 @@ EXAMPLES = """\
 examples:
   softcfg plot fashion --labels Sneaker,Bag,Dress --output-dir plots
   softcfg plot fashion --labels Sneaker --figures weights,candidates --step 150 --token 120
-  softcfg plot emoji --prompt "red apple" --prompt octopus
+  softcfg plot emoji --prompt "red apple, flat style" --prompt octopus
   softcfg plot fashion --labels Sneaker --image shoe.png --format svg"""
 
 FIGURES = ("confidence", "gap", "budget", "weights", "candidates")

@@ -43,7 +43,7 @@ EXAMPLES = """\
 examples:
   softcfg sample fashion --labels all --output-dir out
   softcfg sample fashion --labels Sneaker,Bag --guidance-scale 6 --softcfg-strength 0
-  softcfg sample emoji --prompt "red apple" --prompt "cat face"
+  softcfg sample emoji --prompt "red apple, flat style" --prompt "cat face, ink style"
   softcfg sample lumina-mgpt-2 --prompts prompts.txt --images-per-prompt 2 --width 768 --height 768
   softcfg sample lumina-mgpt-2 --prompt "a lighthouse" --task depth --image photo.jpg --height 1024
   softcfg sample alitok-xl --labels 207,360 --guidance-scale 9 --guidance-scale-pow 1.5
@@ -91,7 +91,9 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
         'or random, from the seed; a name with commas or of digits goes in quotes, \'"maillot, tank suit","7"\'',
     )
     arguments.add_prompt_arguments(group)
-    group.add_argument("--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT}, or 1 with --prompts")
+    group.add_argument(
+        "--images-per-prompt", type=int, metavar="N", help=f"default: {PER_PROMPT} with --prompt alone, else 1"
+    )
     group.add_argument(
         "--task",
         help="for models with tasks (Lumina-mGPT 2.0), a picture in two halves: an image above its depth, canny, hed "
@@ -170,7 +172,7 @@ def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     if texts is not None:
         if args.images_per_prompt and args.num_samples:
             raise UserError("give --images-per-prompt or --num-samples, not both")
-        each = args.images_per_prompt or (PER_PROMPT if args.prompts is None else 1)
+        each = args.images_per_prompt or (PER_PROMPT if args.prompt and args.prompts is None else 1)
         return {
             "prompts": Prompts(
                 tuple(texts), *arguments.image_size(args, pipeline), args.task, args.image, args.negative_prompt

@@ -20,7 +20,7 @@ prompts if there are, are in the file's metadata."""
 EXAMPLES = """\
 examples:
   softcfg trace fashion --labels Sneaker --output sneaker.safetensors
-  softcfg trace emoji --prompt "red apple"
+  softcfg trace emoji --prompt "red apple, flat style"
   softcfg trace fashion --labels 0,3 --tokens sneaker.safetensors --softcfg-strength 0.5"""
 
 

@@ -109,11 +109,16 @@ class EmojiJudge(SmallNetwork):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return logits of names, styles and colours for images `[B, 3, 96, 96]` in [0, 1]."""
+        return self.describe(pixels)[1]
+
+    def describe(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the features `[B, num_features]` that `features` gives, and the logits."""
         near = self.blocks[:3](self.scaled(pixels))
-        features = self.dropout(self.blocks[3:](near).mean(dim=(2, 3)))
+        features = self.blocks[3:](near).mean(dim=(2, 3))
         near = self.texture(near).float()
         texture = torch.cat((near.mean((2, 3)), near.var((2, 3)).add(1e-4).sqrt()), dim=1).to(features)
-        return [head(texture if i == STYLE else features) for i, head in enumerate(self.heads)]
+        seen = self.dropout(features)
+        return features, [head(texture if i == STYLE else seen) for i, head in enumerate(self.heads)]
 
 
 class Residual(nn.Module):
@@ -154,17 +159,31 @@ def agreement(judge: EmojiJudge, pixels: Tensor, wanted: Tensor, batch_size: int
         wanted: int64 `[N, 3]`, see `Vocabulary.read`.
 
     Returns:
+        As `shares_right`.
+
+    Raises:
+        UserError: there are not as many prompts as images.
+    """
+    scale = 1 if pixels.is_floating_point() else 255
+    parts = [torch.stack([head.argmax(1) for head in judge(part / scale)], 1) for part in pixels.split(batch_size)]
+    return shares_right(torch.cat(parts).cpu(), wanted)
+
+
+def shares_right(seen: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Return the shares of images in which name, style and colour are those that were asked for.
+
+    Args:
+        seen: what the judge sees, int64 `[N, 3]`.
+        wanted: int64 `[N, 3]`, see `Vocabulary.read`.
+
+    Returns:
         "name", "style", "colour": of the images whose prompts say it; "all": everything that the prompt says is right.
 
     Raises:
         UserError: there are not as many prompts as images.
     """
-    if wanted.shape != (len(pixels), 3):
-        raise UserError(f"agreement needs one prompt per image, got {len(wanted)} for {len(pixels)} images")
-    scale = 1 if pixels.is_floating_point() else 255
-    seen = torch.cat(
-        [torch.stack([logits.argmax(1) for logits in judge(part / scale)], 1) for part in pixels.split(batch_size)]
-    ).cpu()
+    if wanted.shape != seen.shape:
+        raise UserError(f"agreement needs one prompt per image, got {len(wanted)} for {len(seen)} images")
     said, right = wanted != UNKNOWN, seen == wanted
     shares = {
         key: float(right[said[:, i], i].float().mean())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softcfg.errors import UserError
-from softcfg.evaluation.emoji_judge import EmojiJudge, load_judge
-from softcfg.evaluation.fashion_classifier import FashionClassifier
+from softcfg.evaluation.emoji_judge import load_judge, shares_right
+from softcfg.evaluation.fashion_classifier import FashionClassifier, SmallNetwork
 from softcfg.evaluation.features import Extractor, Features
 from softcfg.evaluation.inception import InceptionV3
 from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
@@ -73,25 +72,33 @@ def _inception(weights: Path | None, device: torch.device, dtype: torch.dtype) -
 def _fashion(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
     path = weights or BUNDLED / "fashion" / "classifier.safetensors"
     network, digest = load_network(FashionClassifier, path, device, dtype)
-    describe = functools.partial(_describe, "fashion", network, network.head, dtype)
+
+    def describe(pixels: Tensor) -> Features:
+        pooled = network.features(_scaled("fashion", network, pixels, dtype))
+        return Features(pooled, logits=network.head(pooled))
+
     return Extractor("fashion", describe, digest, device, dtype, classifies=True)
 
 
 def _emoji(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Extractor:
-    judge, _, digest = load_judge(weights or BUNDLED / "emoji-styles" / "judge.safetensors", device, dtype)
-    describe = functools.partial(_describe, "emoji", judge, judge.heads[0], dtype)
-    return Extractor("emoji", describe, digest, device, dtype)
+    judge, words, digest = load_judge(weights or BUNDLED / "emoji" / "judge.safetensors", device, dtype)
+
+    def describe(pixels: Tensor) -> Features:
+        pooled, logits = judge.describe(_scaled("emoji", judge, pixels, dtype))
+        return Features(pooled, logits=logits[0], answers=torch.stack([head.argmax(1) for head in logits], 1))
+
+    def agreement(answers: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return shares_right(answers.long(), words.read(prompts))
+
+    return Extractor("emoji", describe, digest, device, dtype, agreement=agreement)
 
 
-def _describe(
-    name: str, network: FashionClassifier | EmojiJudge, head: nn.Module, dtype: torch.dtype, pixels: Tensor
-) -> Features:
-    """The features and logits of uint8 [B, 3, H, W] by a network for images of one size."""
+def _scaled(name: str, network: SmallNetwork, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images uint8 [B, 3, H, W] in [0, 1], for a network that takes one size."""
     side, (height, width) = network.image_size, pixels.shape[2:]
     if (height, width) != (side, side):
         raise UserError(f"the extractor {name} takes images of {side} x {side} pixels, these have {height} x {width}")
-    pooled = network.features(pixels.to(dtype) / 255)
-    return Features(pooled, logits=head(pooled))
+    return pixels.to(dtype) / 255
 
 
 register_extractor("inception", _inception)

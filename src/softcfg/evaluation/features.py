@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,13 @@ class Features:
         pooled: float `[N, D]`, for FID, precision and recall.
         spatial: float `[N, S]`, for sFID; or None.
         logits: float `[N, C]` of classes, for the Inception Score; or None.
+        answers: `[N, A]`, what `Extractor.agreement` compares with prompts; or None.
     """
 
     pooled: Tensor
     spatial: Tensor | None = None
     logits: Tensor | None = None
+    answers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -61,6 +63,8 @@ class Extractor:
         identity: tells apart networks of the same name; best the SHA-256 of the weights.
         note: what a reader of figures made with it has to know, or "".
         classifies: whether logit c is that of class c as the labels of the samples count; then class accuracy is known.
+        agreement: `answers`, float32 `[N, A]`, and N prompts -> shares of the images, in [0, 1], that show what their
+            prompts say: "all" of it, and of those whose prompts say it the "name", "style" and "colour".
     """
 
     name: str
@@ -70,6 +74,7 @@ class Extractor:
     dtype: torch.dtype = torch.float32
     note: str = ""
     classifies: bool = False
+    agreement: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None
 
 
 def extract(

@@ -33,8 +33,10 @@ from softcfg.zoo.registry import find
 if TYPE_CHECKING:
     from softcfg.evaluation.sources import Images
 
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy")
-SAMPLES_ALONE = ("inception_score", "class_accuracy")  # they need no reference
+# What a prompt says, by the metric that counts the images which show it.
+AGREEMENT = {"agreement": "all", "name_agreement": "name", "style_agreement": "style", "colour_agreement": "colour"}
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy", *AGREEMENT)
+SAMPLES_ALONE = ("inception_score", "class_accuracy", *AGREEMENT)  # they need no reference
 FRECHET = {"fid": "pooled", "sfid": "spatial"}  # the features they compare
 
 
@@ -45,6 +47,7 @@ def evaluate(
     metrics: Sequence[str] | str | None = None,
     *,
     labels: ArrayLike | Tensor | None = None,
+    prompts: Sequence[str] | None = None,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
@@ -60,13 +63,15 @@ def evaluate(
         samples: an .npz file with `arr_0`, a folder of images, a run folder, uint8 images `[N, H, W, 3]`, or a list of
             pictures of one size, such as images of PIL, also mixed; see `softcfg.images.read_picture`.
         reference: the same, or an .npz file of statistics (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID);
-            without it there are only the Inception Score and class accuracy. As in the ADM protocol, statistics in
-            a file take the place of its images in FID and sFID, on both sides.
+            without it there are only the Inception Score, class accuracy and agreement. As in the ADM protocol,
+            statistics in a file take the place of its images in FID and sFID, on both sides.
         extractor: a registered name, "package.module:factory", or an `Extractor`.
-        metrics: some of "fid", "sfid", "inception_score", "precision", "recall", "class_accuracy"; by default all
-            that the input and the extractor allow, with a note on the others.
+        metrics: some of "fid", "sfid", "inception_score", "precision", "recall", "class_accuracy", "agreement" with the
+            prompts, "name_agreement", "style_agreement", "colour_agreement"; by default all that the input and the
+            extractor allow, with a note on the others.
         labels: the class of every sample, for class accuracy; by default those that a run folder, or `arr_1` of an
             .npz file, holds.
+        prompts: what every sample was drawn from, for agreement; by default those that a run folder holds.
         weights: of the extractor, instead of its own.
         device: where features and metrics are computed; CUDA where there is one.
         dtype: of the extractor, float32 or float64; also by its name.
@@ -106,27 +111,28 @@ def evaluate(
         inputs = [given.resized(checked_size(image_size_eval)) for given in inputs]
     _require_equal_sizes(inputs)
     classes = inputs[0].labels if labels is None else _as_labels(labels)
-    obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs, classes))}
+    texts = inputs[0].prompts if prompts is None else _as_prompts(prompts)
+    obstacles = {name: obstacle for name in wanted if (obstacle := _obstacle(name, inputs, classes, texts))}
     if metrics and obstacles:
         raise UserError("; ".join(f"{TITLES[name]} cannot be computed: {why}" for name, why in obstacles.items()))
     if save_stats and inputs[0].source is None:
         raise UserError(f"{inputs[0].name} holds no images of which statistics could be saved")
     if not isinstance(extractor, Extractor):
         extractor = load_extractor(extractor, weights, device, dtype)
-    if not metrics and not extractor.classifies:
-        wanted.remove("class_accuracy")
-        obstacles.pop("class_accuracy", None)
+    if not metrics:
+        suits = {"class_accuracy": extractor.classifies, **dict.fromkeys(AGREEMENT, extractor.agreement is not None)}
+        wanted = [name for name in wanted if suits.get(name, True)]
     for given in inputs:
         given.require_made_with(extractor)
 
     options = {"batch_size": batch_size, "cache": cache, "progress": progress}
     sides = [_Side(given, extractor, device, options) for given in inputs]
-    comparison = _Comparison(*sides, labels=classes)
+    comparison = _Comparison(*sides, labels=classes, prompts=texts)
     values: dict[str, float] = {}
     for name in wanted:
         if name not in obstacles:
             try:
-                values[name] = getattr(comparison, name)()
+                values[name] = comparison.share(AGREEMENT[name]) if name in AGREEMENT else getattr(comparison, name)()
             except _UnavailableError as error:
                 if metrics:
                     raise UserError(f"{TITLES[name]} cannot be computed: {error}") from error
@@ -156,7 +162,11 @@ def evaluate(
         },
         "seconds": round(time.perf_counter() - started, 1),
     }
-    notes = [f"no {TITLES[name]}: {obstacle}" for name, obstacle in obstacles.items()]
+    notes = [
+        f"no {TITLES[name]}: {obstacle}"
+        for name, obstacle in obstacles.items()
+        if name in wanted and AGREEMENT.get(name, "all") == "all"
+    ]
     notes += [extractor.note] if extractor.note else []
     notes += [
         f"the images of {given.name} were resized from {given.source.original.size[0]} to {image_size_eval} pixels "
@@ -191,6 +201,12 @@ def _as_labels(labels: ArrayLike | Tensor) -> Tensor:
     return found
 
 
+def _as_prompts(prompts: Sequence[str]) -> Sequence[str]:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not all(isinstance(p, str) for p in prompts):
+        raise UserError(f"prompts must be a list of texts, one per sample, got {quote(prompts)}")
+    return prompts
+
+
 class _UnavailableError(UserError):
     """A metric cannot be computed with this extractor."""
 
@@ -198,10 +214,18 @@ class _UnavailableError(UserError):
 class _Comparison:
     """The metrics by their names; what two of them share is computed once."""
 
-    def __init__(self, samples: _Side, reference: _Side | None = None, *, labels: Tensor | None) -> None:
+    def __init__(
+        self,
+        samples: _Side,
+        reference: _Side | None = None,
+        *,
+        labels: Tensor | None,
+        prompts: Sequence[str] | None,
+    ) -> None:
         self.samples = samples
         self.reference = reference
         self.labels = labels
+        self.prompts = prompts
 
     def fid(self) -> float:
         return self._frechet("pooled")
@@ -225,6 +249,26 @@ class _Comparison:
         assert self.labels is not None
         return formulas.class_accuracy(self.samples.tensor("logits"), self.labels)
 
+    def share(self, part: str) -> float:
+        """The share of the samples that show this part of their prompts."""
+        if part not in self._agreement:
+            raise _UnavailableError(f"no prompt says a {part}")
+        return self._agreement[part]
+
+    @cached_property
+    def _agreement(self) -> dict[str, float]:
+        extractor = self.samples.extractor
+        if extractor.agreement is None:
+            raise _UnavailableError(f"the extractor {extractor.name} does not read prompts")
+        assert self.prompts is not None
+        answers = self.samples.tensor("answers").cpu()
+        if len(self.prompts) != len(answers):
+            raise UserError(f"agreement needs one prompt per sample, got {len(self.prompts)} for {len(answers)}")
+        try:
+            return extractor.agreement(answers, self.prompts)
+        except UserError as error:
+            raise _UnavailableError(str(error)) from error
+
     def _frechet(self, kind: str) -> float:
         assert self.reference is not None
         moments = self.samples.statistics(kind), self.reference.statistics(kind)
@@ -239,7 +283,9 @@ class _Comparison:
         return formulas.precision_recall(self.reference.tensor("pooled"), self.samples.tensor("pooled"))
 
 
-def _obstacle(metric: str, inputs: Sequence[_Input], labels: Tensor | None) -> str | None:
+def _obstacle(
+    metric: str, inputs: Sequence[_Input], labels: Tensor | None, prompts: Sequence[str] | None
+) -> str | None:
     """Why `metric` cannot be computed of these inputs, whatever the extractor."""
     if metric in SAMPLES_ALONE:
         inputs = inputs[:1]
@@ -254,6 +300,8 @@ def _obstacle(metric: str, inputs: Sequence[_Input], labels: Tensor | None) -> s
             return f"{given.name} holds statistics, but no images"
     if metric == "class_accuracy" and labels is None:
         return f"{inputs[0].name} does not say of which classes its images are"
+    if metric in AGREEMENT and prompts is None:
+        return f"{inputs[0].name} does not say from which prompts its images were drawn"
     return None
 
 
@@ -283,6 +331,11 @@ class _Input:
     def labels(self) -> Tensor | None:
         """The classes of the images, as far as known."""
         return self.source.labels if self.source else None
+
+    @property
+    def prompts(self) -> Sequence[str] | None:
+        """The prompts of the images, as far as known."""
+        return self.source.prompts if self.source else None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -317,7 +370,8 @@ class _Side:
         """The "pooled", "spatial" or "logits" features."""
         found = self.features.tensors().get(kind)
         if found is None:
-            raise _UnavailableError(f"the extractor {self.extractor.name} gives no {kind} features")
+            what = kind if kind == "answers" else f"{kind} features"
+            raise _UnavailableError(f"the extractor {self.extractor.name} gives no {what}")
         return found.to(self.device)
 
     def statistics(self, kind: str) -> Statistics:

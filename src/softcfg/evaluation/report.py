@@ -13,8 +13,12 @@ TITLES = {
     "precision": "precision",
     "recall": "recall",
     "class_accuracy": "class accuracy",
+    "agreement": "agreement",
+    "name_agreement": "name right",
+    "style_agreement": "style right",
+    "colour_agreement": "colour right",
 }
-DECIMALS = {"inception_score": 2, "precision": 4, "recall": 4, "class_accuracy": 4}
+DECIMALS = {**dict.fromkeys(TITLES, 4), "fid": 3, "sfid": 3, "inception_score": 2}
 
 
 @dataclass(frozen=True)

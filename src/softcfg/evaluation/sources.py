@@ -24,6 +24,7 @@ from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
 from softcfg.files import as_path, hash_file, is_file, is_folder
 from softcfg.images import SUFFIXES, read_picture
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
+from softcfg.runs.plan import Prompts
 from softcfg.tokenizers.base import resize
 
 if TYPE_CHECKING:
@@ -47,12 +48,14 @@ class ImageSource(ABC):
         count: their number.
         size: height and width.
         labels: the classes that they were drawn for, int64 `[N]`, where the source says so; else None.
+        prompts: the N prompts that they were drawn from, where the source says so; else None.
     """
 
     name: str
     count: int
     size: tuple[int, int]
     labels: Tensor | None = None
+    prompts: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -258,7 +261,10 @@ class RunSource(ImageSource):
         self.count = run.plan.num_samples
         height, width = run.require(0).pixels.shape[1:3]
         self.size = (height, width)
-        self.labels = torch.tensor(run.plan.labels_of(range(self.count)))
+        labels = run.plan.labels_of(range(self.count))
+        self.labels = torch.tensor(labels)
+        if prompts := Prompts.of(run.settings):
+            self.prompts = [prompts.texts[label] for label in labels]
 
     def _hash(self) -> str:
         return _hash_files(self.run.path, [self.run.shard_path(number) for number in range(self.run.plan.num_shards)])
@@ -290,7 +296,8 @@ class ResizedSource(ImageSource):
         if original.size[0] != original.size[1]:
             raise UserError(f"image_size_eval makes squares; the images of {original.name} are {_by(original.size)}")
         self.original = original
-        self.name, self.count, self.size, self.labels = original.name, original.count, (size, size), original.labels
+        self.name, self.count, self.size = original.name, original.count, (size, size)
+        self.labels, self.prompts = original.labels, original.prompts
 
     def _hash(self) -> str:
         return hashlib.sha256(f"{self.original.fingerprint} {self.size}".encode()).hexdigest()

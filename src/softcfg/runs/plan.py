@@ -174,13 +174,14 @@ def _random_label(seed: int, index: int, classes: int) -> int:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say in which settings two runs differ that change images, one text per field; empty if in none."""
+    """Say in which settings two runs differ that change images, one text per field; empty if in none.
+
+    Of a part with other weights the configuration is left out.
+    """
     one, other = (dotted(_images_of(settings)) for settings in (found, wanted))
-    return [
-        f"{name}{_values(one.get(name), other.get(name))}"
-        for name in {**one, **other}
-        if one.get(name) != other.get(name)
-    ]
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    replaced = tuple(f"{name.removesuffix('sha256')}config." for name in names if name.endswith(".sha256"))
+    return [f"{name}{_values(one.get(name), other.get(name))}" for name in names if not name.startswith(replaced)]
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 import softcfg
 from recipes.commands import run_command
-from recipes.emoji_styles import data
-from recipes.emoji_styles.data import Collection
-from recipes.emoji_styles.evaluate import KINDS, chosen
-from recipes.emoji_styles.train_judge import wanted
+from recipes.emoji import data
+from recipes.emoji.data import Collection
+from recipes.emoji.evaluate import KINDS, chosen
+from recipes.emoji.train_judge import wanted
 from recipes.study.measure import TRACED_AT_ONCE, distances, means, on_background, per_step, row_of
 from recipes.study.patches import brightness
 from recipes.study.points import NONE, TRACED, TUNING_SEED, Point, Row, key
@@ -370,7 +370,7 @@ def main() -> None:
 def work(given: argparse.Namespace) -> None:
     """Measure, or print the report."""
     if given.report:
-        from recipes.emoji_styles.evidence_report import report
+        from recipes.emoji.evidence_report import report
 
         plan = Plan(given.images, given.seeds, temperatures_of(given.model, given.temperatures))
         print(report(results_of(given.model, given.results).rows(), plan, given.plots))

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recipes.emoji_styles.evaluate import KINDS
-from recipes.emoji_styles.evidence import METHODS, SCALES, Plan, at, title
+from recipes.emoji.evaluate import KINDS
+from recipes.emoji.evidence import METHODS, SCALES, Plan, at, title
 from recipes.study import report as study
 from recipes.study.points import NONE, Row, key
 from recipes.study.report import (

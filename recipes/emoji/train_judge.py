@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.emoji_styles.augment import Moves, disguised, moved
-from recipes.emoji_styles.colours import COLOURS
-from recipes.emoji_styles.data import Collection, Picture, mirrors
-from recipes.emoji_styles.sources import STYLES
-from recipes.emoji_styles.train_tokenizer import floats, pixels_of
+from recipes.emoji.augment import Moves, disguised, moved
+from recipes.emoji.colours import COLOURS
+from recipes.emoji.data import Collection, Picture, mirrors
+from recipes.emoji.sources import STYLES
+from recipes.emoji.train_tokenizer import floats, pixels_of
 from recipes.muon import Muon
 from recipes.training import (
     Average,
