@@ -6,7 +6,7 @@ Prompts are of pictures seen in training, of pairs of name and style that were h
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from recipes.commands import run_command
 from recipes.emoji import data
-from recipes.emoji.data import Collection
+from recipes.emoji.data import Collection, Picture
 from recipes.emoji.train_judge import wanted
 from recipes.emoji.train_tokenizer import pixels_of
 from softcfg import CFG, Pipeline, SoftCFG
-from softcfg.evaluation.emoji_judge import EmojiJudge, agreement, load_judge
+from softcfg.evaluation.emoji_judge import EmojiJudge, Vocabulary, agreement, load_judge
 from softcfg.images import grid
 
 SHOWN = (
@@ -59,16 +59,16 @@ def chosen(collection: Collection, kind: str, count: int) -> list[int]:
 def measure(given: argparse.Namespace) -> None:
     """Print the table."""
     collection = data.load(given.pictures, names=given.names)
-    judge, _, _ = load_judge(Path(given.model) / "judge.safetensors")
+    judge, words, _ = load_judge(Path(given.model) / "judge.safetensors")
     pipeline = Pipeline.from_pretrained(given.model)
     for kind in given.kinds:
-        pictures = chosen(collection, kind, given.images)
-        labels = torch.tensor([wanted(collection.pictures[i]) for i in pictures])
-        real = pixels_of(collection, pictures)
+        numbers = chosen(collection, kind, given.images)
+        pictures = [collection.pictures[i] for i in numbers]
+        real = pixels_of(collection, numbers)
         decoded = torch.cat([pipeline.tokenizer.decode(pipeline.tokenizer.encode(part)) for part in real.split(50)])
         for name, pixels in (("the pictures", real), ("through tokens", decoded)):
-            report(kind, name, judge, pixels, labels)
-        prompts = [collection.pictures[i].caption for i in pictures]
+            report(kind, name, right(judge, words, pixels, pictures))
+        prompts = [picture.caption for picture in pictures]
         for name, guidance in guidances(given.scales, given.methods):
             out = pipeline(
                 prompts=prompts,
@@ -77,7 +77,7 @@ def measure(given: argparse.Namespace) -> None:
                 batch_size=given.batch_size,
                 temperature=given.temperature,
             )
-            report(kind, name, judge, torch.from_numpy(out.pixels).permute(0, 3, 1, 2), labels)
+            report(kind, name, right(judge, words, torch.from_numpy(out.pixels).permute(0, 3, 1, 2), pictures))
             if given.grids:
                 save_grid(given.grids / f"{kind}-{name}.png", out.images[:100], 10)
     if given.grids:
@@ -86,10 +86,20 @@ def measure(given: argparse.Namespace) -> None:
             save_grid(given.grids / f"shown-{name}.png", out.images, 6)
 
 
-def report(kind: str, name: str, judge: EmojiJudge, pixels: Tensor, labels: Tensor) -> None:
+def right(judge: EmojiJudge, words: Vocabulary, images: Tensor, pictures: Sequence[Picture]) -> dict[str, float]:
+    """Return the shares of images that show what the captions of pictures say: "name", "style", and "all" that is said.
+
+    "colour" is that of the picture, whether the caption says it or not.
+    """
+    shares = agreement(judge, images, torch.tensor([wanted(picture) for picture in pictures]))
+    said = words.read([picture.caption for picture in pictures])
+    return {**shares, "all": agreement(judge, images, said)["all"]}
+
+
+def report(kind: str, name: str, shares: Mapping[str, float]) -> None:
     """Print a row of the table."""
-    shares = "  ".join(f"{key} {value:.3f}" for key, value in agreement(judge, pixels, labels).items())
-    print(f"{kind:8} {name:16} {shares}", flush=True)
+    text = "  ".join(f"{key} {value:.3f}" for key, value in shares.items())
+    print(f"{kind:8} {name:16} {text}", flush=True)
 
 
 def save_grid(path: Path, images: Sequence, columns: int) -> None:

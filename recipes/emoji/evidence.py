@@ -22,8 +22,7 @@ import softcfg
 from recipes.commands import run_command
 from recipes.emoji import data
 from recipes.emoji.data import Collection
-from recipes.emoji.evaluate import KINDS, chosen
-from recipes.emoji.train_judge import wanted
+from recipes.emoji.evaluate import KINDS, chosen, right
 from recipes.study.measure import TRACED_AT_ONCE, distances, means, on_background, per_step, row_of
 from recipes.study.patches import brightness
 from recipes.study.points import NONE, TRACED, TUNING_SEED, Point, Row, key
@@ -32,7 +31,7 @@ from softcfg import CFG, Pipeline, SoftCFG, evaluation
 from softcfg.decoding.sequential import step_weights
 from softcfg.errors import UserError
 from softcfg.evaluation.arithmetic import full_float32
-from softcfg.evaluation.emoji_judge import agreement, load_judge
+from softcfg.evaluation.emoji_judge import load_judge
 from softcfg.files import hash_file, make_folder
 from softcfg.zoo import resolve
 
@@ -176,7 +175,7 @@ class Laboratory:
         self.device = device
         self.batch_size = batch_size
         self.pipeline = Pipeline.from_pretrained(model, device=device)
-        self.judge, _, _ = load_judge(folder_of(model) / "judge.safetensors", device)
+        self.judge, self.words, _ = load_judge(folder_of(model) / "judge.safetensors", device)
         self.reference = self.features(self.pictures(collection.where(recoloured=False)))
         self.statistics = evaluation.statistics(self.reference).to(torch.device("cpu"))
 
@@ -231,8 +230,7 @@ class Laboratory:
 
     def judged(self, images: Tensor, pictures: Sequence[int], *, with_distances: bool) -> Row:
         """Shares of images [N, 3, 96, 96] that are right, and their distances from the seen pictures if asked for."""
-        labels = torch.tensor([wanted(self.collection.pictures[i]) for i in pictures])
-        values: Row = {**agreement(self.judge, images, labels, JUDGED_AT_ONCE)}
+        values: Row = {**right(self.judge, self.words, images, [self.collection.pictures[i] for i in pictures])}
         return (
             {**values, **distances(self.reference, self.statistics, self.features(images))}
             if with_distances

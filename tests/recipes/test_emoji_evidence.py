@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from recipes.emoji import captions, evidence, train, train_generator, train_tokenizer
 from recipes.emoji.colours import COLOURS, HUES
 from recipes.emoji.data import Collection, Picture
-from recipes.emoji.evaluate import chosen
+from recipes.emoji.evaluate import chosen, right
 from recipes.emoji.evidence import METHODS, SCALES, Laboratory, Plan, at, measure
 from recipes.emoji.evidence_report import PICTURES, report
 from recipes.emoji.sources import STYLES
@@ -177,9 +177,14 @@ def test_a_point_is_measured_as_the_evaluation_measures(laboratory: Laboratory, 
     weights = Path(model) / "judge.safetensors"
     extractor = evaluation.load_extractor("emoji", weights)
     expected = evaluation.evaluate(drawn, reference, extractor, ["fid", "precision", "recall"]).metrics
+    said = evaluation.evaluate(
+        drawn, None, extractor, ["agreement", "name_agreement", "style_agreement"], prompts=prompts
+    )
+    expected |= {name.removesuffix("_agreement"): value for name, value in said.metrics.items()}
+    expected["all"] = expected.pop("agreement")
     judge, _, _ = load_judge(weights)
     labels = torch.tensor([wanted(collection.pictures[i]) for i in pictures])
-    expected |= agreement(judge, torch.from_numpy(drawn).permute(0, 3, 1, 2), labels)
+    expected["colour"] = agreement(judge, torch.from_numpy(drawn).permute(0, 3, 1, 2), labels)["colour"]
     assert len(row["values"].pop("fid_without")) == 10
     assert row["values"] == pytest.approx(expected, rel=1e-4)
 
@@ -217,9 +222,9 @@ def test_a_trace_says_where_the_confidence_lies(
 
 def test_bounds_are_of_the_pictures(laboratory: Laboratory) -> None:
     found = {point.measure: laboratory.run(point)["values"] for point in SMALL.bounds()}
-    pictures = laboratory.collection.where(held_out="style")
-    labels = torch.tensor([wanted(laboratory.collection.pictures[i]) for i in pictures])
-    assert found["real style"] == agreement(laboratory.judge, laboratory.pictures(pictures), labels)
+    numbers = laboratory.collection.where(held_out="style")
+    pictures = [laboratory.collection.pictures[i] for i in numbers]
+    assert found["real style"] == right(laboratory.judge, laboratory.words, laboratory.pictures(numbers), pictures)
     assert "fid" in found["tokens seen"]
     assert "fid" not in found["real seen"]
 
