@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--methods", choices=("cfg", "softcfg"), nargs="+", default=["cfg", "softcfg"])
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperature", type=float, help="[the model's]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grids", type=Path, help="folder for a grid of each row, and one of well-known prompts")
     run_command(parser, measure)
