@@ -25,9 +25,11 @@ PROMPTS = json.loads((Path(__file__).parent / "golden" / "emoji" / "prompts.json
 # The least shares of pictures in which the judge sees what the prompt says, with CFG at the model's own scale.
 EXAMPLES_RIGHT = 0.75
 COLOURS_RIGHT = 0.75
-SEEN_NAMES_RIGHT = 0.85
-HELD_OUT_PAIRS_RIGHT = 0.60
-HELD_OUT_COLOURS_RIGHT = 0.60
+LEAST = {  # of each kind of prompts
+    "seen": {"name_agreement": 0.85, "style_agreement": 0.4},
+    "held_out": {"name_agreement": 0.60, "style_agreement": 0.4},
+    "held_out_colour": {"name_agreement": 0.60, "colour_agreement": 0.60},
+}
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +123,10 @@ def test_the_examples_and_colours_are_those_of_the_prompts(pipe: Pipeline) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "metric", "least"),
-    [
-        ("seen", "name_agreement", SEEN_NAMES_RIGHT),
-        ("held_out", "agreement", HELD_OUT_PAIRS_RIGHT),
-        ("held_out_colour", "colour_agreement", HELD_OUT_COLOURS_RIGHT),
-    ],
-)
-def test_pictures_are_those_of_their_prompts(pipe: Pipeline, kind: str, metric: str, least: float) -> None:
-    assert right(pipe, PROMPTS[kind])[metric] >= least
+@pytest.mark.parametrize("kind", LEAST)
+def test_pictures_are_those_of_their_prompts(pipe: Pipeline, kind: str) -> None:
+    found = right(pipe, PROMPTS[kind])
+    assert not {name: found[name] for name, least in LEAST[kind].items() if found[name] < least}
 
 
 @pytest.mark.slow

@@ -18,8 +18,10 @@ from recipes.emoji.data import Collection, Picture
 from recipes.emoji.train_judge import wanted
 from recipes.emoji.train_tokenizer import pixels_of
 from softcfg import CFG, Pipeline, SoftCFG
+from softcfg.errors import UserError
 from softcfg.evaluation.emoji_judge import EmojiJudge, Vocabulary, agreement, load_judge
 from softcfg.images import grid
+from softcfg.zoo import resolve
 
 SHOWN = (
     "rocket, flat style", "rocket, ink style", "octopus, cartoon style", "octopus, glossy style",
@@ -34,7 +36,7 @@ KINDS = {"seen": "", "style": "style", "colour": "colour"}
 def main() -> None:
     """Read the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("model", help="the model folder")
+    parser.add_argument("model", help="the model folder, or a bundled model")
     parser.add_argument("--pictures", type=Path, help="the cache of the pictures [$SOFTCFG_PICTURES]")
     parser.add_argument("--names", type=int, help="as in training")
     parser.add_argument("--images", type=int, default=100, help="prompts of each kind")
@@ -48,6 +50,14 @@ def main() -> None:
     run_command(parser, measure)
 
 
+def folder_of(model: str) -> Path:
+    """The folder of a model by its path or name."""
+    folder = resolve(model).folder
+    if folder is None or not (folder / "judge.safetensors").is_file():
+        raise UserError(f"{model} is no model folder with a judge (judge.safetensors)")
+    return folder
+
+
 def chosen(collection: Collection, kind: str, count: int) -> list[int]:
     """Return `count` pictures of a kind, evenly spread; only those held out for their colour are recoloured."""
     recoloured = kind == "colour"
@@ -59,7 +69,7 @@ def chosen(collection: Collection, kind: str, count: int) -> list[int]:
 def measure(given: argparse.Namespace) -> None:
     """Print the table."""
     collection = data.load(given.pictures, names=given.names)
-    judge, words, _ = load_judge(Path(given.model) / "judge.safetensors")
+    judge, words, _ = load_judge(folder_of(given.model) / "judge.safetensors")
     pipeline = Pipeline.from_pretrained(given.model)
     for kind in given.kinds:
         numbers = chosen(collection, kind, given.images)

@@ -22,7 +22,7 @@ import softcfg
 from recipes.commands import run_command
 from recipes.emoji import data
 from recipes.emoji.data import Collection
-from recipes.emoji.evaluate import KINDS, chosen, right
+from recipes.emoji.evaluate import KINDS, chosen, folder_of, right
 from recipes.study.measure import TRACED_AT_ONCE, distances, means, on_background, per_step, row_of
 from recipes.study.patches import brightness
 from recipes.study.points import NONE, TRACED, TUNING_SEED, Point, Row, key
@@ -281,14 +281,6 @@ class Laboratory:
             named = on_background(torch.cat(weakened), background)
             values |= {f"{where}_weakened": named[f"{where}_confidence"] for where in ("background", "object")}
         return values
-
-
-def folder_of(model: str) -> Path:
-    """The folder of a model by its path or name."""
-    folder = resolve(model).folder
-    if folder is None or not (folder / "judge.safetensors").is_file():
-        raise UserError(f"{model} is no model folder with a judge (judge.safetensors)")
-    return folder
 
 
 def results_of(model: str, path: Path) -> Results:
