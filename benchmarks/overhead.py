@@ -6,7 +6,8 @@
     python -m benchmarks.overhead lumina-mgpt-2 --layers 2 --batch-size 2
 
 All sides take turns on one cache, at several positions of the sequence; CFG is there twice, and what the second
-adds is the error of the table. SoftCFG computes the weights once a step and multiplies with them in every layer, so a model that was cut to a few layers shows more overhead than the whole one.
+adds is the error of the table. SoftCFG computes the weights once a step and multiplies with them in every layer, so a
+model that was cut to a few layers shows more overhead than the whole one.
 """
 
 from __future__ import annotations
