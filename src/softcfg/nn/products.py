@@ -102,6 +102,33 @@ class Plain(Product):
 
 
 @register_product
+class Columns(Product):
+    """W x^T, with the inputs as columns: of few columns in bfloat16 it reads the weights faster than x W^T."""
+
+    name = "columns"
+    depends_on_threads = True
+
+    def can_serve(self, weight: Tensor) -> bool:
+        """See `Product.can_serve`."""
+        return weight.dtype == torch.bfloat16
+
+    def lay_out(self, weight: Tensor, rows: int) -> Tensor:
+        """See `Product.lay_out`: as they are."""
+        return weight
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """See `Product.multiply`."""
+        if x.numel() != rows * weight.shape[1]:
+            return F.linear(x, weight, bias)
+        if rows == 1:  # PyTorch has a faster routine for one column
+            found = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+            return found.view(*x.shape[:-1], -1)
+        columns = x.reshape(rows, -1).t()
+        found = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+        return found.t().reshape(*x.shape[:-1], -1)
+
+
+@register_product
 class MKL(Product):
     """The packed GEMM of Intel's MKL, for exactly the rows it was laid out for."""
 
