@@ -326,8 +326,7 @@ def test_the_command_reports(
     monkeypatch.setattr("sys.argv", command)
     evidence.main()
     assert capsys.readouterr().out.startswith(
-        "Model `made-up`, 20 images per point and kind of prompts, "
-        f"temperature {train.SAMPLING['temperature']:g};"
+        f"Model `made-up`, 20 images per point and kind of prompts, temperature {train.SAMPLING['temperature']:g};"
     )
     monkeypatch.setattr("sys.argv", ["evidence", "fashion-small", "--report"])
     with pytest.raises(SystemExit) as end:
