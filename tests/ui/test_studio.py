@@ -371,7 +371,15 @@ class TestSession:
 
 
 class TestInspect:
-    @pytest.fixture
+    @pytest.fixture(scope="class")
+    def pipeline(self, model_folder: Path) -> Pipeline:
+        return Pipeline.from_pretrained(model_folder)
+
+    @pytest.fixture(scope="class")
+    def studio(self, pipeline: Pipeline) -> Studio:
+        return Studio({"tiny": pipeline})
+
+    @pytest.fixture(scope="class")
     def panels(self, studio: Studio) -> list[Panel]:
         return drawn(studio, subject=3, methods=list(METHODS), seed=2, scale=5, strength=0.5, temperature=0.8)
 
