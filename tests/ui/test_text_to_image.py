@@ -148,7 +148,7 @@ def test_every_family(visitor: Visitor, another: Visitor, pipelines: dict[str, P
     assert visitor.value("scale") == pipe.sampling_defaults["guidance_scale"]
     assert visitor.value("top_k") == pipe.sampling_defaults["top_k"]
     width, height = SIZES.get(name, (None, None))
-    methods = ["cfg", "softcfg", "softcfg+apg"]
+    methods = ["softcfg", "softcfg+apg"]
     visitor.fill(prompt="a red star", methods=methods, seeds=2, seed=5, top_k=12, schedule="linear")
     visitor.fill(width=width, height=height)
     drawn = visitor.draw()
@@ -157,22 +157,22 @@ def test_every_family(visitor: Visitor, another: Visitor, pipelines: dict[str, P
             prompt="a red star", guidance=pipe.default_guidance(compose, schedule="linear", **parts), seed=seed,
             width=width, height=height, top_k=12,
         ).pixels[0]
-        for parts in ({"perturbation": "none"}, {}, {"rule": "apg"})
+        for parts in ({}, {"rule": "apg"})
         for seed in (5, 6)
     ]  # fmt: skip
-    assert len(drawn) == 6
+    assert len(drawn) == 4
     assert all(map(np.array_equal, drawn, expected))
-    assert len({image.tobytes() for image in drawn}) > 3
+    assert len({image.tobytes() for image in drawn}) > 2
     assert drawn[0].shape[:2] == ((height, width) if height else (pipe.tokenizer.image_size,) * 2)
 
-    described = json.loads(visitor.pictures()[3].text["softcfg"])  # type: ignore[attr-defined]
+    described = json.loads(visitor.pictures()[1].text["softcfg"])  # type: ignore[attr-defined]
     assert (described["subject"], described["method"], described["seed"]) == ("a red star", "softcfg", 6)
     assert (described.get("width"), described.get("height")) == (width, height)
     assert described["link"] == f"?{visitor.link}"
     assert all(map(np.array_equal, another.draw(visitor.link), drawn))
     for field in ("model", "prompt", "methods", "schedule", "seeds", "width", "height", "top_k", "negative_prompt"):
         assert another.value(field) == visitor.value(field), field
-    visitor.send("stage", "choose", picture=4, token=7)
+    visitor.send("stage", "choose", picture=2, token=7)
     assert "Token 7" in visitor.value("inspector")
     assert not list(Path(os.environ["SOFTCFG_CAPTIONS"]).rglob("*"))  # strangers leave nothing on the disk
 

@@ -66,6 +66,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument(
         "--tokenizer-checkpoint", metavar="FILE", help="tokenizer weights to read instead of the model's own"
     )
+    add_memory_arguments(group)
+    group.add_argument(
+        "--weak-model",
+        metavar="NAME",
+        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
+        "branch or, with a --weak-share below 1, beside it",
+    )
+
+
+def add_memory_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where a model is, and what it takes there."""
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     group.add_argument(
         "--dtype",
@@ -81,12 +92,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         "--kv-cache-dtype",
         choices=("int8",),
         help="round the cached keys and values (default: of the generator's dtype)",
-    )
-    group.add_argument(
-        "--weak-model",
-        metavar="NAME",
-        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
-        "branch or, with a --weak-share below 1, beside it",
     )
     group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from softcfg.tokenizers.base import Tokenizer
 
 # Fills a text encoder that lies on the meta device, and returns it. It takes the encoder, its weights file, the dtype
-# and its parts, which are read, converted, rounded and moved one after the other: no more than one is there twice.
+# and its parts, which are read, converted, rounded and moved one after the other; no more than one is there twice.
 TextEncoderLoader = Callable[["nn.Module", Path, "torch.dtype", Iterable["nn.Module"]], "nn.Module"]
 
 

@@ -262,9 +262,10 @@ class Model:
         """Width and height, in pixels, of images of usual ratios, where the model chooses the area."""
         found: dict[str, tuple[int, int]] = {}
         conditioning = self.pipeline.conditioning
-        for ratio in RATIOS if isinstance(conditioning, PromptConditioning) else ():
-            with contextlib.suppress(UserError):
-                found[ratio] = conditioning.size_of_ratio(ratio)
+        if isinstance(conditioning, PromptConditioning):
+            for ratio in RATIOS:
+                with contextlib.suppress(UserError):
+                    found[ratio] = conditioning.size_of_ratio(ratio)
         return found
 
     def name_of(self, subject: int | str) -> str:
@@ -289,12 +290,14 @@ class Model:
 
     def defaults(self, name: str) -> Settings:
         """The settings that suit the model."""
-        suited, size = self.pipeline.sampling_defaults, self.size or (None, None)
+        suited = self.pipeline.sampling_defaults
+        width, height = self.size or (None, None)
         return Settings(
             name,
             "" if self.takes_prompts else 0,
             self.negative_prompt,
-            *size,
+            width,
+            height,
             schedule=suited.get("schedule", CFG.schedule),
             top_k=int(suited.get("top_k", Sampling.top_k)),
             scale=float(suited.get("guidance_scale", CFG.guidance_scale)),

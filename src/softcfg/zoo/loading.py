@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.zoo.files import find_file, require_file
-from softcfg.zoo.mapped import MappedFiles
+from softcfg.zoo.mapped import MappedFiles, give_back_freed
 from softcfg.zoo.reading import read_json, read_weights
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
 from softcfg.zoo.unwrapping import find_weights, require_plain
@@ -294,6 +294,8 @@ def load_text_encoder(
         place(part)
         for tensor in read:  # what is still used is read again
             mapped.forget(tensor)
+        del read
+        give_back_freed()
     return place(module).eval()
 
 

@@ -15,6 +15,12 @@ MAPS = Path("/proc/self/maps")
 DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
+def give_back_freed() -> None:
+    """Give memory that was freed back to the system; glibc keeps it where it lies between what is used."""
+    if MAPS.exists() and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 class MappedFiles:
     """The files that are mapped into the memory of this process, where the system tells.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softcfg.errors import CheckpointError, UserError, needing
 from softcfg.files import is_file, read_bounded, read_text, reading, write_atomically
@@ -57,7 +57,8 @@ class CaptionEncoder:
             raise CheckpointError(f"{path} does not describe a text encoder ({error})") from error
         # float16 is too narrow for it.
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        self.model: Any = load(model, file, dtype, model.encoder.block)
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        self.model: Any = load(model, file, dtype, layers)
 
     @torch.no_grad()
     @own_dtype()
