@@ -20,12 +20,14 @@ def medians(
 ) -> dict[Side, float]:
     """Median seconds of each side; the sides take turns, so that a change of the machine's pace meets all of them.
 
+    Every other turn goes backwards: what a side leaves in the caches of the processor meets both of its neighbours.
+
     Args:
         in_a_row: runs of a turn, before a GPU is waited for.
     """
     times: dict[Side, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + repeats):
-        for name, run in sides.items():
+        for name, run in list(sides.items())[:: -1 if turn % 2 else 1]:
             _synchronize()
             started = time.perf_counter()
             for _ in range(in_a_row):

@@ -25,7 +25,7 @@ from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
 from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
-from softcfg.nn.precision import as_device, as_dtype, own_dtype
+from softcfg.nn.precision import as_device, as_dtype, own_dtype, wanted_dtype
 from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
@@ -135,7 +135,8 @@ class Pipeline:
         Args:
             device: "cuda" where there is one, else "cpu", by default.
             dtype: of the generator, such as "bfloat16" or torch.bfloat16; by default what suits the model, float32 for
-                most. The tokenizer stays in float32.
+                most. "fastest" is float32 or bfloat16, whichever a short measurement on this machine finds faster. The
+                tokenizer stays in float32.
             torch_dtype: the same, by its name in diffusers and transformers.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
             quantize: "int8" or "int4", the weights of the linear layers of the generator, and of the text encoder where
@@ -155,7 +156,7 @@ class Pipeline:
             raise UnexpectedArgumentError("from_pretrained", name, known)
         if dtype is not None and torch_dtype is not None:
             raise UserError("dtype and torch_dtype are one setting: give one of them")
-        dtype = as_dtype(torch_dtype, "torch_dtype") if dtype is None else as_dtype(dtype)
+        dtype = wanted_dtype(torch_dtype, "torch_dtype") if dtype is None else wanted_dtype(dtype)
         kv_cache_dtype = _cache_dtype(kv_cache_dtype)
         if isinstance(model, str) and is_repository(model):
             fetch(model)
@@ -166,6 +167,8 @@ class Pipeline:
         if quantize is not None and device_map is not None:
             raise UserError("quantize and device_map do not go together: give one of them")
         moves = quantize is not None or device_map is not None
+        if moves and dtype == "fastest":
+            raise UserError("dtype 'fastest' does not go with quantize or device_map: name a dtype")
         generator = load_generator(
             entry, checkpoint=generator_checkpoint, device="cpu" if moves else device, dtype=dtype
         )
@@ -178,7 +181,11 @@ class Pipeline:
         source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
         if isinstance(weak, (str, Path)):
             weak = cls.from_pretrained(
-                weak, device=generator.device, dtype=dtype, quantize=quantize, kv_cache_dtype=kv_cache_dtype
+                weak,
+                device=generator.device,
+                dtype=generator.dtype if dtype else None,
+                quantize=quantize,
+                kv_cache_dtype=kv_cache_dtype,
             )
         pipeline = cls._of_entry(entry, generator, tokenizer, source, weak)
         return pipeline if size is None else pipeline.with_image_size(size)
@@ -220,7 +227,7 @@ class Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
         entry = resolve(model)
         device = _device(device)
-        dtype = as_dtype(entry.generator.dtype if dtype is None else dtype)
+        dtype = wanted_dtype(entry.generator.dtype if dtype is None else dtype)
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
         generator.cache_dtype = _cache_dtype(kv_cache_dtype)
         tokenizer = random_weights(entry.tokenizer, device=device)

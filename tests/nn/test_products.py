@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import softcfg
 from softcfg import UserError
-from softcfg.nn import products
+from softcfg.nn import precision, products
 from softcfg.nn.linear import Linear, prepared_linear_layers
 from softcfg.nn.products import PRODUCTS, OneDNN, Plain, choose, forget_choices, use_product
 
@@ -241,3 +244,72 @@ class TestChoice:
         monkeypatch.setenv(products.PRODUCT_VARIABLE, "fastest")
         with pytest.raises(UserError, match="no matrix product 'fastest'; there are plain, other"):
             choose([torch.randn(64, 64)], None, 8)
+
+
+class Instant(Plain):
+    """Takes no time, in one dtype."""
+
+    name = "instant"
+    dtype = torch.float32
+
+    def can_serve(self, weight: Tensor) -> bool:
+        return weight.dtype == self.dtype
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        return x
+
+
+@pytest.fixture
+def instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Says whether the processor has some for bfloat16."""
+
+    def pretend(there: bool) -> None:
+        precision.has_bfloat16.cache_clear()
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: there)
+
+    yield pretend
+    precision.has_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fastest_dtype_is_what_the_machine_multiplies_faster(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, instructions: Callable[[bool], None]
+) -> None:
+    instructions(True)
+    fast = Instant()
+    fast.dtype = dtype
+    monkeypatch.setitem(PRODUCTS, "instant", fast)
+    loaded = softcfg.Pipeline.from_pretrained("fashion-small", device="cpu", dtype="fastest", weak="fashion-small")
+    assert loaded.dtype == dtype
+    assert loaded.weak is not None
+    assert loaded.weak.dtype == dtype
+    monkeypatch.setitem(PRODUCTS, "instant", Plain())
+    fast.dtype = torch.float16
+    assert softcfg.load_generator("fashion-small", dtype="fastest").dtype == dtype  # it was kept
+    assert softcfg.Pipeline.with_random_weights("fashion-small", device="cpu", dtype="fastest").dtype == dtype
+
+
+def test_without_instructions_for_bfloat16_float32_is_the_fastest_and_bfloat16_warns(
+    monkeypatch: pytest.MonkeyPatch, instructions: Callable[[bool], None]
+) -> None:
+    instructions(False)
+    fast = Instant()
+    fast.dtype = torch.bfloat16
+    monkeypatch.setitem(PRODUCTS, "instant", fast)
+    pipeline = softcfg.Pipeline.from_pretrained("fashion-small", device="cpu", dtype="fastest")
+    assert pipeline.dtype == torch.float32
+    with pytest.warns(RuntimeWarning, match="no instructions for bfloat16"):
+        pipeline.to(torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="no instructions for bfloat16"):
+        assert softcfg.load_generator("fashion-small", dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UserError, match="'fastest' does not go with quantize"):
+        softcfg.Pipeline.from_pretrained("fashion-small", dtype="fastest", quantize="int8")
+
+
+def test_a_processor_with_instructions_for_bfloat16_does_not_warn(instructions: Callable[[bool], None]) -> None:
+    instructions(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        softcfg.load_generator("fashion-small", dtype="bfloat16")

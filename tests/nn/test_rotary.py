@@ -30,6 +30,17 @@ def test_tables_of_a_generator_that_was_cast(halves: bool) -> None:
     assert torch.equal(got, Rotary(cos.float(), sin.float(), halves)(x.float()).bfloat16())
 
 
+@pytest.mark.parametrize("rows", [(), (2,)])
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_the_bits_are_the_same(rows: tuple[int, ...], table: torch.dtype) -> None:
+    x = torch.randn(2, 4, 3, 3, 8).permute(2, 0, 3, 1, 4)[1]  # as keys lie in a product
+    angles = torch.rand(*rows, 4, 4) * 6
+    cos, sin = angles.cos().to(table), angles.sin().to(table)
+    wanted = rotate(x, cos, sin)
+    with torch.inference_mode():
+        assert torch.equal(Rotary(cos, sin)(x), wanted)
+
+
 def test_a_zero_row_makes_zero_vectors() -> None:
     assert (rotate(torch.randn(1, 1, 1, 8), torch.zeros(1, 4), torch.zeros(1, 4)) == 0).all()
 

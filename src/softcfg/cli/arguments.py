@@ -80,8 +80,9 @@ def add_memory_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     group.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the generator (default: the model's own, float32 for all but the largest)",
+        choices=("float32", "bfloat16", "fastest"),
+        help="of the generator; fastest is what this machine multiplies faster (default: the model's own, float32 for "
+        "all but the largest)",
     )
     group.add_argument(
         "--quantize",
@@ -226,7 +227,7 @@ def load_pipeline(
     from softcfg.pipeline import Pipeline
 
     device = parse_device(str(device)) if device else parse_device(args.device)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype, args.dtype)
     cache_dtype = None if args.kv_cache_dtype is None else getattr(torch, args.kv_cache_dtype)
     if random_weights:
         if args.quantize or args.device_map:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from softcfg.zoo.registry import MODELS
 
     device = arguments.parse_device(args.device)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype, args.dtype)
     cache_dtype = None if args.kv_cache_dtype is None else getattr(torch, args.kv_cache_dtype)
     pipelines = {}
     for model in args.models or [name for name, entry in MODELS.items() if entry.bundled]:

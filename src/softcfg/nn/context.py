@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.position import Position
 from softcfg.nn.rotary import Rotary
+
+
+class Factors(NamedTuple):
+    """The weights of a pass as they act on its scores [rows, heads, n, S], with which they broadcast; None for ones."""
+
+    value: Tensor | None
+    key: Tensor | None
+    log_attention: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,15 @@ class AttentionContext:
         when it is first asked for: the kernels of a GPU read position and padding themselves.
         """
         return self.given_mask if self.new is None else self.position.mask(self.new, self.slots, self.padding)
+
+    @cached_property
+    def factors(self) -> Factors:
+        """The weights, made ready once for all layers."""
+        value, key, attention = (
+            None if each is None else (each[:, None, None, :] if each.dim() == 2 else each[:, None])
+            for each in (self.value_weights, self.key_weights, self.attention_weights)
+        )
+        return Factors(value, key, None if attention is None else attention.log())
 
     @classmethod
     def create(

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from softcfg.nn.backends import triton_decode
 from softcfg.nn.memory import is_out_of_memory
-from softcfg.nn.products import Product, choose
+from softcfg.nn.precision import has_bfloat16
+from softcfg.nn.products import Product, choose, faster_dtype
 
+GUIDED_ROWS = 16
 _preparing = threading.RLock()
 
 
@@ -52,6 +54,19 @@ class Linear(nn.Linear):
         if product is None or laid_out is None:
             return F.linear(x, self.weight, self.bias)
         return product.multiply(x, laid_out, self.weight, self.bias, self.rows)
+
+
+def fastest_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16, in whichever the linear layers of `module`, which may hold no numbers yet, are faster.
+
+    On a CPU with instructions for bfloat16 it is measured, for the 16 rows of 8 images with guidance.
+    """
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    if device.type != "cpu" or not has_bfloat16(device):
+        return torch.float32
+    layers = (layer for layer in module.modules() if isinstance(layer, Linear))
+    return faster_dtype(Counter((layer.out_features, layer.in_features) for layer in layers), GUIDED_ROWS)
 
 
 @contextmanager

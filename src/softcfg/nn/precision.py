@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +39,35 @@ def as_dtype(value: torch.dtype | str | None, name: str = "dtype", *, floating: 
     if floating and not found.is_floating_point:
         raise UserError(f"{name} must be a dtype such as float32 or bfloat16, got {quote(value)}")
     return found
+
+
+def wanted_dtype(value: torch.dtype | str | None, name: str = "dtype") -> torch.dtype | str | None:
+    """As `as_dtype`, but "fastest" stays as it is: what that is depends on the model (`linear.fastest_dtype`)."""
+    return value if value == "fastest" else as_dtype(value, name)
+
+
+@cache
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 by instructions of its own; False only where it is known to have none."""
+    if device.type != "cpu":
+        return True
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    try:  # ARM on Linux
+        return " bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+
+
+def tell_of_slow_dtype(dtype: torch.dtype | None, device: torch.device) -> None:
+    """Warn of bfloat16 on a processor that has no instructions for it."""
+    if dtype == torch.bfloat16 and not has_bfloat16(device):
+        warnings.warn(
+            "this processor has no instructions for bfloat16 and is slow in it; dtype float32 is faster, for twice the "
+            "memory",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def has_float64(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ import platform
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -99,6 +99,33 @@ class Plain(Product):
     def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         """See `Product.multiply`."""
         return F.linear(x, weight, bias)
+
+
+@register_product
+class Columns(Product):
+    """W x^T, with the inputs as columns: of few columns in bfloat16 it reads the weights faster than x W^T."""
+
+    name = "columns"
+    depends_on_threads = True
+
+    def can_serve(self, weight: Tensor) -> bool:
+        """See `Product.can_serve`."""
+        return weight.dtype == torch.bfloat16
+
+    def lay_out(self, weight: Tensor, rows: int) -> Tensor:
+        """See `Product.lay_out`: as they are."""
+        return weight
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """See `Product.multiply`."""
+        if x.numel() != rows * weight.shape[1]:
+            return F.linear(x, weight, bias)
+        if rows == 1:  # PyTorch has a faster routine for one column
+            found = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+            return found.view(*x.shape[:-1], -1)
+        columns = x.reshape(rows, -1).t()
+        found = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+        return found.t().reshape(*x.shape[:-1], -1)
 
 
 @register_product
@@ -200,7 +227,7 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product
     if shape not in CHOICES:
         known = _kept(shape)
         if known not in {product.name for product in able}:
-            known = _keep(shape, _fastest(able, weights[:LAYERS], bias, rows).name)
+            known = _keep(shape, _fastest(able, weights[:LAYERS], bias, rows).name, PRODUCTS)
         CHOICES[shape] = known
     return PRODUCTS[CHOICES[shape]]
 
@@ -219,8 +246,43 @@ def _known(name: str) -> str:
     return name
 
 
-@torch.inference_mode()
+def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtype:
+    """float32, or bfloat16 if the processor multiplies the weights of a model faster in it.
+
+    It is found once per machine, by a measurement like that of `choose`.
+
+    Args:
+        shapes: how many weights [out, in] there are of each shape.
+        rows: of the inputs.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    text = f"{rows} {sorted(shapes.items())}"
+    key = f"dtype-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    known = _kept(key)
+    if known not in dtypes:
+        seconds = dict.fromkeys(dtypes, 0.0)
+        for (out, width), count in shapes.items():
+            for name, dtype in dtypes.items():
+                weights = [torch.ones(out, width, dtype=dtype) for _ in range(LAYERS)]
+                able = [product for product in PRODUCTS.values() if product.can_serve(weights[0])]
+                seconds[name] += count * min(_seconds(able, weights, None, rows).values())
+        fast = seconds["bfloat16"] * GAIN < seconds["float32"]
+        known = _keep(key, "bfloat16" if fast else "float32", dtypes)
+    return dtypes[known]
+
+
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
+    least, plain = _seconds(able, weights, bias, rows), PRODUCTS["plain"]
+    best = min((product for product in able if product is not plain), key=least.__getitem__)
+    small = weights[0].numel() * weights[0].element_size() <= SMALL
+    return best if least[best] < least[plain] * (LOSS if small else 1 / GAIN) else plain
+
+
+@torch.inference_mode()
+def _seconds(
+    able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int
+) -> dict[Product, float]:
+    """Processor time of each product with all of the weights, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -238,10 +300,7 @@ def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | 
                 least[product] = min(least[product], time.thread_time() - started)
     finally:
         torch.set_num_threads(threads)
-    plain = PRODUCTS["plain"]
-    best = min((product for product in able if product is not plain), key=least.__getitem__)
-    small = weights[0].numel() * weights[0].element_size() <= SMALL
-    return best if least[best] < least[plain] * (LOSS if small else 1 / GAIN) else plain
+    return least
 
 
 # ---- what was chosen on this machine: a file for each shape, and the first process to write it decides
@@ -272,15 +331,15 @@ def _kept(shape: str) -> str:
         return ""
 
 
-def _keep(shape: str, name: str) -> str:
-    """Write a choice down and return it; if another process was first, return what that one chose."""
+def _keep(shape: str, name: str, known: Container[str]) -> str:
+    """Write a choice down and return it; if another process was first, return what that one chose, if it is known."""
     path = _folder() / f"{_machine_key()}-{shape}"
     try:
         make_folder(path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".") as file:
             file.write(name.encode())
             file.flush()
-            if _kept(shape) not in PRODUCTS:
+            if _kept(shape) not in known:
                 path.unlink(missing_ok=True)
             os.link(file.name, path)
     except FileExistsError:

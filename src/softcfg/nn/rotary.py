@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,18 @@ class Rotary:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate queries or keys [rows, heads, n, head_dim]."""
-        return (rotate_halves if self.halves else rotate)(x, self.cos, self.sin)
+        if self.halves:
+            return rotate_halves(x, self.cos, self.sin)
+        if {x.dtype, self.cos.dtype} != {torch.float32} or x.stride(-1) != 1 or torch.is_grad_enabled():
+            return rotate(x, self.cos, self.sin)
+        return (x.view(torch.complex64) * self._turns).view(
+            torch.float32
+        )  # as `rotate`, to the bit, in fewer operations
+
+    @cached_property
+    def _turns(self) -> Tensor:
+        turns = torch.complex(self.cos, self.sin)
+        return turns if turns.dim() == 2 else turns[:, None]
 
     def on(self, device: torch.device) -> Rotary:
         """The same rotations on `device`."""

@@ -50,7 +50,8 @@ def load_generator(
         checkpoint: a weights file, the index of several, or a state dict, under the released names. Tensors that need
             no conversion are used as they are, not copied.
         device: where the weights go; the CPU by default.
-        dtype: dtype of the weights, or its name; by default float32, or what suits a model of the zoo.
+        dtype: dtype of the weights, or its name; by default float32, or what suits a model of the zoo. "fastest" is
+            float32 or bfloat16, in whichever this machine multiplies the weights faster.
 
     Raises:
         CheckpointError: the weights are missing, damaged, unsafe to open or do not fit the configuration.
@@ -131,6 +132,11 @@ def _load(
     module_class, config_class = family.classes()
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     module = _on_meta(module_class, settings)
+    if dtype == "fastest":
+        from softcfg.nn.linear import fastest_dtype
+        from softcfg.nn.precision import as_device
+
+        dtype = fastest_dtype(module, as_device(device or "cpu"))
     state, source = weights_for(module, family, checkpoint)
     mapped = None if isinstance(checkpoint, Mapping) else MappedFiles()
     return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras, mapped=mapped)
@@ -231,11 +237,12 @@ def _fill(
     """
     import torch
 
-    from softcfg.nn.precision import as_device, as_dtype
+    from softcfg.nn.precision import as_device, as_dtype, tell_of_slow_dtype
 
     require_fit(module, state_dict, source, extras=extras)
     device = as_device("cpu" if device is None else device)
     number = as_dtype(dtype) or torch.float32
+    tell_of_slow_dtype(number, device)
 
     def take(name: str, like: Tensor) -> Tensor:
         read = state_dict[name].detach()
@@ -309,6 +316,7 @@ def random_weights(
     """The module of `component` with random weights, for measuring speed without its file; in eval mode."""
     import torch
 
+    from softcfg.nn.linear import fastest_dtype
     from softcfg.nn.precision import as_dtype
 
     module_class, config_class = component.family.classes()
@@ -323,7 +331,8 @@ def random_weights(
         except (RuntimeError, MemoryError) as error:
             family = component.family
             raise UserError(f"there is no memory for the {family.name} {family.kind} here") from error
-    return module.to(device, as_dtype(dtype)).requires_grad_(False).eval()
+    number = fastest_dtype(module, torch.device(maker)) if dtype == "fastest" else as_dtype(dtype)
+    return module.to(device, number).requires_grad_(False).eval()
 
 
 def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:

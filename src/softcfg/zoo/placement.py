@@ -122,7 +122,7 @@ def move(
     """
     import torch
 
-    from softcfg.nn.precision import as_device, as_dtype
+    from softcfg.nn.precision import as_device, as_dtype, tell_of_slow_dtype
 
     for what in where:
         if isinstance(what, torch.dtype) or (isinstance(what, str) and not _is_device(what)):
@@ -141,6 +141,7 @@ def move(
         tokenizer.to(device)
         generator.to(device)
     if dtype is not None:
+        tell_of_slow_dtype(dtype, generator.device)
         generator.to(dtype)
 
 

@@ -27,10 +27,13 @@ class Math(AttentionBackend):
         # The query heads of a group stand side by side, so that their keys and values are not repeated.
         grouped = (query * head_dim**-0.5).reshape(rows, key_heads, -1, head_dim)
         scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, new, slots)
-        if context.key_weights is not None:
-            scores = scores * _per_score(context.key_weights)
-        if context.attention_weights is not None:  # softmax(scores + log w) is w softmax(scores), renormalised
-            scores = scores + _per_score(context.attention_weights).log().to(scores.dtype)
+        factors = context.factors
+        # In place where no gradient needs what is there: for long sequences a copy costs more than the products.
+        multiply, add = (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
+        if factors.key is not None:
+            scores = scores * factors.key
+        if factors.log_attention is not None:  # softmax(scores + log w) is w softmax(scores), renormalised
+            scores = add(scores, factors.log_attention.to(scores.dtype))
         visible = call.visible()
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
@@ -38,15 +41,8 @@ class Math(AttentionBackend):
                 scores = scores.masked_fill_(~visible.any(dim=-1, keepdim=True), 0)
         accumulate = torch.promote_types(scores.dtype, torch.float32)
         probabilities = scores.softmax(dim=-1, dtype=accumulate)
-        if context.value_weights is not None:
-            # In place where no gradient needs the softmax: for long sequences a copy costs more than the products.
-            weigh = torch.mul if torch.is_grad_enabled() else Tensor.mul_
-            probabilities = weigh(probabilities, _per_score(context.value_weights))
+        if factors.value is not None:
+            probabilities = multiply(probabilities, factors.value)
         out = probabilities.to(value.dtype).view(rows, key_heads, -1, slots) @ value
         out = out.view(rows, heads, new, -1)
         return call.zero_blind(out, visible)
-
-
-def _per_score(weights: Tensor) -> Tensor:
-    """[rows, S] or [rows, n, S] -> a shape that broadcasts against scores [rows, heads, n, S]."""
-    return weights[:, None, None, :] if weights.dim() == 2 else weights[:, None]
