@@ -33,6 +33,7 @@ from softcfg.ui.settings import METHODS, RANGES, Settings, check_methods, check_
 from softcfg.version import __version__
 
 CANDIDATES = 8  # codes kept per token
+PIECE = 256  # tokens whose distributions are in memory at once
 RATIOS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 FRAME_SECONDS = 0.12  # least time between two looks at a drawing
 
@@ -606,16 +607,18 @@ class Studio:
         finally:
             model.lock.release()
         branches = (traced.cond_logits[0], traced.uncond_logits[0], traced.guided_logits[0])
-        # [T, 3, V]
-        probabilities = torch.stack([(logits / settings.temperature).softmax(-1) for logits in branches], dim=1)
-        count = min(CANDIDATES, probabilities.shape[-1])
-        codes = probabilities.amax(dim=1).topk(count).indices
+        codes, probabilities = [], []
+        for pieces in zip(*(logits.split(PIECE) for logits in branches), strict=True):
+            piece = torch.stack([(logits / settings.temperature).softmax(-1) for logits in pieces], dim=1)  # [n, 3, V]
+            likeliest = piece.amax(dim=1).topk(min(CANDIDATES, piece.shape[-1])).indices
+            codes.append(likeliest.cpu())
+            probabilities.append(piece.gather(2, likeliest[:, None].expand(-1, 3, -1)).cpu())
         picture.inspection = Inspection(
             guidance=traced.guidance,
             confidence=traced.confidence[0].cpu(),
             scale=traced.guidance_scale.cpu(),
-            codes=codes.cpu(),
-            probabilities=probabilities.gather(2, codes[:, None].expand(-1, 3, -1)).cpu(),
+            codes=torch.cat(codes),
+            probabilities=torch.cat(probabilities),
         )
         return picture.inspection
 
