@@ -74,7 +74,7 @@ def test_a_part_that_fails_leaves_the_others(
         return steps(generator, None, batch, repeats)
 
     monkeypatch.setattr(gpu, "steps", failing)
-    code, found = run(tmp_path)
+    code, found = run(tmp_path, "--only", "steps")
     assert code == 0
     (left,) = found[kind]
     assert left["why"] == why

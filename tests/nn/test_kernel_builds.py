@@ -72,7 +72,7 @@ def shapes() -> list[tuple[int, int, int, bool]]:
 
 def variants() -> list[Variant]:
     kinds = product(DTYPES, (False, True), WEIGHTS, (False, True))
-    return [Variant(*shape, *kind) for kind in kinds for shape in shapes()]
+    return [Variant(*shape, *kind) for kind, shape in product(kinds, shapes())]
 
 
 @contextmanager

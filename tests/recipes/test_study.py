@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -378,19 +377,21 @@ class TestCommand:
         assert (tmp_path / "study.md").read_text() == text
         assert {path.name: path.read_bytes() for path in (tmp_path / "images" / "study").iterdir()} == pictures
 
+    @pytest.mark.timeout(1200)  # six processes that import PyTorch
     def test_killed_it_goes_on_and_comes_to_the_same(self, command, tmp_path) -> None:
         path = tmp_path / "results.jsonl"
         killed = [sys.executable, "-m", "recipes.study", *command[1:], "--workers", "2", "--draw-only"]
-        process = subprocess.Popen(killed, cwd=Path(__file__).parents[2])
-        while not path.exists() or path.read_bytes().count(b"\n") < 5:
-            assert process.poll() is None
-            time.sleep(0.02)
+        process = subprocess.Popen(killed, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        for _ in range(5):
+            assert process.stdout.readline()  # of a point that was written
         process.kill()
-        process.wait()
+        process.communicate()  # until its workers, who write there too, have finished their points and ended
         before = [row["values"] for row in lines(path)]
         with path.open("a") as file:
             file.write('{"measure": "ima')  # as if the kill had come while it wrote
-        parts = [subprocess.Popen(killed, cwd=Path(__file__).parents[2]) for _ in range(2)]  # sharing what is left
+        again = [sys.executable, "-m", "recipes.study", *command[1:], "--draw-only"]
+        parts = [subprocess.Popen(again, cwd=Path(__file__).parents[2]) for _ in range(2)]  # sharing what is left
         assert [part.wait() for part in parts] == [0, 0]
         rows = lines(path)
         assert [row["values"] for row in rows[: len(before)]] == before

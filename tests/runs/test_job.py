@@ -138,7 +138,7 @@ def test_whatever_ends_the_call_the_same_call_continues(
 
     def end(progress: Progress) -> None:
         reports.append(progress)
-        if progress.done == 5 and not progress.ended:
+        if progress.done >= 5 and not progress.ended:  # a report that a shard is there may skip a number
             if ending is Terminated:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)  # the signal arrives here
@@ -149,7 +149,7 @@ def test_whatever_ends_the_call_the_same_call_continues(
     assert signal.getsignal(signal.SIGTERM) == before
     assert holder(tmp_path) is None
     kept = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
-    # A slow machine sees the first shard before the second batch is drawn, and reports 5 images one batch earlier.
+    # A slow machine sees the first shard before the second batch is drawn, and reports the fifth image a batch earlier.
     assert sorted(kept) in (["shard-000000.safetensors"], ["shard-000000.safetensors", "shard-000001.safetensors"])
     assert (reports[-1].done, reports[-1].ended) == (BATCH * len(kept), True)
     run = draw_run(request_of(), tmp_path)

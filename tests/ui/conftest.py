@@ -74,6 +74,11 @@ def open_page(browser: Any, server: Server, pause: dict[str, float]) -> Iterator
     yield visit
     for context in contexts:
         context.close()
+    pause["seconds"] = 0.0
+    deadline = time.monotonic() + WAIT / 1000
+    while server.studio.active:  # what a page that was closed had drawn would keep the next one waiting
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert problems == []
     assert foreign == []
 

@@ -8,6 +8,7 @@ import json
 import re
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from page_server import WAIT, Server
+from page_server import Server
 from softcfg import SoftCFG
 from softcfg.pipeline import Pipeline
 from softcfg.ui import page as pages
@@ -148,19 +149,16 @@ class TestBrowser:
         with zipfile.ZipFile(download.value.path()) as archive:
             assert len(archive.namelist()) == 4
 
-    def test_a_link_reproduces_a_picture(self, page: Any, server: Server, browser: Any) -> None:
+    def test_a_link_reproduces_a_picture(self, page: Any, open_page: Callable[..., Any]) -> None:
         page.locator("#seed input").fill("77")
         page.click("#draw")
         page.wait_for_selector(".picture[data-picture]")
         sources = page.eval_on_selector_all(".canvas img", "images => images.map((image) => image.src)")
         href = page.get_by_role("link", name="Link to these settings").get_attribute("href")
-        context = browser.new_context()
-        other = context.new_page()
-        other.goto(server.address + href.removeprefix("./"))
-        other.wait_for_selector(".picture[data-picture]", timeout=WAIT)
+        other = open_page(href.removeprefix("./"))
+        other.wait_for_selector(".picture[data-picture]")
         assert other.eval_on_selector_all(".canvas img", "images => images.map((image) => image.src)") == sources
         assert other.locator("#seed input").input_value() == "77"
-        context.close()
 
     def test_a_model_that_reads_prompts(self, page: Any) -> None:
         page.get_by_label("Model").click()
@@ -189,16 +187,14 @@ class TestBrowser:
         assert page.get_by_role("button", name="Stop").is_disabled()
 
     def test_closing_the_page_stops_the_computation(
-        self, browser: Any, server: Server, page: Any, pause: dict[str, float]
+        self, open_page: Callable[..., Any], server: Server, page: Any, pause: dict[str, float]
     ) -> None:
         pause["seconds"] = 0.5
-        context = browser.new_context()
-        other = context.new_page()
-        other.goto(server.address)
+        other = open_page()
         other.click("#draw")
         other.wait_for_selector(".panel")
         assert server.studio.active == 1
-        context.close()
+        other.context.close()
         deadline = time.monotonic() + 7
         while server.studio.active:
             assert time.monotonic() < deadline

@@ -370,15 +370,19 @@ class TestSession:
             assert archive.read(archive.namelist()[0]) == picture.png()
 
 
-class TestInspect:
-    @pytest.fixture
-    def panels(self, studio: Studio) -> list[Panel]:
-        return drawn(studio, subject=3, methods=list(METHODS), seed=2, scale=5, strength=0.5, temperature=0.8)
+@pytest.fixture(scope="module")
+def inspected(model_folder: Path) -> tuple[Studio, Pipeline, list[Panel]]:
+    """A studio in which every method has drawn, its pipeline, and what was drawn."""
+    pipeline = Pipeline.from_pretrained(model_folder)
+    studio = Studio({"tiny": pipeline})
+    values = {"subject": 3, "methods": list(METHODS), "seed": 2, "scale": 5, "strength": 0.5, "temperature": 0.8}
+    return studio, pipeline, drawn(studio, **values)
 
+
+class TestInspect:
     @pytest.mark.parametrize("method", METHODS)
-    def test_it_says_what_the_trace_says(
-        self, studio: Studio, pipeline: Pipeline, panels: list[Panel], method: str
-    ) -> None:
+    def test_it_says_what_the_trace_says(self, inspected: tuple[Studio, Pipeline, list[Panel]], method: str) -> None:
+        studio, pipeline, panels = inspected
         picture = next(panel.picture for panel in panels if panel.method == method)
         assert picture is not None
         inspection = studio.inspect(picture)
@@ -403,7 +407,8 @@ class TestInspect:
         assert (peaks[:, :-1] >= peaks[:, 1:]).all()
         assert studio.inspect(picture) is inspection
 
-    def test_a_token_that_is_not_there(self, studio: Studio, panels: list[Panel]) -> None:
+    def test_a_token_that_is_not_there(self, inspected: tuple[Studio, Pipeline, list[Panel]]) -> None:
+        studio, *_ = inspected
         session = studio.session("visitor")
         picture = session.picture(1)
         session.choose(picture, 15)
