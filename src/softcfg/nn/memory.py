@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
+import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+HUGE_PAGE = 2 << 20  # bytes, on most processors
 MEMINFO = Path("/proc/meminfo")  # of Linux
 
 
@@ -20,6 +27,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 def in_short(error: BaseException) -> str:
     """The error in a line without the numbers of the moment, so that Python shows a repeated warning once."""
     return "out of memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """The tensor, which has just been allocated; on Linux its memory, once it is written, lies in huge pages.
+
+    Of those a processor knows the addresses of far more memory than of small ones, so a large tensor is read faster.
+    Where the system has none, nothing happens.
+    """
+    if sys.platform == "linux" and type(tensor) is Tensor and tensor.is_cpu and tensor.nbytes > HUGE_PAGE:
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None)
 
 
 def free_memory(device: torch.device) -> int | None:
