@@ -291,6 +291,14 @@ def test_the_fastest_dtype_is_what_the_machine_multiplies_faster(
     assert softcfg.Pipeline.with_random_weights("fashion-small", device="cpu", dtype="fastest").dtype == dtype
 
 
+def test_a_product_that_is_new_is_measured_although_there_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 64)
+    assert choose([weight], None, 2).name != "instant"
+    monkeypatch.setitem(PRODUCTS, "instant", Instant())
+    products.CHOICES.clear()  # as in a process that starts with it
+    assert choose([weight], None, 2).name == "instant"
+
+
 def test_without_instructions_for_bfloat16_float32_is_the_fastest_and_bfloat16_warns(
     monkeypatch: pytest.MonkeyPatch, instructions: Callable[[bool], None]
 ) -> None:

@@ -321,7 +321,8 @@ def machine() -> str:
 
 
 def _machine_key() -> str:
-    return hashlib.sha256(machine().encode()).hexdigest()[:12]
+    """Of the machine and the products to choose from: with another one, shapes are measured anew."""
+    return hashlib.sha256(f"{machine()} {sorted(PRODUCTS)}".encode()).hexdigest()[:12]
 
 
 def _kept(shape: str) -> str:
