@@ -45,6 +45,7 @@ def test_every_product_computes_the_same(name: str, rows: int, bias: bool, dtype
             got = layer(x)
             assert (layer.product is None) == (name == "plain")
         assert got.shape == expected.shape
+        assert got.is_contiguous()  # what follows looks at channels in pairs
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
     assert layer.product is layer.laid_out is None
     assert torch.equal(layer.weight, before)

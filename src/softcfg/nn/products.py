@@ -125,7 +125,7 @@ class Columns(Product):
             return found.view(*x.shape[:-1], -1)
         columns = x.reshape(rows, -1).t()
         found = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
-        return found.t().reshape(*x.shape[:-1], -1)
+        return found.t().contiguous().view(*x.shape[:-1], -1)
 
 
 @register_product
