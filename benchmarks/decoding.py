@@ -15,6 +15,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,14 +124,17 @@ def main() -> None:
     speed = bandwidth()
     print(f"memory is read at {speed / 1e9:.3g} GB/s")
     for batch in args.batch_size:
-        cache = filled_cache(generator, generator.condition(generator.example_inputs(batch), guided=True))
+        inputs = generator.example_inputs(batch)
+        cache = filled_cache(generator, generator.condition(inputs, guided=True))
 
-        def sides_at(position: int, batch: int = batch, cache: KVCache = cache) -> dict[str, Callable[[], object]]:
+        def sides_at(
+            position: int, batch: int = batch, inputs: list[Any] = inputs, cache: KVCache = cache
+        ) -> dict[str, Callable[[], object]]:
             return {
                 "released CFG": released_step(baseline, batch, cfg, position),
                 "released SoftCFG": released_step(baseline, batch, soft, position),
-                "CFG": decoding_step(generator, generator.example_inputs(batch), cfg, position, cache),
-                "SoftCFG": decoding_step(generator, generator.example_inputs(batch), soft, position, cache),
+                "CFG": decoding_step(generator, inputs, cfg, position, cache),
+                "SoftCFG": decoding_step(generator, inputs, soft, position, cache),
                 "linear layers": linear_layers(baseline, 2 * batch),
             }
 
