@@ -222,27 +222,23 @@ def load_pipeline(
     Args:
         device: in place of that of the arguments.
     """
-    import torch
-
     from softcfg.pipeline import Pipeline
 
     device = parse_device(str(device)) if device else parse_device(args.device)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype, args.dtype)
-    cache_dtype = None if args.kv_cache_dtype is None else getattr(torch, args.kv_cache_dtype)
     if random_weights:
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
         return Pipeline.with_random_weights(
-            args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype, weak=args.weak_model
+            args.model, device=device, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, weak=args.weak_model
         )
     return Pipeline.from_pretrained(
         args.model,
         device=device,
-        dtype=dtype,
+        dtype=args.dtype,
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
         quantize=args.quantize,
-        kv_cache_dtype=cache_dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         device_map=args.device_map,
         weak=args.weak_model,
         image_size_eval=getattr(args, "image_size_eval", None),

@@ -77,23 +77,20 @@ def run(args: argparse.Namespace) -> int:
         from softcfg.ui import page
     except ModuleNotFoundError as error:
         raise UserError(f"the web page needs the package {error.name}: {how_to_install('ui')}") from None
-    import torch
 
     from softcfg.pipeline import Pipeline
     from softcfg.ui.studio import Limits, Studio
     from softcfg.zoo.registry import MODELS
 
     device = arguments.parse_device(args.device)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype, args.dtype)
-    cache_dtype = None if args.kv_cache_dtype is None else getattr(torch, args.kv_cache_dtype)
     pipelines = {}
     for model in args.models or [name for name, entry in MODELS.items() if entry.bundled]:
         pipeline = Pipeline.from_pretrained(
             model,
             device=device,
-            dtype=dtype,
+            dtype=args.dtype,
             quantize=args.quantize,
-            kv_cache_dtype=cache_dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
             device_map=args.device_map,
         )
         if pipeline.name in pipelines:

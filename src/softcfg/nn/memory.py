@@ -6,9 +6,7 @@ import ctypes
 import mmap
 import re
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +34,16 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     Where the system has none, nothing happens.
     """
     if sys.platform == "linux" and type(tensor) is Tensor and tensor.is_cpu and tensor.nbytes > HUGE_PAGE:
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+        advise(tensor, mmap.MADV_HUGEPAGE)
     return tensor
 
 
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None)
+def advise(tensor: Tensor, advice: int) -> None:
+    """Tell the system, by `madvise`, how the whole pages of a CPU tensor that lies in one piece are used."""
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
 
 
 def free_memory(device: torch.device) -> int | None:
