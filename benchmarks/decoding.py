@@ -15,6 +15,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ PIXELS = 4  # images whose pixels are decoded at once
 
 def released_step(generator: ClassGenerator, batch: int, guidance: CFG, position: int) -> Callable[[], object]:
     """One step of the baseline at `position`; what it appends is taken back, outside of nothing it pays for."""
-    baseline = Released(generator, list(range(batch)), guidance)
+    baseline = Released(generator, generator.example_inputs(batch), guidance)
     layers, heads, head_dim = generator.cache_shape
     slots = generator.condition_slots + position - 1
     contents = [tuple(torch.randn(2, 1, heads, slots, head_dim).repeat(1, 2 * batch, 1, 1, 1)) for _ in range(layers)]
@@ -123,14 +124,17 @@ def main() -> None:
     speed = bandwidth()
     print(f"memory is read at {speed / 1e9:.3g} GB/s")
     for batch in args.batch_size:
-        cache = filled_cache(generator, generator.condition(range(batch), guided=True))
+        inputs = generator.example_inputs(batch)
+        cache = filled_cache(generator, generator.condition(inputs, guided=True))
 
-        def sides_at(position: int, batch: int = batch, cache: KVCache = cache) -> dict[str, Callable[[], object]]:
+        def sides_at(
+            position: int, batch: int = batch, inputs: list[Any] = inputs, cache: KVCache = cache
+        ) -> dict[str, Callable[[], object]]:
             return {
                 "released CFG": released_step(baseline, batch, cfg, position),
                 "released SoftCFG": released_step(baseline, batch, soft, position),
-                "CFG": decoding_step(generator, range(batch), cfg, position, cache),
-                "SoftCFG": decoding_step(generator, range(batch), soft, position, cache),
+                "CFG": decoding_step(generator, inputs, cfg, position, cache),
+                "SoftCFG": decoding_step(generator, inputs, soft, position, cache),
                 "linear layers": linear_layers(baseline, 2 * batch),
             }
 

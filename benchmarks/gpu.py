@@ -243,7 +243,7 @@ def bound(generator: ClassGenerator, batch: int, ceilings: Ceilings) -> float:
     }
     layers = [layer for layer in generator.modules() if isinstance(layer, nn.Linear) and id(layer) not in ahead]
     numbers = sum(layer.weight.numel() for layer in layers)
-    condition = generator.condition(range(batch), guided=True)
+    condition = generator.condition(generator.example_inputs(batch), guided=True)
     read = numbers * generator.dtype.itemsize + generator.cache_bytes(condition) / 2
     return max(read / ceilings.bandwidth, 2 * numbers * condition.rows / ceilings.operations[generator.dtype])
 
@@ -256,13 +256,13 @@ def steps(generator: ClassGenerator, baseline: ClassGenerator | None, batch: int
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else 0
     with prepared_linear_layers(generator, 2 * batch):
-        cache = filled_cache(generator, generator.condition(range(batch), guided=True))
+        cache = filled_cache(generator, generator.condition(generator.example_inputs(batch), guided=True))
         sides: dict[str, Callable[[], object]] = {
-            "CFG": decoding_step(generator, range(batch), CFG_RULE, position, cache)
+            "CFG": decoding_step(generator, generator.example_inputs(batch), CFG_RULE, position, cache)
         }
         doctor.wait(generator.device)
         started = time.perf_counter()
-        sides["SoftCFG"] = decoding_step(generator, range(batch), SOFT_RULE, position, cache)
+        sides["SoftCFG"] = decoding_step(generator, generator.example_inputs(batch), SOFT_RULE, position, cache)
         doctor.wait(generator.device)
         found["capture, s"] = time.perf_counter() - started
         found |= medians(sides, repeats, in_a_row=5 if cuda else 1)
@@ -315,8 +315,8 @@ def _kernels(generator: ClassGenerator, batch: int, repeats: int) -> list[Any]:
     with torch.profiler.profile(activities=activities):  # a graph may hide from a profiler that is set up later
         torch.ones(1, device=generator.device).add_(1)
     with prepared_linear_layers(generator, 2 * batch):
-        cache = filled_cache(generator, generator.condition(range(batch), guided=True))
-        step = decoding_step(generator, range(batch), SOFT_RULE, generator.num_tokens // 2, cache)
+        cache = filled_cache(generator, generator.condition(generator.example_inputs(batch), guided=True))
+        step = decoding_step(generator, generator.example_inputs(batch), SOFT_RULE, generator.num_tokens // 2, cache)
         step()
         doctor.wait(generator.device)
         with torch.profiler.profile(activities=activities) as seen:
@@ -329,7 +329,7 @@ def _kernels(generator: ClassGenerator, batch: int, repeats: int) -> list[Any]:
 def images(generator: ClassGenerator, tokenizer: Tokenizer, batch: int, repeats: int) -> dict[str, Any]:
     """Whole images of a batch, from labels to uint8 on the host, and of that the tokens: seconds."""
     uniforms = image_uniforms(0, range(batch), generator.num_tokens)
-    labels = [number % generator.num_classes for number in range(batch)]
+    labels = generator.example_inputs(batch)
     condition = generator.condition(labels, guided=False)
 
     def tokens(guidance: CFG) -> torch.Tensor:

@@ -36,10 +36,11 @@ def time_steps(generator: Generator, batch: int, repeats: int) -> list[list[obje
         generators[name] = copy.copy(generator)  # of the same weights
         generators[name].cache_dtype = dtype
     guidance = SoftCFG(guidance_scale=4.0)
-    condition = generator.condition(range(batch), guided=True)
+    inputs = generator.example_inputs(batch)
+    condition = generator.condition(inputs, guided=True)
 
     def sides_at(position: int) -> dict[str, Callable[[], object]]:
-        return {name: decoding_step(each, range(batch), guidance, position) for name, each in generators.items()}
+        return {name: decoding_step(each, inputs, guidance, position) for name, each in generators.items()}
 
     with prepared_linear_layers(generator, condition.rows):
         seconds = means_over_sequence(sides_at, condition.num_tokens, repeats, warmup=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 
 from softcfg import UserError
 from softcfg.errors import CheckpointError
@@ -18,6 +20,7 @@ from softcfg.models.janus import Janus, JanusConfig, JanusPrompts
 from softcfg.models.llamagen_t2i import LlamaGenCaptions, LlamaGenT2I, LlamaGenT2IConfig
 from softcfg.prompts import Prompt
 from softcfg.tokenizers import Emu3VQ, Emu3VQConfig, JanusVQ, JanusVQConfig, LlamaGenVQ, LlamaGenVQConfig
+from softcfg.zoo.loading import load_text_encoder
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -162,7 +165,8 @@ class TestLlamaGen:
         )
         vq = LlamaGenVQConfig(ch=32, ch_mult=(1, 1), codebook_size=16, grid_size=2)
         files = {"encoder": folder / "model.safetensors"}
-        return LlamaGenCaptions(LlamaGenT2I(config).eval(), LlamaGenVQ(vq), name="tiny", files=files)
+        load = functools.partial(load_text_encoder, place=lambda part: part)
+        return LlamaGenCaptions(LlamaGenT2I(config).eval(), LlamaGenVQ(vq), name="tiny", files=files, load=load)
 
     def test_captions(self, folder: Path) -> None:
         captions = self.captions(folder)
@@ -198,11 +202,56 @@ class TestLlamaGen:
         assert ids[-1] == 1
         assert 0 not in encoder.tokenizer.encode("<pad>").ids
 
-    def test_encoders_that_are_incomplete(self, folder: Path, tmp_path: Path) -> None:
-        captions = self.captions(tmp_path)
-        (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-        with pytest.raises(CheckpointError, match="incomplete or damaged"):
-            captions.inputs([Prompt("a cat")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_it_is_read_layer_by_layer(self, folder: Path, dtype: torch.dtype) -> None:
+        """As the library reads it; while a part is rounded, no later one has been read."""
+        from transformers import T5EncoderModel
+
+        captions, waiting = self.captions(folder), []
+        captions.generator.to(dtype)
+
+        def place(part: nn.Module) -> nn.Module:
+            waiting.append(sum(parameter.is_meta for parameter in encoder[0].parameters()))
+            return part
+
+        def load(module: nn.Module, *args: Any) -> nn.Module:
+            encoder.append(module)
+            return load_text_encoder(module, *args, place=place)
+
+        encoder: list[nn.Module] = []
+        captions.load = load
+        features = captions.encoder.encode("a red cat")
+        assert features.dtype == dtype
+        ids = torch.tensor([[3, 4, 5, 1]])
+        with torch.no_grad():
+            expected = T5EncoderModel.from_pretrained(folder, dtype=dtype)(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(features, expected, rtol=0, atol=0)
+        assert waiting == [*reversed(range(12)), 0]  # of two blocks, with four layers of attention and two of the MLP
+
+    @pytest.mark.parametrize(
+        ("file", "content", "said"),
+        [
+            ("config.json", None, "config.json"),
+            ("config.json", "[]", "does not describe a text encoder"),
+            ("config.json", '{"d_model": "wide"}', "does not describe a text encoder"),
+            ("config.json", '{"d_model": 12, "num_layers": 3, "vocab_size": 8}', "does not fit the text encoder"),
+            ("model.safetensors", None, "model.safetensors"),
+            ("model.safetensors", "damaged", "damaged or not a weights file"),
+            ("tokenizer.json", None, "tokenizer.json"),
+        ],
+    )
+    def test_encoders_that_are_incomplete(
+        self, folder: Path, tmp_path: Path, file: str, content: str | None, said: str
+    ) -> None:
+        shutil.copytree(folder, tmp_path / "t5")
+        (tmp_path / "t5" / file).unlink()
+        if content is not None:
+            (tmp_path / "t5" / file).write_text(content)
+        with pytest.raises(CheckpointError, match=said):
+            self.captions(tmp_path / "t5").inputs([Prompt("a cat")])
+
+    def test_models_without_an_encoder(self, folder: Path) -> None:
+        captions = self.captions(folder)
         without = LlamaGenCaptions(captions.generator, captions.tokenizer, name="tiny")
         with pytest.raises(UserError, match="no text encoder"):
             without.inputs([Prompt("a cat")])

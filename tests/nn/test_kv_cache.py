@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,3 +98,20 @@ def test_bytes() -> None:
     vectors = 2 * 3 * 2 * 4 * 5
     assert KVCache(**sizes, dtype=torch.bfloat16).nbytes == vectors * 32
     assert Int8KVCache(**sizes, dtype=torch.bfloat16).nbytes == vectors * (16 + 4)
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="only a Linux with huge pages has them")
+@pytest.mark.parametrize("kind", [KVCache, Int8KVCache])
+def test_a_large_cache_asks_for_huge_pages(kind: type[KVCache]) -> None:
+    cache = kind(2, 8, 4, 512, 128)
+    assert not any(contents.any() for contents in (*cache.keys, *cache.values))
+    middle = cache.values[0].data_ptr()
+    for lines in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]:
+        first, last = (int(end, 16) for end in lines.split(" ", 1)[0].split("-"))
+        if first <= middle < last:
+            assert " hg" in lines[lines.index("VmFlags") :]
+            return
+    pytest.fail("the cache lies nowhere")

@@ -45,6 +45,7 @@ def test_every_product_computes_the_same(name: str, rows: int, bias: bool, dtype
             got = layer(x)
             assert (layer.product is None) == (name == "plain")
         assert got.shape == expected.shape
+        assert got.is_contiguous()  # what follows looks at channels in pairs
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
     assert layer.product is layer.laid_out is None
     assert torch.equal(layer.weight, before)
@@ -289,6 +290,14 @@ def test_the_fastest_dtype_is_what_the_machine_multiplies_faster(
     fast.dtype = torch.float16
     assert softcfg.load_generator("fashion-small", dtype="fastest").dtype == dtype  # it was kept
     assert softcfg.Pipeline.with_random_weights("fashion-small", device="cpu", dtype="fastest").dtype == dtype
+
+
+def test_a_product_that_is_new_is_measured_although_there_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 64)
+    assert choose([weight], None, 2).name != "instant"
+    monkeypatch.setitem(PRODUCTS, "instant", Instant())
+    products.CHOICES.clear()  # as in a process that starts with it
+    assert choose([weight], None, 2).name == "instant"
 
 
 def test_without_instructions_for_bfloat16_float32_is_the_fastest_and_bfloat16_warns(

@@ -47,7 +47,7 @@ class TestFunctions:
     def request(**query: str) -> Any:
         return SimpleNamespace(session_hash="visitor", query_params=query)
 
-    FIELDS = ("tiny", 3, "", ["cfg", "softcfg"], 3, 0.5, 1, True, 0.9, 4, 1)
+    FIELDS = ("tiny", 3, "", "", None, None, ["cfg", "softcfg"], 3, 0.5, 1, True, "cosine_power", 0.9, 0, 4, 1)
 
     def test_draw_choose_and_open(self, shown: pages.Shown, studio: Studio) -> None:
         updates = list(shown.draw(self.request(), *self.FIELDS, "none"))
@@ -81,7 +81,7 @@ class TestFunctions:
 
     def test_mistakes_are_sentences(self, shown: pages.Shown) -> None:
         fields = list(self.FIELDS)
-        fields[3] = []
+        fields[6] = []
         (update,) = shown.draw(self.request(), *fields, "none")
         assert re.fullmatch(r'<p class="alert" role="alert">Choose at least one method\.</p>', update[shown.status])
         for data in (None, {}, {"picture": "1", "token": 0}, {"picture": 1, "token": 0}):

@@ -148,7 +148,7 @@ class TestSettings:
     @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
     def test_whether_the_power_matters(self, pipeline: Pipeline, schedule: str) -> None:
         pipeline.sampling_defaults["schedule"] = schedule
-        assert Model(pipeline).uses_power == (schedule == "cosine_power")
+        assert Model(pipeline).defaults("tiny").uses_power == (schedule == "cosine_power")
 
     @pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.examples])
     def test_examples_of_the_bundled_models_are_of_their_classes(self, name: str) -> None:
@@ -434,7 +434,7 @@ class TestPrompts:
         assert picture.caption == "a red star, SoftCFG, scale 3, seed 6"
         assert np.array_equal(picture.pixels, expected.pixels[0])
         # Where all tokens are there, the sketch is the image; where one is missing, its place is clear.
-        canvas = Canvas(studio.models["words"], "a red star")
+        canvas = Canvas(studio.models["words"], studio.settings(subject="a red star"))
         assert canvas.grid == Geometry(4, 4, row_end=1, tail=1)
         assert np.array_equal(canvas.sketch(picture.tokens)[..., :3], picture.pixels)
         assert (canvas.sketch(picture.tokens)[..., 3] == 255).all()

@@ -67,6 +67,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument(
         "--tokenizer-checkpoint", metavar="FILE", help="tokenizer weights to read instead of the model's own"
     )
+    add_memory_arguments(group)
+    group.add_argument(
+        "--weak-model",
+        metavar="NAME",
+        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
+        "branch or, with a --weak-share below 1, beside it",
+    )
+
+
+def add_memory_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where a model is, and what it takes there."""
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     group.add_argument(
         "--dtype",
@@ -83,12 +94,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
         "--kv-cache-dtype",
         choices=("int8",),
         help="round the cached keys and values (default: of the generator's dtype)",
-    )
-    group.add_argument(
-        "--weak-model",
-        metavar="NAME",
-        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
-        "branch or, with a --weak-share below 1, beside it",
     )
     group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
@@ -218,27 +223,23 @@ def load_pipeline(
     Args:
         device: in place of that of the arguments.
     """
-    import torch
-
     from softcfg.pipeline import Pipeline
 
     device = parse_device(str(device)) if device else parse_device(args.device)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype, args.dtype)
-    cache_dtype = None if args.kv_cache_dtype is None else getattr(torch, args.kv_cache_dtype)
     if random_weights:
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
         return Pipeline.with_random_weights(
-            args.model, device=device, dtype=dtype, kv_cache_dtype=cache_dtype, weak=args.weak_model
+            args.model, device=device, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, weak=args.weak_model
         )
     return Pipeline.from_pretrained(
         args.model,
         device=device,
-        dtype=dtype,
+        dtype=args.dtype,
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
         quantize=args.quantize,
-        kv_cache_dtype=cache_dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         device_map=args.device_map,
         weak=args.weak_model,
         image_size_eval=getattr(args, "image_size_eval", None),

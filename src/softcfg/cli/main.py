@@ -155,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A reader of the output that goes away ends nothing: the command does its work to the end. Output that could not be
     written, on a full disk, is an error.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch: its large tensors in huge pages, read faster
     words = list(sys.argv[1:] if argv is None else argv)
     with patient_streams() as out, _warnings_in_a_line():
         try:

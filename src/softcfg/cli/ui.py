@@ -22,6 +22,7 @@ EXAMPLES = """\
 examples:
   softcfg ui
   softcfg ui alitok-xl --device cuda --dtype bfloat16
+  softcfg ui emu3-gen --quantize int8 --kv-cache-dtype int8 --max-seconds 600
   softcfg ui --host 0.0.0.0 --port 8000 --max-seconds 30"""
 
 
@@ -33,14 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="names that 'softcfg models' lists, or paths of model folders (default: the bundled models)",
     )
-    group = parser.add_argument_group("model")
-    group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "fastest"),
-        default="float32",
-        help="of the generator; fastest is what this machine multiplies faster (default: float32)",
-    )
+    arguments.add_memory_arguments(parser.add_argument_group("model"))
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}; 0: any that is free")
@@ -83,17 +77,22 @@ def run(args: argparse.Namespace) -> int:
         from softcfg.ui import page
     except ModuleNotFoundError as error:
         raise UserError(f"the web page needs the package {error.name}: {how_to_install('ui')}") from None
-    import torch
 
     from softcfg.pipeline import Pipeline
     from softcfg.ui.studio import Limits, Studio
     from softcfg.zoo.registry import MODELS
 
     device = arguments.parse_device(args.device)
-    dtype = getattr(torch, args.dtype, args.dtype)
     pipelines = {}
     for model in args.models or [name for name, entry in MODELS.items() if entry.bundled]:
-        pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
+        pipeline = Pipeline.from_pretrained(
+            model,
+            device=device,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            kv_cache_dtype=args.kv_cache_dtype,
+            device_map=args.device_map,
+        )
         if pipeline.name in pipelines:
             raise UserError(f"there are two models named {pipeline.name!r}; give each once")
         pipelines[pipeline.name] = pipeline

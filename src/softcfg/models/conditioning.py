@@ -7,7 +7,7 @@ and names it in its generator's `conditioning_type`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,10 +18,15 @@ from softcfg.models.ids import as_ids
 from softcfg.prompts import PROMPT_OPTIONS, Prompt, as_prompts, is_text, with_negative
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from softcfg.models.base import Generator
     from softcfg.tokenizers.base import Tokenizer
+
+# Fills a text encoder that lies on the meta device, and returns it. It takes the encoder, its weights file, the dtype
+# and its parts, which are read, converted, rounded and moved one after the other; no more than one is there twice.
+TextEncoderLoader = Callable[["nn.Module", Path, "torch.dtype", Iterable["nn.Module"]], "nn.Module"]
 
 
 class Conditioning(ABC):
@@ -37,11 +42,13 @@ class Conditioning(ABC):
         files: where the files lie that the family reads texts with, by their role in the model's entry.
         settings: how texts are read, from the model's entry, such as its template.
         quantize: the kind of integers that the weights of a text encoder are rounded to, as those of the generator.
-        place: rounds and moves a text encoder; by default it goes where the generator is.
+        load: reads the weights of a text encoder, and puts it where it runs; see `TextEncoderLoader`.
 
     Attributes:
         takes_prompts: whether images are drawn from texts rather than from class ids.
         settings: `settings`, completed with the family's defaults; a run keeps them.
+        keep_files: whether what was made of prompts may be kept in files, for other runs. The web page, which takes
+            prompts of strangers, says no.
 
     Raises:
         UserError: the image tokenizer does not decode what the generator draws.
@@ -59,7 +66,7 @@ class Conditioning(ABC):
         files: Mapping[str, Path] | None = None,
         settings: Mapping[str, Any] | None = None,
         quantize: str | None = None,
-        place: Callable[[nn.Module], nn.Module] | None = None,
+        load: TextEncoderLoader | None = None,
     ) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
@@ -68,7 +75,8 @@ class Conditioning(ABC):
         self.files = dict(files or {})
         self.settings = dict(settings or {})
         self.quantize = quantize
-        self.place = place or (lambda encoder: encoder.to(generator.device))
+        self.load = load
+        self.keep_files = True
         self.check_tokenizer()
 
     @classmethod
@@ -209,10 +217,12 @@ class PromptConditioning(Conditioning):
 
     Attributes:
         options: which of the `softcfg.prompts.PROMPT_OPTIONS` the model reads.
+        any_size: whether there are images of other sizes than the default.
     """
 
     takes_prompts = True
     options: Sequence[str] = ()
+    any_size: ClassVar[bool] = False
 
     def requests(
         self,

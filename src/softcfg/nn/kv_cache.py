@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcfg.nn.memory import in_huge_pages
 from softcfg.nn.position import Position
 
 
@@ -42,8 +43,12 @@ class KVCache:
         self.dtype = dtype
         shape, stored = (rows, heads, slots, head_dim), self.stored or dtype
         devices = [device] * layers if isinstance(device, (torch.device, str)) else device
-        self.keys = [torch.zeros(shape, dtype=stored, device=device) for device in devices]
-        self.values = [torch.zeros(shape, dtype=stored, device=device) for device in devices]
+        if all(torch.device(each).type == "cpu" for each in devices):
+            whole = in_huge_pages(torch.empty(2, layers, *shape, dtype=stored, device="cpu")).zero_()
+            self.keys, self.values = (list(half.unbind()) for half in whole)
+        else:
+            self.keys = [torch.zeros(shape, dtype=stored, device=each) for each in devices]
+            self.values = [torch.zeros(shape, dtype=stored, device=each) for each in devices]
 
     @property
     def slots(self) -> int:

@@ -61,7 +61,7 @@ def fastest_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
 
     On a CPU with instructions for bfloat16 it is measured, for the 16 rows of 8 images with guidance.
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     if device.type != "cpu" or not has_bfloat16(device):
         return torch.float32

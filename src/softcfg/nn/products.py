@@ -16,7 +16,7 @@ import platform
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -125,7 +125,7 @@ class Columns(Product):
             return found.view(*x.shape[:-1], -1)
         columns = x.reshape(rows, -1).t()
         found = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
-        return found.t().reshape(*x.shape[:-1], -1)
+        return found.t().contiguous().view(*x.shape[:-1], -1)
 
 
 @register_product
@@ -219,16 +219,14 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product
     if wanted:
         product = PRODUCTS[_known(wanted)]
         return product if product.can_serve(weight) else plain
-    able = [product for product in PRODUCTS.values() if product.can_serve(weight)]
+    able = _able(weight)
     if len(able) == 1:
         return able[0]
     dtype = str(weight.dtype).removeprefix("torch.")
     shape = f"{dtype}-{rows}x{weight.shape[1]}x{weight.shape[0]}{'' if bias is None else '+bias'}"
     if shape not in CHOICES:
-        known = _kept(shape)
-        if known not in {product.name for product in able}:
-            known = _keep(shape, _fastest(able, weights[:LAYERS], bias, rows).name, PRODUCTS)
-        CHOICES[shape] = known
+        names = [product.name for product in able]
+        CHOICES[shape] = _once(shape, names, lambda: _fastest(able, weights[:LAYERS], bias, rows).name)
     return PRODUCTS[CHOICES[shape]]
 
 
@@ -246,6 +244,10 @@ def _known(name: str) -> str:
     return name
 
 
+def _able(weight: Tensor) -> list[Product]:
+    return [product for product in PRODUCTS.values() if product.can_serve(weight)]
+
+
 def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtype:
     """float32, or bfloat16 if the processor multiplies the weights of a model faster in it.
 
@@ -258,17 +260,16 @@ def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtyp
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     text = f"{rows} {sorted(shapes.items())}"
     key = f"dtype-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    known = _kept(key)
-    if known not in dtypes:
+
+    def faster() -> str:
         seconds = dict.fromkeys(dtypes, 0.0)
         for (out, width), count in shapes.items():
             for name, dtype in dtypes.items():
                 weights = [torch.ones(out, width, dtype=dtype) for _ in range(LAYERS)]
-                able = [product for product in PRODUCTS.values() if product.can_serve(weights[0])]
-                seconds[name] += count * min(_seconds(able, weights, None, rows).values())
-        fast = seconds["bfloat16"] * GAIN < seconds["float32"]
-        known = _keep(key, "bfloat16" if fast else "float32", dtypes)
-    return dtypes[known]
+                seconds[name] += count * min(_seconds(_able(weights[0]), weights, None, rows).values())
+        return "bfloat16" if seconds["bfloat16"] * GAIN < seconds["float32"] else "float32"
+
+    return dtypes[_once(key, dtypes, faster)]
 
 
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
@@ -321,7 +322,8 @@ def machine() -> str:
 
 
 def _machine_key() -> str:
-    return hashlib.sha256(machine().encode()).hexdigest()[:12]
+    """Of the machine and the products to choose from: with another one, shapes are measured anew."""
+    return hashlib.sha256(f"{machine()} {sorted(PRODUCTS)}".encode()).hexdigest()[:12]
 
 
 def _kept(shape: str) -> str:
@@ -329,6 +331,12 @@ def _kept(shape: str) -> str:
         return read_text(_folder() / f"{_machine_key()}-{shape}", 64).strip()
     except OSError:
         return ""
+
+
+def _once(key: str, known: Container[str], measure: Callable[[], str]) -> str:
+    """What was chosen on this machine, of the names that are `known`, or what a measurement finds now."""
+    kept = _kept(key)
+    return kept if kept in known else _keep(key, measure(), known)
 
 
 def _keep(shape: str, name: str, known: Container[str]) -> str:

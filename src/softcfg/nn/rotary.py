@@ -29,9 +29,8 @@ class Rotary:
             return rotate_halves(x, self.cos, self.sin)
         if {x.dtype, self.cos.dtype} != {torch.float32} or x.stride(-1) != 1 or torch.is_grad_enabled():
             return rotate(x, self.cos, self.sin)
-        return (x.view(torch.complex64) * self._turns).view(
-            torch.float32
-        )  # as `rotate`, to the bit, in fewer operations
+        # As `rotate` to the bit, in fewer operations.
+        return (x.view(torch.complex64) * self._turns).view(torch.float32)
 
     @cached_property
     def _turns(self) -> Tensor:

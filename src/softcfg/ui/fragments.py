@@ -65,7 +65,8 @@ def stage(panels: Sequence[Panel], maps: dict[int, str] | None = None) -> str:
 
 
 def _panel(panel: Panel, maps: dict[int, str], with_seed: bool) -> str:
-    title, total, picture = escape(METHODS[panel.method].title), panel.total, panel.picture
+    title, total, picture = escape(METHODS[panel.method].title), panel.grid.num_tokens, panel.picture
+    shape = f'style="aspect-ratio: {panel.grid.columns} / {panel.grid.rows}"'
     name = f"{title}, seed {panel.seed}" if with_seed else title
     head = f"<b>{title}</b> seed {panel.seed}" if with_seed else f"<b>{title}</b>"
     if picture is None:
@@ -75,7 +76,7 @@ def _panel(panel: Panel, maps: dict[int, str], with_seed: bool) -> str:
             shown = f'<img src="{address}" alt="{name}, {panel.done} of {total} tokens">'
         return f"""<figure class="panel">
 <figcaption><span>{head}</span><span class="count">{panel.done} of {total}</span></figcaption>
-<div class="picture unfinished">{shown}</div>
+<div class="picture unfinished" {shape}>{shown}</div>
 <progress max="{total}" value="{panel.done}" aria-label="{name}: tokens drawn"></progress></figure>"""
     grid = picture.grid
     address = data_address(picture.png(), "image/png")
@@ -89,7 +90,7 @@ def _panel(panel: Panel, maps: dict[int, str], with_seed: bool) -> str:
 <div class="picture{" mapped" if laid else ""}" tabindex="0" role="slider" data-picture="{picture.number}"
  data-front="{grid.front}" data-rows="{grid.rows}" data-columns="{grid.columns}" data-stride="{grid.stride}"
  aria-valuemin="0" aria-valuemax="{total - 1}" aria-label="Token of the picture {caption}; choose with the arrow keys"
->{front}<div class="canvas"><img src="{address}" alt="{caption}">{laid}<i class="cursor"></i></div></div>
+>{front}<div class="canvas" {shape}><img src="{address}" alt="{caption}">{laid}<i class="cursor"></i></div></div>
 <div class="links"><a download="{file}.png" href="{address}">PNG<span class="hidden"> of {name}</span></a>
 <a download="{file}.json" href="{settings}">Settings<span class="hidden"> of {name}</span></a></div></figure>"""
 

@@ -6,6 +6,7 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from softcfg.errors import UserError
+from softcfg.guidance import SCHEDULES
 from softcfg.ui import fragments
 from softcfg.ui.guard import LOCAL, MAX_UNREAD, Access, Guard
 from softcfg.ui.settings import METHODS, RANGES, Settings
@@ -36,7 +38,12 @@ HEADER = """
 NEW_SEED = f"() => Math.floor(Math.random() * {RANGES['seed'][1] + 1})"
 
 # The settings with a field of the same name, in the order of the form; the model and its subject come before them.
-SETTINGS = ("methods", "scale", "power", "strength", "step_norm", "temperature", "seed", "seeds")
+SETTINGS = (
+    *("negative_prompt", "width", "height", "methods", "scale", "power"),
+    *("strength", "step_norm", "schedule", "temperature", "top_k", "seed", "seeds"),
+)
+
+OF_MODEL = ("width", "height", "scale", "schedule", "temperature", "top_k")
 
 Update = dict[Any, Any]  # component -> its new value
 
@@ -118,9 +125,13 @@ def build(studio: Studio) -> gr.Blocks:
         looking = {"concurrency_limit": 1, "concurrency_id": "look", **private}
         # Chosen by hand: what the server fills in comes with all other fields.
         form.model.input(form.on_model, form.model, form.of_model, **looking)
+        form.ratio.input(form.on_ratio, [form.model, form.ratio], [form.width, form.height], **looking)
+        for side in (form.width, form.height):
+            side.input(None, None, form.ratio, js="() => null")
+        form.schedule.input(form.on_schedule, [form.model, form.schedule, form.power], form.power, **looking)
         form.new_seed.click(None, None, form.seed, js=NEW_SEED)
         form.draw.click(shown.draw, [*form.fields, mode], shown.all, trigger_mode="once", **drawing)
-        everything = [*shown.all, *form.fields]
+        everything = [*shown.all, *form.fields, form.size, form.ratio]
         form.examples.pick(shown.pick, [form.model, mode], everything, trigger_mode="once", **drawing)
         # Past the queue: it must work when the queue is full.
         form.stop.click(stop, queue=False, **private)
@@ -160,6 +171,23 @@ class Form:
             elem_id="prompt",
             placeholder="what to draw",
         )
+        self.negative_prompt = gr.Textbox(
+            suited.negative_prompt or "",
+            label="Negative prompt",
+            info="what the unconditional branch reads",
+            lines=1,
+            max_lines=4,
+            max_length=studio.limits.prompt,
+            visible=suited.negative_prompt is not None,
+            elem_id="negative-prompt",
+        )
+        with gr.Row(elem_id="size-row", visible=suited.width is not None) as self.size:
+            self.width = _number("width", suited, label="Width", min_width=60)
+            self.height = _number("height", suited, label="Height", min_width=60)
+            ratios = list(model.ratios)
+            self.ratio = gr.Dropdown(
+                ratios, value=None, label="Ratio", visible=bool(ratios), min_width=70, elem_id="ratio"
+            )
         self.examples = gr.HTML(
             fragments.examples(model),
             js_on_load=_script("form"),
@@ -175,11 +203,15 @@ class Form:
             elem_id="methods",
         )
         self.scale = _slider("scale", suited, 0.1, info="0 or 1: no guidance")
-        self.power = _slider("power", suited, 0.05, info="of the scale's ramp", visible=model.uses_power)
+        self.power = _slider("power", suited, 0.05, info="of the scale's ramp", visible=suited.uses_power)
         with gr.Accordion("SoftCFG and sampling", open=False, elem_id="more"):
             self.strength = _slider("strength", suited, 0.1, info="exponent of the weights; 0: plain CFG")
             self.step_norm = gr.Checkbox(suited.step_norm, label="Step Normalisation", elem_id="step-norm")
+            self.schedule = gr.Dropdown(
+                list(SCHEDULES), value=suited.schedule, label="Schedule", info="of the scale", elem_id="schedule"
+            )
             self.temperature = _slider("temperature", suited, 0.05)
+            self.top_k = _number("top_k", suited, label="Top-k", info="codes to draw from; 0: all")
         with gr.Row(elem_id="seed-row"):
             self.seed = _number("seed", suited, label="Seed", min_width=90)
             self.seeds = _number("seeds", suited, label="How many", min_width=60)
@@ -190,7 +222,10 @@ class Form:
             with gr.Row(elem_id="actions"):
                 self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
                 self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
-        self.of_model = [self.label, self.prompt, self.examples, self.scale, self.power, self.temperature]
+        self.of_model = [
+            *(self.label, self.prompt, self.negative_prompt, self.size, self.width, self.height, self.ratio),
+            *(self.examples, self.scale, self.power, self.schedule, self.temperature, self.top_k),
+        ]
         self.fields = [self.model, self.label, self.prompt, *(getattr(self, name) for name in SETTINGS)]
 
     def settings(self, *values: Any) -> Settings:
@@ -204,6 +239,7 @@ class Form:
         """The fields of another model: its classes or the prompt, and the settings that suit it."""
         model = self.studio.model(name)
         suited = model.defaults(name)
+        ratios = list(model.ratios)
         return {
             self.label: gr.Dropdown(
                 choices=_classes(self.studio, name),
@@ -211,24 +247,42 @@ class Form:
                 visible=not model.takes_prompts,
             ),
             self.prompt: gr.Textbox(visible=model.takes_prompts),
+            self.size: gr.Row(visible=suited.width is not None),
+            self.ratio: gr.Dropdown(choices=ratios, value=None, visible=bool(ratios)),
             self.examples: fragments.examples(model),
-            self.scale: suited.scale,
-            self.power: gr.Slider(value=suited.power, visible=model.uses_power),
-            self.temperature: suited.temperature,
+            **self._suited(suited),
         }
+
+    def on_ratio(self, name: str, ratio: str) -> Update:
+        """The size of images of this ratio."""
+        width, height = self.studio.model(name).ratios.get(ratio, (None, None))
+        return {self.width: width, self.height: height}
+
+    def on_schedule(self, name: str, schedule: str, power: float) -> Update:
+        """The power, where the schedule takes one."""
+        settings = replace(self.studio.model(name).defaults(name), schedule=schedule)
+        return {self.power: gr.Slider(value=power, visible=schedule in SCHEDULES and settings.uses_power)}
 
     def filled(self, settings: Settings) -> Update:
         """The fields with these settings."""
-        model = self.studio.model(settings.model)
-        update = {**self.on_model(settings.model), self.model: settings.model, self.methods: list(settings.methods)}
-        update |= {getattr(self, name): getattr(settings, name) for name in SETTINGS[1:]}
-        update[self.power] = gr.Slider(value=settings.power, visible=model.uses_power)
-        if model.takes_prompts:
-            update[self.prompt] = gr.Textbox(value=str(settings.subject), visible=True)
+        update = {**self.on_model(settings.model), self.model: settings.model}
+        update |= {getattr(self, name): getattr(settings, name) for name in SETTINGS}
+        update |= {self.methods: list(settings.methods), **self._suited(settings)}
+        if isinstance(settings.subject, str):
+            update[self.prompt] = gr.Textbox(value=settings.subject, visible=True)
         else:
             choices = _classes(self.studio, settings.model)
             update[self.label] = gr.Dropdown(choices=choices, value=settings.subject, visible=True)
         return update
+
+    def _suited(self, settings: Settings) -> Update:
+        """The fields that differ from model to model, with these settings."""
+        negative = settings.negative_prompt
+        return {
+            self.negative_prompt: gr.Textbox(value=negative or "", visible=negative is not None),
+            self.power: gr.Slider(value=settings.power, visible=settings.uses_power),
+            **{getattr(self, name): getattr(settings, name) for name in OF_MODEL},
+        }
 
 
 class Shown:
@@ -401,7 +455,9 @@ def _slider(name: str, suited: Settings, step: float, **shown: Any) -> gr.Slider
 def _number(name: str, suited: Settings, **shown: Any) -> gr.Number:
     """The field of a whole number, at the value that suits the model."""
     low, high = RANGES[name]
-    return gr.Number(getattr(suited, name), precision=0, minimum=low, maximum=high, elem_id=name, **shown)
+    return gr.Number(
+        getattr(suited, name), precision=0, minimum=low, maximum=high, elem_id=name.replace("_", "-"), **shown
+    )
 
 
 def _classes(studio: Studio, name: str) -> list[tuple[str, int]]:

@@ -51,6 +51,8 @@ class Settings:
 
     Attributes:
         subject: a class id, or the prompt of a model that takes prompts.
+        negative_prompt: what the unconditional branch reads, of models where it reads a text.
+        width, height: in pixels, of models that draw images of any size.
         methods: keys of `METHODS`.
         strength, step_norm: of the SoftCFG methods.
         seed: the first of them.
@@ -59,12 +61,17 @@ class Settings:
 
     model: str
     subject: int | str
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
     methods: tuple[str, ...] = ("cfg", "softcfg")
     scale: float = CFG.guidance_scale
     power: float = CFG.guidance_scale_pow
+    schedule: str = CFG.schedule
     strength: float = SoftCFG.strength
     step_norm: bool = SoftCFG.step_norm
     temperature: float = Sampling.temperature
+    top_k: int = Sampling.top_k
     seed: int = 0
     seeds: int = 1
 
@@ -73,16 +80,30 @@ class Settings:
         """Method and seed of each picture, as they are laid out: a method after the other."""
         return [(method, self.seed + number) for method in self.methods for number in range(self.seeds)]
 
+    @property
+    def uses_power(self) -> bool:
+        """Whether the schedule depends on the power."""
+        scales = [CFG(4.0, power, self.schedule).scales(8) for power in (1.0, 2.0)]
+        return bool((scales[0] != scales[1]).any())
+
+    def describe(self) -> dict[str, Any]:
+        """The settings by name, without those that the model does not have."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def query(self) -> str:
         """The settings as the query of a link; numbers come back to the last bit."""
-        values = asdict(self)
+        values = self.describe()
         values["methods"] = ",".join(self.methods)
         values["step_norm"] = int(self.step_norm)
         return urllib.parse.urlencode(values)
 
     def guidance(self, method: str, pipeline: Pipeline) -> CFG:
         """The guidance of one of the methods."""
-        numbers: dict[str, Any] = {"guidance_scale": self.scale, "guidance_scale_pow": self.power}
+        numbers: dict[str, Any] = {
+            "guidance_scale": self.scale,
+            "guidance_scale_pow": self.power,
+            "schedule": self.schedule,
+        }
         if method == "none":
             return pipeline.default_guidance(CFG, guidance_scale=1.0)
         if method == "cfg":
@@ -101,10 +122,13 @@ RANGES: dict[str, tuple[float, float]] = {  # of the settings that are numbers
     "power": _SHOWN["guidance_scale_pow"],
     "strength": _SHOWN["strength"],
     "temperature": _SHOWN["temperature"],
+    "top_k": (0, 2**20),
+    "width": (1, 2**14),
+    "height": (1, 2**14),
     "seed": (0, 2**32 - 1),
     "seeds": (1, 8),
 }
-NAMES = {"seeds": "number of seeds"}  # of settings, where the field's is no word
+NAMES = {"seeds": "number of seeds", "top_k": "top-k"}  # of settings, where the field's is no word
 
 
 def check_methods(values: Any) -> tuple[str, ...]:

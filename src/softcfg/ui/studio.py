@@ -3,6 +3,7 @@ to each token."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
@@ -11,7 +12,7 @@ import traceback
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,18 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling
 from softcfg.errors import UserError
-from softcfg.guidance import CFG
+from softcfg.guidance import CFG, SCHEDULES
 from softcfg.inspection import trace
 from softcfg.inspection.trace import step_weights
+from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline
 from softcfg.ui.settings import METHODS, RANGES, Settings, check_methods, check_number
 from softcfg.version import __version__
 
 CANDIDATES = 8  # codes kept per token
+PIECE = 256  # tokens whose distributions are in memory at once
+RATIOS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 FRAME_SECONDS = 0.12  # least time between two looks at a drawing
 
 
@@ -123,7 +127,7 @@ class Picture:
 
     def description(self) -> dict[str, Any]:
         """The settings for a file beside the image; `link` brings the whole drawing back."""
-        values = {**asdict(self.settings), "method": self.method, "seed": self.seed}
+        values = {**self.settings.describe(), "method": self.method, "seed": self.seed}
         del values["methods"], values["seeds"]
         return {"softcfg": __version__, **values, "link": f"?{self.settings.query()}"}
 
@@ -142,12 +146,12 @@ class Picture:
 
 @dataclass
 class Panel:
-    """One method's image while it is drawn: `done` of `total` tokens, and their pixels uint8 [H, W, 4], clear where
+    """One method's image while it is drawn: `done` tokens of the grid, and their pixels uint8 [H, W, 4], clear where
     no token was drawn yet."""
 
     method: str
     seed: int
-    total: int
+    grid: Geometry
     done: int = 0
     pixels: np.ndarray | None = None
     picture: Picture | None = None
@@ -192,8 +196,7 @@ class Session:
             raise UserError("A drawing is under way; stop it first or wait for it.")
         shot = [other for other in self.pictures.values() if other.shot == picture.shot]
         self.panels = [
-            Panel(other.method, other.seed, other.grid.num_tokens, other.grid.num_tokens, picture=other)
-            for other in shot
+            Panel(other.method, other.seed, other.grid, other.grid.num_tokens, picture=other) for other in shot
         ]
         self.shown, self.chosen, self.note = picture.settings, None, ""
         return picture.settings
@@ -219,6 +222,7 @@ class Model:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
+        self.pipeline.conditioning.keep_files = False
         self.lock = threading.Lock()
 
     @property
@@ -240,29 +244,63 @@ class Model:
         return [(known.get(subject, subject), seed) for subject, seed in (entry.examples if entry else {}).items()]
 
     @property
-    def uses_power(self) -> bool:
-        """Whether the model's schedule depends on the power."""
-        scales = [
-            self.pipeline.default_guidance(CFG, guidance_scale=4.0, guidance_scale_pow=power).scales(8)
-            for power in (1.0, 2.0)
-        ]
-        return not torch.equal(*scales)
+    def negative_prompt(self) -> str | None:
+        """What the unconditional branch reads by default; None where it reads no text."""
+        conditioning = self.pipeline.conditioning
+        if not isinstance(conditioning, PromptConditioning) or "negative_text" not in conditioning.options:
+            return None
+        return str(conditioning.settings.get("negative_text") or "")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height, in pixels, that are not asked for; None where there are no others."""
+        conditioning = self.pipeline.conditioning
+        any_size = isinstance(conditioning, PromptConditioning) and conditioning.any_size
+        return conditioning.image_size() if any_size else None
+
+    @property
+    def ratios(self) -> dict[str, tuple[int, int]]:
+        """Width and height, in pixels, of images of usual ratios, where the model chooses the area."""
+        found: dict[str, tuple[int, int]] = {}
+        conditioning = self.pipeline.conditioning
+        if isinstance(conditioning, PromptConditioning):
+            for ratio in RATIOS:
+                with contextlib.suppress(UserError):
+                    found[ratio] = conditioning.size_of_ratio(ratio)
+        return found
 
     def name_of(self, subject: int | str) -> str:
         """The class's name, or the prompt itself."""
         return subject if isinstance(subject, str) else self.subjects[subject]
 
-    def inputs(self, subject: int | str) -> list[Any]:
-        """The subject as the generator takes it."""
-        conditioning = self.pipeline.conditioning
-        return conditioning.inputs(conditioning.requests([subject]))
+    def requests(self, settings: Settings) -> list[Any]:
+        """What is drawn, as the pipeline takes it.
+
+        Raises:
+            UserError: the model draws no images of this size, or takes no negative prompt.
+        """
+        # Without a negative prompt of one's own the model does as it is used to.
+        negative = None if settings.negative_prompt == self.negative_prompt else settings.negative_prompt
+        return self.pipeline.conditioning.requests(
+            [settings.subject], width=settings.width, height=settings.height, negative_prompt=negative
+        )
+
+    def inputs(self, settings: Settings) -> list[Any]:
+        """What is drawn, as the generator takes it."""
+        return self.pipeline.conditioning.inputs(self.requests(settings))
 
     def defaults(self, name: str) -> Settings:
         """The settings that suit the model."""
         suited = self.pipeline.sampling_defaults
+        width, height = self.size or (None, None)
         return Settings(
             name,
             "" if self.takes_prompts else 0,
+            self.negative_prompt,
+            width,
+            height,
+            schedule=suited.get("schedule", CFG.schedule),
+            top_k=int(suited.get("top_k", Sampling.top_k)),
             scale=float(suited.get("guidance_scale", CFG.guidance_scale)),
             power=float(suited.get("guidance_scale_pow", CFG.guidance_scale_pow)),
             temperature=float(suited.get("temperature", Sampling.temperature)),
@@ -270,11 +308,11 @@ class Model:
 
 
 class Canvas:
-    """Where the images of one subject are drawn."""
+    """Where the images of one drawing are drawn."""
 
-    def __init__(self, model: Model, subject: int | str) -> None:
+    def __init__(self, model: Model, settings: Settings) -> None:
         self.pipeline = model.pipeline
-        self.condition = self.pipeline.generator.condition(model.inputs(subject), guided=False)
+        self.condition = self.pipeline.generator.condition(model.inputs(settings), guided=False)
         self.grid = self.condition.geometry
 
     def sketch(self, tokens: Tensor) -> np.ndarray:
@@ -384,10 +422,11 @@ class Drawing:
                 )
 
         output = pipeline(
-            [settings.subject],
+            self._model.requests(settings),
             guidance=settings.guidance(method, pipeline),
             seed=seed,
             temperature=settings.temperature,
+            top_k=settings.top_k,
             on_tokens=look,
         )
         self.seconds = time.monotonic() - start
@@ -442,14 +481,26 @@ class Studio:
         checked: dict[str, Any] = {"model": name}
         if "subject" in values or model.takes_prompts:
             checked["subject"] = self._subject(model, values.get("subject", ""))
+        negative = values.get("negative_prompt")
+        if negative or (negative is not None and model.negative_prompt is not None):  # empty ones are a model's, too
+            checked["negative_prompt"] = self._text(negative, "negative prompt", model.negative_prompt)
+        if "schedule" in values:
+            if values["schedule"] not in SCHEDULES:
+                raise UserError(f"There is no schedule {values['schedule']!r} here; choose from the list.")
+            checked["schedule"] = values["schedule"]
         if "methods" in values:
             checked["methods"] = check_methods(values["methods"])
         if "step_norm" in values:
             if not isinstance(values["step_norm"], bool):
                 raise UserError(f"Step Normalisation is either on or off, not {values['step_norm']!r}.")
             checked["step_norm"] = values["step_norm"]
-        checked.update((key, check_number(key, values[key])) for key in RANGES if key in values)
+        optional = ("width", "height")
+        given = {
+            key: values[key] for key in RANGES if key in values and (values[key] is not None or key not in optional)
+        }
+        checked.update((key, check_number(key, value)) for key, value in given.items())
         settings = replace(model.defaults(name), **checked)
+        model.requests(settings)
         if (count := len(settings.pictures)) > self.limits.pictures:
             raise UserError(
                 f"A drawing has at most {self.limits.pictures} pictures here, and these would be {count}; choose fewer "
@@ -491,13 +542,13 @@ class Studio:
             UserError: the session draws already, the model is busy, or the drawing took too long.
         """
         model, session = self.model(settings.model), self.session(key)
-        canvas = Canvas(model, settings.subject)
+        canvas = Canvas(model, settings)
         drawing = Drawing(model, settings, self.limits)
         with self._lock:
             if session.drawing is not None and session.drawing.active:
                 raise UserError("This page is drawing already; stop that first or wait for it.")
             session.drawing, session.shown, session.chosen = drawing, settings, None
-            session.panels = panels = [Panel(*picture, canvas.grid.num_tokens) for picture in settings.pictures]
+            session.panels = panels = [Panel(*picture, canvas.grid) for picture in settings.pictures]
             session.shots += 1
             shot = session.shots
         try:
@@ -547,7 +598,7 @@ class Studio:
         try:
             traced = trace(
                 model.pipeline.generator,
-                labels=model.inputs(settings.subject),
+                labels=model.inputs(settings),
                 guidance=settings.guidance(picture.method, model.pipeline),
                 tokens=picture.tokens[None],
                 temperature=settings.temperature,
@@ -556,16 +607,18 @@ class Studio:
         finally:
             model.lock.release()
         branches = (traced.cond_logits[0], traced.uncond_logits[0], traced.guided_logits[0])
-        # [T, 3, V]
-        probabilities = torch.stack([(logits / settings.temperature).softmax(-1) for logits in branches], dim=1)
-        count = min(CANDIDATES, probabilities.shape[-1])
-        codes = probabilities.amax(dim=1).topk(count).indices
+        codes, probabilities = [], []
+        for pieces in zip(*(logits.split(PIECE) for logits in branches), strict=True):
+            piece = torch.stack([(logits / settings.temperature).softmax(-1) for logits in pieces], dim=1)  # [n, 3, V]
+            likeliest = piece.amax(dim=1).topk(min(CANDIDATES, piece.shape[-1])).indices
+            codes.append(likeliest.cpu())
+            probabilities.append(piece.gather(2, likeliest[:, None].expand(-1, 3, -1)).cpu())
         picture.inspection = Inspection(
             guidance=traced.guidance,
             confidence=traced.confidence[0].cpu(),
             scale=traced.guidance_scale.cpu(),
-            codes=codes.cpu(),
-            probabilities=probabilities.gather(2, codes[:, None].expand(-1, 3, -1)).cpu(),
+            codes=torch.cat(codes),
+            probabilities=torch.cat(probabilities),
         )
         return picture.inspection
 
@@ -573,21 +626,24 @@ class Studio:
         if model.takes_prompts:
             if not isinstance(subject, str) or not subject.strip():
                 raise UserError("Write a prompt first.")
-            if len(subject) > self.limits.prompt:
-                raise UserError(
-                    f"The prompt has {len(subject)} characters; at most {self.limits.prompt} are taken here."
-                )
-            try:
-                subject.encode()
-            except UnicodeEncodeError as error:
-                raise UserError("The prompt holds half a character; write it again.") from error
-            return subject.strip()
+            return self._text(subject, "prompt").strip()
         count = len(model.subjects)
         if isinstance(subject, str) and subject.isdecimal() and len(subject) < 10:
             subject = int(subject)
         if isinstance(subject, bool) or not isinstance(subject, int) or not 0 <= subject < count:
             raise UserError(f"The class must be a number from 0 to {count - 1}, not {subject!r}.")
         return subject
+
+    def _text(self, text: Any, name: str, usual: str | None = None) -> str:
+        if not isinstance(text, str):
+            raise UserError(f"The {name} must be a text, not {text!r}.")
+        if len(text) > self.limits.prompt and text != usual:
+            raise UserError(f"The {name} has {len(text)} characters; at most {self.limits.prompt} are taken here.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"The {name} holds half a character; write it again.") from error
+        return text
 
     @staticmethod
     def _look(canvas: Canvas, drawing: Drawing, panels: list[Panel]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from softcfg.configuration import ConfigSource, load_config
 from softcfg.errors import CheckpointError, UserError, clean, quote
 from softcfg.zoo.files import find_file, require_file
-from softcfg.zoo.mapped import MappedFiles
+from softcfg.zoo.mapped import MappedFiles, give_back_freed
 from softcfg.zoo.reading import read_json, read_weights
 from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
 from softcfg.zoo.unwrapping import find_weights, require_plain
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from softcfg.models.base import Generator
     from softcfg.models.conditioning import Conditioning
     from softcfg.tokenizers.base import Tokenizer
+
+Place = Callable[["nn.Module"], "nn.Module"]
 
 MOST_TENSORS = 4_000  # of a model
 LARGEST_TABLE = 1 << 24  # numbers
@@ -78,13 +81,14 @@ def load_conditioning(
     *,
     with_files: bool = True,
     quantize: str | None = None,
-    place: Callable[[nn.Module], nn.Module] | None = None,
+    place: Place | None = None,
 ) -> Conditioning:
     """What turns labels or prompts into what the generator of a model is conditioned on.
 
     Args:
         with_files: whether to read the files that texts are read with; without them no prompt can be read.
-        quantize, place: of text encoders; see `Conditioning`.
+        quantize: of text encoders; see `Conditioning`.
+        place: rounds and moves a part of a text encoder; by default it goes where the generator is.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -95,9 +99,9 @@ def load_conditioning(
         raise UserError(f"the {entry.generator.family.name} generator does not say what it is conditioned on")
     text: dict[str, Any] = {}
     if entry.text is not None:
-        text["settings"] = entry.text.settings
-        if quantize is not None or place is not None:
-            text |= {"quantize": quantize, "place": place}
+        place = place or (lambda part: part.to(generator.device))
+        load = functools.partial(load_text_encoder, place=place)
+        text |= {"settings": entry.text.settings, "quantize": quantize, "load": load}
         if with_files:
             text["files"] = {role: require_file(file, entry) for role, file in entry.text.files.items()}
     return conditioning_type(generator, tokenizer, name=entry.name, classes=entry.classes, **text)
@@ -251,6 +255,55 @@ def _fill(
     module.load_state_dict(taken, assign=True)
     module.to(device)  # tables that are not weights
     return module.requires_grad_(False).eval()
+
+
+def load_text_encoder(
+    module: nn.Module, checkpoint: Path, dtype: torch.dtype, parts: Iterable[nn.Module], *, place: Place
+) -> nn.Module:
+    """Give a text encoder that lies on the meta device its weights; see `models.conditioning.TextEncoderLoader`.
+
+    Args:
+        checkpoint: a weights file or the index of several; what else it holds, such as a decoder, is not read.
+        place: rounds and moves a part, or what is left of the whole.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged or do not fit.
+    """
+    from torch import nn
+
+    state = read_weights(checkpoint).tensors
+    names: dict[Tensor, str] = {}  # of tensors that are one, the name that the file has
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in state or parameter not in names:
+            names[parameter] = name
+    expected = {name: parameter for parameter, name in names.items()}
+    if differences := _differences(expected, {name: state[name] for name in expected if name in state}):
+        raise CheckpointError(f"{checkpoint} does not fit the text encoder: {'; '.join(differences)}")
+    mapped = MappedFiles()
+
+    def fill(modules: Iterable[nn.Module]) -> list[Tensor]:
+        filled: dict[Tensor, nn.Parameter] = {}
+        for owner in modules:
+            for key, parameter in owner._parameters.items():
+                if parameter is not None:
+                    if parameter not in filled:
+                        read = state[names[parameter]]
+                        filled[parameter] = nn.Parameter(read.to(dtype), requires_grad=False)
+                        mapped.forget(read)
+                    owner._parameters[key] = filled[parameter]
+        return [state[names[parameter]] for parameter in filled]
+
+    parts = list(parts)
+    inside = {each for part in parts for each in part.modules()}
+    fill(each for each in module.modules() if each not in inside)  # with the largest table, while little else is there
+    for part in parts:
+        read = fill(part.modules())
+        place(part)
+        for tensor in read:  # what is still used is read again
+            mapped.forget(tensor)
+        del read
+        give_back_freed()
+    return place(module).eval()
 
 
 def random_weights(

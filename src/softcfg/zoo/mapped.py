@@ -15,6 +15,12 @@ MAPS = Path("/proc/self/maps")
 DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
+def give_back_freed() -> None:
+    """Give memory that was freed back to the system; glibc keeps it where it lies between what is used."""
+    if MAPS.exists() and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 class MappedFiles:
     """The files that are mapped into the memory of this process, where the system tells.
 
@@ -38,13 +44,11 @@ class MappedFiles:
 
         The tensor must be as it was read: changes that were made to it would be lost.
         """
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        from softcfg.nn.memory import advise
+
+        if DONT_NEED is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         index = bisect.bisect_right(self._ranges, (start, 1 << 64)) - 1
-        if index < 0 or end > self._ranges[index][1]:
-            return
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last:
-            advise = ctypes.CDLL(None).madvise
-            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), DONT_NEED)
+        if index >= 0 and end <= self._ranges[index][1]:
+            advise(tensor, DONT_NEED)

@@ -125,6 +125,7 @@ class Emu3Prompts(PromptConditioning):
 
     generator: Emu3
     options = ("negative_text",)
+    any_size = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

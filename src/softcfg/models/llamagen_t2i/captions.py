@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import html
 import re
+import threading
 import urllib.parse
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from softcfg.errors import UserError, needing, quote
-from softcfg.models.conditioning import PromptConditioning
+from softcfg.models.conditioning import PromptConditioning, TextEncoderLoader
 from softcfg.models.llamagen_t2i.encoder import CaptionEncoder, KeptFeatures
 from softcfg.prompts import Prompt
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from softcfg.models.llamagen_t2i.generator import LlamaGenT2I
 
 PASSES = 2  # the released code cleans twice, and the second pass may find more
+MOST_RECENT = 64  # captions whose features are kept in memory
 MOST_CHARACTERS = 10_000  # some patterns take time that grows with the square of the length
 
 Step = tuple[re.Pattern[str], str]  # what matches, and its replacement
@@ -151,6 +154,8 @@ class LlamaGenCaptions(PromptConditioning):
         super().__init__(*args, **kwargs)
         self._encoder: CaptionEncoder | None = None
         self._encoder_is_for: tuple[object, ...] = ()
+        self._recent: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def encoder(self) -> CaptionEncoder:
@@ -159,16 +164,17 @@ class LlamaGenCaptions(PromptConditioning):
         Raises:
             UserError: the model has none.
         """
-        most, dtype = self.generator.config.cls_token_num, self.generator.dtype
-        wanted = dtype, self.generator.device
+        file, load = self._encoder_file()
+        wanted = self.generator.dtype, self.generator.device
         if self._encoder is None or self._encoder_is_for != wanted:  # the generator may have been moved since
-            self._encoder = CaptionEncoder(self._encoder_folder(), most, dtype=dtype, place=self.place)
+            most = self.generator.config.cls_token_num
+            self._encoder = CaptionEncoder(file, most, dtype=self.generator.dtype, load=load)
             self._encoder_is_for = wanted
         return self._encoder
 
     def check_inputs(self, requests: Sequence[Prompt]) -> None:
         """See `Conditioning.check_inputs`: captions are cleaned, and not yet encoded."""
-        self._encoder_folder()
+        self._encoder_file()
         for prompt in requests:
             clean_caption(prompt.text)
 
@@ -176,18 +182,25 @@ class LlamaGenCaptions(PromptConditioning):
         """See `Conditioning.inputs`; a caption is encoded once, and its features are kept for other runs."""
         config, device = self.generator.config, self.generator.device
         kept = KeptFeatures(
-            self._encoder_folder(), [self.generator.dtype, device.type, self.quantize, config.cls_token_num]
+            self._encoder_file()[0].parent, [self.generator.dtype, device.type, self.quantize, config.cls_token_num]
         )
-        features: dict[str, Tensor] = {}
-        for text in dict.fromkeys(clean_caption(prompt.text) for prompt in requests):
+        with self._lock:  # one encoder, however many threads draw
+            return [self._features(clean_caption(prompt.text), kept) for prompt in requests]
+
+    def _features(self, text: str, kept: KeptFeatures) -> Tensor:
+        key = text, self.generator.dtype, self.generator.device
+        if key not in self._recent:
             known = kept.read(text)
             if known is None:
                 known = self.encoder.encode(text)
-                kept.write(text, known)
-            features[text] = known
-        return [features[clean_caption(prompt.text)] for prompt in requests]
+                if self.keep_files:
+                    kept.write(text, known)
+            self._recent[key] = known
+            if len(self._recent) > MOST_RECENT:
+                self._recent.popitem(last=False)
+        return self._recent[key]
 
-    def _encoder_folder(self) -> Path:
-        if "encoder" not in self.files:
+    def _encoder_file(self) -> tuple[Path, TextEncoderLoader]:
+        if "encoder" not in self.files or self.load is None:
             raise UserError(f"{self.name} has no text encoder, so it cannot read prompts")
-        return self.files["encoder"].parent
+        return self.files["encoder"], self.load

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.errors import CheckpointError, UserError, needing
-from softcfg.files import is_file, is_folder, read_bounded, write_atomically
+from softcfg.files import is_file, read_bounded, read_text, reading, write_atomically
+from softcfg.models.conditioning import TextEncoderLoader
 from softcfg.models.text import plain_tokenizer
 from softcfg.nn.precision import own_dtype
 from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenizer
 
 FOLDER_VARIABLE = "SOFTCFG_CAPTIONS"
+LARGEST_CONFIG = 1 << 20  # bytes
 LARGEST_FEATURES = 1 << 24  # bytes of the features of a caption
 
 
@@ -28,32 +31,34 @@ class CaptionEncoder:
     Captions are encoded one by one, so what becomes of one does not depend on the others.
 
     Args:
-        folder: holds `config.json`, `tokenizer.json` and the weights.
+        file: the weights, or the index of several files; `config.json` and `tokenizer.json` lie beside it.
         most: tokens of a caption, the end of the text included; longer ones are cut.
-        dtype: of the encoder.
-        place: puts the encoder where it runs; see `Conditioning`.
+        dtype: of the encoder; float32 in place of float16, in which it overflows.
+        load: reads the weights; see `models.conditioning`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
         UserError: transformers is not installed.
     """
 
-    def __init__(self, folder: Path, most: int, *, dtype: torch.dtype, place: Callable[[nn.Module], nn.Module]) -> None:
+    def __init__(self, file: Path, most: int, *, dtype: torch.dtype, load: TextEncoderLoader) -> None:
         with needing("encoding captions needs transformers", "llamagen-t2i"):
-            from transformers import T5EncoderModel
-        path = folder / "tokenizer.json"
+            from transformers import T5Config, T5EncoderModel
+        path = file.with_name("tokenizer.json")
         self.tokenizer = text_tokenizer(plain_tokenizer(read_tokenizer_json(path), path), path)
         self.tokenizer.enable_truncation(most)
-        # The library opens whatever has the name of a file that it looks for.
-        if strange := [entry for entry in folder.iterdir() if not (is_file(entry) or is_folder(entry))]:
-            raise CheckpointError(f"{strange[0]} is no regular file, so the text encoder beside it is not read")
+        path = file.with_name("config.json")
+        with reading(path, CheckpointError):
+            text = read_text(path, LARGEST_CONFIG)
         try:
-            model: Any = T5EncoderModel.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-        except Exception as error:  # the libraries raise plain exceptions
-            raise CheckpointError(f"the text encoder in {folder} is incomplete or damaged ({error})") from error
-        self.model: Any = place(model.eval())
+            with torch.device("meta"):
+                model = T5EncoderModel(T5Config.from_dict(json.loads(text)))
+        except Exception as error:  # the library raises plain exceptions
+            raise CheckpointError(f"{path} does not describe a text encoder ({error})") from error
+        # float16 is too narrow for it.
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        self.model: Any = load(model, file, dtype, layers)
 
     @torch.no_grad()
     @own_dtype()

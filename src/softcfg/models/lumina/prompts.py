@@ -153,6 +153,7 @@ class LuminaPrompts(PromptConditioning):
 
     generator: Lumina
     options = ("task", "image")
+    any_size = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -26,7 +26,11 @@ class Math(AttentionBackend):
         key_heads, slots = key.shape[1], key.shape[2]
         # The query heads of a group stand side by side, so that their keys and values are not repeated.
         grouped = (query * head_dim**-0.5).reshape(rows, key_heads, -1, head_dim)
-        scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, new, slots)
+        if new == 1 and key.is_cpu and key.dtype == torch.bfloat16:
+            # oneDNN copies keys that stand on the right, which takes longer than the product.
+            scores = (key @ grouped.transpose(-1, -2)).transpose(-1, -2).reshape(rows, heads, new, slots)
+        else:
+            scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, new, slots)
         factors = context.factors
         # In place where no gradient needs what is there: for long sequences a copy costs more than the products.
         multiply, add = (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
