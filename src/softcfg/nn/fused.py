@@ -20,6 +20,7 @@ from softcfg.nn.backends import triton_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.linear import Linear, are_side_by_side
+from softcfg.nn.norm import RMSNorm
 
 Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +30,7 @@ KINDS: dict[type, int] = {
     type(None): 0,
     nn.Identity: 0,
     nn.RMSNorm: 1,
+    RMSNorm: 1,
     nn.LayerNorm: 2,
 }  # norms, as the kernels call them
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
@@ -63,8 +65,8 @@ def add_norm(
         modulation: scale and shift, shaped alike; None for zeros.
         at: int64 [rows, n]. Gate, scale and shift are then tables [entries, width], and this says which entry is whose.
     """
-    kind = _kind(norm, x)
-    if kind and _serves(x, added, gate, *(modulation or ())) and x.shape[-1] <= WIDEST:
+    kind = _kind(norm, x) if _serves(x, added, gate, *(modulation or ())) else None
+    if kind and x.shape[-1] <= WIDEST:
 
         def launch() -> tuple[Tensor, Tensor]:
             from softcfg.nn.kernels import fused
