@@ -21,6 +21,7 @@ from small_families import load
 from softcfg import CFG, Sampling, SoftCFG
 from softcfg.decoding import decode, image_uniforms
 from softcfg.decoding.sequential import Decoder, Step
+from softcfg.guidance import perturbation_weights
 from softcfg.models.base import Generator
 from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, fused, kernels
@@ -158,6 +159,37 @@ def check_silu_product() -> None:
         close(fused.silu_product(gate, up), F.silu(gate.double()) * up.double(), dtype)
 
 
+def check_guidance() -> None:
+    """The weights of SoftCFG and the confidence, in shapes that are no powers of two and with rows apart."""
+    confidence = torch.rand(3, 300, dtype=torch.float32)
+    confidence[:, 200:] = 0
+    confidence[1] = 0  # nothing is drawn yet
+    confidence[2, 1:] = 0  # one token has all of the budget
+    whole = torch.full((5, 310), 7.0)
+    for step_norm, strength, floor, eps, successor in product(
+        (True, False), (1.0, 0.5, 3.0), (0.0, 0.3), (0.0, 0.25), (True, False)
+    ):
+        settings: Any = {"step_norm": step_norm, "strength": strength, "floor": floor, "eps": eps}
+        assert fused.write_weights(confidence, whole[2:, 10:], **settings, successor=successor)
+        wanted = perturbation_weights(confidence.double(), **settings, alignment=("own", "successor")[successor])
+        close(whole[2:, 10:], wanted, torch.float32)
+        assert (whole[:2] == 7).all()
+        assert (whole[:, :10] == 7).all()
+    assert not fused.write_weights(confidence.double(), whole[2:, 10:].double(), **settings, successor=False)
+    logits, at = torch.randn(3, 2, 5000, dtype=torch.float32)[:, 0] * 4, torch.tensor([210])
+    for temperature, codes in product((1.0, 0.7), (None, torch.arange(300) != 210, torch.rand(3, 300) < 0.5)):
+        written = confidence.clone()
+        assert fused.write_confidence(logits, written, at, temperature, codes)
+        wanted = confidence.double()
+        wanted[:, 210] = (logits.double() / temperature).softmax(-1).amax(-1)
+        if codes is not None:
+            wanted[:, 210] *= codes[..., 210]
+        close(written, wanted, torch.float32)
+    logits[0, 17] = torch.nan
+    assert fused.write_confidence(logits, written, at, 1.0)
+    assert torch.isnan(written).nonzero().tolist() == [[0, 210]]
+
+
 def steps(family: str, guidance: CFG, cache_dtype: torch.dtype | None) -> tuple[Tensor, KVCache]:
     """What some steps of constant shapes draw from, and the cache after them."""
     generator = loaded(family)
@@ -203,6 +235,7 @@ def check() -> None:
         check_add_norm()
         check_rotate_and_cache()
         check_silu_product()
+        check_guidance()
         check_families()
         check_side_by_side()
 
@@ -252,7 +285,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         raise error
 
     module = types.ModuleType("softcfg.nn.kernels.fused")
-    for name in ("add_norm", "rotate_and_cache", "silu_product"):
+    for name in ("add_norm", "rotate_and_cache", "silu_product", "write_weights", "write_confidence"):
         setattr(module, name, kernel)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(kernels, "fused", module, raising=False)

@@ -244,6 +244,15 @@ def build_heads(shape: Heads, dtype: torch.dtype, int8: bool) -> None:
     )  # fmt: skip
 
 
+def build_guidance(tokens: int, codes: int) -> None:
+    empty = partial(torch.empty, device="meta", dtype=torch.float32)
+    weights, confidence = empty(500, tokens + 1)[250:, 1:], empty(250, tokens)
+    for strength in (1.0, 2.0):
+        fused.write_weights(confidence, weights, step_norm=True, strength=strength, floor=0.0, eps=0.0, successor=False)
+    at, are_codes = torch.empty(1, device="meta", dtype=torch.int64), torch.empty(tokens, device="meta").bool()
+    fused.write_confidence(empty(500, 1, codes)[:250, 0], confidence, at, 1.0, are_codes)
+
+
 def check_fused(build: Callable[..., None], arguments: tuple[Any, ...], capability: int, tmp_path: Path) -> None:
     if capability >= 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("this Triton's assembler does not know the GPU")
@@ -263,6 +272,8 @@ def test_fused_kernels_fit_the_registers(capability: int, tmp_path: Path) -> Non
         check_fused(build_norm, (*norm, torch.bfloat16), capability, tmp_path)
     for shape in HEADS if capability == 90 else HEADS[-1:]:
         check_fused(build_heads, (shape, torch.bfloat16, capability != 90), capability, tmp_path)
+    for tokens, codes in ((273, 4096), (9313, 65536)):  # AliTok, Lumina
+        check_fused(build_guidance, (tokens, codes), capability, tmp_path)
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ from softcfg.decoding.randomness import on_device
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, Perturbation
+from softcfg.guidance import CFG, ConfidenceWeights, Perturbation
+from softcfg.guidance.confidence import CONFIDENCES, max_probability
 from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.nn import fused
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
@@ -241,12 +243,12 @@ class Decoder(GuidedBatch):
         """Feed the token before that of the step, of `tokens` int64 [B, T]; return what to draw from, [B, V]."""
         at, guidance = step.index, self.guidance
         inputs = perturbed = step.inputs(tokens)
-        weights = None
+        write_weights = None
         if guidance.perturbs:
-            weights = guidance.weak_branch.weights_at(self.confidence, at)
+            write_weights = partial(_write_weights, guidance.weak_branch, self.confidence, at)
             if self._sources is not None and step.number != 0:
                 perturbed = _taken(tokens, self._sources[..., at - 1])
-        seen = [each.run(step, inputs, perturbed, guidance.weak_branch, weights) for each in self._passes]
+        seen = [each.run(step, inputs, perturbed, guidance.weak_branch, write_weights) for each in self._passes]
         cond, *others = (branch for logits in seen for branch in logits.split(self.batch))
         self._cond_logits = cond[:, 0]
         other, third = self.sides(others)
@@ -267,13 +269,15 @@ class Decoder(GuidedBatch):
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
         if self.guidance.perturbs:
-            at = step.index
-            confidence = self.guidance.weak_branch.token_confidence(
-                self._cond_logits, tokens, self.sampling.temperature
+            _write_confidence(
+                self.guidance.weak_branch,
+                self._cond_logits,
+                tokens,
+                self.sampling.temperature,
+                self._codes,
+                self.confidence,
+                step.index,
             )
-            if self._codes is not None:
-                confidence = confidence * self._codes[..., at].squeeze(-1)
-            self.confidence[:, at] = confidence[:, None]
 
     def _keep(self, state: Tensor | None) -> None:
         """Keep the rule's state in the same memory: a CUDA graph writes where it read."""
@@ -300,17 +304,22 @@ class _Pass:
         self._weights = torch.ones(condition.rows, slots, **kind) if perturbed else None
 
     def run(
-        self, step: Step, inputs: Tensor, perturbed: Tensor, perturbation: Perturbation, weights: Tensor | None
+        self,
+        step: Step,
+        inputs: Tensor,
+        perturbed: Tensor,
+        perturbation: Perturbation,
+        write_weights: Callable[[Tensor], None] | None,
     ) -> Tensor:
         """The logits of the step, float32 [rows, 1, V].
 
         Args:
             inputs, perturbed: int64 [B, 0 or 1], what rows are fed, and those that are perturbed.
-            weights: [B, T] of the perturbation.
+            write_weights: writes those of the perturbation into [B, T].
         """
         named = {}
-        if self._weights is not None and weights is not None:
-            self._weights[-self.perturbed :, self.condition.slots :] = weights
+        if self._weights is not None and write_weights is not None:
+            write_weights(self._weights[-self.perturbed :, self.condition.slots :])
             named = attention_weights(perturbation, self._weights)
         batch = len(inputs)
         plain = (self.condition.rows - self.perturbed) // batch
@@ -360,6 +369,43 @@ def branches_for_rule(
         return cond_logits, uncond_logits
     cond_logits = generator.constrain(cond_logits, steps, condition)
     return cond_logits, generator.constrain(uncond_logits, steps, condition)
+
+
+def _write_weights(perturbation: Perturbation, confidence: Tensor, step: Tensor, weights: Tensor) -> None:
+    """Write `Perturbation.weights_at` into `weights` [B, T]; those of SoftCFG on a GPU by one kernel instead of six."""
+    if type(perturbation) is not ConfidenceWeights or not fused.write_weights(
+        confidence,
+        weights,
+        step_norm=perturbation.step_norm,
+        strength=perturbation.strength,
+        floor=perturbation.floor,
+        eps=perturbation.eps,
+        successor=perturbation.alignment == "successor",
+    ):
+        weights.copy_(perturbation.weights_at(confidence, step))
+
+
+def _write_confidence(
+    perturbation: Perturbation,
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    codes: Tensor | None,
+    confidence: Tensor,
+    at: Tensor,
+) -> None:
+    """Write `Perturbation.token_confidence` into column `at` of `confidence` [B, T]; that of SoftCFG on a GPU by one
+    kernel.
+
+    Args:
+        logits: conditional, [B, V].
+        tokens: int64 [B], what was drawn.
+        codes: bool [T] or [B, T], which tokens have a confidence; None: all.
+    """
+    standard = type(perturbation) is ConfidenceWeights and CONFIDENCES[perturbation.confidence] is max_probability
+    if not standard or not fused.write_confidence(logits, confidence, at, temperature, codes):
+        found = perturbation.token_confidence(logits, tokens, temperature)
+        confidence[:, at] = (found if codes is None else found * codes[..., at].squeeze(-1))[:, None]
 
 
 def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:

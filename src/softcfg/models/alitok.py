@@ -16,6 +16,7 @@ from softcfg.nn.attention import AttentionContext, SelfAttention
 from softcfg.nn.fused import add_norm, add_product
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
+from softcfg.nn.norm import RMSNorm
 from softcfg.nn.rotary import angles_1d, angles_2d, tables_after_condition
 
 
@@ -74,11 +75,11 @@ class AliTokBlock(nn.Module):
     def __init__(self, config: AliTokConfig) -> None:
         super().__init__()
         width, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
-        self.norm1 = nn.RMSNorm(width, eps)
+        self.norm1 = RMSNorm(width, eps)
         self.attn = SelfAttention(
-            width, heads, q_norm=nn.RMSNorm(width // heads, eps), k_norm=nn.RMSNorm(width // heads, eps)
+            width, heads, q_norm=RMSNorm(width // heads, eps), k_norm=RMSNorm(width // heads, eps)
         )
-        self.norm2 = nn.RMSNorm(width, eps)
+        self.norm2 = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, config.mlp_hidden_size)
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
@@ -109,7 +110,7 @@ class AliTok(ClassGenerator):
         rows = config.codebook_size + config.condition_num_classes + 2
         self.embeddings = nn.Embedding(rows, config.hidden_size)
         self.blocks = nn.ModuleList(AliTokBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = Linear(config.hidden_size, config.codebook_size)
         self.keep_rotary(*rotary_tables(config))
 

@@ -19,6 +19,7 @@ from softcfg.nn.attention import AttentionContext, attend, split_heads
 from softcfg.nn.fused import add_norm, add_product
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
+from softcfg.nn.norm import RMSNorm
 from softcfg.nn.rotary import angles_2d, tables_after_condition
 
 
@@ -100,9 +101,9 @@ class LlamaGenBlock(nn.Module):
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config.dim, config.n_head)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = SwiGLU(config.dim, config.ffn_width)
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
@@ -129,7 +130,7 @@ class LlamaGenBody(Generator):
 
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(LlamaGenBlock(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size, bias=False)
         position = torch.arange(side * side, device="cpu")
         angles = angles_2d(position // side, position % side, head_dim // 2, config.rope_base)

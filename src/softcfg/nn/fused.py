@@ -20,14 +20,17 @@ from softcfg.nn.backends import triton_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.linear import Linear, are_side_by_side
+from softcfg.nn.norm import RMSNorm
 
 Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # row of a norm
+LONGEST = 16384  # row of weights
 KINDS: dict[type, int] = {
     type(None): 0,
     nn.Identity: 0,
     nn.RMSNorm: 1,
+    RMSNorm: 1,
     nn.LayerNorm: 2,
 }  # norms, as the kernels call them
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
@@ -62,8 +65,8 @@ def add_norm(
         modulation: scale and shift, shaped alike; None for zeros.
         at: int64 [rows, n]. Gate, scale and shift are then tables [entries, width], and this says which entry is whose.
     """
-    kind = _kind(norm, x)
-    if kind and _serves(x, added, gate, *(modulation or ())) and x.shape[-1] <= WIDEST:
+    kind = _kind(norm, x) if _serves(x, added, gate, *(modulation or ())) else None
+    if kind and x.shape[-1] <= WIDEST:
 
         def launch() -> tuple[Tensor, Tensor]:
             from softcfg.nn.kernels import fused
@@ -173,6 +176,57 @@ def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
         x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), weight.t())
         return x
     return x + layer(inputs)
+
+
+def write_weights(confidence: Tensor, weights: Tensor, **settings: Any) -> bool:
+    """Write the weights of SoftCFG for the confidences, both float32 [B, T], in one kernel, if it runs here.
+
+    Args:
+        settings: those of `guidance.perturbation_weights`, which defines the weights; `successor` for its alignment.
+
+    Returns:
+        Whether it was done.
+    """
+    if confidence.shape[1] > LONGEST or not settings["strength"] or not _are_rows(confidence, weights):
+        return False
+
+    def launch() -> bool:
+        from softcfg.nn.kernels import fused
+
+        fused.write_weights(confidence, weights, **settings)
+        return True
+
+    return bool(_launched(confidence.device, launch))
+
+
+def write_confidence(
+    logits: Tensor, confidence: Tensor, at: Tensor, temperature: float, codes: Tensor | None = None
+) -> bool:
+    """Write the largest of softmax(logits / temperature), of float32 [B, V], into column `at`, int64 [1], of float32
+    [B, T], in one kernel, if it runs here.
+
+    Args:
+        codes: bool [T] or [B, T], where it is kept; elsewhere 0 is written. None: everywhere.
+
+    Returns:
+        Whether it was done.
+    """
+    if not _are_rows(logits, confidence) or not (codes is None or codes.stride(-1) == 1):
+        return False
+
+    def launch() -> bool:
+        from softcfg.nn.kernels import fused
+
+        fused.write_confidence(logits, confidence, at, temperature, codes)
+        return True
+
+    return bool(_launched(logits.device, launch))
+
+
+def _are_rows(*tensors: Tensor) -> bool:
+    """Whether the kernels may be tried on float32 tensors [B, *], the entries of a row side by side."""
+    alike = all((each.dtype, each.dim(), each.stride(-1)) == (torch.float32, 2, 1) for each in tensors)
+    return alike and _serves(*tensors)
 
 
 def _serves(*tensors: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ from softcfg.nn.attention import attend
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.fused import add_norm, add_product, products, silu_product
 from softcfg.nn.linear import Linear
+from softcfg.nn.norm import RMSNorm
 
 
 class LlamaAttention(nn.Module):
@@ -66,8 +67,8 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.self_attn = attention
         self.mlp = LlamaMLP(width, hidden)
-        self.input_layernorm = nn.RMSNorm(width, eps)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps)
+        self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape."""
@@ -83,4 +84,4 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps)

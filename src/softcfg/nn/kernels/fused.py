@@ -170,6 +170,43 @@ def _silu_product(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
     tl.store(out + row * width + place, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _confidence_weights(
+    confidence, weights, confidence_row, weights_row, count, eps, floor, strength,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr, NORMED: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    value = tl.load(confidence + row * confidence_row + place + SHIFT, mask=place + SHIFT < count, other=0.0)
+    if NORMED:
+        value /= tl.maximum(tl.sum(value, axis=0) + eps, 1.1754943508222875e-38)  # without confidences, all are 0
+    value = tl.maximum(1.0 - value, 0.0)
+    if POWER:
+        value = tl.exp2(strength * tl.log2(value))
+    tl.store(weights + row * weights_row + place, tl.maximum(value, floor), mask=place < count)
+
+
+@triton.jit
+def _largest_probability(
+    logits, confidence, codes, at, logits_row, confidence_row, codes_row, count, temperature,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    largest = -1e30
+    total = 0.0
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * logits_row + place, mask=place < count, other=float("-inf")) / temperature
+        before = largest
+        largest = tl.maximum(largest, tl.max(value, axis=0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(value - largest), axis=0)
+    column = tl.load(at)
+    found = 1.0 / total
+    if MASKED:
+        found *= tl.load(codes + row * codes_row + column).to(tl.float32)
+    tl.store(confidence + row * confidence_row + column, found)
+
+
 def add_norm(
     x: Tensor,
     added: Tensor | None,
@@ -280,3 +317,43 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
         gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4, **OPTIONS
     )
     return out
+
+
+def write_weights(
+    confidence: Tensor,
+    weights: Tensor,
+    *,
+    step_norm: bool,
+    strength: float,
+    floor: float,
+    eps: float,
+    successor: bool,
+) -> None:
+    """Write the weights of SoftCFG [B, T] for the confidences [B, T]; see `guidance.perturbation_weights`.
+
+    Both are float32, the entries of a row side by side. The strength must be above 0.
+    """
+    batch, count = confidence.shape
+    block = triton.next_power_of_2(count)
+    _confidence_weights[(batch,)](
+        confidence, weights, confidence.stride(0), weights.stride(0), count, float(eps), float(floor), float(strength),
+        BLOCK=block, SHIFT=int(successor), NORMED=step_norm, POWER=strength != 1,
+        num_warps=min(32, max(1, block // 256)), **OPTIONS,
+    )  # fmt: skip
+
+
+def write_confidence(
+    logits: Tensor, confidence: Tensor, at: Tensor, temperature: float, codes: Tensor | None = None
+) -> None:
+    """Write the largest of softmax(logits / temperature), of float32 [B, V], into column `at` of `confidence` [B, T].
+
+    Args:
+        at: int64 [1].
+        codes: bool [T] or [B, T], where it is kept; elsewhere 0 is written.
+    """
+    batch, count = logits.shape
+    _largest_probability[(batch,)](
+        logits, confidence, codes, at, logits.stride(0), confidence.stride(0),
+        0 if codes is None or codes.dim() == 1 else codes.stride(0), count, float(temperature),
+        BLOCK=4096, MASKED=codes is not None, num_warps=8, **OPTIONS,
+    )  # fmt: skip
