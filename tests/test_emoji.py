@@ -116,7 +116,7 @@ def test_the_examples_are_drawn_without_a_prompt(tmp_path: Path, capsys: pytest.
 
 
 def test_the_examples_and_colours_are_those_of_the_prompts(pipe: Pipeline) -> None:
-    assert right(pipe, list(pipe.entry.examples))["agreement"] >= EXAMPLES_RIGHT  # type: ignore[union-attr]
+    assert right(pipe, list(pipe.entry.examples))["name_agreement"] >= EXAMPLES_RIGHT  # type: ignore[union-attr]
     colours = [
         f"{colour} {thing}" for thing in ("apple", "octopus", "automobile") for colour in ("red", "green", "blue")
     ]

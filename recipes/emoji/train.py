@@ -22,8 +22,8 @@ NOTICE = BUNDLED / "emoji" / "NOTICE.txt"
 LICENCE = "that of the pictures: Apache License 2.0, MIT and CC BY 4.0 (NOTICE.txt)"
 # The last two were never seen: a name in a style, a colour on a name.
 EXAMPLES = (
-    "rocket, flat style", "octopus, cartoon style", "red apple, flat style", "blue apple, cartoon style",
-    "flag of japan, flat style", "cat face, shaded style", "penguin, cartoon style", "pink rocket, glossy style",
+    "rocket, flat style", "octopus, flat style", "red apple, flat style", "blue apple, cartoon style",
+    "flag of japan, cartoon style", "cat face, shaded style", "penguin, cartoon style", "pink rocket, glossy style",
 )  # fmt: skip
 SHARES = {"tokenizer": 0.15, "generator": 0.7, "judge": 0.15}
 SAMPLING = {"temperature": 0.7, "guidance_scale": 2.0, "schedule": "constant"}
