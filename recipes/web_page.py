@@ -26,7 +26,7 @@ def draw(path: str) -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
         page.goto(addresses.get(timeout=60))
-        page.get_by_role("button", name="octopus, flat style").click()
+        page.get_by_role("button", name="penguin, cartoon style").click()
         page.get_by_text("Drawn in").wait_for(timeout=300_000)
         page.locator(".canvas").nth(2).click(position={"x": 110, "y": 60})
         page.locator(".inspector").wait_for(timeout=60_000)
