@@ -30,8 +30,7 @@ from softcfg.errors import UserError
 from softcfg.files import make_folder, write_atomically
 from softcfg.inspection.plots import COLOURS
 
-# The judge's features are small numbers.
-METRICS = {**study.METRICS, "fid": (study.METRICS["fid"][0], 1, 4)}
+METRICS = {**study.METRICS, "fid": (study.METRICS["fid"][0], 1, 2)}  # the judge's features are large numbers
 SHOWN = {  # of each kind of prompts: what counts
     "seen": ("seen", ("name", "style", "colour", "all")),
     "style": ("held-out styles", ("name", "style", "all")),

@@ -298,9 +298,9 @@ def test_report_has_every_setting_and_its_spread(tmp_path: Path) -> None:
     text = report(rows, SMALL, tmp_path / "plots")
     assert f"{len(rows)} of {len(rows)} points" in text
     # FID of the seeds: 0.01 and 0.03; names right: 89 % and 85 %
-    assert "| CFG 2 | 2 | 0.0200 ± 0.0141 | 50.00 ± 0.00 | 25.00 ± 0.00 |  | 87.0 ± 2.8 | 89.0 ± 0.0 |" in text
+    assert "| CFG 2 | 2 | 0.02 ± 0.01 | 50.00 ± 0.00 | 25.00 ± 0.00 |  | 87.0 ± 2.8 | 89.0 ± 0.0 |" in text
     for name in METHODS:
-        assert f"\n| {name} | FID | 3 | 2 | 0.0000 ± 0.0000 |" in text
+        assert f"\n| {name} | FID | 3 | 2 | 0.00 ± 0.00 |" in text
         assert all(f"\n| {name} {scale:g} | 2 | 2 | " in text for scale in SCALES)
     assert "| SoftCFG | 0.0000 | 0.0000 | 0.250 |" in text
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"emoji-{name}.svg" for name in PICTURES}
@@ -310,7 +310,7 @@ def test_report_of_the_first_points_alone() -> None:
     rows = made_up(SMALL)
     first = {name: rows[name] for name in (key(point.settings()) for point in SMALL.points({})[:11])}
     text = report(first, SMALL)
-    assert "| no guidance | 1 | 0.0200 |" in text
+    assert "| no guidance | 1 | 0.02 |" in text
     assert "held-out" not in text
     with pytest.raises(UserError, match="no results of 5,000 images per point yet"):
         report(first, Plan())
