@@ -7,11 +7,16 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm`, which on a CPU is thirteen operations; here it is six, for what has no gradient."""
+    """`torch.nn.RMSNorm` over the last dimension: on a CPU, and without a gradient, six operations instead of thirteen."""
+
+    eps: float
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., normalized_shape] -> the same shape."""
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or self.eps is None:
+        """[..., width] -> the same shape."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
             return super().forward(x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         mean = torch.addcmul(length.new_full((1,), self.eps), length, length, value=1 / x.shape[-1])
