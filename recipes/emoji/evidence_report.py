@@ -286,8 +286,10 @@ PICTURES = {
 
 
 def _over_scales(axis: Axes, evidence: Evidence, name: str, kind: str, metric: str, **line: Any) -> None:
-    """A line with the spread over the seeds, at the scales that are there."""
+    """A line with the spread over the seeds, at the scales that are there, if any."""
     drawn = evidence.drawn(name, kind, metric)
+    if not drawn:
+        return
     values, spreads = errors([[_factor(metric) * v for v in evidence.values(each, kind, metric)] for each in drawn])
     scales = [each.guidance_scale for each in drawn]
     axis.errorbar(scales, values, spreads, marker="o", markersize=3, capsize=2, **line)
