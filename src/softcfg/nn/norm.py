@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` over the last dimension: on a CPU, and without a gradient, six operations instead of thirteen."""
+    """`torch.nn.RMSNorm` over the last dimension: on a CPU, without a gradient, six operations instead of thirteen."""
 
     eps: float
 
