@@ -206,6 +206,14 @@ class TestChoice:
         choose(weights, None, 8)
         assert both[1].laid_out == 4
 
+    def test_layers_are_measured_from_memory_as_in_a_step(self, both: tuple[Counted, Counted]) -> None:
+        weight = torch.randn(1024, 1024)  # 4 MiB; the caches of a core hold a few
+        choose([weight] * 40, None, 8)
+        assert both[1].laid_out * weight.nbytes == products.MEASURED
+        both[1].laid_out = 0
+        choose([torch.randn(64, 64)] * 40, None, 8)
+        assert both[1].laid_out == 40  # small ones all, as a step has no more of them
+
     def test_a_product_that_gains_nothing_is_not_worth_its_memory(self, both: tuple[Counted, Counted]) -> None:
         both[1].seconds = 19
         assert choose([torch.randn(520, 520)], None, 8) is both[0]

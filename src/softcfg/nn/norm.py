@@ -1,4 +1,4 @@
-"""Norms in fewer operations than PyTorch's own take on a CPU."""
+"""Norms in fewer operations than PyTorch's own take on a CPU, where each costs as much as a small step's arithmetic."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` over the last dimension: on a CPU, without a gradient, six operations instead of thirteen."""
+    """`torch.nn.RMSNorm` over the last dimension: on a CPU, without a gradient, five operations instead of thirteen."""
 
     eps: float
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
+        self._eps = torch.full((1,), eps, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if not self.takes_five(x):
             return super().forward(x)
+        return self.normalised(x).mul_(self.weight)
+
+    def takes_five(self, x: Tensor) -> bool:
+        """Whether `normalised` serves `x`."""
+        return x.is_cpu and x.dtype is torch.float32 and not torch.is_grad_enabled()
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """[..., width] before the multiplication with the weights."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        mean = torch.addcmul(length.new_full((1,), self.eps), length, length, value=1 / x.shape[-1])
-        return (x * mean.rsqrt_()).mul_(self.weight)
+        return torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_() * x

@@ -36,7 +36,10 @@ LOSS = 1.5  # by which one may be slower where the weights are small
 SMALL = 1 << 20  # bytes
 TURNS = 5
 SECONDS = 0.05  # after which a second turn is enough
-LAYERS = 3  # of one shape that are measured one after the other, so that not all weights are in the caches
+# Layers of one shape are measured one after the other, as many as this many bytes of weights take, and at least three:
+# in a step they come from memory, and products that read them from caches can change places.
+MEASURED = 64 << 20
+LEAST_LAYERS = 3
 
 
 class Product(ABC):
@@ -226,7 +229,7 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product
     shape = f"{dtype}-{rows}x{weight.shape[1]}x{weight.shape[0]}{'' if bias is None else '+bias'}"
     if shape not in CHOICES:
         names = [product.name for product in able]
-        CHOICES[shape] = _once(shape, names, lambda: _fastest(able, weights[:LAYERS], bias, rows).name)
+        CHOICES[shape] = _once(shape, names, lambda: _fastest(able, weights[: _layers(weight)], bias, rows).name)
     return PRODUCTS[CHOICES[shape]]
 
 
@@ -265,11 +268,17 @@ def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtyp
         seconds = dict.fromkeys(dtypes, 0.0)
         for (out, width), count in shapes.items():
             for name, dtype in dtypes.items():
-                weights = [torch.ones(out, width, dtype=dtype) for _ in range(LAYERS)]
-                seconds[name] += count * min(_seconds(_able(weights[0]), weights, None, rows).values())
+                weights = [torch.ones(out, width, dtype=dtype)]
+                weights += [weights[0].clone() for _ in range(1, min(count, _layers(weights[0])))]
+                times = _seconds(_able(weights[0]), weights, None, rows).values()
+                seconds[name] += count * min(times) / len(weights)
         return "bfloat16" if seconds["bfloat16"] * GAIN < seconds["float32"] else "float32"
 
     return dtypes[_once(key, dtypes, faster)]
+
+
+def _layers(weight: Tensor) -> int:
+    return max(LEAST_LAYERS, -(-MEASURED // max(1, weight.nbytes)))
 
 
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
@@ -322,8 +331,8 @@ def machine() -> str:
 
 
 def _machine_key() -> str:
-    """Of the machine and the products to choose from: with another one, shapes are measured anew."""
-    return hashlib.sha256(f"{machine()} {sorted(PRODUCTS)}".encode()).hexdigest()[:12]
+    """Of the machine, the products to choose from and the measurement: with another one, shapes are measured anew."""
+    return hashlib.sha256(f"{machine()} {sorted(PRODUCTS)} {MEASURED}".encode()).hexdigest()[:12]
 
 
 def _kept(shape: str) -> str:
