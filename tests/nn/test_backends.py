@@ -145,10 +145,26 @@ def test_traces_with_weights_in_the_values(model_folder: Path) -> None:
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize(
     ("new", "weighted", "name"),
-    [(1, "", "math"), (1, "value", "math"), (3, "", "sdpa"), (3, "value", "math"), (3, "key", "math"), (7, "", "sdpa")],
+    [(1, "value", "math"), (3, "", "sdpa"), (3, "value", "math"), (3, "key", "math"), (7, "", "sdpa")],
 )
 def test_the_choice_on_a_cpu(served: list[str], new: int, weighted: str, name: str, by_row: bool) -> None:
     layer(new, weighted, by_row)
+    assert served == [name]
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "dtype", "name"),
+    [
+        (2, 64, torch.float32, "sdpa"), (2, 512, torch.float32, "math"), (64, 8, torch.float32, "math"),
+        (2, 64, torch.bfloat16, "math"),
+    ],
+)  # fmt: skip
+def test_a_step_of_few_numbers_is_one_operation(
+    served: list[str], rows: int, slots: int, dtype: torch.dtype, name: str
+) -> None:
+    cache = KVCache(1, rows, 4, slots, 64, dtype=dtype)
+    query, key, value = torch.randn(3, rows, 4, 1, 64, dtype=dtype)
+    attend(query, key, value, 0, AttentionContext.create(Position.shared(slots - 1), 1, cache))
     assert served == [name]
 
 
@@ -210,8 +226,14 @@ def test_a_backend_that_does_not_run_is_replaced_with_one_warning() -> None:
 
 
 def test_errors_of_a_backend_are_not_hidden() -> None:
-    with pytest.raises(RuntimeError, match="size"):
-        weighted_attention(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4))
+    with pytest.raises(RuntimeError, match="Double but found Float"):
+        weighted_attention(torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_keys_and_values_of_different_lengths_are_refused(new: int) -> None:
+    with pytest.raises(ValueError, match=r"as many slots, got \[1, 1, 2, 4\] and \[1, 1, 3, 4\]"):
+        weighted_attention(torch.zeros(1, 1, new, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4))
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

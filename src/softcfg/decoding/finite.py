@@ -42,15 +42,18 @@ class FiniteLogits:
         # Of each branch, and last of what the tokens are drawn from.
         self._seen = torch.zeros((len(branches) + 1) * batch, steps, dtype=torch.float32, device=device)
 
-    def note(self, steps: Tensor, logits: tuple[Tensor, ...], outcome: Tensor) -> None:
+    def note(self, steps: Tensor | slice, logits: tuple[Tensor, ...], outcome: Tensor) -> None:
         """Note the logits of some steps.
 
         Args:
-            steps: int64 [n] or [B, n], 0-based.
+            steps: int64 [n] or [B, n], 0-based, or a slice of n.
             logits: of the model, [B, n, V] of each branch or [rows, n, V] of all.
             outcome: [B, n], not finite where there is no distribution to draw from.
         """
         seen = torch.cat((*(part.amax(dim=-1) for part in logits), outcome)).float()
+        if isinstance(steps, slice):
+            self._seen[:, steps] = seen
+            return
         copies = len(seen) // self._batch
         index = steps.repeat(copies, 1) if steps.dim() > 1 else steps.expand(len(seen), -1)
         self._seen.scatter_(1, index, seen)

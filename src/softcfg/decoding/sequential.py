@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -124,6 +124,11 @@ class Step:
     index: Tensor
     number: int | None = None
 
+    @cached_property
+    def at(self) -> Tensor | slice:
+        """Index of the step along a dimension of T entries; a slice, which costs less, if the number is known."""
+        return self.index if self.number is None else slice(self.number, self.number + 1)
+
     def inputs(self, tokens: Tensor) -> Tensor:
         """What is fed of `tokens` int64 [B, T]: the token before, [B, 1]; for the first step none, [B, 0]."""
         if self.number is None:
@@ -232,7 +237,7 @@ class Decoder(GuidedBatch):
             uniforms: [B, T] in [0, 1).
             forced, forced_mask: int64 and bool [B, T], tokens that take the place of drawn ones, and where.
         """
-        at = step.index
+        at = step.at
         drawn = draw(self.predict(step, tokens), uniforms[:, at].squeeze(1))
         if forced is not None and forced_mask is not None:
             drawn = torch.where(forced_mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
@@ -254,7 +259,7 @@ class Decoder(GuidedBatch):
         other, third = self.sides(others)
         if other is not None:
             guided, states = guided_logits(
-                self.generator, self.condition, guidance, cond, other, self._scales[at], at, self.rule_state
+                self.generator, self.condition, guidance, cond, other, self._scales[step.at], at, self.rule_state
             )
             self._keep(None if states is None else states[:, -1])
         else:
@@ -263,7 +268,7 @@ class Decoder(GuidedBatch):
             guided = guidance.push_away(guided, cond, third, at)
         probabilities = self.sampling.probabilities(guided[:, 0])
         # All probabilities of a row are NaN if one of its logits is.
-        self.finite.note(at, tuple(seen), probabilities[:, :1])
+        self.finite.note(step.at, tuple(seen), probabilities[:, :1])
         return probabilities
 
     def record(self, step: Step, tokens: Tensor) -> None:

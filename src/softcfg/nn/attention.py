@@ -47,7 +47,12 @@ def weighted_attention(
 
     Returns:
         [rows, heads, n, head_dim] in the dtype of `value`. The softmax is in float32 (or float64).
+
+    Raises:
+        ValueError: keys and values are not of as many slots, which PyTorch's fused attention does not notice.
     """
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"keys and values must have as many slots, got {list(key.shape)} and {list(value.shape)}")
     new, slots = query.shape[2], key.shape[2]
     position = Position.shared(slots - new)
     context = AttentionContext(
@@ -63,7 +68,8 @@ def weighted_attention(
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[rows, n, 3 * width], queries, keys and values as (heads, head_dim) -> three of [rows, heads, n, head_dim]."""
-    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    rows, new, width = qkv.shape
+    query, key, value = qkv.view(rows, new, 3 * heads, width // (3 * heads)).transpose(1, 2).chunk(3, dim=1)
     return query, key, value
 
 

@@ -21,6 +21,7 @@ from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.linear import Linear, are_side_by_side
 from softcfg.nn.norm import RMSNorm
+from softcfg.nn.rotary import Rotary
 
 Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -133,12 +134,39 @@ def rotate_and_cache(
         found = _launched(query.device, launch)
         if found is not None:
             return found
-    query, key = (x if norm is None else norm(x) for x, norm in ((query, q_norm), (key, k_norm)))
-    if context.rotary is not None:
-        query, key = context.rotary(query), context.rotary(key)
+    query, key = _rotated(query, key, context.rotary, q_norm, k_norm)
     if context.cache is not None:
         context.cache.write(layer, key, value, context.position)
     return query, key
+
+
+def _rotated(
+    query: Tensor, key: Tensor, rotary: Rotary | None, q_norm: nn.Module | None, k_norm: nn.Module | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [rows, heads, n, head_dim], normalised and rotated; both at once where one product made them."""
+    if (
+        type(q_norm) is RMSNorm and type(k_norm) is RMSNorm and q_norm.eps == k_norm.eps and q_norm.takes_five(query)
+        and _is_unhooked(q_norm) and _is_unhooked(k_norm) and _are_neighbours(query, key)
+    ):  # fmt: skip
+        rows, heads, new, head_dim = query.shape
+        both = q_norm.normalised(query.as_strided((rows, 2 * heads, new, head_dim), query.stride()))
+        query, key = both.chunk(2, dim=1)
+        query.mul_(q_norm.weight)
+        key.mul_(k_norm.weight)
+        if rotary is not None:
+            query, key = rotary(both).chunk(2, dim=1)
+        return query, key
+    query, key = (x if norm is None else norm(x) for x, norm in ((query, q_norm), (key, k_norm)))
+    return (query, key) if rotary is None else (rotary(query), rotary(key))
+
+
+def _are_neighbours(query: Tensor, key: Tensor) -> bool:
+    """Whether the heads of `key` follow those of `query` in the memory of one tensor, and in the same steps."""
+    return (
+        (query.shape, query.stride()) == (key.shape, key.stride())
+        and key.storage_offset() == query.storage_offset() + query.shape[1] * query.stride(1)
+        and query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    )
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -232,8 +260,9 @@ def _are_rows(*tensors: Tensor) -> bool:
 def _serves(*tensors: Tensor | None) -> bool:
     """Whether the kernels may be tried: on a GPU, on tensors of one dtype, and without a gradient."""
     x = tensors[0]
-    assert x is not None
-    if not _enabled.get() or torch.is_grad_enabled() or x.device in UNAVAILABLE or not triton_decode.runs_on(x):
+    if x is None or not triton_decode.runs_on(x):
+        return False
+    if not _enabled.get() or torch.is_grad_enabled() or x.device in UNAVAILABLE:
         return False
     alike = all(each is None or (each.dtype, each.device) == (x.dtype, x.device) for each in tensors)
     return alike and x.dtype in DTYPES

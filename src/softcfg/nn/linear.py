@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,15 +31,17 @@ class Linear(nn.Linear):
         laid_out: the weights for it. Where it serves any number of rows, `weight` is empty meanwhile.
     """
 
-    rows = 0
     product: Product | None = None
     laid_out: Tensor | None = None
+    _multiply: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, product: Product, rows: int, *, keep: bool = False) -> None:
         """Lay out the weights, as they are now, for inputs of `rows` rows; `keep` them as they are as well."""
         if product.name == "plain":
             return
-        self.rows, self.laid_out, self.product = rows, product.lay_out(self.weight.detach(), rows), product
+        weight, bias = self.weight, self.bias
+        self.laid_out, self.product = product.lay_out(weight.detach(), rows), product
+        self._multiply = partial(product.multiply, laid_out=self.laid_out, weight=weight, bias=bias, rows=rows)
         if product.serves_any_rows and not keep:
             self.weight.data = self.weight.new_empty(0, self.in_features)
 
@@ -46,14 +49,12 @@ class Linear(nn.Linear):
         """Give the memory back."""
         if self.product is not None and self.laid_out is not None and not self.weight.numel():
             self.weight.data = self.product.restore(self.laid_out)
-        self.product = self.laid_out = None
+        self.product = self.laid_out = self._multiply = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        product, laid_out = self.product, self.laid_out
-        if product is None or laid_out is None:
-            return F.linear(x, self.weight, self.bias)
-        return product.multiply(x, laid_out, self.weight, self.bias, self.rows)
+        multiply = self._multiply
+        return F.linear(x, self.weight, self.bias) if multiply is None else multiply(x)
 
 
 def fastest_dtype(module: nn.Module, device: torch.device) -> torch.dtype:

@@ -13,19 +13,17 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
-        self._eps = torch.full((1,), eps, device="cpu")
+        self._eps = torch.full((1,), eps, dtype=torch.float32, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""
-        if not self.takes_five(x):
-            return super().forward(x)
-        return self.normalised(x).mul_(self.weight)
+        return self.normalised(x).mul_(self.weight) if self.takes_five(x) else super().forward(x)
 
     def takes_five(self, x: Tensor) -> bool:
-        """Whether `normalised` serves `x`."""
+        """Whether the five operations serve `x`."""
         return x.is_cpu and x.dtype is torch.float32 and not torch.is_grad_enabled()
 
     def normalised(self, x: Tensor) -> Tensor:
-        """[..., width] before the multiplication with the weights."""
+        """What is multiplied with the weights, a new tensor [..., width]."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_() * x

@@ -25,12 +25,14 @@ class Math(AttentionBackend):
         rows, heads, new, head_dim = query.shape
         key_heads, slots = key.shape[1], key.shape[2]
         # The query heads of a group stand side by side, so that their keys and values are not repeated.
-        grouped = (query * head_dim**-0.5).reshape(rows, key_heads, -1, head_dim)
+        grouped = query.reshape(rows * key_heads, -1, head_dim)
+        key, value = (each.reshape(rows * key_heads, slots, -1) for each in (key, value))
+        nothing, scale = query.new_empty(()), head_dim**-0.5
         if new == 1 and key.is_cpu and key.dtype == torch.bfloat16:
             # oneDNN copies keys that stand on the right, which takes longer than the product.
-            scores = (key @ grouped.transpose(-1, -2)).transpose(-1, -2).reshape(rows, heads, new, slots)
+            scores = torch.baddbmm(nothing, key, grouped.mT, beta=0, alpha=scale).mT.reshape(rows, heads, new, slots)
         else:
-            scores = (grouped @ key.transpose(-1, -2)).view(rows, heads, new, slots)
+            scores = torch.baddbmm(nothing, grouped, key.mT, beta=0, alpha=scale).view(rows, heads, new, slots)
         factors = context.factors
         # In place where no gradient needs what is there: for long sequences a copy costs more than the products.
         multiply, add = (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
@@ -47,6 +49,6 @@ class Math(AttentionBackend):
         probabilities = scores.softmax(dim=-1, dtype=accumulate)
         if factors.value is not None:
             probabilities = multiply(probabilities, factors.value)
-        out = probabilities.to(value.dtype).view(rows, key_heads, -1, slots) @ value
+        out = torch.bmm(probabilities.to(value.dtype).view(rows * key_heads, -1, slots), value)
         out = out.view(rows, heads, new, -1)
         return call.zero_blind(out, visible)
