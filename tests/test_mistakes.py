@@ -81,7 +81,7 @@ def test_runs(pipe: Pipeline, tmp_path: Path, name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["device", "dtype", "kv_cache_dtype", "quantize", "device_map", "generator_checkpoint"]
+    "name", ["device", "dtype", "kv_cache_dtype", "tokenizer_dtype", "quantize", "device_map", "generator_checkpoint"]
 )
 @pytest.mark.parametrize(
     "value", [*ODD, "meta", "cuda:99", "bfloat17", torch.int8, "int8", "nn"], ids=lambda value: str(value)[:12]

@@ -159,5 +159,7 @@ def test_an_int8_cache(pipe: Pipeline, model_folder: Path) -> None:
     for tokens in same:  # the draws are the same until the logits differ by enough
         assert tokens.any(0).all()
         assert 0.3 < tokens.float().mean() < 1
+    with pytest.raises(UserError, match="tokenizer_dtype must be a dtype of torch or its name, got 'fastest'"):
+        Pipeline.from_pretrained(model_folder, tokenizer_dtype="fastest")
     with pytest.raises(UserError, match=r"kv_cache_dtype must be None or one of torch\.int8, got torch\.int4"):
         Pipeline.from_pretrained(model_folder, kv_cache_dtype=torch.int4)

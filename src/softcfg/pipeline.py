@@ -120,6 +120,7 @@ class Pipeline:
         tokenizer_checkpoint: str | Path | None = None,
         quantize: str | None = None,
         kv_cache_dtype: torch.dtype | str | None = None,
+        tokenizer_dtype: torch.dtype | str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, int | str] | None = None,
         offload_folder: str | None = None,
@@ -135,14 +136,15 @@ class Pipeline:
         Args:
             device: "cuda" where there is one, else "cpu", by default.
             dtype: of the generator, such as "bfloat16" or torch.bfloat16; by default what suits the model, float32 for
-                most. "fastest" is float32 or bfloat16, whichever a short measurement on this machine finds faster. The
-                tokenizer stays in float32.
+                most. "fastest" is float32 or bfloat16, whichever a short measurement on this machine finds faster.
             torch_dtype: the same, by its name in diffusers and transformers.
             generator_checkpoint, tokenizer_checkpoint: files to read in place of the model's own.
             quantize: "int8" or "int4", the weights of the linear layers of the generator, and of the text encoder where
                 it has one (see `zoo.placement.quantize`).
             kv_cache_dtype: torch.int8 keeps keys and values in a quarter of the memory of float32, rounded; by default
                 they have the dtype of the generator.
+            tokenizer_dtype: of the image tokenizer, float32 by default; in torch.bfloat16 pixels take less time where
+                the device has instructions for it, and differ by about one of 255 levels.
             device_map, max_memory, offload_folder: spread the generator over several devices (see
                 `zoo.placement.spread`).
             weak: the weak model, loaded with the same dtypes, as in "rar-xl" with "rar-b"; or the pipeline of one.
@@ -157,7 +159,7 @@ class Pipeline:
         if dtype is not None and torch_dtype is not None:
             raise UserError("dtype and torch_dtype are one setting: give one of them")
         dtype = wanted_dtype(torch_dtype, "torch_dtype") if dtype is None else wanted_dtype(dtype)
-        kv_cache_dtype = _cache_dtype(kv_cache_dtype)
+        kv_cache_dtype, tokenizer_dtype = _cache_dtype(kv_cache_dtype), as_dtype(tokenizer_dtype, "tokenizer_dtype")
         if isinstance(model, str) and is_repository(model):
             fetch(model)
         entry = resolve(model)
@@ -177,7 +179,7 @@ class Pipeline:
         if device_map is not None:
             generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
         generator.cache_dtype = kv_cache_dtype
-        tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device)
+        tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device, dtype=tokenizer_dtype)
         source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
         if isinstance(weak, (str, Path)):
             weak = cls.from_pretrained(
@@ -222,6 +224,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         kv_cache_dtype: torch.dtype | str | None = None,
+        tokenizer_dtype: torch.dtype | str | None = None,
         weak: str | Path | None = None,
     ) -> Pipeline:
         """The architecture of a model without its files, to measure speed and memory; its images are noise."""
@@ -230,7 +233,7 @@ class Pipeline:
         dtype = wanted_dtype(entry.generator.dtype if dtype is None else dtype)
         generator: Generator = random_weights(entry.generator, device=device, dtype=dtype)
         generator.cache_dtype = _cache_dtype(kv_cache_dtype)
-        tokenizer = random_weights(entry.tokenizer, device=device)
+        tokenizer = random_weights(entry.tokenizer, device=device, dtype=as_dtype(tokenizer_dtype, "tokenizer_dtype"))
         weaker = None
         if weak is not None:
             weaker = cls.with_random_weights(weak, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
@@ -244,7 +247,7 @@ class Pipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the generator's weights; the tokenizer's stay in float32."""
+        """The dtype of the generator's weights; that of the tokenizer's is its own."""
         return self.generator.dtype
 
     def to(
@@ -255,7 +258,7 @@ class Pipeline:
     ) -> Pipeline:
         """Move both halves to a device, give the generator a dtype, or both: `pipe.to("cuda", torch.bfloat16)`.
 
-        Returns the pipeline itself. The tokenizer stays in float32.
+        Returns the pipeline itself. The tokenizer keeps its dtype.
 
         Raises:
             UserError: there is no such device or dtype, or the generator is quantized or spread over several devices.

@@ -116,6 +116,23 @@ def test_a_rounded_cache_is_another_run(
     assert sample(model_folder, tmp_path / "rounded") == 2
 
 
+def test_a_tokenizer_of_another_dtype_is_another_run(
+    model_folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounded = ["--tokenizer-dtype", "bfloat16"]
+    assert sample(model_folder, out, *rounded) == 2
+    assert "another tokenizer_dtype (None there, 'bfloat16' here)" in capsys.readouterr().err
+    assert sample(model_folder, tmp_path / "rounded", *rounded) == 0
+    for name, options, dtype in (("again", rounded, "bfloat16"), ("in-full", [], None)):
+        assert main(["decode", str(tmp_path / "rounded"), "--output-dir", str(tmp_path / name), *options]) == 0
+        assert RunFolder.open(tmp_path / name).settings.get("tokenizer_dtype") == dtype
+    runs = [RunFolder.open(path) for path in (out, tmp_path / "in-full", tmp_path / "rounded", tmp_path / "again")]
+    full, in_full, bfloat16, again = (np.concatenate([shard.pixels for shard in run.shards()]) for run in runs)
+    assert np.array_equal(full, in_full)  # the tokens are the same
+    assert np.array_equal(bfloat16, again)
+    assert 0 < np.abs(full.astype(int) - bfloat16).mean() < 2
+
+
 def test_a_second_job_is_refused(model_folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Lock(out):
         assert sample(model_folder, out) == 2

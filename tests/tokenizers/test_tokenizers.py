@@ -28,6 +28,7 @@ from softcfg.tokenizers import (
     base,
     to_uint8,
 )
+from softcfg.zoo.source import describe_module
 
 VQ = {
     "channel_mult": [1, 2],
@@ -344,6 +345,12 @@ def test_half_precision(build: Any) -> None:
     assert (half_latents.float() - latents).abs().max() < 0.3 * latents.std()
     assert tokenizer.decode(tokens).dtype == torch.float32
     assert tokenizer.encode(pixels).shape == tokens.shape
+    kernels = [weight for weight in tokenizer.parameters() if weight.dim() == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    # How they lie is not what they are.
+    again = build().eval().bfloat16()
+    again.load_state_dict({name: weight.contiguous() for name, weight in tokenizer.state_dict().items()})
+    assert describe_module(again)["sha256"] == describe_module(tokenizer)["sha256"]
 
 
 def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:

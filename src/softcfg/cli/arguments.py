@@ -95,8 +95,18 @@ def add_memory_arguments(group: argparse._ArgumentGroup) -> None:
         choices=("int8",),
         help="round the cached keys and values (default: of the generator's dtype)",
     )
+    add_tokenizer_dtype_argument(group)
     group.add_argument(
         "--device-map", choices=("auto",), help="spread the generator over all GPUs, and the CPU; needs Accelerate"
+    )
+
+
+def add_tokenizer_dtype_argument(group: argparse._ActionsContainer) -> None:
+    """In what the image tokenizer computes."""
+    group.add_argument(
+        "--tokenizer-dtype",
+        choices=("float32", "bfloat16"),
+        help="of the image tokenizer; bfloat16 is faster where there are instructions for it (default: float32)",
     )
 
 
@@ -230,7 +240,12 @@ def load_pipeline(
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
         return Pipeline.with_random_weights(
-            args.model, device=device, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype, weak=args.weak_model
+            args.model,
+            device=device,
+            dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
+            tokenizer_dtype=args.tokenizer_dtype,
+            weak=args.weak_model,
         )
     return Pipeline.from_pretrained(
         args.model,
@@ -240,6 +255,7 @@ def load_pipeline(
         tokenizer_checkpoint=args.tokenizer_checkpoint,
         quantize=args.quantize,
         kv_cache_dtype=args.kv_cache_dtype,
+        tokenizer_dtype=args.tokenizer_dtype,
         device_map=args.device_map,
         weak=args.weak_model,
         image_size_eval=getattr(args, "image_size_eval", None),

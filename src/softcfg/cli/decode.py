@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", required=True, metavar="NEW", help="folder of the new run")
     parser.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer decodes (default: the run's)")
     parser.add_argument("--tokenizer-checkpoint", metavar="FILE", help="its weights, instead of the model's own")
+    arguments.add_tokenizer_dtype_argument(parser)
     parser.add_argument(
         "--image-size-eval",
         type=int,
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             folder,
             model=args.tokenizer,
             tokenizer_checkpoint=args.tokenizer_checkpoint,
+            tokenizer_dtype=args.tokenizer_dtype,
             image_size_eval=args.image_size_eval,
             processes=processes,
             overwrite=args.overwrite,

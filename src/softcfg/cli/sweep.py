@@ -142,8 +142,9 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
         rungs = None if args.rungs is None else [int(rung) for rung in args.rungs.split(",")]
     except ValueError:
         raise UserError(f"--rungs must be numbers of samples such as 500,2000, got {args.rungs!r}") from None
-    for flag, rounds in (("--quantize", args.quantize), ("--kv-cache-dtype", args.kv_cache_dtype)):
-        if rounds:
+    for name in ("quantize", "kv_cache_dtype", "tokenizer_dtype"):
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is not for sweeps: their trials are drawn in full precision")
     pipeline = arguments.load_pipeline(args, processes.device)
     labels: list[int] | str | None = None

@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             quantize=args.quantize,
             kv_cache_dtype=args.kv_cache_dtype,
+            tokenizer_dtype=args.tokenizer_dtype,
             device_map=args.device_map,
         )
         if pipeline.name in pipelines:

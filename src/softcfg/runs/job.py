@@ -17,13 +17,14 @@ from softcfg.errors import UserError, quote, require_whole
 from softcfg.files import as_path, make_folder
 from softcfg.guidance import CFG, as_guidance
 from softcfg.models.base import as_ids
+from softcfg.nn.precision import as_dtype
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SETTINGS, RunFolder
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import MOST_IMAGES, RANDOM, Prompts
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress, ProgressWatch
-from softcfg.runs.settings import resizing, run_settings
+from softcfg.runs.settings import resizing, run_settings, tokenizer_dtypes
 from softcfg.runs.shards import Shard
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards
@@ -250,6 +251,7 @@ def decode_run(
     *,
     model: str | Path | None = None,
     tokenizer_checkpoint: str | Path | None = None,
+    tokenizer_dtype: torch.dtype | str | None = None,
     image_size_eval: int | None = None,
     processes: Processes | None = None,
     overwrite: bool = False,
@@ -264,6 +266,7 @@ def decode_run(
         source: the run whose codes are decoded; it must be complete.
         model: the model whose tokenizer decodes; by default that of the run.
         tokenizer_checkpoint: weights in place of that tokenizer's own.
+        tokenizer_dtype: of the tokenizer, float32 by default, see `Pipeline.from_pretrained`.
         image_size_eval: H and W that images are resized to, see `Pipeline.with_image_size`; by default as in the run.
         folder, processes, overwrite, on_shard, on_progress, on_finish: as in `draw_run`.
 
@@ -283,16 +286,17 @@ def decode_run(
         config = entry.tokenizer.config if model else known
         checkpoint = tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
         device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = load_tokenizer(entry, config, checkpoint, device)
+        tokenizer = load_tokenizer(entry, config, checkpoint, device, as_dtype(tokenizer_dtype, "tokenizer_dtype"))
         size = source.settings.get("image_size_eval") if image_size_eval is None else image_size_eval
         if size is not None:
             tokenizer.output_size = checked_size(size)
-        resized = resizing(tokenizer, Prompts.of(source.settings))
+        resized, of_pixels = resizing(tokenizer, Prompts.of(source.settings)), ("image_size_eval", "tokenizer_dtype")
 
         def settings() -> dict[str, Any]:
             return {
-                **{name: value for name, value in source.settings.items() if name != "image_size_eval"},
+                **{name: value for name, value in source.settings.items() if name not in of_pixels},
                 **resized,
+                **tokenizer_dtypes(tokenizer),
                 "tokenizer": {**describe_component(entry.tokenizer, entry, checkpoint), "config": dict(config)},
                 "decoded_from": str(source.path.resolve()),
                 "command": command,

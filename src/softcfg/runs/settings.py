@@ -57,6 +57,7 @@ def run_settings(
         "sampling": sampling.describe(),
         "seed": seed,
         **_dtypes(pipeline),
+        **tokenizer_dtypes(pipeline.tokenizer),
         **({} if weak is None else {"weak": {"generator": _model_settings(weak)["generator"], **_dtypes(weak)}}),
         "labels": labels if isinstance(labels, str) else list(labels),
         "num_classes": generator.num_classes if prompts is None else len(prompts.texts),
@@ -89,6 +90,12 @@ def _dtypes(pipeline: Pipeline) -> dict[str, str]:
     cache_dtype = pipeline.generator.cache_dtype
     cached = {} if cache_dtype is None else {"kv_cache_dtype": str(cache_dtype).removeprefix("torch.")}
     return {"dtype": "/".join(names), **cached}
+
+
+def tokenizer_dtypes(tokenizer: Tokenizer) -> dict[str, str]:
+    """What the numbers of an image tokenizer are, where they are not float32."""
+    dtype = str(tokenizer.dtype).removeprefix("torch.")
+    return {} if dtype == "float32" else {"tokenizer_dtype": dtype}
 
 
 def resizing(tokenizer: Tokenizer, prompts: Prompts | None) -> dict[str, int]:

@@ -81,6 +81,11 @@ class Tokenizer(KeepsTables):
     rounds: bool = False  # whether 8-bit values are rounded, not truncated
     quantize: Codebook
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights, in which it computes."""
+        return self.quantize.embedding.weight.dtype
+
     def set_size(self, image_size: int, patch_size: int) -> None:
         """Set the attributes of square images of one token per patch."""
         side = image_size // patch_size
@@ -132,6 +137,7 @@ class Tokenizer(KeepsTables):
             grid = (tokens.shape[1], tokens.shape[2])
             tokens = tokens.flatten(1)
         grid = self.checked_grid(grid)
+        self._channels_last()
         pixels = self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
         return pixels if self.output_size is None else resize(pixels, self.output_size)
 
@@ -150,6 +156,7 @@ class Tokenizer(KeepsTables):
             UserError: wrong shape or type, a value outside [0, 1] or not a number; or the encoder's output is NaN or
                 infinite.
         """
+        self._channels_last()
         latents = self.encode_latents(self._checked_pixels(pixels))
         self._require_finite(latents, "latents of its encoder")
         return self.quantize_latents(latents)
@@ -158,13 +165,23 @@ class Tokenizer(KeepsTables):
         """Convert images from float [B, 3, H, W] in [0, 1] to uint8 [B, H, W, 3], as the released code does."""
         return to_uint8(pixels, rounded=self.rounds)
 
+    def _channels_last(self) -> None:
+        """Lay kernels of convolutions out channels last in bfloat16 on a CPU, where they are three times as fast so.
+
+        In float32 the gain is a tenth, for other last bits.
+        """
+        if self.dtype == torch.bfloat16 and self.quantize.embedding.weight.is_cpu:
+            for weight in self.parameters():
+                if weight.dim() == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
     def _require_finite(self, values: Tensor, name: str) -> None:
         """Raise a `UserError` unless all `values` [B, ...] are numbers; a NaN would become a black pixel."""
         sums = values.flatten(1).sum(dim=1, dtype=torch.float32)  # one pass, and no memory
         if not sums.isfinite().all():
             bad = int((~sums.isfinite()).nonzero()[0])
             raise UserError(
-                f"image {bad}: the {name} are not finite, computed in {_dtype_name(self.quantize.embedding.weight)}; "
+                f"image {bad}: the {name} are not finite, computed in {_name(self.dtype)}; "
                 "the tokenizer's weights are damaged (get them again), or its numbers are too large for this dtype "
                 "(load it in float32)"
             )
@@ -192,7 +209,7 @@ class Tokenizer(KeepsTables):
 
     def _checked_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise UserError(f"tokens must be integers, got {_dtype_name(tokens)}; convert them to int64")
+            raise UserError(f"tokens must be integers, got {_name(tokens.dtype)}; convert them to int64")
         if tokens.ndim == 3 and tokens.shape[1] == 1:
             tokens = tokens.squeeze(1)
         count = grid[0] * grid[1]
@@ -209,7 +226,7 @@ class Tokenizer(KeepsTables):
     def _checked_pixels(self, pixels: Any) -> Tensor:
         pixels = _as_tensor(pixels, "pixels")
         if not pixels.is_floating_point():
-            raise UserError(f"pixels must be floats, got {_dtype_name(pixels)}; divide 8-bit values by 255")
+            raise UserError(f"pixels must be floats, got {_name(pixels.dtype)}; divide 8-bit values by 255")
         if not self._fits(pixels.shape):
             wanted = f"[B, {self.num_channels}, {self.image_size}, {self.image_size}]"
             if self.any_size:
@@ -268,5 +285,5 @@ def _as_tensor(values: Any, name: str) -> Tensor:
     return found
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
