@@ -73,18 +73,21 @@ class Point:
     dtype: torch.dtype
     batch: int
     cache: torch.dtype | None = None
+    pixels: torch.dtype = torch.float32  # of the image tokenizer, in whole images
 
     @property
     def what(self) -> dict[str, Any]:
         """What is measured, as it is written down."""
         dtypes = {"dtype": _name(self.dtype), "cache": _name(self.cache or self.dtype)}
-        return {"model": self.model, **dtypes, "batch": self.batch}
+        pixels = {} if self.pixels == torch.float32 else {"pixels": _name(self.pixels)}
+        return {"model": self.model, **dtypes, **pixels, "batch": self.batch}
 
     @property
     def name(self) -> str:
         """For `--only` and messages."""
         cache = [] if self.cache is None else [f"{_name(self.cache)} cache"]
-        return " ".join([self.kind, self.model, _name(self.dtype), str(self.batch), *cache])
+        pixels = [] if self.pixels == torch.float32 else [f"{_name(self.pixels)} pixels"]
+        return " ".join([self.kind, self.model, _name(self.dtype), str(self.batch), *cache, *pixels])
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class Plan:
         first = (
             Point("pixels", alitok, torch.float32, 25), Point("steps", alitok, bf16, 125),
             Point("steps", alitok, bf16, 1), Point("steps", alitok, bf16, 125, torch.int8),
-            Point("images", alitok, bf16, 125),
+            Point("images", alitok, bf16, 125), Point("images", alitok, bf16, 250, pixels=bf16),
+            Point("images", alitok, bf16, 500, pixels=bf16),
             Point("profile", alitok, bf16, 125), Point("profile", alitok, bf16, 1),
             Point("pixels", rar, torch.float32, 25), Point("steps", rar, bf16, 125), Point("images", rar, bf16, 125),
             Point("profile", rar, bf16, 125), Point("steps", rar, bf16, 1),
@@ -124,6 +128,7 @@ class Plan:
         """For a CPU."""
         kinds = (("pixels", 2), ("steps", 1), ("steps", 2), ("images", 2), ("profile", 1))
         points = [Point(kind, "fashion-small", torch.float32, batch) for kind, batch in kinds]
+        points.append(Point("images", "fashion-small", torch.float32, 2, pixels=torch.bfloat16))
         return cls((*points, Point("steps", "fashion-small", torch.float32, 2, torch.int8)), 512, 2)
 
 
@@ -400,7 +405,7 @@ class Bench:
             return profiled(generator, point.batch, 3)
 
     def _images(self, point: Point) -> dict[str, Any]:
-        tokenizer = random_weights(resolve(point.model).tokenizer, device=self.device)
+        tokenizer = random_weights(resolve(point.model).tokenizer, device=self.device, dtype=point.pixels)
         return images(self._generator(point.model, point.dtype), tokenizer, point.batch, max(2, self.plan.repeats // 6))
 
     def _pixels(self, point: Point) -> dict[str, Any]:

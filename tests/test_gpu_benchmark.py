@@ -41,8 +41,10 @@ def test_it_measures_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "left out" not in found
     assert found["check"] == [{"name": "sound", "ok": True, "detail": "fine"}]
     assert [(row["batch"], row["cache"]) for row in found["steps"]] == [(1, "float32"), (2, "float32"), (2, "int8")]
-    (whole,), (profile,) = found["images"], found["profile"]
-    assert whole["images/s"] == pytest.approx(2 / whole["SoftCFG, s a batch"])
+    (profile,) = found["profile"]
+    assert [whole.get("pixels") for whole in found["images"]] == [None, "bfloat16"]
+    for whole in found["images"]:
+        assert whole["images/s"] == pytest.approx(2 / whole["SoftCFG, s a batch"])
     assert profile["kernels"] > len(profile["longest"]) > 0
     for row in found["steps"]:
         assert row["SoftCFG"] > 0
