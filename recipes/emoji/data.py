@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +132,29 @@ def load(folder: Path | None = None, *, names: int | None = None) -> Collection:
     Raises:
         UserError: a package cannot be fetched or is damaged, or the renderer is not installed.
     """
+    found, drawn = _all_drawn(folder)
+    return assemble(found, **drawn, names=names)
+
+
+def load_others(collection: Collection, folder: Path | None = None) -> Collection:
+    """Return the pictures of names that the collection has not, see `others`."""
+    found, drawn = _all_drawn(folder)
+    return others(collection, found, *drawn.values())
+
+
+def joined(collection: Collection, others: Collection) -> Collection:
+    """Return both, the names of the second after those of the first."""
+    first = len(collection.names)
+    more = [replace(picture, subject=first + picture.subject) for picture in others.pictures]
+    return Collection(
+        [*collection.pictures, *more],
+        np.concatenate([collection.pixels, others.pixels]),
+        [*collection.names, *others.names],
+    )
+
+
+def _all_drawn(folder: Path | None) -> tuple[list[Emoji], dict[str, np.ndarray]]:
+    """What is drawn, and the columns of the cache: of `emoji`, numbers of the former."""
     folder = pictures_folder() if folder is None else folder
     archives = [style.package.fetch(folder) for style in STYLES]
     found = list(wanted(emoji(NAMES.fetch(folder))))
@@ -139,8 +162,7 @@ def load(folder: Path | None = None, *, names: int | None = None) -> Collection:
     if not path.is_file():
         _draw_all(path, found, [Drawings(archive) for archive in archives])
     with np.load(path) as stored:
-        drawn = {name: stored[name] for name in ("emoji", "style", "colour", "recoloured", "pixels")}
-    return assemble(found, **drawn, names=names)
+        return found, {name: stored[name] for name in ("emoji", "style", "colour", "recoloured", "pixels")}
 
 
 def wanted(all_emoji: Sequence[Emoji]) -> Iterator[Emoji]:
@@ -187,14 +209,55 @@ def assemble(
     subjects = _distinct(subjects, [one.name for one in found], emoji, style, recoloured, pixels)
     if names is not None:
         subjects = [subjects[i * len(subjects) // names] for i in range(names)]
-    place = {number: i for i, number in enumerate(subjects)}
     held_out = _held_out_styles(subjects, emoji, style, found)
+    return _of(subjects, found, emoji, style, colour, recoloured, pixels, held_out, HELD_OUT)
+
+
+def others(
+    collection: Collection,
+    found: Sequence[Emoji],
+    emoji: np.ndarray,
+    style: np.ndarray,
+    colour: np.ndarray,
+    recoloured: np.ndarray,
+    pixels: np.ndarray,
+) -> Collection:
+    """Choose as many names that the collection has not, for the judge to learn from. Mostly too few artists drew them.
+
+    Names that may be those of the collection in other words, or in another colour, are not among them.
+
+    Args:
+        found, emoji, style, colour, recoloured, pixels: see `assemble`.
+    """
+    known = {*collection.names, *TWINS}
+    bare_known = {bare(name) for name in collection.names} - {""}
+    subjects = [
+        number
+        for number, count in sorted(Counter(emoji[~recoloured].tolist()).items())
+        if count > 1 and found[number].name not in known and bare(found[number].name) not in bare_known
+    ]
+    return _of(subjects[: len(collection.names)], found, emoji, style, colour, recoloured, pixels)
+
+
+def _of(
+    subjects: Sequence[int],
+    found: Sequence[Emoji],
+    emoji: np.ndarray,
+    style: np.ndarray,
+    colour: np.ndarray,
+    recoloured: np.ndarray,
+    pixels: np.ndarray,
+    held_out: Container[tuple[int, int]] = (),
+    share: float = 0.0,
+) -> Collection:
+    """The pictures of `subjects`, some pairs of emoji and style held out, and a share of those of colour and name."""
+    place = {number: i for i, number in enumerate(subjects)}
     pictures: list[Picture] = []
     chosen = [i for i, number in enumerate(emoji.tolist()) if number in place]
     for i in chosen:
         one, word = found[emoji[i]], COLOURS[colour[i]] if colour[i] >= 0 else ""
         why = "style" if (emoji[i], style[i]) in held_out else ""
-        if not why and recoloured[i] and _share(f"{word} {bare(one.name)}") < HELD_OUT:
+        if not why and recoloured[i] and _share(f"{word} {bare(one.name)}") < share:
             why = "colour"
         pictures.append(
             Picture(one.name, one.keywords, STYLES[style[i]].word, word, bool(recoloured[i]), why, place[emoji[i]])

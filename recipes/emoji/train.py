@@ -84,9 +84,11 @@ def train(given: argparse.Namespace) -> None:
         budget = Budget(given.minutes * share, given.steps, given.seed)
         if part == "generator":
             train_generator.train(given.out, budget, collection, batch_size=given.batch_size, compiled=given.compile)
+        elif part == "tokenizer":
+            train_tokenizer.train(given.out, budget, collection, batch_size=given.batch_size)
         else:
-            module = {"tokenizer": train_tokenizer, "judge": train_judge}[part]
-            module.train(given.out, budget, collection, batch_size=given.batch_size)
+            others = data.load_others(collection, given.pictures)
+            train_judge.train(given.out, budget, collection, others=others, batch_size=given.batch_size)
     if all((given.out / f"{part}.safetensors").exists() for part in ("tokenizer", "generator")):
         write_model_card(given.out)
 

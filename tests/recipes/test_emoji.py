@@ -232,6 +232,23 @@ def test_names_that_few_have_drawn_are_left_out() -> None:
     assert made.names == ["thing 0", "thing 2"]
 
 
+def test_others_are_no_name_of_the_collection() -> None:
+    names = ("red apple", "hammer", "green apple", "saw", "ewe", "drill", "wrench")  # an ewe is a sheep
+    found = [Emoji(str(i), name, (), "objects", "tool", ()) for i, name in enumerate(names)]
+    counts = (9, 9, 7, 2, 7, 1, 3)
+    number, style = np.repeat(np.arange(7), counts), np.concatenate([np.arange(n) for n in counts])
+    columns = (found, number, style, style % 8, np.zeros(len(number), bool), unlike(number))
+    made = data.assemble(*columns)
+    assert made.names == ["red apple", "hammer"]
+    others = data.others(made, *columns)
+    assert others.names == ["saw", "wrench"]
+    assert not any(picture.held_out for picture in others.pictures)
+    both = data.joined(made, others)
+    assert {both.names[picture.subject] for picture in both.pictures} == {*made.names, *others.names}
+    assert all(both.names[picture.subject] == picture.name for picture in both.pictures)
+    assert np.array_equal(both.pixels, np.concatenate([made.pixels, others.pixels]))
+
+
 def test_names_that_are_alike_are_left_out() -> None:
     names = ("neutral face", "expressionless face", "red apple", "green apple", "anchor", "old key", "key")
     found = [Emoji(str(i), name, (), "objects", "tool", ()) for i, name in enumerate(names)]
@@ -357,8 +374,13 @@ def test_generator_learns_and_continues(tmp_path: Path, examples: train_generato
     assert loss < 2.768  # 16 codes at random: 2.773
 
 
-def test_judge_learns_and_reads_prompts(tmp_path: Path, collection: Collection) -> None:
-    train_judge.train(tmp_path, Budget(steps=40), collection, batch_size=8)
+@pytest.mark.parametrize("with_others", [False, True])
+def test_judge_learns_and_reads_prompts(tmp_path: Path, collection: Collection, with_others: bool) -> None:
+    others = None
+    if with_others:
+        shown = [Picture("sun", (), style.word, "yellow", False, "", 0) for style in STYLES]
+        others = Collection(shown, np.stack([square((250, 210, 40), 30)] * len(STYLES)), ["sun"])
+    train_judge.train(tmp_path, Budget(steps=40), collection, others=others, batch_size=8)
     judge, words, _ = load_judge(tmp_path / "judge.safetensors")
     chosen = collection.where()
     asked = words.read([collection.pictures[i].caption for i in chosen])
