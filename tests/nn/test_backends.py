@@ -232,7 +232,7 @@ def test_errors_of_a_backend_are_not_hidden() -> None:
 
 @pytest.mark.parametrize("new", [1, 2])
 def test_keys_and_values_of_different_lengths_are_refused(new: int) -> None:
-    with pytest.raises(ValueError, match=r"as many slots, got \[1, 1, 2, 4\] and \[1, 1, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"rows, heads and slots, got \[1, 1, 2, 4\] and \[1, 1, 3, 4\]"):
         weighted_attention(torch.zeros(1, 1, new, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4))
 
 

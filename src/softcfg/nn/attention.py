@@ -49,10 +49,11 @@ def weighted_attention(
         [rows, heads, n, head_dim] in the dtype of `value`. The softmax is in float32 (or float64).
 
     Raises:
-        ValueError: keys and values are not of as many slots, which PyTorch's fused attention does not notice.
+        ValueError: keys and values differ in rows, heads or slots, which PyTorch's fused attention does not notice.
     """
     if key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"keys and values must have as many slots, got {list(key.shape)} and {list(value.shape)}")
+        shapes = f"{list(key.shape)} and {list(value.shape)}"
+        raise ValueError(f"keys and values must have the same rows, heads and slots, got {shapes}")
     new, slots = query.shape[2], key.shape[2]
     position = Position.shared(slots - new)
     context = AttentionContext(

@@ -27,7 +27,7 @@ class Math(AttentionBackend):
         # The query heads of a group stand side by side, so that their keys and values are not repeated.
         grouped = query.reshape(rows * key_heads, -1, head_dim)
         key, value = (each.reshape(rows * key_heads, slots, -1) for each in (key, value))
-        nothing, scale = query.new_empty(()), head_dim**-0.5
+        nothing, scale = query.new_zeros(()), head_dim**-0.5
         if new == 1 and key.is_cpu and key.dtype == torch.bfloat16:
             # oneDNN copies keys that stand on the right, which takes longer than the product.
             scores = torch.baddbmm(nothing, key, grouped.mT, beta=0, alpha=scale).mT.reshape(rows, heads, new, slots)
