@@ -145,7 +145,14 @@ def test_traces_with_weights_in_the_values(model_folder: Path) -> None:
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize(
     ("new", "weighted", "name"),
-    [(1, "value", "math"), (3, "", "sdpa"), (3, "value", "math"), (3, "key", "math"), (7, "", "sdpa")],
+    [
+        (1, "value", "sdpa_weighted"),
+        (1, "key", "math"),
+        (3, "", "sdpa"),
+        (3, "value", "math"),
+        (3, "key", "math"),
+        (7, "", "sdpa"),
+    ],
 )
 def test_the_choice_on_a_cpu(served: list[str], new: int, weighted: str, name: str, by_row: bool) -> None:
     layer(new, weighted, by_row)
@@ -156,16 +163,19 @@ def test_the_choice_on_a_cpu(served: list[str], new: int, weighted: str, name: s
     ("rows", "slots", "dtype", "name"),
     [
         (2, 64, torch.float32, "sdpa"), (2, 512, torch.float32, "math"), (64, 8, torch.float32, "math"),
-        (2, 64, torch.bfloat16, "math"),
+        (12, 40, torch.float32, "sdpa"), (2, 64, torch.bfloat16, "math"),
     ],
 )  # fmt: skip
-def test_a_step_of_few_numbers_is_one_operation(
+def test_a_step_of_few_numbers_takes_few_operations(
     served: list[str], rows: int, slots: int, dtype: torch.dtype, name: str
 ) -> None:
     cache = KVCache(1, rows, 4, slots, 64, dtype=dtype)
     query, key, value = torch.randn(3, rows, 4, 1, 64, dtype=dtype)
-    attend(query, key, value, 0, AttentionContext.create(Position.shared(slots - 1), 1, cache))
-    assert served == [name]
+    for weights in (None, torch.rand(rows, slots)):
+        context = AttentionContext.create(Position.shared(slots - 1), 1, cache, value_weights=weights)
+        attend(query, key, value, 0, context)
+    fewer = name == "sdpa" and rows == 2
+    assert served == [name, "sdpa_weighted" if fewer else "math"]
 
 
 def test_a_forced_backend_serves_until_the_context_closes(served: list[str]) -> None:
@@ -194,7 +204,7 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
             layer(*arguments)
     with (
         pytest.raises(
-            UserError, match="no attention backend 'flash'; there are sdpa_weighted, math, sdpa, triton_decode"
+            UserError, match="no attention backend 'flash'; there are math, sdpa_weighted, sdpa, triton_decode"
         ),
         use_backend("flash"),
     ):
@@ -212,7 +222,7 @@ def test_a_backend_that_does_not_run_is_replaced_with_one_warning() -> None:
         def attend(self, call: AttentionCall) -> Tensor:
             raise BackendUnavailableError("no driver")
 
-    with use_backend("math"):
+    with use_backend("sdpa_weighted"):
         wanted = layer(1, "value")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

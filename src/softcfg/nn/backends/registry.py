@@ -7,18 +7,22 @@ registered last is asked first.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.nn.context import AttentionContext
+
+FEW_QUERIES, FEW_NUMBERS = 64, 1 << 17  # numbers of the keys
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,22 @@ class AttentionCall:
     def weighted(self) -> bool:
         """Whether values, keys or attention have weights."""
         context = self.context
-        weights = (context.value_weights, context.key_weights, context.attention_weights)
-        return any(each is not None for each in weights)
+        value, key, attention = context.value_weights, context.key_weights, context.attention_weights
+        return value is not None or key is not None or attention is not None
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """All keys and values [rows, key_heads, S, head_dim], in the dtype of the query."""
         cache = self.context.cache
         return (self.key, self.value) if cache is None else cache.read(self.layer, self.context.slots)
+
+    @cached_property
+    def step_size(self) -> float:
+        """How large a step on a CPU is: up to 1, the number of operations is what counts; infinite for other calls."""
+        rows, heads, new, head_dim = self.query.shape
+        if new > 1 or not self.query.is_cpu or self.query.dtype is not torch.float32:
+            return math.inf
+        numbers = rows * self.key.shape[1] * self.context.slots * head_dim
+        return max(rows * heads / FEW_QUERIES, numbers / FEW_NUMBERS)
 
     def visible(self) -> Tensor | None:
         """Which slots each query sees, bool [1 or rows, 1, 1 or n, S]; None if it is all of them."""
@@ -98,7 +111,10 @@ class AttentionBackend(ABC):
         """Why it cannot serve the call, as the end of a sentence; None if it can."""
 
     def preferred(self, call: AttentionCall) -> bool:
-        """Whether it serves the call faster than the backends that were registered before it; asked if it can."""
+        """Whether it serves a call, if it can, faster than the backends that were registered before it.
+
+        It is asked before `why_not`, which may take longer; it must not wait for the device.
+        """
         return True
 
     @abstractmethod
@@ -146,7 +162,7 @@ def attention(call: AttentionCall) -> Tensor:
     if forced is not None:
         return _attend_forced(BACKENDS[forced], call)
     for backend in reversed(BACKENDS.values()):
-        if device in backend.unavailable or backend.why_not(call) is not None or not backend.preferred(call):
+        if device in backend.unavailable or not backend.preferred(call) or backend.why_not(call) is not None:
             continue
         try:
             return backend.attend(call)

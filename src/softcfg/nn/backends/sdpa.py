@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.nn.backends.registry import AttentionBackend, AttentionCall, register_backend
-
-FEW_QUERIES, FEW_NUMBERS = 64, 1 << 17  # and numbers in the keys, on a CPU
 
 
 @register_backend
@@ -22,15 +19,8 @@ class SDPA(AttentionBackend):
         return "it has no weights on values or keys" if call.weighted else None
 
     def preferred(self, call: AttentionCall) -> bool:
-        """See `AttentionBackend.preferred`: a single query on a CPU is faster with the plain products, but for few of
-        them, where one operation instead of eight is what counts.
-        """
-        query, key, slots = call.query, call.key, call.context.slots
-        rows, heads, new, head_dim = query.shape
-        if new > 1 or not query.is_cpu:
-            return True
-        few = rows * heads <= FEW_QUERIES and rows * key.shape[1] * slots * head_dim <= FEW_NUMBERS
-        return few and query.dtype is torch.float32
+        """See `AttentionBackend.preferred`: but for small ones, steps on a CPU are faster with the plain products."""
+        return call.query.shape[2] > 1 or not call.query.is_cpu or call.step_size <= 1
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionBackend.attend`."""

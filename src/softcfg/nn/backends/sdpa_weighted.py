@@ -24,10 +24,7 @@ TOLERANCE = 1e-4  # of a weight in float32
 
 @register_backend
 class WeightedSDPA(AttentionBackend):
-    """`scaled_dot_product_attention` on values that carry the weights; it serves where `use_backend` names it.
-
-    It is registered before all others, hence asked last: of the choice of a backend nothing may wait for the device.
-    """
+    """`scaled_dot_product_attention` on values that carry the weights; for small steps, and for `use_backend`."""
 
     name = "sdpa_weighted"
 
@@ -51,7 +48,7 @@ class WeightedSDPA(AttentionBackend):
 
     def preferred(self, call: AttentionCall) -> bool:
         """See `AttentionBackend.preferred`."""
-        return False
+        return call.step_size <= 0.5
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionBackend.attend`."""
