@@ -39,6 +39,7 @@ SHOWN = {  # of each kind of prompts: what counts
 ALL_COLOURS = (*COLOURS, "black")
 LINES = {"seen": "-", "style": "--", "colour": ":"}
 DISTANCES = ("fid", "precision", "recall")
+FIDS = (10, 20, 25, 30, 40, 50, 70, 100, 200, 400, 1000)  # that an axis shows
 
 
 class Evidence:
@@ -303,6 +304,10 @@ def _finish(axes: Sequence[Axes], evidence: Evidence, shown: Sequence[tuple[str,
             axis.axhline(_factor(metric) * float(np.mean(none)), color="0.5", linewidth=0.8, zorder=0, label=label)
         axis.set(xscale="log", xlabel="guidance scale", ylabel="FID" if metric == "fid" else f"{metric} right, %")
         axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
+        if metric == "fid":  # what bends images does so by a factor of ten
+            axis.set_yscale("log")
+            low, high = axis.get_ylim()
+            axis.set_yticks(inside := [fid for fid in FIDS if low < fid < high], [str(fid) for fid in inside])
         axis.minorticks_off()
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=7)
