@@ -89,9 +89,9 @@ def train(
         model.image_size = SMALL_SIZE if small else SIZE
         chosen = torch.cat(
             [
-                numbers[batch_index(budget.seed + kind, step, count, len(numbers))]
-                for kind, (numbers, share) in enumerate(sets)
-                if (count := min(round(share * batch_size), len(numbers)))
+                known[batch_index(budget.seed + kind, step, count, len(known))]
+                for kind, (known, share) in enumerate(sets)
+                if (count := min(round(share * batch_size), len(known)))
             ]
         )
         numbers = randomness(budget.seed, step)
