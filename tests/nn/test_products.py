@@ -133,6 +133,16 @@ def test_no_weight_is_lost_when_preparing_fails(
     assert all(map(torch.equal, model.parameters(), before))
 
 
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_model_made_in_inference_mode_computes_as_before(name: str) -> None:
+    with torch.inference_mode():
+        layers = torch.nn.Sequential(Linear(64, 96))
+        x = torch.randn(8, 64)
+        with use_product(name), prepared_linear_layers(layers, 8):
+            prepared = layers(x)
+        torch.testing.assert_close(layers(x), prepared)
+
+
 def test_weights_are_prepared_as_they_are_now() -> None:
     layer = Linear(16, 16, bias=False).requires_grad_(False)
     x = torch.randn(4, 16)

@@ -353,6 +353,15 @@ def test_half_precision(build: Any) -> None:
     assert describe_module(again)["sha256"] == describe_module(tokenizer)["sha256"]
 
 
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_a_decoder_learns_after_it_was_used_in_inference_mode(build: Any) -> None:
+    tokenizer = build().bfloat16()
+    tokens = some_tokens(tokenizer)
+    with torch.inference_mode():
+        tokenizer.decode(tokens)
+    tokenizer.decode_latents(tokenizer.embed_tokens(tokens)).float().sum().backward()
+
+
 def test_one_wrong_pixel_is_found_and_rounding_is_not() -> None:
     tokenizer = maskgit_vq()
     pixels = some_pixels(tokenizer)

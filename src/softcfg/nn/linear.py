@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.backends import triton_decode
-from softcfg.nn.memory import is_out_of_memory
+from softcfg.nn.memory import is_out_of_memory, replace_contents
 from softcfg.nn.precision import has_bfloat16
 from softcfg.nn.products import Product, choose, faster_dtype
 
@@ -43,12 +43,13 @@ class Linear(nn.Linear):
         self.laid_out, self.product = product.lay_out(weight.detach(), rows), product
         self._multiply = partial(product.multiply, laid_out=self.laid_out, weight=weight, bias=bias, rows=rows)
         if product.serves_any_rows and not keep:
-            self.weight.data = self.weight.new_empty(0, self.in_features)
+            replace_contents(weight, lambda: weight.new_empty(0, self.in_features))
 
     def restore(self) -> None:
         """Give the memory back."""
-        if self.product is not None and self.laid_out is not None and not self.weight.numel():
-            self.weight.data = self.product.restore(self.laid_out)
+        product, laid_out = self.product, self.laid_out
+        if product is not None and laid_out is not None and not self.weight.numel():
+            replace_contents(self.weight, lambda: product.restore(laid_out))
         self.product = self.laid_out = self._multiply = None
 
     def forward(self, x: Tensor) -> Tensor:

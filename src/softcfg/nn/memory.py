@@ -1,4 +1,4 @@
-"""The memory of devices: how much is free, and whether an error says that there was not enough."""
+"""Memory: how much a device has free, whether an error says that it was not enough, and what a parameter holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,3 +58,9 @@ def free_memory(device: torch.device) -> int | None:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
         return None if found is None else int(found[1]) * 1024
     return None
+
+
+def replace_contents(parameter: Tensor, make: Callable[[], Tensor]) -> None:
+    """Give a parameter other contents, an inference tensor if it is one itself: where they differ PyTorch fails later."""
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        parameter.data = make()

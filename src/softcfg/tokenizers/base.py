@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.errors import UserError, quote
+from softcfg.nn.memory import replace_contents
 from softcfg.nn.precision import KeepsTables, own_dtype
 
 # Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
@@ -172,8 +174,8 @@ class Tokenizer(KeepsTables):
         """
         if self.dtype == torch.bfloat16 and self.quantize.embedding.weight.is_cpu:
             for weight in self.parameters():
-                if weight.dim() == 4:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                if weight.dim() == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
+                    replace_contents(weight, partial(weight.contiguous, memory_format=torch.channels_last))
 
     def _require_finite(self, values: Tensor, name: str) -> None:
         """Raise a `UserError` unless all `values` [B, ...] are numbers; a NaN would become a black pixel."""
