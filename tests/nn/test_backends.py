@@ -146,6 +146,7 @@ def test_traces_with_weights_in_the_values(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("new", "weighted", "name"),
     [
+        (1, "", "sdpa"),
         (1, "value", "sdpa_weighted"),
         (1, "key", "math"),
         (3, "", "sdpa"),
@@ -160,22 +161,22 @@ def test_the_choice_on_a_cpu(served: list[str], new: int, weighted: str, name: s
 
 
 @pytest.mark.parametrize(
-    ("rows", "slots", "dtype", "name"),
+    ("rows", "slots", "dtype", "names"),
     [
-        (2, 64, torch.float32, "sdpa"), (2, 512, torch.float32, "math"), (64, 8, torch.float32, "math"),
-        (12, 40, torch.float32, "sdpa"), (2, 64, torch.bfloat16, "math"),
+        (2, 64, torch.float32, ["sdpa", "sdpa_weighted"]), (12, 40, torch.float32, ["sdpa", "math"]),
+        (2, 512, torch.float32, ["math", "math"]), (64, 8, torch.float32, ["math", "math"]),
+        (2, 64, torch.bfloat16, ["math", "math"]),
     ],
 )  # fmt: skip
 def test_a_step_of_few_numbers_takes_few_operations(
-    served: list[str], rows: int, slots: int, dtype: torch.dtype, name: str
+    served: list[str], rows: int, slots: int, dtype: torch.dtype, names: list[str]
 ) -> None:
     cache = KVCache(1, rows, 4, slots, 64, dtype=dtype)
     query, key, value = torch.randn(3, rows, 4, 1, 64, dtype=dtype)
     for weights in (None, torch.rand(rows, slots)):
         context = AttentionContext.create(Position.shared(slots - 1), 1, cache, value_weights=weights)
         attend(query, key, value, 0, context)
-    fewer = name == "sdpa" and rows == 2
-    assert served == [name, "sdpa_weighted" if fewer else "math"]
+    assert served == names  # without weights and with them
 
 
 def test_a_forced_backend_serves_until_the_context_closes(served: list[str]) -> None:
