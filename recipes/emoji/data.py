@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -112,6 +113,31 @@ class Collection:
         ]
 
 
+COLUMNS = ("emoji", "style", "colour", "recoloured", "pixels")  # of the cache
+
+
+class Gallery(NamedTuple):
+    """All that was drawn, of which names are chosen.
+
+    Attributes:
+        found: what `emoji` counts.
+        emoji, style, colour: int64 [N]; a colour of -1 is none.
+        recoloured: bool [N].
+        pixels: uint8 [N, S, S, 3].
+    """
+
+    found: Sequence[Emoji]
+    emoji: np.ndarray
+    style: np.ndarray
+    colour: np.ndarray
+    recoloured: np.ndarray
+    pixels: np.ndarray
+
+    def artists(self) -> dict[int, int]:
+        """How many artists drew each emoji, by its number."""
+        return dict(sorted(Counter(self.emoji[~self.recoloured].tolist()).items()))
+
+
 def bare(name: str) -> str:
     """Return a name without the words for colours."""
     return " ".join(word for word in name.split() if word not in COLOURS)
@@ -132,14 +158,12 @@ def load(folder: Path | None = None, *, names: int | None = None) -> Collection:
     Raises:
         UserError: a package cannot be fetched or is damaged, or the renderer is not installed.
     """
-    found, drawn = _all_drawn(folder)
-    return assemble(found, **drawn, names=names)
+    return assemble(_gallery(folder), names=names)
 
 
 def load_others(collection: Collection, folder: Path | None = None) -> Collection:
     """Return the pictures of names that the collection has not, see `others`."""
-    found, drawn = _all_drawn(folder)
-    return others(collection, found, *drawn.values())
+    return others(_gallery(folder), collection)
 
 
 def joined(collection: Collection, others: Collection) -> Collection:
@@ -153,8 +177,7 @@ def joined(collection: Collection, others: Collection) -> Collection:
     )
 
 
-def _all_drawn(folder: Path | None) -> tuple[list[Emoji], dict[str, np.ndarray]]:
-    """What is drawn, and the columns of the cache: of `emoji`, numbers of the former."""
+def _gallery(folder: Path | None) -> Gallery:
     folder = pictures_folder() if folder is None else folder
     archives = [style.package.fetch(folder) for style in STYLES]
     found = list(wanted(emoji(NAMES.fetch(folder))))
@@ -162,7 +185,7 @@ def _all_drawn(folder: Path | None) -> tuple[list[Emoji], dict[str, np.ndarray]]
     if not path.is_file():
         _draw_all(path, found, [Drawings(archive) for archive in archives])
     with np.load(path) as stored:
-        return found, {name: stored[name] for name in ("emoji", "style", "colour", "recoloured", "pixels")}
+        return Gallery(found, *(stored[name] for name in COLUMNS))
 
 
 def wanted(all_emoji: Sequence[Emoji]) -> Iterator[Emoji]:
@@ -183,74 +206,46 @@ def wanted(all_emoji: Sequence[Emoji]) -> Iterator[Emoji]:
             yield one
 
 
-def assemble(
-    found: Sequence[Emoji],
-    emoji: np.ndarray,
-    style: np.ndarray,
-    colour: np.ndarray,
-    recoloured: np.ndarray,
-    pixels: np.ndarray,
-    names: int | None = None,
-) -> Collection:
+def assemble(gallery: Gallery, names: int | None = None) -> Collection:
     """Name the pictures, and choose what is held out.
 
     Args:
-        found: what `emoji` counts.
-        emoji, style, colour: int64 [N]; a colour of -1 is none.
-        recoloured: bool [N].
-        pixels: uint8 [N, S, S, 3].
         names: see `load`.
     """
-    styles = Counter(emoji[~recoloured].tolist())
-    least = {number: LEAST_STYLES_OF_FLAGS if found[number].group == "flags" else LEAST_STYLES for number in styles}
+    found = gallery.found
     subjects = [
-        number for number in sorted(styles) if styles[number] >= least[number] and found[number].name not in TWINS
+        number
+        for number, count in gallery.artists().items()
+        if count >= (LEAST_STYLES_OF_FLAGS if found[number].group == "flags" else LEAST_STYLES)
+        and found[number].name not in TWINS
     ]
-    subjects = _distinct(subjects, [one.name for one in found], emoji, style, recoloured, pixels)
+    subjects = _distinct(gallery, subjects)
     if names is not None:
         subjects = [subjects[i * len(subjects) // names] for i in range(names)]
-    held_out = _held_out_styles(subjects, emoji, style, found)
-    return _of(subjects, found, emoji, style, colour, recoloured, pixels, held_out, HELD_OUT)
+    return _of(gallery, subjects, _held_out_styles(gallery, subjects), HELD_OUT)
 
 
-def others(
-    collection: Collection,
-    found: Sequence[Emoji],
-    emoji: np.ndarray,
-    style: np.ndarray,
-    colour: np.ndarray,
-    recoloured: np.ndarray,
-    pixels: np.ndarray,
-) -> Collection:
+def others(gallery: Gallery, collection: Collection) -> Collection:
     """Choose as many names that the collection has not, for the judge to learn from. Mostly too few artists drew them.
 
     Names that may be those of the collection in other words, or in another colour, are not among them.
-
-    Args:
-        found, emoji, style, colour, recoloured, pixels: see `assemble`.
     """
     known = {*collection.names, *TWINS}
     bare_known = {bare(name) for name in collection.names} - {""}
+    names = [one.name for one in gallery.found]
     subjects = [
         number
-        for number, count in sorted(Counter(emoji[~recoloured].tolist()).items())
-        if count > 1 and found[number].name not in known and bare(found[number].name) not in bare_known
+        for number, count in gallery.artists().items()
+        if count > 1 and names[number] not in known and bare(names[number]) not in bare_known
     ]
-    return _of(subjects[: len(collection.names)], found, emoji, style, colour, recoloured, pixels)
+    return _of(gallery, subjects[: len(collection.names)])
 
 
 def _of(
-    subjects: Sequence[int],
-    found: Sequence[Emoji],
-    emoji: np.ndarray,
-    style: np.ndarray,
-    colour: np.ndarray,
-    recoloured: np.ndarray,
-    pixels: np.ndarray,
-    held_out: Container[tuple[int, int]] = (),
-    share: float = 0.0,
+    gallery: Gallery, subjects: Sequence[int], held_out: Container[tuple[int, int]] = (), share: float = 0.0
 ) -> Collection:
     """The pictures of `subjects`, some pairs of emoji and style held out, and a share of those of colour and name."""
+    found, emoji, style, colour, recoloured, pixels = gallery
     place = {number: i for i, number in enumerate(subjects)}
     pictures: list[Picture] = []
     chosen = [i for i, number in enumerate(emoji.tolist()) if number in place]
@@ -265,19 +260,13 @@ def _of(
     return Collection(pictures, pixels[chosen], [found[number].name for number in subjects])
 
 
-def _distinct(
-    subjects: Sequence[int],
-    names: Sequence[str],
-    emoji: np.ndarray,
-    style: np.ndarray,
-    recoloured: np.ndarray,
-    pixels: np.ndarray,
-) -> list[int]:
+def _distinct(gallery: Gallery, subjects: Sequence[int]) -> list[int]:
     """Leave out names that nobody could tell from a shorter one.
 
     Their pictures look alike ("neutral face", "expressionless face"), or only a colour tells the names apart ("green
     apple", which is also a recoloured "red apple").
     """
+    found, emoji, style, _, recoloured, pixels = gallery
     pictures = np.full((len(STYLES), len(subjects), 16 * 16 * 3), np.nan, np.float32)
     place = {number: i for i, number in enumerate(subjects)}
     side = pixels.shape[1] // 16
@@ -287,8 +276,8 @@ def _distinct(
             pictures[style[i], place[emoji[i]]] = tiles.ravel()
     kept: list[int] = []
     words: set[str] = set()
-    for i in sorted(range(len(subjects)), key=lambda i: len(names[subjects[i]])):
-        word = bare(names[subjects[i]])
+    for i in sorted(range(len(subjects)), key=lambda i: len(found[subjects[i]].name)):
+        word = bare(found[subjects[i]].name)
         # The distance of two pictures over their mean norm: 0 if they are equal, about 1 if they are unlike.
         norms = np.linalg.norm(pictures[:, i, None], axis=2) + np.linalg.norm(pictures[:, kept], axis=2)
         distances = 2 * np.linalg.norm(pictures[:, i, None] - pictures[:, kept], axis=2) / np.maximum(norms, 1e-6)
@@ -299,17 +288,16 @@ def _distinct(
     return [subjects[i] for i in sorted(kept)]
 
 
-def _held_out_styles(
-    subjects: Sequence[int], emoji: np.ndarray, style: np.ndarray, found: Sequence[Emoji]
-) -> set[tuple[int, int]]:
+def _held_out_styles(gallery: Gallery, subjects: Sequence[int]) -> set[tuple[int, int]]:
     """Choose a tenth of the pairs of name and style, at most one in three of those of a name."""
     pairs = defaultdict(list)
-    for number, kind in zip(emoji.tolist(), style.tolist(), strict=True):
+    for number, kind in zip(gallery.emoji.tolist(), gallery.style.tolist(), strict=True):
         pairs[number].append(kind)
     chosen = set()
     for number in subjects:
-        kinds = sorted(pairs[number], key=lambda kind: _share(f"{found[number].name}, {STYLES[kind].word} style"))
-        lucky = [kind for kind in kinds if _share(f"{found[number].name}, {STYLES[kind].word} style") < HELD_OUT]
+        shares = {kind: _share(f"{gallery.found[number].name}, {STYLES[kind].word} style") for kind in pairs[number]}
+        kinds = sorted(pairs[number], key=shares.__getitem__)
+        lucky = [kind for kind in kinds if shares[kind] < HELD_OUT]
         chosen |= {(number, kind) for kind in lucky[: len(kinds) // 3]}
     return chosen
 
@@ -343,10 +331,9 @@ def _draw_all(path: Path, found: Sequence[Emoji], sets: list[Drawings]) -> None:
                     rows.append((number, style, COLOURS.index(other), True, turned))
         if number % 100 == 0:
             print(f"drawing the pictures: {number} of {len(found)} names", flush=True)
-    columns = ("emoji", "style", "colour", "recoloured", "pixels")
     make_folder(path.parent)
     temporary = path.with_suffix(".part.npz")
-    stacked = {name: np.stack([row[i] for row in rows]) for i, name in enumerate(columns)}
+    stacked = {name: np.stack([row[i] for row in rows]) for i, name in enumerate(COLUMNS)}
     np.savez_compressed(temporary, **stacked)  # type: ignore[arg-type]
     temporary.replace(path)
 

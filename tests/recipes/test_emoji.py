@@ -27,7 +27,7 @@ from recipes.emoji import (
     train_tokenizer,
 )
 from recipes.emoji.augment import Moves, moved
-from recipes.emoji.data import Collection, Picture
+from recipes.emoji.data import Collection, Gallery, Picture
 from recipes.emoji.sources import STYLES, Drawings, Emoji, Package
 from recipes.training import Budget, randomness
 from softcfg.errors import UserError
@@ -204,7 +204,7 @@ def test_every_name_and_style_is_seen_and_no_held_out_pair_is() -> None:
     found = [Emoji(str(i), f"thing {i}", (), "objects", "tool", ()) for i in range(200)]
     number, style = (part.flatten() for part in np.meshgrid(np.arange(200), np.arange(9), indexing="ij"))
     drawn, again = np.zeros(1800, bool), np.ones(1800, bool)
-    made = data.assemble(
+    gallery = Gallery(
         found,
         np.concatenate([number, number]),
         np.concatenate([style, style]),
@@ -212,6 +212,7 @@ def test_every_name_and_style_is_seen_and_no_held_out_pair_is() -> None:
         np.concatenate([drawn, again]),
         unlike(np.concatenate([number, number])),
     )
+    made = data.assemble(gallery)
     seen = [made.pictures[i] for i in made.where()]
     pairs = {(p.name, p.style) for p in seen}
     kept = {(p.name, p.style) for p in made.pictures if p.held_out == "style"}
@@ -222,13 +223,13 @@ def test_every_name_and_style_is_seen_and_no_held_out_pair_is() -> None:
     compositions = {(p.colour, p.name) for p in made.pictures if p.held_out == "colour"}
     assert 0.03 < len(compositions) / 200 < 0.2
     assert not compositions & {(p.colour, p.name) for p in seen if p.recoloured}
-    assert data.assemble(found, number, style, style, drawn, unlike(number), names=10).names[-1] == "thing 180"
+    assert data.assemble(Gallery(found, number, style, style, drawn, unlike(number)), names=10).names[-1] == "thing 180"
 
 
 def test_names_that_few_have_drawn_are_left_out() -> None:
     found = [Emoji(str(i), f"thing {i}", (), group, "", ()) for i, group in enumerate(("objects", "objects", "flags"))]
     number, style = np.array([0] * 9 + [1] * 7 + [2] * 5), np.concatenate([np.arange(n) for n in (9, 7, 5)])
-    made = data.assemble(found, number, style, style, np.zeros(21, bool), unlike(number))
+    made = data.assemble(Gallery(found, number, style, style, np.zeros(21, bool), unlike(number)))
     assert made.names == ["thing 0", "thing 2"]
 
 
@@ -237,10 +238,10 @@ def test_others_are_no_name_of_the_collection() -> None:
     found = [Emoji(str(i), name, (), "objects", "tool", ()) for i, name in enumerate(names)]
     counts = (9, 9, 7, 2, 7, 1, 3)
     number, style = np.repeat(np.arange(7), counts), np.concatenate([np.arange(n) for n in counts])
-    columns = (found, number, style, style % 8, np.zeros(len(number), bool), unlike(number))
-    made = data.assemble(*columns)
+    gallery = Gallery(found, number, style, style % 8, np.zeros(len(number), bool), unlike(number))
+    made = data.assemble(gallery)
     assert made.names == ["red apple", "hammer"]
-    others = data.others(made, *columns)
+    others = data.others(gallery, made)
     assert others.names == ["saw", "wrench"]
     assert not any(picture.held_out for picture in others.pictures)
     both = data.joined(made, others)
@@ -256,7 +257,7 @@ def test_names_that_are_alike_are_left_out() -> None:
     pixels = unlike(number)
     pixels[number == 1] = pixels[number == 0]
     pixels[(number == 4) & (style < 2)] = pixels[(number == 2) & (style < 2)]  # in two styles alone
-    made = data.assemble(found, number, style, style, np.zeros(63, bool), pixels)
+    made = data.assemble(Gallery(found, number, style, style, np.zeros(63, bool), pixels))
     assert made.names == ["neutral face", "red apple", "anchor", "key"]
 
 
