@@ -236,29 +236,25 @@ def load_pipeline(
     from softcfg.pipeline import Pipeline
 
     device = parse_device(str(device)) if device else parse_device(args.device)
+    common: dict[str, Any] = {
+        "device": device,
+        "dtype": args.dtype,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "tokenizer_dtype": args.tokenizer_dtype,
+        "weak": args.weak_model,
+    }
     if random_weights:
         if args.quantize or args.device_map:
             raise UserError("--quantize and --device-map are not for random weights")
-        return Pipeline.with_random_weights(
-            args.model,
-            device=device,
-            dtype=args.dtype,
-            kv_cache_dtype=args.kv_cache_dtype,
-            tokenizer_dtype=args.tokenizer_dtype,
-            weak=args.weak_model,
-        )
+        return Pipeline.with_random_weights(args.model, **common)
     return Pipeline.from_pretrained(
         args.model,
-        device=device,
-        dtype=args.dtype,
         generator_checkpoint=args.generator_checkpoint,
         tokenizer_checkpoint=args.tokenizer_checkpoint,
         quantize=args.quantize,
-        kv_cache_dtype=args.kv_cache_dtype,
-        tokenizer_dtype=args.tokenizer_dtype,
         device_map=args.device_map,
-        weak=args.weak_model,
         image_size_eval=getattr(args, "image_size_eval", None),
+        **common,
     )
 
 
