@@ -51,12 +51,10 @@ class FiniteLogits:
             outcome: [B, n], not finite where there is no distribution to draw from.
         """
         seen = torch.cat((*(part.amax(dim=-1) for part in logits), outcome)).float()
-        if isinstance(steps, slice):
+        if isinstance(steps, Tensor) and steps.dim() > 1:
+            self._seen.scatter_(1, steps.repeat(len(seen) // self._batch, 1), seen)
+        else:
             self._seen[:, steps] = seen
-            return
-        copies = len(seen) // self._batch
-        index = steps.repeat(copies, 1) if steps.dim() > 1 else steps.expand(len(seen), -1)
-        self._seen.scatter_(1, index, seen)
 
     def sound(self) -> Tensor:
         """Whether all steps so far are, bool [] on the device."""

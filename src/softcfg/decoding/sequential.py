@@ -246,26 +246,26 @@ class Decoder(GuidedBatch):
 
     def predict(self, step: Step, tokens: Tensor) -> Tensor:
         """Feed the token before that of the step, of `tokens` int64 [B, T]; return what to draw from, [B, V]."""
-        at, guidance = step.index, self.guidance
+        index, guidance = step.index, self.guidance
         inputs = perturbed = step.inputs(tokens)
         write_weights = None
         if guidance.perturbs:
-            write_weights = partial(_write_weights, guidance.weak_branch, self.confidence, at)
+            write_weights = partial(_write_weights, guidance.weak_branch, self.confidence, index)
             if self._sources is not None and step.number != 0:
-                perturbed = _taken(tokens, self._sources[..., at - 1])
+                perturbed = _taken(tokens, self._sources[..., index - 1])
         seen = [each.run(step, inputs, perturbed, guidance.weak_branch, write_weights) for each in self._passes]
         cond, *others = (branch for logits in seen for branch in logits.split(self.batch))
         self._cond_logits = cond[:, 0]
         other, third = self.sides(others)
         if other is not None:
             guided, states = guided_logits(
-                self.generator, self.condition, guidance, cond, other, self._scales[step.at], at, self.rule_state
+                self.generator, self.condition, guidance, cond, other, self._scales[step.at], index, self.rule_state
             )
             self._keep(None if states is None else states[:, -1])
         else:
-            guided = self.generator.constrain(cond, at, self.condition)
+            guided = self.generator.constrain(cond, index, self.condition)
         if third is not None:
-            guided = guidance.push_away(guided, cond, third, at)
+            guided = guidance.push_away(guided, cond, third, index)
         probabilities = self.sampling.probabilities(guided[:, 0])
         # All probabilities of a row are NaN if one of its logits is.
         self.finite.note(step.at, tuple(seen), probabilities[:, :1])
