@@ -61,6 +61,6 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def replace_contents(parameter: Tensor, make: Callable[[], Tensor]) -> None:
-    """Give a parameter other contents, an inference tensor if it is one itself: where they differ PyTorch fails later."""
+    """Give a parameter other contents: an inference tensor if it is one itself, as a mixture of the two fails later."""
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         parameter.data = make()

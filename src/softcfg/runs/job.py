@@ -24,7 +24,7 @@ from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import MOST_IMAGES, RANDOM, Prompts
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress, ProgressWatch
-from softcfg.runs.settings import resizing, run_settings, tokenizer_dtypes
+from softcfg.runs.settings import pixel_dtype, resizing, run_settings
 from softcfg.runs.shards import Shard
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards
@@ -296,7 +296,7 @@ def decode_run(
             return {
                 **{name: value for name, value in source.settings.items() if name not in of_pixels},
                 **resized,
-                **tokenizer_dtypes(tokenizer),
+                **pixel_dtype(tokenizer),
                 "tokenizer": {**describe_component(entry.tokenizer, entry, checkpoint), "config": dict(config)},
                 "decoded_from": str(source.path.resolve()),
                 "command": command,

@@ -57,7 +57,7 @@ def run_settings(
         "sampling": sampling.describe(),
         "seed": seed,
         **_dtypes(pipeline),
-        **tokenizer_dtypes(pipeline.tokenizer),
+        **pixel_dtype(pipeline.tokenizer),
         **({} if weak is None else {"weak": {"generator": _model_settings(weak)["generator"], **_dtypes(weak)}}),
         "labels": labels if isinstance(labels, str) else list(labels),
         "num_classes": generator.num_classes if prompts is None else len(prompts.texts),
@@ -92,7 +92,7 @@ def _dtypes(pipeline: Pipeline) -> dict[str, str]:
     return {"dtype": "/".join(names), **cached}
 
 
-def tokenizer_dtypes(tokenizer: Tokenizer) -> dict[str, str]:
+def pixel_dtype(tokenizer: Tokenizer) -> dict[str, str]:
     """What the numbers of an image tokenizer are, where they are not float32."""
     dtype = str(tokenizer.dtype).removeprefix("torch.")
     return {} if dtype == "float32" else {"tokenizer_dtype": dtype}
