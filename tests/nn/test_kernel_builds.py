@@ -24,7 +24,8 @@ from tiny_models import module
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds on Linux")
 
-from softcfg.nn.kernels import decode_attention, fused  # noqa: E402
+from softcfg.nn.fused import MOST_BYTES  # noqa: E402
+from softcfg.nn.kernels import decode_attention, few_rows, fused, launching  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 WEIGHTS = ("none", "value", "key", "both")
@@ -285,6 +286,50 @@ def test_every_fused_kernel_fits_the_registers(capability: int, tmp_path: Path) 
             check_fused(build_norm, (*norm, dtype), capability, tmp_path)
         for shape, int8 in product(HEADS, (False, True)):
             check_fused(build_heads, (shape, dtype, int8), capability, tmp_path)
+
+
+# Width and hidden width of a block: the bundled models, AliTok B to XL, RAR XXL, and the widest that is served.
+BLOCKS = [(320, 1024), (768, 2048), (1024, 2816), (1280, 3584), (1408, 1408)]
+
+
+def build_few_rows(width: int, hidden: int, kind: str, dtype: torch.dtype) -> None:
+    empty = partial(torch.empty, device="meta", dtype=dtype)
+    x, norm = empty(2, width), (empty(width), 1e-5)
+    if kind == "norm":
+        few_rows.few_rows(x, empty(3 * width, width), empty(3 * width), norm=norm)
+    elif kind == "gated":
+        up = (empty(hidden, width), None)
+        few_rows.few_rows(x, empty(hidden, width), up=up, added=empty(2, width), norm=norm)
+    else:
+        few_rows.few_rows(empty(2, hidden), empty(width, hidden), onto=x)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_of_few_rows_fit_the_registers(
+    capability: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And linked with the kernel before, all of the first weights are on their way before they wait for its end."""
+    if capability >= 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("this Triton's assembler does not know the GPU")
+    linked = capability >= 90 and launching.CAN_WAIT
+    options = {"LINKED": linked, "enable_fp_fusion": True, **({"launch_pdl": True} if linked else {})}
+    monkeypatch.setattr(few_rows, "launch_options", lambda x: options)
+    for (width, hidden), kind in product(BLOCKS if capability == 90 else BLOCKS[-2:-1], ("norm", "gated", "onto")):
+        if hidden * dtype.itemsize > MOST_BYTES:
+            continue
+        with compiling_for(capability, few_rows) as built:
+            build_few_rows(width, hidden, kind, dtype)
+        kernel = read(built["_few_rows"], tmp_path)
+        assert kernel.stack == 0
+        assert set(kernel.loads) & {16}
+        if linked:
+            before, after = built["_few_rows"].asm["ptx"].split("griddepcontrol.wait")
+            assert "griddepcontrol.launch_dependents" in before
+            rows = few_rows.GATED_OUTPUTS * 2 if kind == "gated" else few_rows.OUTPUTS
+            part = min(few_rows.WIDEST, 1 << ((hidden if kind == "onto" else width).bit_length() - 1))
+            assert before.count("ld.global") >= rows * 2 // dtype.itemsize * part * dtype.itemsize // (16 * 32)
+            assert "ld.global" in after
 
 
 if __name__ == "__main__":

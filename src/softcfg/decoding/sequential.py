@@ -25,6 +25,7 @@ from softcfg.guidance.confidence import CONFIDENCES, max_probability
 from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn import fused
 from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.launches import linked_launches
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
@@ -238,7 +239,8 @@ class Decoder(GuidedBatch):
             forced, forced_mask: int64 and bool [B, T], tokens that take the place of drawn ones, and where.
         """
         at = step.at
-        drawn = draw(self.predict(step, tokens), uniforms[:, at].squeeze(1))
+        with linked_launches():
+            drawn = draw(self.predict(step, tokens), uniforms[:, at].squeeze(1))
         if forced is not None and forced_mask is not None:
             drawn = torch.where(forced_mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
         self.record(step, drawn)

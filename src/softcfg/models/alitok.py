@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
 from softcfg.nn.attention import AttentionContext, SelfAttention
-from softcfg.nn.fused import add_norm, add_product
+from softcfg.nn.fused import add_product, products
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
 from softcfg.nn.norm import RMSNorm
@@ -84,9 +84,9 @@ class AliTokBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape."""
-        x, inputs = add_norm(x, None, norm=self.norm1)
-        x, inputs = add_norm(x, self.attn(inputs, layer, context), norm=self.norm2)
-        return add_product(x, self.mlp.w2, self.mlp.hidden(inputs))
+        attended = self.attn(x, layer, context, self.norm1)
+        x, hidden = self.mlp.hidden(x, attended, self.norm2)
+        return add_product(x, self.mlp.w2, hidden)
 
 
 class AliTok(ClassGenerator):
@@ -125,7 +125,7 @@ class AliTok(ClassGenerator):
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""
-        return self.output(self.norm(x))
+        return products(x, self.output, norm=self.norm)[0]
 
 
 def rotary_tables(config: AliTokConfig) -> tuple[Tensor, Tensor]:

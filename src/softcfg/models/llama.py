@@ -16,6 +16,7 @@ from softcfg.errors import UserError
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
+from softcfg.nn.fused import products
 from softcfg.nn.linear import Linear
 from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
 from softcfg.nn.position import Position
@@ -207,7 +208,7 @@ class SharedVocabularyGenerator(LlamaGenerator):
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`; they are float32 or better."""
-        return precise(self.lm_head(self.model.norm(x)))
+        return precise(products(x, self.lm_head, norm=self.model.norm)[0])
 
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """See `Generator.constrain`."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition, Generator
 from softcfg.nn.attention import AttentionContext, attend, split_heads
-from softcfg.nn.fused import add_norm, add_product
+from softcfg.nn.fused import add_product, products
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU
 from softcfg.nn.norm import RMSNorm
@@ -91,9 +91,10 @@ class Attention(nn.Module):
         self.wqkv = Linear(width, 3 * width, bias=False)
         self.wo = Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
-        """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
-        return self.wo(attend(*split_heads(self.wqkv(x), self.heads), layer, context))
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, norm: nn.Module | None = None) -> Tensor:
+        """Of norm(x) [rows, n, width] -> the same shape; writes the new keys and values into the cache."""
+        query, key, value = split_heads(products(x, self.wqkv, norm=norm)[0], self.heads)
+        return products(attend(query, key, value, layer, context), self.wo)[0]
 
 
 class LlamaGenBlock(nn.Module):
@@ -108,9 +109,9 @@ class LlamaGenBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, dim] -> the same shape."""
-        x, inputs = add_norm(x, None, norm=self.attention_norm)
-        x, inputs = add_norm(x, self.attention(inputs, layer, context), norm=self.ffn_norm)
-        return add_product(x, self.feed_forward.w2, self.feed_forward.hidden(inputs))
+        attended = self.attention(x, layer, context, self.attention_norm)
+        x, hidden = self.feed_forward.hidden(x, attended, self.ffn_norm)
+        return add_product(x, self.feed_forward.w2, hidden)
 
 
 class LlamaGenBody(Generator):
@@ -147,7 +148,7 @@ class LlamaGenBody(Generator):
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""
-        return self.output(self.norm(x))
+        return products(x, self.output, norm=self.norm)[0]
 
 
 class LlamaGen(LlamaGenBody, ClassGenerator):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softcfg.configuration import require_multiple, require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
 from softcfg.nn.attention import AttentionContext, SelfAttention
-from softcfg.nn.fused import add_norm
+from softcfg.nn.fused import add_norm, products
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import MLP
 from softcfg.nn.position import Position
@@ -209,7 +209,7 @@ class RAR(ClassGenerator):
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""
-        return self.lm_head(x.contiguous())  # else product and bias are two operations
+        return products(x.contiguous(), self.lm_head)[0]  # else product and bias are two operations
 
     def class_condition(self, classes: Tensor) -> RARCondition:
         """See `Generator.class_condition`."""

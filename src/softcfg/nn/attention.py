@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from softcfg.nn.backends import AttentionCall, attention
 from softcfg.nn.context import AttentionContext
-from softcfg.nn.fused import rotate_and_cache
+from softcfg.nn.fused import products, rotate_and_cache
 from softcfg.nn.linear import Linear
 from softcfg.nn.position import Position
 
@@ -113,10 +113,10 @@ class SelfAttention(nn.Module):
         self.k_norm = k_norm
         self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
-        """[rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
-        query, key, value = split_heads(self.qkv(x), self.heads)
-        return self.proj(attend(query, key, value, layer, context, self.q_norm, self.k_norm))
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, norm: nn.Module | None = None) -> Tensor:
+        """Of norm(x) [rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
+        query, key, value = split_heads(products(x, self.qkv, norm=norm)[0], self.heads)
+        return products(attend(query, key, value, layer, context, self.q_norm, self.k_norm), self.proj)[0]
 
 
 class FullAttention(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softcfg.nn.backends import triton_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
+from softcfg.nn.launches import FEW_ROWS
 from softcfg.nn.linear import Linear, are_side_by_side
 from softcfg.nn.norm import RMSNorm
 from softcfg.nn.rotary import Rotary
@@ -26,14 +27,10 @@ from softcfg.nn.rotary import Rotary
 Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # row of a norm
+MOST_BYTES = 7168  # of a row of weights that a kernel for few rows has registers for
 LONGEST = 16384  # row of weights
-KINDS: dict[type, int] = {
-    type(None): 0,
-    nn.Identity: 0,
-    nn.RMSNorm: 1,
-    RMSNorm: 1,
-    nn.LayerNorm: 2,
-}  # norms, as the kernels call them
+RMS, LAYER = 1, 2  # norms, as the kernels call them
+KINDS: dict[type, int] = {type(None): 0, nn.Identity: 0, nn.RMSNorm: RMS, RMSNorm: RMS, nn.LayerNorm: LAYER}
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
 _enabled: ContextVar[bool] = ContextVar("fused_kernels", default=True)
 
@@ -169,6 +166,57 @@ def _are_neighbours(query: Tensor, key: Tensor) -> bool:
     )
 
 
+def products(x: Tensor, *layers: nn.Linear, norm: nn.Module | None = None) -> Sequence[Tensor]:
+    """The products of norm(x) with some layers; as one product where it may be and their weights lie side by side.
+
+    `linear.prepared_linear_layers` lays them so.
+
+    Args:
+        x: [rows, n, width].
+        norm: None for none.
+    """
+    joined = _joined(layers) if _serves(x, *(layer.weight for layer in layers)) else None
+    if norm is not None and (joined is None or not _are_few(x, norm, joined[0])):
+        x, norm = add_norm(x, None, norm=norm)[1], None
+    if joined is None:
+        return [layer(x) for layer in layers]
+    weight, bias, sizes = joined
+    found = None
+    if _are_few(x, norm, weight):
+        found = _launched(x.device, lambda: _few_rows(x, weight, bias, norm=_root_mean_square(norm))[1])
+    if found is None:
+        found = F.linear(x if norm is None else norm(x), weight, bias)
+    return found.split(sizes, dim=-1)
+
+
+def add_gated_products(
+    x: Tensor, gate: nn.Linear, up: nn.Linear, *, added: Tensor | None = None, norm: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """The residual stream x + added, and silu(gate(inputs)) * up(inputs) of its norm.
+
+    Args:
+        x: [rows, n, width].
+        added: what a branch adds to the stream, shaped alike; None for nothing.
+        norm: None for none.
+    """
+    plain = _is_plain(gate) and _is_plain(up) and (gate.bias is None) == (up.bias is None)
+    alike = plain and gate.weight.shape == up.weight.shape
+    if alike and _serves(x, added, gate.weight, up.weight) and _are_few(x, norm, gate.weight, up.weight):
+
+        def launch() -> tuple[Tensor, Tensor]:
+            more = (up.weight, up.bias)
+            return _few_rows(x, gate.weight, gate.bias, up=more, added=added, norm=_root_mean_square(norm))
+
+        found = _launched(x.device, launch)
+        if found is not None:
+            return found
+    if norm is not None:
+        x, inputs = add_norm(x, added, norm=norm)
+    else:
+        x = inputs = x if added is None else x + added
+    return x, silu_product(*products(inputs, gate, up))
+
+
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     if _serves(gate, up) and gate.stride(-1) == up.stride(-1) == 1:
@@ -185,25 +233,64 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def products(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """The products of `x` with some layers; as one product where it may be and their weights lie side by side.
-
-    `linear.prepared_linear_layers` lays them so.
-    """
-    weights = [layer.weight for layer in layers]
-    if _serves(x, *weights) and all(_is_plain(layer) for layer in layers) and are_side_by_side(weights):
-        sizes = [weight.shape[0] for weight in weights]
-        return F.linear(x, weights[0].as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)
-    return [layer(x) for layer in layers]
-
-
 def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
     """x + layer(inputs), the last use of `x`, whose memory the result may take: the product then adds to it."""
-    weight = layer.weight
+    weight, bias = layer.weight, layer.bias
     if _serves(x, inputs, weight) and _is_plain(layer) and x.is_contiguous():
-        x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), weight.t())
-        return x
+        if _are_few(inputs, None, weight):
+            found = _launched(x.device, lambda: _few_rows(inputs, weight, bias, onto=x)[1])
+            if found is not None:
+                return found
+        if bias is None:
+            x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), weight.t())
+            return x
     return x + layer(inputs)
+
+
+def _joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None, list[int]] | None:
+    """Weights and bias of several layers as of one, and the outputs of each; None where they cannot be."""
+    weights = [layer.weight for layer in layers]
+    if not all(_is_plain(layer) for layer in layers):
+        return None
+    if len(layers) == 1:
+        return weights[0], layers[0].bias, [len(weights[0])]
+    if any(layer.bias is not None for layer in layers) or not are_side_by_side(weights):
+        return None
+    sizes = [len(weight) for weight in weights]
+    width = weights[0].shape[1]
+    return weights[0].as_strided((sum(sizes), width), (width, 1)), None, sizes
+
+
+def _few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    added: Tensor | None = None,
+    onto: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.few_rows.few_rows` of [..., width]."""
+    from softcfg.nn.kernels.few_rows import few_rows
+
+    width, count = x.shape[-1], len(weight)
+    added = None if added is None else added.reshape(-1, width).contiguous()
+    onto = None if onto is None else onto.view(-1, count)
+    total, out = few_rows(x.reshape(-1, width).contiguous(), weight, bias, added=added, onto=onto, **more)
+    return total.view(x.shape), out.view(*x.shape[:-1], count)
+
+
+def _are_few(x: Tensor, norm: nn.Module | None, *weights: Tensor) -> bool:
+    """Whether a kernel of its own multiplies [..., width]: so few rows, after an RMS norm or none."""
+    width = x.shape[-1]
+    if x.numel() > FEW_ROWS * width or width * x.itemsize > MOST_BYTES:
+        return False
+    return all(weight.is_contiguous() for weight in weights) and (norm is None or _kind(norm, x) == RMS)
+
+
+def _root_mean_square(norm: nn.Module | None) -> tuple[Tensor | None, float] | None:
+    """Weight and eps of an RMS norm, as the kernel takes them."""
+    return None if norm is None else (_parameters(norm)[0], _eps(norm))
 
 
 def write_weights(confidence: Tensor, weights: Tensor, **settings: Any) -> bool:
@@ -307,10 +394,9 @@ def _fits(
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a product with weights as they are and no more: no bias, adapter, quantization or hook."""
+    """Whether a layer is a product with weights as they are, perhaps a bias, and no adapter, quantization or hook."""
     return (
         type(layer) in (Linear, nn.Linear)
-        and layer.bias is None
         and getattr(layer, "product", None) is None
         and type(layer.weight.data) is Tensor
         and _is_unhooked(layer)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from softcfg.nn.attention import attend
 from softcfg.nn.context import AttentionContext
-from softcfg.nn.fused import add_norm, add_product, products, silu_product
+from softcfg.nn.fused import add_gated_products, add_product, products
 from softcfg.nn.linear import Linear
 from softcfg.nn.norm import RMSNorm
 
@@ -31,13 +31,13 @@ class LlamaAttention(nn.Module):
         self.q_norm = nn.Identity() if q_norm is None else q_norm
         self.k_norm = nn.Identity() if k_norm is None else k_norm
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
-        """[rows, n, width] -> the same shape; writes the new keys and values into the cache."""
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, norm: nn.Module | None = None) -> Tensor:
+        """Of norm(x) [rows, n, width] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = (
             product.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for product in products(x, self.q_proj, self.k_proj, self.v_proj)
+            for product in products(x, self.q_proj, self.k_proj, self.v_proj, norm=norm)
         )
-        return self.o_proj(attend(query, key, value, layer, context, self.q_norm, self.k_norm))
+        return products(attend(query, key, value, layer, context, self.q_norm, self.k_norm), self.o_proj)[0]
 
 
 class LlamaMLP(nn.Module):
@@ -53,11 +53,11 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.down_proj(self.hidden(x))
+        return self.down_proj(self.hidden(x)[1])
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., hidden]."""
-        return silu_product(*products(x, self.gate_proj, self.up_proj))
+    def hidden(self, x: Tensor, added: Tensor | None = None, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream x + added, and of its norm [..., width] -> [..., hidden]."""
+        return add_gated_products(x, self.gate_proj, self.up_proj, added=added, norm=norm)
 
 
 class LlamaBlock(nn.Module):
@@ -72,9 +72,9 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape."""
-        x, inputs = add_norm(x, None, norm=self.input_layernorm)
-        x, inputs = add_norm(x, self.self_attn(inputs, layer, context), norm=self.post_attention_layernorm)
-        return add_product(x, self.mlp.down_proj, self.mlp.hidden(inputs))
+        attended = self.self_attn(x, layer, context, self.input_layernorm)
+        x, hidden = self.mlp.hidden(x, attended, self.post_attention_layernorm)
+        return add_product(x, self.mlp.down_proj, hidden)
 
 
 class LlamaDecoder(nn.Module):

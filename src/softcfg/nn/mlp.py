@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.nn.fused import products, silu_product
+from softcfg.nn.fused import add_gated_products, products
 from softcfg.nn.linear import Linear
 
 
@@ -19,7 +19,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        (hidden,) = products(x, self.fc1)
+        return products(F.gelu(hidden), self.fc2)[0]
 
 
 class SwiGLU(nn.Module):
@@ -35,8 +36,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.w2(self.hidden(x))
+        return self.w2(self.hidden(x)[1])
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., hidden]."""
-        return silu_product(*products(x, self.w1, self.w3))
+    def hidden(self, x: Tensor, added: Tensor | None = None, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream x + added, and of its norm [..., width] -> [..., hidden]."""
+        return add_gated_products(x, self.w1, self.w3, added=added, norm=norm)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from softcfg.nn.kernels.launching import begin_linked, launch_options
+
 PROGRAMS = 1024  # that keep a GPU busy; with fewer rows and heads, the slots are split
 WARPS, STAGES = 2, 2  # of a program; blocks on their way from memory: the fastest of ten on an H100
 ELEMENTS = 2048  # of a block of keys, of at most 16 bits each; half as many in float32
@@ -30,7 +32,9 @@ def _attend_chunk(
     heads, groups, chunks, size, scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr, WEIGHT_VALUES: tl.constexpr, WEIGHT_KEYS: tl.constexpr, PADDED: tl.constexpr,
+    LINKED: tl.constexpr,
 ):  # fmt: skip
+    begin_linked(LINKED)
     row, head, chunk = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     end = tl.load(last + row) + 1
     start = 0
@@ -88,8 +92,10 @@ def _attend_chunk(
 
 @triton.jit
 def _join_chunks(
-    maxima, sums, outputs, joined, chunks, DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
+    maxima, sums, outputs, joined, chunks, DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    LINKED: tl.constexpr,
 ):  # fmt: skip
+    begin_linked(LINKED)
     place = tl.program_id(0)
     parts = tl.arange(0, CHUNKS)
     there = parts < chunks
@@ -168,8 +174,8 @@ def decode_attention(
         maxima, sums = torch.empty(2, rows * heads, chunks, dtype=torch.float32, device=query.device)
         outputs = torch.empty(rows * heads, chunks, dim, dtype=torch.float32, device=query.device)
     # Without a limit the assembler aims for more threads on a multiprocessor, and spills; loads of small pieces need
-    # a few registers more. FP fusion is what it has always been; newer versions ask.
-    options: dict[str, Any] = {"maxnreg": 160 if dim * keys.itemsize % 16 else 128, "enable_fp_fusion": True}
+    # a few registers more.
+    options: dict[str, Any] = {**launch_options(query), "maxnreg": 160 if dim * keys.itemsize % 16 else 128}
     _attend_chunk[(rows * heads, chunks)](
         query, keys, values, key_scales, value_scales, value_weights, key_weights, first, last, maxima, sums, outputs,
         query.stride(0), query.stride(1), *(each // dim for each in outer),

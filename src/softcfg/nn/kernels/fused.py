@@ -7,15 +7,14 @@ between them and the operations that they replace.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from softcfg.nn.kernels.launching import begin_linked, launch_options
+
 RMS, LAYER = 1, 2  # kinds of norm; 0 for none
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # what it has always been; newer versions ask
 
 
 @triton.jit
@@ -23,8 +22,9 @@ def _add_norm(
     x, added, gate, weight, bias, scale, shift, at, total, normed, gate_row, scale_row, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
     ADD: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, MODULATED: tl.constexpr,
-    INDEXED: tl.constexpr,
+    INDEXED: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    begin_linked(LINKED)
     row = tl.program_id(0).to(tl.int64)
     modulated = row
     if INDEXED:
@@ -101,8 +101,9 @@ def _rotate_and_cache(
     query_row, key_row, value_row, cache_row, cache_head, scales_row, scales_head, rotary_row,
     heads, key_heads, query_per_weight, key_per_weight, query_eps, key_eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr, OTHER: tl.constexpr,
-    NORM: tl.constexpr, BIASED: tl.constexpr, ROTATED: tl.constexpr, SCALED: tl.constexpr,
+    NORM: tl.constexpr, BIASED: tl.constexpr, ROTATED: tl.constexpr, SCALED: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    begin_linked(LINKED)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pairs = tl.arange(0, BLOCK)
     cosines = 1.0
@@ -160,7 +161,8 @@ def _rotate_and_cache(
 
 
 @triton.jit
-def _silu_product(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
+def _silu_product(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr, LINKED: tl.constexpr):
+    begin_linked(LINKED)
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
@@ -173,8 +175,9 @@ def _silu_product(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
 @triton.jit
 def _confidence_weights(
     confidence, weights, confidence_row, weights_row, count, eps, floor, strength,
-    BLOCK: tl.constexpr, SHIFT: tl.constexpr, NORMED: tl.constexpr, POWER: tl.constexpr,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr, NORMED: tl.constexpr, POWER: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    begin_linked(LINKED)
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     value = tl.load(confidence + row * confidence_row + place + SHIFT, mask=place + SHIFT < count, other=0.0)
@@ -189,8 +192,9 @@ def _confidence_weights(
 @triton.jit
 def _largest_probability(
     logits, confidence, codes, at, logits_row, confidence_row, codes_row, count, temperature,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
+    begin_linked(LINKED)
     row = tl.program_id(0).to(tl.int64)
     largest = -1e30
     total = 0.0
@@ -243,7 +247,7 @@ def add_norm(
         WIDTH=width, BLOCK=block, KIND=kind, ADD=added is not None, GATED=gate is not None,
         WEIGHTED=weight is not None, BIASED=bias is not None, MODULATED=scale is not None,
         INDEXED=at is not None,
-        num_warps=min(16, max(1, block // 512)), **OPTIONS,
+        num_warps=min(16, max(1, block // 512)), **launch_options(x),
     )  # fmt: skip
     return total, normed
 
@@ -303,7 +307,7 @@ def rotate_and_cache(
         0 if cos is None else cos.stride(0), heads, key_heads, *per_weight, *eps,
         DIM=dim, BLOCK=block, HEADS=together, STEP=2 if neighbours else 1, OTHER=1 if neighbours else dim // 2,
         NORM=norm, BIASED=query_bias is not None, ROTATED=cos is not None, SCALED=key_scales is not None,
-        num_warps=4, **OPTIONS,
+        num_warps=4, **launch_options(query),
     )  # fmt: skip
     return rotated[:, :heads], rotated[:, heads:]
 
@@ -314,7 +318,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     block = 1024
     _silu_product[(rows, triton.cdiv(width, block))](
-        gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4, **OPTIONS
+        gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4, **launch_options(gate)
     )
     return out
 
@@ -338,7 +342,7 @@ def write_weights(
     _confidence_weights[(batch,)](
         confidence, weights, confidence.stride(0), weights.stride(0), count, float(eps), float(floor), float(strength),
         BLOCK=block, SHIFT=int(successor), NORMED=step_norm, POWER=strength != 1,
-        num_warps=min(32, max(1, block // 256)), **OPTIONS,
+        num_warps=min(32, max(1, block // 256)), **launch_options(weights),
     )  # fmt: skip
 
 
@@ -355,5 +359,5 @@ def write_confidence(
     _largest_probability[(batch,)](
         logits, confidence, codes, at, logits.stride(0), confidence.stride(0),
         0 if codes is None or codes.dim() == 1 else codes.stride(0), count, float(temperature),
-        BLOCK=4096, MASKED=codes is not None, num_warps=8, **OPTIONS,
+        BLOCK=4096, MASKED=codes is not None, num_warps=8, **launch_options(logits),
     )  # fmt: skip

@@ -1,0 +1,28 @@
+"""How the kernels of a step are launched: a step of few rows takes as long as its launches and the weights it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+FEW_ROWS = 4  # up to which products have a kernel of their own, and launches are linked
+_linked: ContextVar[bool] = ContextVar("linked_launches", default=False)
+
+
+@contextmanager
+def linked_launches() -> Iterator[None]:
+    """Inside, a kernel on few rows may begin while the one before it ends, on GPUs of compute capability 9.0.
+
+    Until that has ended it reads nothing but weights, so what is launched inside must not change any.
+    """
+    token = _linked.set(True)
+    try:
+        yield
+    finally:
+        _linked.reset(token)
+
+
+def is_linked(rows: int) -> bool:
+    """Whether kernels on so many rows are launched so."""
+    return _linked.get() and rows <= FEW_ROWS
