@@ -8,15 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WEAKLY = 0.3  # how far those pictures move that are moved weakly, as a share of how far the others do
+WARPED = 0.6  # share of the pictures that are warped, if any are
+
 
 @dataclass(frozen=True)
 class Moves:
-    """Bounds of what moves, drawn uniformly: degrees, and shares of the size; how many of the pictures are mirrored."""
+    """Bounds of what moves, drawn uniformly, and the shares of the pictures that are mirrored and moved weakly.
+
+    Attributes:
+        turn: degrees.
+        scale, shift: shares of the size.
+        mirrored: share of the pictures.
+        shear: how much further across a picture's lower edge is moved than its middle, as a share of half the size.
+        aspect: natural logarithm of how much wider a picture gets, and lower.
+        warp: share of half the size, by which each of 4 x 4 points moves for itself, and what is between them smoothly.
+        weak: share of the pictures.
+    """
 
     turn: float = 0.0
     scale: float = 0.0
     shift: float = 0.0
     mirrored: float = 0.0
+    shear: float = 0.0
+    aspect: float = 0.0
+    warp: float = 0.0
+    weak: float = 0.0
 
 
 def moved(pixels: Tensor, moves: Moves, numbers: torch.Generator, mirror: Tensor | None = None) -> Tensor:
@@ -28,15 +45,28 @@ def moved(pixels: Tensor, moves: Moves, numbers: torch.Generator, mirror: Tensor
         numbers: a generator of the CPU, for whatever device the pictures are on.
         mirror: bool [B], which pictures may be mirrored; all by default.
     """
-    turn, scale, across, down, flip = torch.rand(5, len(pixels), generator=numbers).mul(2).sub(1)
-    turn, scale = torch.deg2rad(moves.turn * turn), 1 + moves.scale * scale
-    flipped = flip.add(1).div(2) < moves.mirrored
+    batch, size = len(pixels), pixels.shape[-1]
+    flip, weak, warp = torch.rand(3, batch, generator=numbers)
+    far = torch.where(weak < moves.weak, WEAKLY, 1.0)
+    turn, scale, across, down, shear, aspect = far * torch.rand(6, batch, generator=numbers).mul(2).sub(1)
+    turn, scale, aspect = torch.deg2rad(moves.turn * turn), 1 + moves.scale * scale, (moves.aspect * aspect).exp()
+    flipped = flip < moves.mirrored
     if mirror is not None:
         flipped &= mirror
     side = 1 - 2 * flipped.float()
     cosine, sine = turn.cos() * scale, turn.sin() * scale
-    rows = torch.stack([side * cosine, -sine, 2 * moves.shift * across, side * sine, cosine, 2 * moves.shift * down], 1)
-    grid = F.affine_grid(rows.view(-1, 2, 3).to(pixels.device), list(pixels.shape), align_corners=False)
+    rows = [
+        side * cosine * aspect, moves.shear * shear - sine, 2 * moves.shift * across,
+        side * sine, cosine / aspect, 2 * moves.shift * down,
+    ]  # fmt: skip
+    places = torch.stack(rows, 1).view(-1, 2, 3).to(pixels.device)
+    with torch.autocast(pixels.device.type, enabled=False):  # bfloat16 is a fifth of a pixel off
+        grid = F.affine_grid(places, list(pixels.shape), align_corners=False)
+    if moves.warp:
+        points = torch.rand(batch, 2, 4, 4, generator=numbers).mul(2).sub(1)
+        points *= (moves.warp * far * (1 - warp / WARPED).clamp(min=0)).view(-1, 1, 1, 1)
+        field = F.interpolate(points.to(pixels.device), size=(size, size), mode="bicubic", align_corners=True)
+        grid = grid + field.permute(0, 2, 3, 1)
     return 1 - F.grid_sample(1 - pixels, grid, align_corners=False)
 
 
