@@ -26,7 +26,7 @@ from recipes.emoji import (
     train_judge,
     train_tokenizer,
 )
-from recipes.emoji.augment import Moves, moved
+from recipes.emoji.augment import WEAKLY, Moves, moved
 from recipes.emoji.data import Collection, Gallery, Picture
 from recipes.emoji.sources import STYLES, Drawings, Emoji, Package
 from recipes.training import Budget, randomness
@@ -375,13 +375,120 @@ def test_generator_learns_and_continues(tmp_path: Path, examples: train_generato
     assert loss < 2.768  # 16 codes at random: 2.773
 
 
+@pytest.fixture(scope="module")
+def sun() -> Collection:
+    """A further name, which two artists drew."""
+    shown = [Picture("sun", (), style.word, "yellow", False, "", 0) for style in STYLES[:2]]
+    return Collection(shown, np.stack([square((250, 210, 40), 30)] * 2), ["sun"])
+
+
+def test_moves_are_weak_for_some_and_as_exact_in_half_precision() -> None:
+    pixels, far = torch.rand(8, 3, 32, 32), {"shift": 0.1, "shear": 0.18, "aspect": 0.15, "warp": 0.12, "turn": 20}
+    weakly = {name: WEAKLY * bound for name, bound in far.items()}
+    found = moved(pixels, Moves(**far, weak=1), randomness(0, 0))
+    torch.testing.assert_close(found, moved(pixels, Moves(**weakly), randomness(0, 0)), rtol=0, atol=1e-4)
+    some = moved(pixels, Moves(**far, weak=0.5), randomness(0, 0))
+    strongly = moved(pixels, Moves(**far), randomness(0, 0))
+    assert {(one == weak).all().item() for one, weak in zip(some, found, strict=True)} == {True, False}
+    assert all((one == weak).all() or (one == far).all() for one, weak, far in zip(some, found, strongly, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(moved(pixels, Moves(**far), randomness(0, 0)), strongly, rtol=0, atol=1e-4)
+
+
+def test_batches_are_groups_of_a_name_in_different_styles(collection: Collection, sun: Collection) -> None:
+    learnt = data.joined(collection, sun)
+    seen: set[int] = set()
+    for step in range(100):
+        chosen = train_judge.Groups(learnt, 3).batch(0, step, 14)
+        assert chosen == train_judge.Groups(learnt, 3).batch(0, step, 14)
+        names = []
+        for k in range(0, 12, 4):
+            group = [learnt.pictures[i] for i in chosen[k : k + 4]]
+            names.append(group[0].name)
+            assert {picture.name for picture in group} == {names[-1]}
+            assert len({picture.style for picture in group}) == (2 if names[-1] == "sun" else 4)
+        assert names[2] == "sun"
+        assert len({*names}) == 3
+        seen |= {*chosen}
+    assert seen == {*learnt.where()}  # nothing that is held out
+    batches = [train_judge.Groups(learnt, 3).batch(*given, 12) for given in ((0, 0), (0, 1), (1, 0))]
+    assert len({tuple(batch) for batch in batches}) == 3
+    assert len(train_judge.Groups(collection, 3).batch(0, 0, 64)) == 12  # as many as there are names
+
+
+def test_contrast_is_that_of_its_formula() -> None:
+    numbers = randomness(0, 0)
+    vectors = torch.randn(12, 5, generator=numbers)
+    names, styles = (
+        torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3]),
+        torch.tensor([0, 1, 2, 2, 0, 1, 0, 3, 4, 4, 5, 6]),
+    )
+    units = [row / np.linalg.norm(row) for row in vectors.double().numpy()]
+    losses = []
+    for i in range(12):
+        near = {j: np.exp(units[i] @ units[j] / train_judge.TEMPERATURE) for j in range(12)}
+        alike = [j for j in range(12) if names[j] == names[i] and styles[j] != styles[i]]
+        apart = [j for j in range(12) if names[j] != names[i]]
+        total = sum(near[j] for j in alike + apart)
+        if alike:  # both pictures of name 2 are of one style
+            losses.append(-np.mean([np.log(near[j] / total) for j in alike]))
+    assert len(losses) == 10
+    assert train_judge.contrast(vectors, names, styles).item() == pytest.approx(np.mean(losses), rel=1e-5)
+    alone = vectors[:4].requires_grad_()
+    train_judge.contrast(alone, names[:1].expand(4), styles[:1].expand(4)).backward()  # nothing to compare with
+    assert alone.grad is not None
+    assert alone.grad.abs().max() == 0
+
+
+def test_mixing_styles_keeps_what_is_where() -> None:
+    maps, share = torch.rand(4, 6, 5, 7).double() + 0.1, torch.tensor([1.0, 0.7, 0.0, 0.4])
+    partner = torch.tensor([3, 2, 1, 0])
+    found = train_judge.mixed(maps, share, partner).double()
+
+    def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True)
+
+    (mean, deviation), (mean_found, deviation_found) = statistics(maps), statistics(found)
+    torch.testing.assert_close(found[0], maps[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close((found - mean_found) / deviation_found, (maps - mean) / deviation, rtol=0, atol=1e-4)
+    rest = share.view(4, 1, 1, 1)
+    torch.testing.assert_close(mean_found, rest * mean + (1 - rest) * mean[partner], rtol=0, atol=1e-4)
+    torch.testing.assert_close(deviation_found, rest * deviation + (1 - rest) * deviation[partner], rtol=0, atol=1e-4)
+
+
+def test_mixing_styles_leaves_what_the_style_is_told_from(collection: Collection) -> None:
+    judge = train_judge.judge_of(collection).eval()
+    pixels = train_tokenizer.pixels_of(collection, [0, 9, 18])
+    before = judge(pixels)
+    with train_judge.mixing(judge, torch.tensor([1.0, 0.2, 0.2]), torch.tensor([1, 2, 0])):
+        mixed = judge(pixels)
+    assert torch.equal(mixed[1], before[1])
+    for head in (0, 2):
+        torch.testing.assert_close(mixed[head][0], before[head][0])
+        assert all((mixed[head][i] - before[head][i]).abs().max() > 1e-4 for i in (1, 2))
+    assert all(torch.equal(again, head) for again, head in zip(judge(pixels), before, strict=True))
+
+
+def test_killed_judge_training_continues_to_the_same_weights(
+    tmp_path: Path, collection: Collection, sun: Collection
+) -> None:
+    def training(out: Path, **more: int) -> dict[str, torch.Tensor]:
+        weights = train_judge.train(out, Budget(steps=4), collection, others=sun, batch_size=8, **more)
+        return load_file(weights) if weights.exists() else {}
+
+    whole = training(tmp_path / "whole")
+    assert not training(tmp_path / "killed", stop_at=2)
+    killed = training(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert {name: tensor.dtype for name, tensor in whole.items()}["heads.0.weight"] == torch.float16
+
+
 @pytest.mark.parametrize("with_others", [False, True])
-def test_judge_learns_and_reads_prompts(tmp_path: Path, collection: Collection, with_others: bool) -> None:
-    others = None
-    if with_others:
-        shown = [Picture("sun", (), style.word, "yellow", False, "", 0) for style in STYLES]
-        others = Collection(shown, np.stack([square((250, 210, 40), 30)] * len(STYLES)), ["sun"])
-    train_judge.train(tmp_path, Budget(steps=40), collection, others=others, batch_size=8)
+def test_judge_learns_and_reads_prompts(
+    tmp_path: Path, collection: Collection, sun: Collection, with_others: bool
+) -> None:
+    others = sun if with_others else None
+    train_judge.train(tmp_path, Budget(steps=40), collection, others=others, batch_size=12)
     judge, words, _ = load_judge(tmp_path / "judge.safetensors")
     chosen = collection.where()
     asked = words.read([collection.pictures[i].caption for i in chosen])
