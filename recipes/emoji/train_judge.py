@@ -40,7 +40,6 @@ from softcfg.files import write_atomically
 
 BATCH_SIZE = 64
 GPU_BATCH_SIZE = 512
-GROUP = 4  # pictures of a name in a batch
 OWN = 0.65  # share of a batch that the model's names are, the rest others
 MIXED_BEFORE = (3, 5)  # blocks of the network, after the layers that the style is told from
 SMOOTHING = 0.1
@@ -54,6 +53,7 @@ class Stage(NamedTuple):
     Attributes:
         size: pixels of a side.
         moves: of the pictures.
+        group: pictures of a name in a batch.
         dropout: share of the features.
         mixed: share of the pictures that others are mixed into, see `mixing`.
         contrast: weight of `contrast`.
@@ -61,17 +61,26 @@ class Stage(NamedTuple):
 
     size: int
     moves: Moves
+    group: int
     dropout: float
     mixed: float
     contrast: float
 
 
 # A network that knows nothing learns hardly a name in 800 steps of the second stage. Small pictures cost half as much.
-EASY = Stage(64, Moves(turn=12, scale=0.15, shift=0.06, mirrored=0.5), dropout=0.25, mixed=0.0, contrast=0.0)
+EASY = Stage(
+    64,
+    Moves(turn=12, scale=0.15, shift=0.06, mirrored=0.5),
+    group=1,
+    dropout=0.25,
+    mixed=0.0,
+    contrast=0.0,
+)
 EASY_SHARE = 0.5  # of the training
 HARD = Stage(
     SIZE,
     Moves(turn=20, scale=0.25, shift=0.1, mirrored=0.5, shear=0.18, aspect=0.15, warp=0.12, weak=0.25),
+    group=4,
     dropout=0.4,
     mixed=0.5,
     contrast=0.25,
@@ -130,7 +139,7 @@ def train(
         model.image_size, model.dropout.p = stage.size, stage.dropout
         numbers = randomness(budget.seed, step)
         torch.manual_seed(numbers.initial_seed())  # of the dropout and of the mixing
-        chosen = torch.tensor(groups.batch(budget.seed, step, batch_size))
+        chosen = torch.tensor(groups.batch(budget.seed, step, batch_size, stage.group))
         names, styles, colours = labels[chosen].to(device.device).T
         pixels = floats(pictures[stage.size][chosen.to(device.device)])
         pixels, same_style, same_colour = disguised(moved(pixels, stage.moves, numbers, mirror[chosen]), numbers)
@@ -189,19 +198,20 @@ class Groups:
         self.own = [[*styles.values()] for name, styles in sorted(found.items()) if name < own]
         self.others = [[*styles.values()] for name, styles in sorted(found.items()) if name >= own]
 
-    def batch(self, seed: int, step: int, size: int) -> list[int]:
-        """Return the pictures of a step: GROUP of a name side by side, of different styles where there are as many.
+    def batch(self, seed: int, step: int, size: int, group: int) -> list[int]:
+        """Return the pictures of a step: `group` of a name side by side, of different styles where there are as many.
 
-        It takes no name twice, and is smaller than `size` where there are too few.
+        It takes no name twice unless there are too few.
         """
         numbers = random.Random(f"{seed} {step}")
-        count = max(1, size // GROUP)
+        count = max(1, size // group)
         own = round(OWN * count) if self.others else count
         chosen = []
         for names, share in ((self.own, own), (self.others, count - own)):
-            for styles in numbers.sample(names, min(share, len(names))):
-                order = numbers.sample(styles, len(styles))
-                chosen += [numbers.choice(order[k % len(order)]) for k in range(GROUP)]
+            names = numbers.sample(names, len(names))
+            for i in range(share):
+                order = numbers.sample(names[i % len(names)], len(names[i % len(names)]))
+                chosen += [numbers.choice(order[k % len(order)]) for k in range(group)]
         return chosen
 
 

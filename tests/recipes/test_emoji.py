@@ -399,8 +399,8 @@ def test_batches_are_groups_of_a_name_in_different_styles(collection: Collection
     learnt = data.joined(collection, sun)
     seen: set[int] = set()
     for step in range(100):
-        chosen = train_judge.Groups(learnt, 3).batch(0, step, 14)
-        assert chosen == train_judge.Groups(learnt, 3).batch(0, step, 14)
+        chosen = train_judge.Groups(learnt, 3).batch(0, step, 14, 4)
+        assert chosen == train_judge.Groups(learnt, 3).batch(0, step, 14, 4)
         names = []
         for k in range(0, 12, 4):
             group = [learnt.pictures[i] for i in chosen[k : k + 4]]
@@ -411,9 +411,11 @@ def test_batches_are_groups_of_a_name_in_different_styles(collection: Collection
         assert len({*names}) == 3
         seen |= {*chosen}
     assert seen == {*learnt.where()}  # nothing that is held out
-    batches = [train_judge.Groups(learnt, 3).batch(*given, 12) for given in ((0, 0), (0, 1), (1, 0))]
+    batches = [train_judge.Groups(learnt, 3).batch(*given, 12, 4) for given in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(batch) for batch in batches}) == 3
-    assert len(train_judge.Groups(collection, 3).batch(0, 0, 64)) == 12  # as many as there are names
+    assert len(train_judge.Groups(collection, 3).batch(0, 0, 64, 4)) == 64  # more than there are names
+    alone = train_judge.Groups(learnt, 3).batch(0, 0, 4, 1)
+    assert len({learnt.pictures[i].name for i in alone}) == 4
 
 
 def test_contrast_is_that_of_its_formula() -> None:
