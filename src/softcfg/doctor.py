@@ -36,6 +36,8 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingfac
 # What rounding moves attention by, of values of a standard deviation of 1.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 LOGITS_TOLERANCE = 1e-2  # between devices, in float32
+CLOSE, MOST = 1e-4, 0.9  # where logits differ by less, the steps must draw nearly all tokens alike
+BATCHES = (4, 1)  # images: a GPU has kernels of its own for the steps of one
 PRODUCT_SHAPE, PRODUCT_ROWS = (2304, 768), (2, 8, 32)  # as in AliTok-B
 BUNDLED = "fashion-small"
 COMPARED = (BUNDLED, "fashion", "emoji")  # with the CPU
@@ -174,14 +176,16 @@ def _attention(device: torch.device) -> tuple[bool, str]:
 def _graph(device: torch.device) -> tuple[bool | None, str]:
     """Steps of constant shapes, on a GPU as a captured graph, against steps one by one."""
     generator = load_generator(BUNDLED, device=device)
-    uniforms = image_uniforms(0, range(4), generator.num_tokens)
-    guidance = SoftCFG(guidance_scale=3.0)
-    one, other = (
-        decode(generator, range(4), guidance, uniforms=uniforms, static=static).cpu() for static in (True, False)
-    )
+    guidance, equal = SoftCFG(guidance_scale=3.0), []
+    for batch in BATCHES:
+        uniforms = image_uniforms(0, range(batch), generator.num_tokens)
+        one, other = (
+            decode(generator, range(batch), guidance, uniforms=uniforms, static=static).cpu()
+            for static in (True, False)
+        )
+        equal.append(float((one == other).float().mean()))
     kind = "replayed as a graph" if steps_are_static(generator) else "of constant shapes"
-    equal = float((one == other).float().mean())
-    return equal == 1, f"{equal:.1%} of the tokens of steps {kind} are those of steps one by one"
+    return min(equal) == 1, f"{min(equal):.1%} of the tokens of steps {kind} are those of steps one by one"
 
 
 def _tokens(device: torch.device) -> tuple[bool | None, str]:
@@ -191,15 +195,18 @@ def _tokens(device: torch.device) -> tuple[bool | None, str]:
     words, ok = [], True
     for name in COMPARED:
         here, there = (load_generator(name, device=where) for where in ("cpu", device))
-        inputs, guidance = here.example_inputs(4), SoftCFG(guidance_scale=3.0)
-        count = here.condition(inputs, guided=False).num_tokens
-        uniforms = image_uniforms(0, range(4), count)
-        tokens = [decode(each, inputs, guidance, uniforms=uniforms).cpu() for each in (here, there)]
-        logits = [trace(each, labels=inputs, tokens=tokens[0], guidance=guidance).cond_logits for each in (here, there)]
-        off = float((logits[0].cpu() - logits[1].cpu()).nan_to_num(0, 0, 0).abs().max())
-        ok &= off <= LOGITS_TOLERANCE
-        equal = float((tokens[0] == tokens[1]).float().mean())
-        words.append(f"{name}: {equal:.1%} of the tokens are the CPU's, logits differ by up to {off:.1g}")
+        off, equal, guidance = 0.0, [], SoftCFG(guidance_scale=3.0)
+        for batch in BATCHES:
+            inputs = here.example_inputs(batch)
+            uniforms = image_uniforms(0, range(batch), here.condition(inputs, guided=False).num_tokens)
+            tokens = [decode(each, inputs, guidance, uniforms=uniforms).cpu() for each in (here, there)]
+            logits = [
+                trace(each, labels=inputs, tokens=tokens[0], guidance=guidance).cond_logits for each in (here, there)
+            ]
+            off = max(off, float((logits[0].cpu() - logits[1].cpu()).nan_to_num(0, 0, 0).abs().max()))
+            equal.append(float((tokens[0] == tokens[1]).float().mean()))
+        ok &= off <= LOGITS_TOLERANCE and (off > CLOSE or min(equal) >= MOST)
+        words.append(f"{name}: {min(equal):.1%} of the tokens are the CPU's, logits differ by up to {off:.1g}")
     return ok, "; ".join(words)
 
 

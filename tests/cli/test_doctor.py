@@ -87,6 +87,27 @@ def test_the_tokens_of_another_device_are_compared(monkeypatch: pytest.MonkeyPat
         assert ("100.0% of the tokens" in detail) is not off
 
 
+def test_steps_of_one_image_that_draw_others_are_found_where_logits_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    load, decode = doctor.load_generator, doctor.decode
+    there: list[Any] = []
+
+    def loaded(name: str, device: Any) -> Any:
+        generator = load(name)
+        there.extend([generator] if str(device) == "meta" else [])
+        return generator
+
+    def other(generator: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        tokens = decode(generator, inputs, *args, **kwargs)
+        return tokens ^ 1 if generator in there and len(inputs) == 1 else tokens
+
+    monkeypatch.setattr(doctor, "load_generator", loaded)
+    monkeypatch.setattr(doctor, "decode", other)
+    monkeypatch.setattr(doctor, "COMPARED", ("fashion-small",))
+    ok, detail = doctor.TESTS["tokens against the CPU's"](torch.device("meta"))
+    assert not ok
+    assert detail == "fashion-small: 0.0% of the tokens are the CPU's, logits differ by up to 0"
+
+
 def test_errors_and_warnings_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     def warns(device: torch.device) -> tuple[bool, str]:
         warnings.warn("the kernel does not run", RuntimeWarning, stacklevel=1)

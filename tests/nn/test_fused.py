@@ -279,6 +279,7 @@ def check() -> None:
         check_side_by_side()
 
 
+@pytest.mark.timeout(600)
 def test_kernels_are_the_operations_that_they_replace() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
