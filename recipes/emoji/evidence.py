@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -284,10 +285,12 @@ class Laboratory:
 
 
 def results_of(model: str, path: Path) -> Results:
-    """The results of a model; it is told by its weights."""
+    """The results of a model as its judge sees it; the two are told by their weights."""
     folder = folder_of(model)
     make_folder(path.parent)
-    return Results(path, hash_file(folder / resolve(model).generator.file.local_name)[:16])
+    files = (resolve(model).generator.file.local_name, "judge.safetensors")
+    hashes = "".join(hash_file(folder / name) for name in files)
+    return Results(path, hashlib.sha256(hashes.encode()).hexdigest()[:16])
 
 
 def temperatures_of(model: str, given: Sequence[float] | None) -> tuple[float, ...]:

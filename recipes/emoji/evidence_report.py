@@ -39,7 +39,7 @@ SHOWN = {  # of each kind of prompts: what counts
 ALL_COLOURS = (*COLOURS, "black")
 LINES = {"seen": "-", "style": "--", "colour": ":"}
 DISTANCES = ("fid", "precision", "recall")
-FIDS = (10, 20, 25, 30, 40, 50, 70, 100, 200, 400, 1000)  # that an axis shows
+FIDS = (1, 2, 3, 4, 6, 10, 15, 20, 25, 30, 40, 50, 70, 100, 200, 400, 1000)  # that an axis shows
 
 
 class Evidence:
@@ -54,6 +54,11 @@ class Evidence:
         """The values of a metric, one a seed."""
         return [values[metric] for values in self.plan.of_seeds(guidance, kind, self.rows).values() if metric in values]
 
+    def tuned(self, guidance: CFG, metric: str) -> float | None:
+        """The value of a metric in the tuning."""
+        row = self.rows.get(key(self.plan.tuning([guidance])[0].settings()))
+        return None if row is None else row["values"][metric]
+
     def text(self, guidance: CFG, kind: str, metric: str) -> str:
         """Mean and standard deviation over the seeds; shares as percentages."""
         _, factor, decimals = METRICS.get(metric, ("", 100, 1))
@@ -64,9 +69,9 @@ class Evidence:
         return [self.text(guidance, kind, metric) for kind in kinds for metric in SHOWN[kind][1]]
 
     def fid_less(self, guidance: CFG, other: CFG) -> str:
-        """By how much the FID of two settings differs, with the standard error."""
+        """By how much the FID of two settings differs, with the standard error, over seeds that both have."""
         one, two = (self.plan.of_seeds(each, "seen", self.rows) for each in (guidance, other))
-        return fid_difference(one, two, METRICS["fid"][2])
+        return fid_difference(one, two, METRICS["fid"][2]) if one.keys() & two.keys() else MISSING
 
     def drawn(self, name: str, kind: str, metric: str) -> list[CFG]:
         """A method at the scales that are there."""
@@ -83,7 +88,7 @@ def report(rows: Mapping[str, Row], plan: Plan, plots: Path | None = None) -> st
     if not any(evidence.values(NONE, kind, "all") for kind in KINDS):
         raise UserError(f"there are no results of {plan.samples:,} images per point yet; draw them first")
     parts = [about(evidence), bounds(evidence), best(evidence), over_scales(evidence), held_out(evidence)]
-    parts += [of_temperatures(evidence), steps(evidence)]
+    parts += [tuning(evidence), of_temperatures(evidence), steps(evidence)]
     if plots is not None:
         make_folder(plots)
         for name, (draw, _) in PICTURES.items():
@@ -175,6 +180,24 @@ def held_out(evidence: Evidence) -> str:
     return markdown_table(head, lines) if lines else ""
 
 
+def tuning(evidence: Evidence) -> str:
+    """Every method at every scale, as the tuning drew it."""
+    if not evidence.best:
+        return ""
+
+    def cell(guidance: CFG) -> str:
+        fid, name = (evidence.tuned(guidance, metric) for metric in ("fid", "name"))
+        return MISSING if fid is None or name is None else f"{fid:.2f}, {100 * name:.1f}"
+
+    lines = [[name, *(cell(at(name, scale)) for scale in SCALES)] for name in METHODS]
+    samples = evidence.plan.tuning([NONE])[0].samples
+    table = markdown_table(["method, at scale", *(f"{scale:g}" for scale in SCALES)], lines)
+    return (
+        f"The tuning: FID, and names right in %, of {samples:,} images for seen prompts, of a seed of its own; "
+        f"without guidance {cell(NONE)}.\n\n{table}"
+    )
+
+
 def of_temperatures(evidence: Evidence) -> str:
     """The other temperatures, where these were drawn."""
     lines = []
@@ -237,22 +260,23 @@ def plot_scales(evidence: Evidence) -> Figure:
                 _over_scales(axis, evidence, name, kind, metric, color=colour, linestyle=line)
     for line, (words, _) in zip(LINES.values(), SHOWN.values(), strict=True):
         axes[1].plot([], [], color="0.5", linestyle=line, label=words)
-    _finish(axes, evidence, [("seen", metric) for metric in ("fid", "name", "style", "colour")])
+    metrics = ("fid", "name", "style", "colour")
+    _finish(axes, metrics, {m: float(np.mean(none)) for m in metrics if (none := evidence.values(NONE, "seen", m))})
     return figure
 
 
 def plot_methods(evidence: Evidence) -> Figure:
-    """FID, and images that are all right, against the scale: every method."""
+    """FID and what is right against the scale, every method, as the tuning drew it."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 4)
-    shown = [("seen", "fid"), *((kind, "all") for kind in SHOWN)]
+    metrics = ("fid", "name", "style", "all")
     for colour, name in zip(ALL_COLOURS, METHODS, strict=True):
-        for axis, (kind, metric) in zip(axes, shown, strict=True):
+        for axis, metric in zip(axes, metrics, strict=True):
+            found = {scale: evidence.tuned(at(name, scale), metric) for scale in SCALES}
+            there = {scale: _factor(metric) * value for scale, value in found.items() if value is not None}
             label = name if metric == "fid" else None
-            _over_scales(axis, evidence, name, kind, metric, color=colour, label=label)
-    _finish(axes, evidence, shown)
-    for axis, (words, _) in zip(axes[1:], SHOWN.values(), strict=True):
-        axis.set_title(words)
+            axis.plot(there.keys(), there.values(), marker="o", markersize=3, color=colour, label=label)
+    _finish(axes, metrics, {metric: value for metric in metrics if (value := evidence.tuned(NONE, metric)) is not None})
     return figure
 
 
@@ -281,7 +305,7 @@ def plot_steps(evidence: Evidence) -> Figure:
 
 PICTURES = {
     "scales": (plot_scales, "FID and what is right against the scale, CFG and SoftCFG, seen and held out"),
-    "methods": (plot_methods, "FID and what is right against the scale, all methods"),
+    "methods": (plot_methods, "FID and what is right against the scale, all methods, in the tuning"),
     "steps": (plot_steps, "Distance of the branches over the codes, and maps of confidence and object"),
 }
 
@@ -296,12 +320,12 @@ def _over_scales(axis: Axes, evidence: Evidence, name: str, kind: str, metric: s
     axis.errorbar(scales, values, spreads, marker="o", markersize=3, capsize=2, **line)
 
 
-def _finish(axes: Sequence[Axes], evidence: Evidence, shown: Sequence[tuple[str, str]]) -> None:
-    """Labels, and a level for no guidance."""
-    for axis, (kind, metric) in zip(axes, shown, strict=True):
-        if none := evidence.values(NONE, kind, metric):
+def _finish(axes: Sequence[Axes], metrics: Sequence[str], levels: Mapping[str, float]) -> None:
+    """Labels, and the levels without guidance."""
+    for axis, metric in zip(axes, metrics, strict=True):
+        if metric in levels:
             label = "no guidance" if metric == "fid" else None
-            axis.axhline(_factor(metric) * float(np.mean(none)), color="0.5", linewidth=0.8, zorder=0, label=label)
+            axis.axhline(_factor(metric) * levels[metric], color="0.5", linewidth=0.8, zorder=0, label=label)
         axis.set(xscale="log", xlabel="guidance scale", ylabel="FID" if metric == "fid" else f"{metric} right, %")
         axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
         if metric == "fid":  # what bends images does so by a factor of ten

@@ -306,12 +306,25 @@ def test_report_has_every_setting_and_its_spread(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"emoji-{name}.svg" for name in PICTURES}
 
 
+def test_report_of_the_tuning_alone() -> None:
+    """And of one point, which says that there is something; no method has been drawn at what was found best."""
+    tuned = {name: row for name, row in made_up(SMALL, SoftCFG=6.0).items() if row["seed"] == TUNING_SEED}
+    point = key(SMALL.point(NONE, 0, "seen").settings())
+    text = report({**tuned, point: made_up(SMALL)[point]}, SMALL)
+    assert "of 16 images for seen prompts, of a seed of its own; without guidance 0.02, 88.0." in text
+    # From 1.5 on: FID is a hundredth of how far the scale is from the best, names right are 90 % less that.
+    assert "| SoftCFG | 0.04, 85.5 | 0.04, 86.0 | 0.03, 87.0 | 0.02, 88.0 | 0.00, 90.0 |" in text
+    assert "\n| CFG | FID | 3 | 0 | – | – | – | – | – | – |  |\n| CFG | prompt" in text
+    assert "\n| SoftCFG | FID | 6 | 0 | – | – | – | – | – | – | – |" in text
+
+
 def test_report_of_the_first_points_alone() -> None:
     rows = made_up(SMALL)
     first = {name: rows[name] for name in (key(point.settings()) for point in SMALL.points({})[:11])}
     text = report(first, SMALL)
     assert "| no guidance | 1 | 0.02 |" in text
     assert "held-out" not in text
+    assert "The tuning" not in text
     with pytest.raises(UserError, match="no results of 5,000 images per point yet"):
         report(first, Plan())
 
