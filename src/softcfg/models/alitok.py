@@ -84,7 +84,7 @@ class AliTokBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, hidden_size] -> the same shape."""
-        attended = self.attn(x, layer, context, self.norm1)
+        attended = self.attn(x, layer, context, norm=self.norm1)
         x, hidden = self.mlp.hidden(x, attended, self.norm2)
         return add_product(x, self.mlp.w2, hidden)
 

@@ -91,7 +91,7 @@ class Attention(nn.Module):
         self.wqkv = Linear(width, 3 * width, bias=False)
         self.wo = Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, *, norm: nn.Module | None = None) -> Tensor:
         """Of norm(x) [rows, n, width] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = split_heads(products(x, self.wqkv, norm=norm)[0], self.heads)
         return products(attend(query, key, value, layer, context), self.wo)[0]
@@ -109,7 +109,7 @@ class LlamaGenBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, dim] -> the same shape."""
-        attended = self.attention(x, layer, context, self.attention_norm)
+        attended = self.attention(x, layer, context, norm=self.attention_norm)
         x, hidden = self.feed_forward.hidden(x, attended, self.ffn_norm)
         return add_product(x, self.feed_forward.w2, hidden)
 

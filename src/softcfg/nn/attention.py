@@ -113,7 +113,7 @@ class SelfAttention(nn.Module):
         self.k_norm = k_norm
         self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, *, norm: nn.Module | None = None) -> Tensor:
         """Of norm(x) [rows, n, hidden_size] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = split_heads(products(x, self.qkv, norm=norm)[0], self.heads)
         return products(attend(query, key, value, layer, context, self.q_norm, self.k_norm), self.proj)[0]

@@ -31,7 +31,7 @@ class LlamaAttention(nn.Module):
         self.q_norm = nn.Identity() if q_norm is None else q_norm
         self.k_norm = nn.Identity() if k_norm is None else k_norm
 
-    def forward(self, x: Tensor, layer: int, context: AttentionContext, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, context: AttentionContext, *, norm: nn.Module | None = None) -> Tensor:
         """Of norm(x) [rows, n, width] -> the same shape; writes the new keys and values into the cache."""
         query, key, value = (
             product.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -72,7 +72,7 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
         """[rows, n, width] -> the same shape."""
-        attended = self.self_attn(x, layer, context, self.input_layernorm)
+        attended = self.self_attn(x, layer, context, norm=self.input_layernorm)
         x, hidden = self.mlp.hidden(x, attended, self.post_attention_layernorm)
         return add_product(x, self.mlp.down_proj, hidden)
 

@@ -94,7 +94,8 @@ def spread(
     if set(placed.values()) == {"cpu"}:
         return generator
     try:
-        dispatch_model(generator, placed, offload_dir=offload_folder, force_hooks=True)
+        # A norm that is given to a layer is placed like any other module, not moved like an input.
+        dispatch_model(generator, placed, offload_dir=offload_folder, force_hooks=True, skip_keys=["norm"])
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"device_map does not fit: {' '.join(str(error).split())}") from error
     generator.layer_devices = [torch.device(block._hf_hook.execution_device) for block in generator.blocks]
