@@ -175,6 +175,9 @@ def products(x: Tensor, *layers: nn.Linear, norm: nn.Module | None = None) -> Se
         x: [rows, n, width].
         norm: None for none.
     """
+    if not triton_decode.runs_on(x):
+        inputs = x if norm is None else norm(x)
+        return [layer(inputs) for layer in layers]
     joined = _joined(layers) if _serves(x, *(layer.weight for layer in layers)) else None
     if norm is not None and (joined is None or not _are_few(x, norm, joined[0])):
         x, norm = add_norm(x, None, norm=norm)[1], None
@@ -199,6 +202,10 @@ def add_gated_products(
         added: what a branch adds to the stream, shaped alike; None for nothing.
         norm: None for none.
     """
+    if not triton_decode.runs_on(x):
+        x = x if added is None else x + added
+        inputs = x if norm is None else norm(x)
+        return x, F.silu(gate(inputs)) * up(inputs)
     plain = _is_plain(gate) and _is_plain(up) and (gate.bias is None) == (up.bias is None)
     alike = plain and gate.weight.shape == up.weight.shape
     if alike and _serves(x, added, gate.weight, up.weight) and _are_few(x, norm, gate.weight, up.weight):
@@ -235,6 +242,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
     """x + layer(inputs), the last use of `x`, whose memory the result may take: the product then adds to it."""
+    if not triton_decode.runs_on(x):
+        return x + layer(inputs)
     weight, bias = layer.weight, layer.bias
     if _serves(x, inputs, weight) and _is_plain(layer) and x.is_contiguous():
         if _are_few(inputs, None, weight):
