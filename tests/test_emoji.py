@@ -23,11 +23,12 @@ ROOT = Path(__file__).parents[1]
 FOLDER = BUNDLED / "emoji"
 PROMPTS = json.loads((Path(__file__).parent / "golden" / "emoji" / "prompts.json").read_text())  # 100 of each kind
 
-# The least shares of pictures in which the judge sees what the prompt says, with CFG at the model's own scale.
+# The least shares of pictures in which the judge sees what the prompt says, with CFG at the model's own scale. Of
+# 15,000 it sees 85, 73 and 84 % of the names (docs/study.md); the error of 100 is four points, two are allowed for.
 EXAMPLES_RIGHT = 0.75
 COLOURS_RIGHT = 0.75
 LEAST = {  # of each kind of prompts
-    "seen": {"name_agreement": 0.85, "style_agreement": 0.4},
+    "seen": {"name_agreement": 0.77, "style_agreement": 0.4},
     "held_out": {"name_agreement": 0.60, "style_agreement": 0.4},
     "held_out_colour": {"name_agreement": 0.60, "colour_agreement": 0.60},
 }
