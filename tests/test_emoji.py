@@ -24,7 +24,7 @@ FOLDER = BUNDLED / "emoji"
 PROMPTS = json.loads((Path(__file__).parent / "golden" / "emoji" / "prompts.json").read_text())  # 100 of each kind
 
 # The least shares of pictures in which the judge sees what the prompt says, with CFG at the model's own scale. Of
-# 15,000 it sees 85, 73 and 84 % of the names (docs/study.md); the error of 100 is four points, two are allowed for.
+# 15,000 it sees 85, 73 and 84 % of the names (docs/study.md); 100 are off by four points, at times by eight.
 EXAMPLES_RIGHT = 0.75
 COLOURS_RIGHT = 0.75
 LEAST = {  # of each kind of prompts

@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA 
 
 from softcfg.nn.fused import MOST_BYTES  # noqa: E402
 from softcfg.nn.kernels import decode_attention, few_rows, fused, launching  # noqa: E402
+from softcfg.nn.norm import LAYER, RMS  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 WEIGHTS = ("none", "value", "key", "both")
@@ -209,12 +210,12 @@ class Heads(NamedTuple):
 
 # AliTok XL and L, LlamaGen, RAR XL and XXL, Janus, Emu3, Lumina.
 HEADS = [
-    Heads(80, 16, 16, fused.RMS, "neighbours"), Heads(64, 16, 16, fused.RMS, "neighbours"),
-    Heads(100, 32, 32, 0, "neighbours"), Heads(80, 16, 16, fused.LAYER, ""), Heads(88, 16, 16, fused.LAYER, ""),
-    Heads(128, 16, 16, 0, "halves"), Heads(128, 32, 8, 0, "halves"), Heads(128, 32, 32, fused.LAYER, "halves"),
+    Heads(80, 16, 16, RMS, "neighbours"), Heads(64, 16, 16, RMS, "neighbours"),
+    Heads(100, 32, 32, 0, "neighbours"), Heads(80, 16, 16, LAYER, ""), Heads(88, 16, 16, LAYER, ""),
+    Heads(128, 16, 16, 0, "halves"), Heads(128, 32, 8, 0, "halves"), Heads(128, 32, 32, LAYER, "halves"),
 ]  # fmt: skip
 # With a weight alone, and with all there is.
-NORMS = [(width, kind) for width in (768, 1280, 1408, 4096, 7168) for kind in (fused.RMS, fused.LAYER)]
+NORMS = [(width, kind) for width in (768, 1280, 1408, 4096, 7168) for kind in (RMS, LAYER)]
 
 
 def build_norm(width: int, kind: int, dtype: torch.dtype) -> None:
@@ -222,7 +223,7 @@ def build_norm(width: int, kind: int, dtype: torch.dtype) -> None:
     x, added, weight = empty(500, width), empty(500, width), empty(width)
     gate, scale, shift = empty(500, 6 * width).chunk(6, dim=-1)[:3]
     at = torch.empty(500, device="meta", dtype=torch.int64)
-    every = (gate, weight, (scale, shift), at) if kind == fused.LAYER else (None,) * 4
+    every = (gate, weight, (scale, shift), at) if kind == LAYER else (None,) * 4
     fused.add_norm(x, added, every[0], kind, weight, every[1], 1e-5, every[2], every[3])
 
 
@@ -234,7 +235,7 @@ def build_heads(shape: Heads, dtype: torch.dtype, int8: bool) -> None:
     )
     query, key, value = (part.unflatten(-1, (-1, dim))[:, :, None] for part in together)
     keys, values = empty(2, rows, shared, slots, dim, dtype=torch.int8 if int8 else dtype)
-    weights: Any = (empty(dim, dtype=dtype), empty(dim, dtype=dtype) if shape.norm == fused.LAYER else None)
+    weights: Any = (empty(dim, dtype=dtype), empty(dim, dtype=dtype) if shape.norm == LAYER else None)
     weights = weights if shape.norm else (None, None)
     table = empty(rows, dim // 2) if shape.rotation else None
     scales = empty(rows, shared, slots, 1) if int8 else None

@@ -37,6 +37,7 @@ from softcfg.models.ids import as_ids
 from softcfg.nn.attention import weighted_attention
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
+from softcfg.nn.settings import holding
 from softcfg.prompts import Prompt
 
 try:
@@ -372,11 +373,8 @@ class TransformersGenerator(Generator):
             inputs["position_ids"] = position.index(filled - start, condition.padding)
         predicting = position.first_predicting(condition.slots)
         calls: list[bool] = []
-        outer = _brought_weights.set(calls)
-        try:
+        with holding(_brought_weights, calls):
             logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
-        finally:
-            _brought_weights.reset(outer)
         if weights:
             self._require_weighted(calls, cache)
         return logits.to(tokens.device)

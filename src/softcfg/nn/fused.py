@@ -7,8 +7,8 @@ place, with one warning; they are also what the kernels are tested against.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -21,28 +21,23 @@ from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import FEW_ROWS
 from softcfg.nn.linear import Linear, are_side_by_side
-from softcfg.nn.norm import RMSNorm
+from softcfg.nn.norm import LAYER, RMS, RMSNorm
 from softcfg.nn.rotary import Rotary
+from softcfg.nn.settings import holding
 
 Result = TypeVar("Result")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # row of a norm
 MOST_BYTES = 7168  # of a row of weights that a kernel for few rows has registers for
 LONGEST = 16384  # row of weights
-RMS, LAYER = 1, 2  # norms, as the kernels call them
-KINDS: dict[type, int] = {type(None): 0, nn.Identity: 0, nn.RMSNorm: RMS, RMSNorm: RMS, nn.LayerNorm: LAYER}
+KINDS: dict[type, int] = {type(None): 0, nn.Identity: 0, nn.RMSNorm: RMS, RMSNorm: RMS, nn.LayerNorm: LAYER}  # of norms
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
 _enabled: ContextVar[bool] = ContextVar("fused_kernels", default=True)
 
 
-@contextmanager
-def without_fused_kernels() -> Iterator[None]:
+def without_fused_kernels() -> AbstractContextManager[None]:
     """Use PyTorch's operations in this thread while the context is open; graphs that were captured stay as they are."""
-    token = _enabled.set(False)
-    try:
-        yield
-    finally:
-        _enabled.reset(token)
+    return holding(_enabled, False)
 
 
 def add_norm(

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+
+from softcfg.nn.settings import holding
 
 FEW_ROWS = 4  # up to which products have a kernel of their own, and launches are linked
 _linked: ContextVar[bool] = ContextVar("linked_launches", default=False)
 
 
-@contextmanager
-def linked_launches() -> Iterator[None]:
+def linked_launches() -> AbstractContextManager[None]:
     """Inside, a kernel on few rows may begin while the one before it ends, on GPUs of compute capability 9.0.
 
     Until that has ended it reads nothing but weights, so what is launched inside must not change any.
     """
-    token = _linked.set(True)
-    try:
-        yield
-    finally:
-        _linked.reset(token)
+    return holding(_linked, True)
 
 
 def is_linked(rows: int) -> bool:

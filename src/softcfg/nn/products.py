@@ -28,6 +28,7 @@ from torch.torch_version import TorchVersion
 
 from softcfg.errors import UserError
 from softcfg.files import make_folder, read_text
+from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
 FOLDER_VARIABLE = "SOFTCFG_PRODUCTS"
@@ -198,11 +199,8 @@ def use_product(name: str | None) -> Iterator[None]:
     Raises:
         UserError: there is no product of this name.
     """
-    token = _forced.set(None if name is None else _known(name))
-    try:
+    with holding(_forced, None if name is None else _known(name)):
         yield
-    finally:
-        _forced.reset(token)
 
 
 def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.settings import holding
 
 FEW_QUERIES, FEW_NUMBERS = 64, 1 << 17  # numbers of the keys
 
@@ -149,11 +150,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise UserError(f"there is no attention backend {name!r}; there are {', '.join(BACKENDS)}")
-    token = _forced.set(name)
-    try:
+    with holding(_forced, name):
         yield
-    finally:
-        _forced.reset(token)
 
 
 def attention(call: AttentionCall) -> Tensor:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from softcfg.nn.kernels.launching import begin_linked, launch_options
 
-RMS, LAYER = 1, 2  # kinds of norm; 0 for none
-
 
 @triton.jit
 def _add_norm(
@@ -227,7 +225,7 @@ def add_norm(
     Args:
         x, added: [rows, width], contiguous.
         gate: [rows, width], the entries of a row side by side; None for ones.
-        kind: `RMS` or `LAYER`.
+        kind: `RMS` or `LAYER` of `nn.norm`.
         weight, bias: [width] of the norm; None for ones and zeros.
         modulation: scale and shift, of the same strides; shaped like `gate`.
         at: int64 [rows], which rows of gate, scale and shift, which then may be of any number, serve each row; None for
@@ -279,7 +277,7 @@ def rotate_and_cache(
         keys, values: [rows, key_heads, slots, head_dim] of the same strides, the slots of a head side by side. In
             int8 each vector is rounded, and its scale goes into `key_scales` and `value_scales`, float32
             [rows, key_heads, slots, 1] of the same strides.
-        norm: kind of norm over head_dim, `RMS`, `LAYER` or 0.
+        norm: kind of norm over head_dim, `RMS` or `LAYER` of `nn.norm`, or 0.
         query_weights, key_weights: weight and bias of the norms, [head_dim] or [groups, head_dim] for as many groups of
             neighbouring heads.
         eps: of the norms.
