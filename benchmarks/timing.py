@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from softcfg.decoding.throughput import POSITIONS
-from softcfg.nn.products import machine as processor
+from softcfg.nn.choices import machine as processor
 
 Side = TypeVar("Side", bound=Hashable)
 

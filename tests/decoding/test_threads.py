@@ -11,7 +11,7 @@ from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.decoding import threads
 from softcfg.decoding.threads import StepThreads, step_threads
 from softcfg.nn.linear import prepared_linear_layers
-from softcfg.nn.products import OneDNN, use_product
+from softcfg.nn.products import use_product
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,8 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any version of PyTorch, a product of which the number of threads may be chosen."""
-    monkeypatch.setattr(OneDNN, "depends_on_threads", False)
+    """On any machine, products of which the number of threads may be chosen."""
+    monkeypatch.setattr("softcfg.nn.linear.keeps_bits", lambda *_: True)
 
 
 class Machine:
@@ -106,9 +106,10 @@ def test_the_number_is_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
     elif how == "by hand":
         monkeypatch.setattr(threads, "DEFAULT", 3)
+    else:
+        monkeypatch.setattr("softcfg.nn.linear.keeps_bits", lambda *_: False)
     used = []
-    product = "plain" if how == "bits" else "onednn"
-    with use_product(product), prepared_linear_layers(generator, 4), step_threads(generator) as run:
+    with use_product("onednn"), prepared_linear_layers(generator, 4), step_threads(generator) as run:
         for _ in range(10):
             run(lambda: used.append(torch.get_num_threads()))
     assert used == [2] * 10

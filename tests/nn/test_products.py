@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 import softcfg
 from softcfg import UserError
-from softcfg.nn import precision, products
+from softcfg.nn import choices, precision, products
+from softcfg.nn.choices import forget_choices
 from softcfg.nn.linear import Linear, prepared_linear_layers
-from softcfg.nn.products import PRODUCTS, OneDNN, Plain, choose, forget_choices, use_product
+from softcfg.nn.products import PRODUCTS, OneDNN, Plain, choose, keeps_bits, use_product
 
 
 @pytest.fixture(autouse=True)
 def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(products.FOLDER_VARIABLE, str(tmp_path / "products"))
-    monkeypatch.setattr(products, "CHOICES", {})
+    monkeypatch.setenv(choices.FOLDER_VARIABLE, str(tmp_path / "products"))
+    monkeypatch.setattr(choices, "MADE", {})
     return tmp_path / "products"
 
 
@@ -160,39 +161,80 @@ def test_float64_stays_as_it_is() -> None:
         assert torch.equal(layer(x), plain)
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_bits_do_not_depend_on_threads_where_a_product_says_so(name: str) -> None:
+def test_bits_do_not_depend_on_threads_where_it_is_said(name: str) -> None:
     product = PRODUCTS[name]
-    if product.depends_on_threads or name not in able(torch.float32):
-        pytest.skip("says otherwise")
-    threads = torch.get_num_threads()
-    try:
-        for rows, inputs, outputs in ((2, 96, 288), (6, 344, 128), (16, 1024, 512), (20, 2048, 96)):
-            x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
-            laid_out, found = product.lay_out(weight, rows), []
-            for count in (1, 2, 3):
+    if name not in able(torch.float32):
+        pytest.skip("not on this machine")
+    for rows, inputs, outputs in ((2, 96, 288), (6, 344, 128), (16, 1024, 512), (20, 2048, 96)):
+        weight = torch.randn(outputs, inputs)
+        said, laid_out = keeps_bits(product, [weight], None, rows), product.lay_out(weight, rows)
+        for _ in range(4 if said else 0):
+            x, found = torch.randn(rows, inputs), []
+            for count in (1, 2):
                 torch.set_num_threads(count)
                 found.append(product.multiply(x, laid_out, weight, None, rows))
-            assert torch.equal(found[0], found[1])
-            assert torch.equal(found[0], found[2])
-    finally:
-        torch.set_num_threads(threads)
+            assert torch.equal(*found)
+
+
+class Divided(Plain):
+    """A product whose bits depend on the number of threads from 256 columns on."""
+
+    tried = 0
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        self.tried += 1
+        return super().multiply(x, laid_out, weight, bias, rows) + (x.shape[1] >= 256) * torch.get_num_threads()
+
+
+@pytest.mark.usefixtures("threads")
+def test_whether_threads_change_the_bits_is_tried_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    divided = Divided()
+    small, large = [torch.randn(96, 64)] * 2, [torch.randn(96, 256)] * 2
+    for _ in range(2):
+        assert keeps_bits(divided, small, None, 4)
+        assert not keeps_bits(divided, large, None, 4)
+        assert divided.tried == 2 * (2 + 2)
+        choices.MADE.clear()  # another process reads what was kept
+    monkeypatch.setitem(PRODUCTS, "plain", divided)
+    with use_product("plain"):
+        for width, same in ((64, True), (256, False)):
+            layer = Linear(width, 96, bias=False)
+            with prepared_linear_layers(layer, 4):
+                assert layer.keeps_bits is same
+            assert not layer.keeps_bits
+
+
+WHICH = "product-float32-8x64x64", ("other", "plain")
 
 
 class Counted(Plain):
-    """A product that takes as many seconds as it says, by a clock of its own, and counts what it lays out."""
+    """A product that takes as many seconds as it says, by a clock of its own, and counts what it lays out.
+
+    Args:
+        speed_up: how many times as fast it is on several threads.
+    """
 
     now = 0.0
 
-    def __init__(self, name: str, seconds: float) -> None:
-        self.name, self.seconds, self.laid_out = name, seconds, 0
+    def __init__(self, name: str, seconds: float, speed_up: float = 1) -> None:
+        self.name, self.seconds, self.speed_up, self.laid_out = name, seconds, speed_up, 0
 
     def lay_out(self, weight: Tensor, rows: int) -> Tensor:
         self.laid_out += 1
         return weight
 
     def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        Counted.now += self.seconds
+        Counted.now += self.seconds / (self.speed_up if torch.get_num_threads() > 1 else 1)
         return super().multiply(x, laid_out, weight, bias, rows)
 
 
@@ -201,14 +243,16 @@ class TestChoice:
     def both(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Counted, Counted]:
         plain, other = Counted("plain", 20), Counted("other", 1)
         monkeypatch.setattr(products, "PRODUCTS", {"plain": plain, "other": other})
-        monkeypatch.setattr(products.time, "thread_time", lambda: Counted.now)
+        for clock in ("thread_time", "perf_counter"):
+            monkeypatch.setattr(choices.time, clock, lambda: Counted.now)
+        monkeypatch.setattr(choices, "cores", lambda: 2)
         return plain, other
 
     def test_the_fastest_is_chosen_and_kept(self, both: tuple[Counted, Counted], own_choices: Path) -> None:
         weights = [torch.randn(64, 64) for _ in range(2)]
         assert choose(weights, None, 8) is both[1]
         assert [each.laid_out for each in both] == [2, 2]
-        products.CHOICES.clear()  # another process reads what was kept
+        choices.MADE.clear()  # another process reads what was kept
         assert choose(weights, None, 8) is both[1]
         assert both[1].laid_out == 2
         assert [path.read_text() for path in own_choices.iterdir()] == ["other"]
@@ -226,15 +270,24 @@ class TestChoice:
 
     def test_a_product_that_gains_nothing_is_not_worth_its_memory(self, both: tuple[Counted, Counted]) -> None:
         both[1].seconds = 19
-        assert choose([torch.randn(520, 520)], None, 8) is both[0]
-        assert choose([torch.randn(64, 64)], None, 8) is both[1]  # of no account; and its bits do not depend on threads
+        assert choose([torch.randn(64, 64)], None, 8) is both[0]
+        both[1].serves_any_rows = True  # then it takes no more memory
+        assert choose([torch.randn(64, 64)], None, 7) is both[1]
+
+    @pytest.mark.parametrize(("one", "all_", "name"), [(22, 4, "other"), (8, 30, "other"), (30, 10, "plain")])
+    def test_the_better_number_of_threads_counts(
+        self, both: tuple[Counted, Counted], one: float, all_: float, name: str
+    ) -> None:
+        both[0].speed_up = 2  # 20 and 10 seconds
+        both[1].seconds, both[1].speed_up = one, one / all_
+        assert choose([torch.randn(64, 64)], None, 8).name == name
 
     def test_who_writes_first_decides(self, both: tuple[Counted, Counted], own_choices: Path, monkeypatch) -> None:
         measured = products._fastest
 
         def another_is_first(*args: object) -> products.Product:
             own_choices.mkdir(exist_ok=True)
-            (own_choices / f"{products._machine_key()}-float32-8x64x64").write_text("plain")
+            choices._path(WHICH).write_text("plain")
             return measured(*args)
 
         monkeypatch.setattr(products, "_fastest", another_is_first)
@@ -245,14 +298,14 @@ class TestChoice:
         self, both: tuple[Counted, Counted], own_choices: Path, content: bytes
     ) -> None:
         own_choices.mkdir()
-        (own_choices / f"{products._machine_key()}-float32-8x64x64").write_bytes(content)
+        choices._path(WHICH).write_bytes(content)
         assert choose([torch.randn(64, 64)], None, 8) is both[1]
 
     def test_a_home_that_cannot_be_written_to(
         self, both: tuple[Counted, Counted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").touch()
-        monkeypatch.setenv(products.FOLDER_VARIABLE, str(tmp_path / "file" / "products"))
+        monkeypatch.setenv(choices.FOLDER_VARIABLE, str(tmp_path / "file" / "products"))
         assert choose([torch.randn(64, 64)], None, 8) is both[1]
 
     def test_the_variable_and_the_context(self, both: tuple[Counted, Counted], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +367,7 @@ def test_a_product_that_is_new_is_measured_although_there_is_a_choice(monkeypatc
     weight = torch.randn(64, 64)
     assert choose([weight], None, 2).name != "instant"
     monkeypatch.setitem(PRODUCTS, "instant", Instant())
-    products.CHOICES.clear()  # as in a process that starts with it
+    choices.MADE.clear()  # as in a process that starts with it
     assert choose([weight], None, 2).name == "instant"
 
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from softcfg.decoding.throughput import batch_bytes, time_steps
-    from softcfg.nn import products
+    from softcfg.nn.choices import choices, forget_choices, machine
     from softcfg.nn.memory import free_memory
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
     generator = pipeline.generator
     guidance = arguments.guidance_from(args, pipeline)
-    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else products.machine()
-    products.forget_choices()
+    where = torch.cuda.get_device_name(generator.device) if generator.device.type == "cuda" else machine()
+    forget_choices()
     print(f"{pipeline.name} on {where}, {torch.get_num_threads()} threads, {generator.dtype}, {guidance}\n")
     print(
         f"{'batch':>5} {'set-up, s':>9} {'ms/step':>9} {'tokens/s':>9} {'pixels, s/image':>16} {'images/s':>9} "
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("there is not enough memory for any of --batch-sizes; give smaller ones")
     best = max(speed.values())
     chosen = min(batch for batch, images in speed.items() if images >= NEAR_BEST * best)
-    if products.CHOICES:
-        counts = Counter(products.CHOICES.values())
+    counts = Counter(choices("product").values())
+    if counts:
         shares = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
         print(f"\nmatrix products, by shapes of linear layers: {shares}")
     print(f"\nrecommended: --batch-size {chosen}")

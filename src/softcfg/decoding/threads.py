@@ -87,5 +87,4 @@ def step_threads(*generators: Generator) -> Iterator[Callable[[Callable[[], obje
 
 
 def _same_bits(generator: Generator) -> bool:
-    layers = [module for module in generator.modules() if isinstance(module, Linear)]
-    return all(layer.product is not None and not layer.product.depends_on_threads for layer in layers)
+    return all(layer.keeps_bits for layer in generator.modules() if isinstance(layer, Linear))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from softcfg.nn.backends import triton_decode
 from softcfg.nn.memory import is_out_of_memory, replace_contents
 from softcfg.nn.precision import has_bfloat16
-from softcfg.nn.products import Product, choose, faster_dtype
+from softcfg.nn.products import Product, choose, faster_dtype, keeps_bits
 
 GUIDED_ROWS = 16
 _preparing = threading.RLock()
@@ -29,17 +29,21 @@ class Linear(nn.Linear):
     Attributes:
         product: with which it multiplies; None: plainly.
         laid_out: the weights for it. Where it serves any number of rows, `weight` is empty meanwhile.
+        keeps_bits: whether it is known to compute the same bits with `rows` rows on any number of threads.
     """
 
     product: Product | None = None
     laid_out: Tensor | None = None
+    keeps_bits = False
     _multiply: Callable[[Tensor], Tensor] | None = None
 
     def prepare(self, product: Product, rows: int, *, keep: bool = False) -> None:
         """Lay out the weights, as they are now, for inputs of `rows` rows; `keep` them as they are as well."""
-        if product.name == "plain":
-            return
         weight, bias = self.weight, self.bias
+        if product.name == "plain":
+            if weight.is_cpu:  # to look weights up in the module takes a twentieth of a tiny product
+                self._multiply = lambda x: F.linear(x, weight, bias)
+            return
         self.laid_out, self.product = product.lay_out(weight.detach(), rows), product
         self._multiply = partial(product.multiply, laid_out=self.laid_out, weight=weight, bias=bias, rows=rows)
         if product.serves_any_rows and not keep:
@@ -51,6 +55,7 @@ class Linear(nn.Linear):
         if product is not None and laid_out is not None and not self.weight.numel():
             replace_contents(self.weight, lambda: product.restore(laid_out))
         self.product = self.laid_out = self._multiply = None
+        self.keeps_bits = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -110,9 +115,12 @@ def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int) -> None:
     for layer in layers:
         alike[layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.bias is None].append(layer)
     for group in alike.values():
-        product = choose([layer.weight for layer in group], group[0].bias, rows)
+        given = [layer.weight for layer in group], group[0].bias, rows
+        product = choose(*given)
+        same = keeps_bits(product, *given)
         for layer in group:
             layer.prepare(product, rows, keep=uses[id(layer.weight)] > 1)
+            layer.keeps_bits = same
 
 
 def are_side_by_side(weights: Sequence[Tensor]) -> bool:

@@ -12,31 +12,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
-import tempfile
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import cache
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from softcfg.errors import UserError
-from softcfg.files import make_folder, read_text
+from softcfg.nn.choices import choose_once, on_threads, time_sides
 from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
-FOLDER_VARIABLE = "SOFTCFG_PRODUCTS"
-GAIN = 1.1  # by which a laid out product must be faster than the plain one to be worth its memory
-LOSS = 1.5  # by which one may be slower where the weights are small
-SMALL = 1 << 20  # bytes
-TURNS = 5
-SECONDS = 0.05  # after which a second turn is enough
+GAIN = 1.1  # by which a product that keeps weights twice must be faster than the plain one, and bfloat16 than float32
 # Layers of one shape are measured one after the other, as many as this many bytes of weights take, and at least three:
 # in a step they come from memory, and products that read them from caches can change places.
 MEASURED = 64 << 20
@@ -50,12 +40,10 @@ class Product(ABC):
         name: for `use_product` and `SOFTCFG_PRODUCT`.
         serves_any_rows: whether weights laid out for one number of rows serve all others as well; the layer then need
             not keep them twice.
-        depends_on_threads: whether the bits of the result may depend on the number of threads.
     """
 
     name: str
     serves_any_rows = False
-    depends_on_threads = False
 
     @abstractmethod
     def can_serve(self, weight: Tensor) -> bool:
@@ -75,7 +63,6 @@ class Product(ABC):
 
 
 PRODUCTS: dict[str, Product] = {}
-CHOICES: dict[str, str] = {}  # of this process: shape -> name of the product
 _forced: ContextVar[str | None] = ContextVar("forced_product", default=None)
 
 
@@ -90,7 +77,6 @@ class Plain(Product):
     """`torch.nn.functional.linear` on the weights as they are."""
 
     name = "plain"
-    depends_on_threads = True
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
@@ -107,14 +93,13 @@ class Plain(Product):
 
 @register_product
 class Columns(Product):
-    """W x^T, with the inputs as columns: of few columns in bfloat16 it reads the weights faster than x W^T."""
+    """W x^T, with the inputs as columns: of few columns it can read the weights faster than x W^T."""
 
     name = "columns"
-    depends_on_threads = True
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
-        return weight.dtype == torch.bfloat16
+        return weight.dtype in (torch.float32, torch.bfloat16)
 
     def lay_out(self, weight: Tensor, rows: int) -> Tensor:
         """See `Product.lay_out`: as they are."""
@@ -164,7 +149,6 @@ class OneDNN(Product):
 
     name = "onednn"
     serves_any_rows = True
-    depends_on_threads = torch.__version__ < TorchVersion("2.13")  # of older ones it is known of 2.6
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
@@ -207,7 +191,7 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product
     """Choose the fastest product for weights [out, in] of one shape and dtype, and inputs of `rows` rows.
 
     `use_product` and the variable `SOFTCFG_PRODUCT` come first. Else it is what was kept for this machine, or what a
-    measurement finds now: processor time on one thread, which other work on the machine hardly changes.
+    measurement finds now (see `time_sides`).
 
     Raises:
         UserError: `SOFTCFG_PRODUCT` names no product.
@@ -223,20 +207,37 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product
     able = _able(weight)
     if len(able) == 1:
         return able[0]
+    names, layers = [product.name for product in able], weights[: _layers(weight)]
+    key = f"product-{_shape(weight, bias, rows)}"
+    return PRODUCTS[choose_once(key, names, lambda: _fastest(able, layers, bias, rows).name)]
+
+
+def keeps_bits(product: Product, weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> bool:
+    """Whether a product of these weights is the same to the bit on one thread and on as many as are set.
+
+    Where a sum is divided between threads it is not. What divides it depends on the product, its version, the shape and
+    the processor (MKL's packed one does on AMD and does not on Intel), so it is tried, once for each shape.
+    """
+    weight, threads = weights[0], torch.get_num_threads()
+    if weight.device.type != "cpu" or type(weight.data) is not Tensor:
+        return False
+
+    def tried() -> str:
+        x = _inputs(weight, rows)
+        layers = [(product.lay_out(each.detach(), rows), each) for each in weights[:LEAST_LAYERS]]
+        one, several = (
+            on_threads(count, lambda: [product.multiply(x, laid_out, each, bias, rows) for laid_out, each in layers])
+            for count in (1, threads)
+        )
+        return "same" if all(map(torch.equal, one, several)) else "different"
+
+    key = f"bits-{threads}-{product.name}-{_shape(weight, bias, rows)}"
+    return threads == 1 or choose_once(key, ("same", "different"), tried) == "same"
+
+
+def _shape(weight: Tensor, bias: Tensor | None, rows: int) -> str:
     dtype = str(weight.dtype).removeprefix("torch.")
-    shape = f"{dtype}-{rows}x{weight.shape[1]}x{weight.shape[0]}{'' if bias is None else '+bias'}"
-    if shape not in CHOICES:
-        names = [product.name for product in able]
-        CHOICES[shape] = _once(shape, names, lambda: _fastest(able, weights[: _layers(weight)], bias, rows).name)
-    return PRODUCTS[CHOICES[shape]]
-
-
-def forget_choices() -> None:
-    """Measure again from now on: drop what was kept for this machine."""
-    CHOICES.clear()
-    for path in _folder().glob(f"{_machine_key()}-*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    return f"{dtype}-{rows}x{weight.shape[1]}x{weight.shape[0]}{'' if bias is None else '+bias'}"
 
 
 def _known(name: str) -> str:
@@ -272,7 +273,7 @@ def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtyp
                 seconds[name] += count * min(times) / len(weights)
         return "bfloat16" if seconds["bfloat16"] * GAIN < seconds["float32"] else "float32"
 
-    return dtypes[_once(key, dtypes, faster)]
+    return dtypes[choose_once(key, dtypes, faster)]
 
 
 def _layers(weight: Tensor) -> int:
@@ -282,83 +283,23 @@ def _layers(weight: Tensor) -> int:
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
     least, plain = _seconds(able, weights, bias, rows), PRODUCTS["plain"]
     best = min((product for product in able if product is not plain), key=least.__getitem__)
-    small = weights[0].numel() * weights[0].element_size() <= SMALL
-    return best if least[best] < least[plain] * (LOSS if small else 1 / GAIN) else plain
+    return best if least[best] * (1 if best.serves_any_rows else GAIN) < least[plain] else plain
 
 
-@torch.inference_mode()
+def _inputs(weight: Tensor, rows: int) -> Tensor:
+    """Some inputs [rows, in], without a change to PyTorch's random numbers."""
+    return torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+
+
 def _seconds(
     able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int
 ) -> dict[Product, float]:
-    """Processor time of each product with all of the weights, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        x = torch.randn(rows, weights[0].shape[1]).to(weights[0].dtype)
-        sides = [(product, [product.lay_out(weight.detach(), rows) for weight in weights]) for product in able]
-        least = dict.fromkeys(able, float("inf"))
-        begun = time.thread_time()
-        for turn in range(TURNS):  # all products in each, so that a change of the clock's pace meets them alike
-            if turn > 1 and time.thread_time() - begun > SECONDS:
-                break
-            for product, laid_out in sides:
-                started = time.thread_time()
-                for weight, packed in zip(weights, laid_out, strict=True):
-                    product.multiply(x, packed, weight, bias, rows)
-                least[product] = min(least[product], time.thread_time() - started)
-    finally:
-        torch.set_num_threads(threads)
-    return least
+    """Seconds of each product with all of the weights."""
+    x = _inputs(weights[0], rows)
+    laid_out = {product: [product.lay_out(weight.detach(), rows) for weight in weights] for product in able}
 
+    def multiply(product: Product) -> None:
+        for weight, packed in zip(weights, laid_out[product], strict=True):
+            product.multiply(x, packed, weight, bias, rows)
 
-# ---- what was chosen on this machine: a file for each shape, and the first process to write it decides
-
-
-def _folder() -> Path:
-    return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/products").expanduser()
-
-
-@cache
-def machine() -> str:
-    """Processor, instructions and torch, on which the choices depend."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-
-
-def _machine_key() -> str:
-    """Of the machine, the products to choose from and the measurement: with another one, shapes are measured anew."""
-    return hashlib.sha256(f"{machine()} {sorted(PRODUCTS)} {MEASURED}".encode()).hexdigest()[:12]
-
-
-def _kept(shape: str) -> str:
-    try:
-        return read_text(_folder() / f"{_machine_key()}-{shape}", 64).strip()
-    except OSError:
-        return ""
-
-
-def _once(key: str, known: Container[str], measure: Callable[[], str]) -> str:
-    """What was chosen on this machine, of the names that are `known`, or what a measurement finds now."""
-    kept = _kept(key)
-    return kept if kept in known else _keep(key, measure(), known)
-
-
-def _keep(shape: str, name: str, known: Container[str]) -> str:
-    """Write a choice down and return it; if another process was first, return what that one chose, if it is known."""
-    path = _folder() / f"{_machine_key()}-{shape}"
-    try:
-        make_folder(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".") as file:
-            file.write(name.encode())
-            file.flush()
-            if _kept(shape) not in known:
-                path.unlink(missing_ok=True)
-            os.link(file.name, path)
-    except FileExistsError:
-        return _kept(shape)
-    except (OSError, UserError):  # a home that cannot be written to: the next process measures again
-        return name
-    return name
+    return time_sides({product: partial(multiply, product) for product in able})
