@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import threading
 import types
@@ -20,14 +21,36 @@ from softcfg import CFG, Pipeline, SoftCFG, UserError, plugins
 from softcfg.cli.main import main
 from softcfg.decoding import decode, image_uniforms
 from softcfg.decoding.sequential import step_weights
-from softcfg.nn import AttentionContext, KVCache, Position, register_backend, use_backend, weighted_attention
+from softcfg.nn import (
+    AttentionContext,
+    KVCache,
+    Position,
+    choices,
+    register_backend,
+    use_backend,
+    weighted_attention,
+)
 from softcfg.nn.attention import attend
-from softcfg.nn.backends import BACKENDS, AttentionBackend, AttentionCall, BackendUnavailableError, attention
+from softcfg.nn.backends import (
+    BACKENDS,
+    AttentionBackend,
+    AttentionCall,
+    BackendUnavailableError,
+    attention,
+    embedding_bag,
+)
 from softcfg.nn.backends.triton_decode import TritonDecode
 from softcfg.nn.kv_cache import Int8KVCache
 
 ROWS, HEADS, DIM, SLOTS = 3, 4, 8, 7
 METHODS = [CFG(3.0), SoftCFG(3.0), SoftCFG(3.0, target="both")]
+
+
+@pytest.fixture(autouse=True)
+def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test measures is not kept."""
+    monkeypatch.setenv(choices.FOLDER_VARIABLE, str(tmp_path / "choices"))
+    monkeypatch.setattr(choices, "MADE", {})
 
 
 @pytest.fixture(autouse=True)
@@ -160,23 +183,76 @@ def test_the_choice_on_a_cpu(served: list[str], new: int, weighted: str, name: s
     assert served == [name]
 
 
+@pytest.mark.parametrize("bags", [False, True], ids=["products faster", "bags faster"])
 @pytest.mark.parametrize(
     ("rows", "slots", "dtype", "names"),
     [
         (2, 64, torch.float32, ["sdpa", "sdpa_weighted"]), (12, 40, torch.float32, ["sdpa", "math"]),
         (2, 512, torch.float32, ["math", "math"]), (64, 8, torch.float32, ["math", "math"]),
-        (2, 64, torch.bfloat16, ["math", "math"]),
+        (16, 512, torch.float32, ["embedding_bag", "embedding_bag"]),
+        (2, 64, torch.bfloat16, ["embedding_bag", "embedding_bag"]), (2, 64, torch.float64, ["math", "math"]),
     ],
 )  # fmt: skip
-def test_a_step_of_few_numbers_takes_few_operations(
-    served: list[str], rows: int, slots: int, dtype: torch.dtype, names: list[str]
+def test_what_serves_a_step_depends_on_its_size_and_on_the_machine(
+    served: list[str],
+    rows: int,
+    slots: int,
+    dtype: torch.dtype,
+    names: list[str],
+    bags: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(embedding_bag, "time_sides", lambda sides: {name: (name == "math") == bags for name in sides})
+    if not bags:
+        names = ["math" if name == "embedding_bag" else name for name in names]
     cache = KVCache(1, rows, 4, slots, 64, dtype=dtype)
     query, key, value = torch.randn(3, rows, 4, 1, 64, dtype=dtype)
     for weights in (None, torch.rand(rows, slots)):
         context = AttentionContext.create(Position.shared(slots - 1), 1, cache, value_weights=weights)
-        attend(query, key, value, 0, context)
+        with torch.inference_mode():
+            attend(query, key, value, 0, context)
     assert served == names  # without weights and with them
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["cache", "heads", "slots", "channels", "expanded"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bags_are_batched_products_whatever_the_layout(dtype: torch.dtype, layout: str, weighted: bool) -> None:
+    rows, heads, slots, width = 3, 4, 21, 24
+    torch.manual_seed(0)
+    query, key = torch.randn(rows, heads, 1, width), torch.randn(rows, heads, slots, width)
+    value = {
+        "cache": lambda: torch.randn(2, rows, heads, slots + 5, width)[1, :, :, :slots],
+        "heads": lambda: torch.randn(rows, slots, heads, width).transpose(1, 2),
+        "slots": lambda: torch.randn(rows, heads, slots, 2 * width)[..., :width],
+        "channels": lambda: torch.randn(rows, heads, width, slots).mT,
+        "expanded": lambda: torch.randn(1, heads, slots, width).expand(rows, -1, -1, -1),
+    }[layout]()
+    query, key, value = (each.to(dtype) for each in (query, key, value))
+    weights = torch.rand(rows, slots) if weighted else None
+    padding = torch.arange(rows)[:, None] <= torch.arange(slots)
+    with torch.inference_mode(), use_backend("embedding_bag"):
+        found = weighted_attention(query, key, value, value_weights=weights, mask=padding)
+    exact = (query.double() @ key.double().mT * width**-0.5).masked_fill(~padding[:, None, None], -math.inf).softmax(-1)
+    expected = (exact if weights is None else exact * weights[:, None, None].double()) @ value.double()
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=3 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "it serves float32"), ({"new": 2}, "one query for each head"),
+        ({"heads": 8}, "one query for each head"), ({"grad": True}, "it has no gradient"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_bags_do_not_serve(change: dict[str, Any], reason: str) -> None:
+    grad, dtype = change.get("grad", False), change.get("dtype", torch.float32)
+    query = torch.randn(2, change.get("heads", 4), change.get("new", 1), 16, dtype=dtype)
+    key, value = torch.randn(2, 2, 4, 9, 16, dtype=dtype)
+    with torch.set_grad_enabled(grad), use_backend("embedding_bag"), pytest.raises(UserError, match=reason):
+        weighted_attention(query, key, value)
 
 
 def test_a_forced_backend_serves_until_the_context_closes(served: list[str]) -> None:
@@ -205,7 +281,8 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
             layer(*arguments)
     with (
         pytest.raises(
-            UserError, match="no attention backend 'flash'; there are math, sdpa_weighted, sdpa, triton_decode"
+            UserError,
+            match="no attention backend 'flash'; there are math, embedding_bag, sdpa_weighted, sdpa, triton_decode",
         ),
         use_backend("flash"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -101,6 +102,11 @@ class AttentionContext:
             padding=padding,
             new=new,
         )
+
+    @cached_property
+    def memory(self) -> dict[Hashable, Tensor]:
+        """What a backend makes once for all layers of the pass."""
+        return {}
 
     def on(self, device: torch.device) -> AttentionContext:
         """The context for layers on `device`: itself, or a copy that all layers there share."""

@@ -26,7 +26,7 @@ class Math(AttentionBackend):
         key_heads, slots = key.shape[1], key.shape[2]
         # The query heads of a group stand side by side, so that their keys and values are not repeated.
         grouped = query.reshape(rows * key_heads, -1, head_dim)
-        key, value = (each.reshape(rows * key_heads, slots, -1) for each in (key, value))
+        key = key.reshape(rows * key_heads, slots, -1)
         nothing, scale = query.new_zeros(()), head_dim**-0.5
         if new == 1 and key.is_cpu and key.dtype == torch.bfloat16:
             # oneDNN copies keys that stand on the right, which takes longer than the product.
@@ -49,6 +49,11 @@ class Math(AttentionBackend):
         probabilities = scores.softmax(dim=-1, dtype=accumulate)
         if factors.value is not None:
             probabilities = multiply(probabilities, factors.value)
-        out = torch.bmm(probabilities.to(value.dtype).view(rows * key_heads, -1, slots), value)
-        out = out.view(rows, heads, new, -1)
-        return call.zero_blind(out, visible)
+        return call.zero_blind(self.weighted_sum(call, probabilities.to(value.dtype), value), visible)
+
+    def weighted_sum(self, call: AttentionCall, probabilities: Tensor, value: Tensor) -> Tensor:
+        """Probabilities [rows, heads, n, S] and values [rows, key_heads, S, width] -> [rows, heads, n, width]."""
+        rows, key_heads, slots, width = value.shape
+        value = value.reshape(rows * key_heads, slots, width)
+        out = torch.bmm(probabilities.view(rows * key_heads, -1, slots), value)
+        return out.view(rows, call.query.shape[1], -1, width)
