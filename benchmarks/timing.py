@@ -13,6 +13,7 @@ from softcfg.decoding.throughput import POSITIONS
 from softcfg.nn.choices import machine as processor
 
 Side = TypeVar("Side", bound=Hashable)
+TURN = 0.04  # seconds
 
 
 def medians(
@@ -41,10 +42,16 @@ def medians(
 def means_over_sequence(
     sides_at: Callable[[int], Mapping[str, Callable[[], object]]], num_tokens: int, repeats: int, warmup: int = 1
 ) -> dict[str, float]:
-    """Mean over positions of the sequence of the median seconds of each side; `sides_at` makes them for a position."""
+    """Mean over positions of the sequence of the median seconds of each side; `sides_at` makes them for a position.
+
+    A turn of small steps is several of them, as in decoding, where a step finds in the caches what the one before it
+    used; else a side would be the faster, the more its neighbour has in common with it.
+    """
     collected: dict[str, list[float]] = {}
     for part in POSITIONS:
-        for name, seconds in medians(sides_at(round(part * num_tokens)), repeats, warmup).items():
+        sides = sides_at(round(part * num_tokens))
+        longest = max(medians(sides, 1).values())
+        for name, seconds in medians(sides, repeats, warmup, max(1, round(TURN / longest))).items():
             collected.setdefault(name, []).append(seconds)
     return {name: statistics.fmean(seconds) for name, seconds in collected.items()}
 

@@ -283,7 +283,7 @@ class Decoder(GuidedBatch):
                 self.sampling.temperature,
                 self._codes,
                 self.confidence,
-                step.index,
+                step,
             )
 
     def _keep(self, state: Tensor | None) -> None:
@@ -399,10 +399,10 @@ def _write_confidence(
     temperature: float,
     codes: Tensor | None,
     confidence: Tensor,
-    at: Tensor,
+    step: Step,
 ) -> None:
-    """Write `Perturbation.token_confidence` into column `at` of `confidence` [B, T]; that of SoftCFG on a GPU by one
-    kernel.
+    """Write `Perturbation.token_confidence` into the step's column of `confidence` [B, T]; that of SoftCFG on a GPU by
+    one kernel.
 
     Args:
         logits: conditional, [B, V].
@@ -410,9 +410,9 @@ def _write_confidence(
         codes: bool [T] or [B, T], which tokens have a confidence; None: all.
     """
     standard = type(perturbation) is ConfidenceWeights and CONFIDENCES[perturbation.confidence] is max_probability
-    if not standard or not fused.write_confidence(logits, confidence, at, temperature, codes):
+    if not standard or not fused.write_confidence(logits, confidence, step.index, temperature, codes):
         found = perturbation.token_confidence(logits, tokens, temperature)
-        confidence[:, at] = (found if codes is None else found * codes[..., at].squeeze(-1))[:, None]
+        confidence[:, step.at] = (found if codes is None else found * codes[..., step.at].squeeze(-1))[:, None]
 
 
 def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:

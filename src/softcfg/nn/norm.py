@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, addcmul, nn
+from torch.linalg import vector_norm
 
 RMS, LAYER = 1, 2  # kinds of norm, as the kernels call them; 0 for none
 
@@ -16,6 +17,7 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
         self._eps = torch.full((1,), eps, dtype=torch.float32, device="cpu")
+        self._share = 1 / width
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""
@@ -27,5 +29,5 @@ class RMSNorm(nn.RMSNorm):
 
     def normalised(self, x: Tensor) -> Tensor:
         """What is multiplied with the weights, a new tensor [..., width]."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_() * x
+        length = vector_norm(x, dim=-1, keepdim=True)
+        return addcmul(self._eps, length, length, value=self._share).rsqrt_() * x

@@ -57,7 +57,10 @@ class WeightedSDPA(AttentionBackend):
         shared = None if weights is None else _shared(weights)
         inverse = None
         if shared is not None:
-            value = value * shared[:, None, :, None].to(value.dtype)
+            factors = call.context.memory.get(self.name)
+            if factors is None:
+                factors = call.context.memory[self.name] = shared[:, None, :, None].to(value.dtype)
+            value = value * factors
         elif weights is not None:
             confidence, inverse = split(call)
             value = torch.cat((value, value * confidence[:, None, :, None].to(value.dtype)), dim=-1)
