@@ -293,6 +293,13 @@ class TestChoice:
         monkeypatch.setattr(products, "_fastest", another_is_first)
         assert choose([torch.randn(64, 64)], None, 8) is both[0]
 
+    def test_who_forgets_meanwhile_does_no_harm(self, both: tuple[Counted, Counted], monkeypatch) -> None:
+        def link(*_: object) -> None:
+            raise FileExistsError
+
+        monkeypatch.setattr(choices.os, "link", link)
+        assert choose([torch.randn(64, 64)], None, 8) is both[1]
+
     @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xff", b"x" * 1000])
     def test_a_damaged_choice_is_measured_again(
         self, both: tuple[Counted, Counted], own_choices: Path, content: bytes

@@ -144,7 +144,8 @@ def _keep(which: tuple[str, tuple[str, ...]], name: str) -> str:
                 path.unlink(missing_ok=True)
             os.link(file.name, path)
     except FileExistsError:
-        return _kept(which)
+        kept = _kept(which)  # or nothing, if a third one has forgotten it
+        return kept if kept in which[1] else name
     except (OSError, UserError):  # a home that cannot be written to: the next process measures again
         return name
     return name
