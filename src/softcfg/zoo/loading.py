@@ -32,6 +32,7 @@ Place = Callable[["nn.Module"], "nn.Module"]
 MOST_TENSORS = 4_000  # of a model
 LARGEST_TABLE = 1 << 24  # numbers
 SHOWN = 4  # names listed in an error message, of each kind
+LIKE, UNLIKE = 0.8, 0.3  # shares of names: the least for a guess, and below which sizes need not be tried
 
 
 def load_generator(
@@ -421,15 +422,16 @@ def _short(name: str) -> str:
 def _recognise(found: Mapping[str, Tensor], module_class: type[nn.Module]) -> str:
     """Guess whose weights these are: those of a known model, or at least of another family."""
     anatomy = _generic_names(found)
-    likeness = {"": 0.8}  # the least for a guess
+    likeness = {"": LIKE}
     seen: list[Component] = []
     for name, component in ((entry.name, component) for entry in MODELS.values() for component in entry.components):
-        if component in seen:  # models share tokenizers
+        label = f"{component.family.name} {component.family.kind}"
+        # Models share tokenizers, and where one size of a family is altogether different, so are the others.
+        if component in seen or likeness.get(label, 1) < UNLIKE:
             continue
         seen.append(component)
         known = empty_module(component)
         fits = not _differences(known.state_dict(), component.family.needed(found))
-        label = f"{component.family.name} {component.family.kind}"
         if isinstance(known, module_class):
             if fits:
                 return f"; it fits {name}"

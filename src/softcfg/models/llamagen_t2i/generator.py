@@ -85,7 +85,9 @@ class CaptionEmbedding(nn.Module):
     def __init__(self, slots: int, inputs: int, width: int) -> None:
         super().__init__()
         self.cap_proj = CaptionProjection(inputs, width)
-        self.register_buffer("uncond_embedding", torch.randn(slots, inputs) / inputs**0.5)
+        embedding = torch.empty(slots, inputs)
+        nn.init.normal_(embedding, std=inputs**-0.5)
+        self.register_buffer("uncond_embedding", embedding)
 
 
 class LlamaGenT2I(LlamaGenBody):
