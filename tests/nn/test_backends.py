@@ -255,6 +255,14 @@ def test_what_bags_do_not_serve(change: dict[str, Any], reason: str) -> None:
         weighted_attention(query, key, value)
 
 
+def test_nothing_is_measured_for_what_bags_do_not_serve(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_bag, "time_sides", lambda sides: pytest.fail("it was measured"))
+    query, (key, value) = torch.randn(16, 8, 1, 64), torch.randn(2, 16, 4, 512, 64)
+    with torch.inference_mode():
+        weighted_attention(query, key, value)
+    assert served == ["math"]
+
+
 def test_a_forced_backend_serves_until_the_context_closes(served: list[str]) -> None:
     elsewhere = threading.Thread(target=layer, args=(3, ""))
     with use_backend("math"):

@@ -29,7 +29,7 @@ class Linear(nn.Linear):
     Attributes:
         product: with which it multiplies; None: plainly.
         laid_out: the weights for it. Where it serves any number of rows, `weight` is empty meanwhile.
-        keeps_bits: whether it is known to compute the same bits with `rows` rows on any number of threads.
+        keeps_bits: whether `rows` rows are known to give the same bits on one thread and on all of them.
     """
 
     product: Product | None = None

@@ -215,8 +215,8 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product
 def keeps_bits(product: Product, weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> bool:
     """Whether a product of these weights is the same to the bit on one thread and on as many as are set.
 
-    Where a sum is divided between threads it is not. What divides it depends on the product, its version, the shape and
-    the processor (MKL's packed one does on AMD and does not on Intel), so it is tried, once for each shape.
+    It is not where threads share the terms of a sum. Whether they do depends on the product, its version, the shape and
+    the processor (in MKL's packed product they do on AMD, and not on Intel), so it is tried, once for each shape.
     """
     weight, threads = weights[0], torch.get_num_threads()
     if weight.device.type != "cpu" or type(weight.data) is not Tensor:

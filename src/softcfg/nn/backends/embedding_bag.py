@@ -36,8 +36,7 @@ class EmbeddingBag(Math):
 
     def preferred(self, call: AttentionCall) -> bool:
         """See `AttentionBackend.preferred`: for larger steps on a CPU, if it is faster on this machine."""
-        query = call.query
-        return query.is_cpu and query.shape[2] == 1 and call.step_size > FEW and _is_faster(query.dtype)
+        return call.step_size > FEW and self.why_not(call) is None and _is_faster(call.query.dtype)
 
     def weighted_sum(self, call: AttentionCall, probabilities: Tensor, value: Tensor) -> Tensor:
         """See `Math.weighted_sum`."""
@@ -61,9 +60,7 @@ def _bags(index: Tensor, table: Tensor, factors: Tensor) -> Tensor:
 
 
 def _is_faster(dtype: torch.dtype) -> bool:
-    """Than a batched product, on this machine."""
-    if dtype not in DTYPES:
-        return False
+    """Whether it is faster than a batched product on this machine."""
 
     def measure() -> str:
         rows, heads, slots, width = MEASURED
