@@ -324,11 +324,15 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def kernel(*_: object, **__: object) -> None:
         raise error
 
-    module = types.ModuleType("softcfg.nn.kernels.fused")
-    for name in ("add_norm", "rotate_and_cache", "silu_product", "write_weights", "write_confidence"):
-        setattr(module, name, kernel)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(kernels, "fused", module, raising=False)
+    for of, names in {
+        "fused": ("add_norm", "rotate_and_cache", "silu_product", "write_weights", "write_confidence"),
+        "few_rows": ("few_rows",),
+    }.items():
+        module = types.ModuleType(f"{kernels.__name__}.{of}")
+        for name in names:
+            setattr(module, name, kernel)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(kernels, of, module, raising=False)
     monkeypatch.setattr(triton_decode, "runs_on", lambda x: True)
     monkeypatch.setattr(fused, "UNAVAILABLE", set())
 

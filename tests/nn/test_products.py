@@ -39,7 +39,7 @@ def test_every_product_computes_the_same(name: str, rows: int, bias: bool, dtype
     torch.manual_seed(rows)
     layer = Linear(48, 96, bias=bias, dtype=dtype).requires_grad_(False)
     before, exact = layer.weight.clone(), layer.weight.double()
-    for shape in ((rows, 48), (rows, 1, 48), (rows + 1, 48), (2, rows, 48)):
+    for shape in ((rows, 48), (rows, 1, 48), (-(-rows // 2), 1, 48), (rows + 1, 48), (2, rows, 48)):
         x = torch.randn(shape).to(dtype)
         expected = x.double() @ exact.T + (layer.bias.double() if bias else 0)
         with use_product(name), prepared_linear_layers(layer, rows):
@@ -268,6 +268,14 @@ class TestChoice:
         choose([torch.randn(64, 64)] * 40, None, 8)
         assert both[1].laid_out == 40  # small ones all, as a step has no more of them
 
+    def test_a_layer_alone_is_measured_from_memory_too(self, both: tuple[Counted, Counted]) -> None:
+        """A head, which has a shape of its own, in a model of 40 times its size, and in one of three times."""
+        for rows, times, measured in ((8, 40, 16), (7, 3, 3)):
+            both[1].laid_out = 0
+            weight = torch.randn(1024, 1024)
+            choose([weight], None, rows, in_all=times * weight.nbytes)
+            assert both[1].laid_out == measured
+
     def test_a_product_that_gains_nothing_is_not_worth_its_memory(self, both: tuple[Counted, Counted]) -> None:
         both[1].seconds = 19
         assert choose([torch.randn(64, 64)], None, 8) is both[0]
@@ -325,17 +333,42 @@ class TestChoice:
             choose([torch.randn(64, 64)], None, 8)
 
 
+class Wrong(Plain):
+    """Takes no time, for it computes something else, or nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        if self.name == "failing":
+            raise RuntimeError("could not create a primitive")
+        return x if self.name == "narrow" else x.new_zeros(rows, len(weight))
+
+
+@pytest.mark.parametrize("name", ["zero", "narrow", "failing"])
+def test_a_product_that_does_not_work_on_this_processor_is_not_chosen(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "PRODUCTS", {name: Wrong(name), "plain": PRODUCTS["plain"]})
+    assert choose([torch.randn(512, 256)] * 3, torch.randn(512), 4).name == "plain"
+
+
 class Instant(Plain):
-    """Takes no time, in one dtype."""
+    """Takes no time, in one dtype, but for the first time with a weight."""
 
     name = "instant"
     dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.known: dict[int, Tensor] = {}
 
     def can_serve(self, weight: Tensor) -> bool:
         return weight.dtype == self.dtype
 
     def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        return x
+        if weight.data_ptr() not in self.known:
+            self.known[weight.data_ptr()] = super().multiply(x, laid_out, weight, bias, rows)
+        return self.known[weight.data_ptr()]
 
 
 @pytest.fixture
@@ -376,6 +409,11 @@ def test_a_product_that_is_new_is_measured_although_there_is_a_choice(monkeypatc
     monkeypatch.setitem(PRODUCTS, "instant", Instant())
     choices.MADE.clear()  # as in a process that starts with it
     assert choose([weight], None, 2).name == "instant"
+
+
+def test_weights_that_are_no_numbers_decide_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRODUCTS, "instant", Instant())
+    assert choose([torch.full((64, 64), torch.nan)], None, 2).name == "instant"
 
 
 def test_without_instructions_for_bfloat16_float32_is_the_fastest_and_bfloat16_warns(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.nn.choices import choose_once, on_threads, time_sides
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
@@ -31,6 +32,7 @@ GAIN = 1.1  # by which a product that keeps weights twice must be faster than th
 # in a step they come from memory, and products that read them from caches can change places.
 MEASURED = 64 << 20
 LEAST_LAYERS = 3
+UNLIKE = 0.02  # share of a plain product by which another may differ from it; bfloat16 rounds by 0.004
 
 
 class Product(ABC):
@@ -152,16 +154,7 @@ class OneDNN(Product):
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
-        ops = torch.ops.mkldnn
-        return (
-            torch.backends.mkldnn.is_available()
-            and hasattr(ops, "_reorder_linear_weight")
-            and hasattr(ops, "_linear_pointwise")
-            and (
-                weight.dtype == torch.float32
-                or (weight.dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
-            )
-        )
+        return _has_onednn(weight, "_reorder_linear_weight", "_linear_pointwise")
 
     def lay_out(self, weight: Tensor, rows: int) -> Tensor:
         """See `Product.lay_out`."""
@@ -176,6 +169,61 @@ class OneDNN(Product):
         return laid_out.to_dense()
 
 
+@register_product
+class Convolution(Product):
+    """oneDNN's 1 x 1 convolution of the rows as pixels, which reads large weights faster than its inner product.
+
+    Other numbers of rows may want another layout. Fewer rows are so filled up with zeros, and more of them, as a prefix
+    has once, take the weights as they were.
+    """
+
+    name = "convolution"
+    serves_any_rows = True
+
+    def can_serve(self, weight: Tensor) -> bool:
+        """See `Product.can_serve`."""
+        return _has_onednn(weight, "_reorder_convolution_weight", "_convolution_pointwise")
+
+    def lay_out(self, weight: Tensor, rows: int) -> Tensor:
+        """See `Product.lay_out`."""
+        shape = (1, weight.shape[1], 1, rows)
+        return torch.ops.mkldnn._reorder_convolution_weight(weight[:, :, None, None], *_ONE_BY_ONE, shape)
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """See `Product.multiply`."""
+        shape, width = x.shape, x.shape[-1]
+        given = x.numel() // width
+        if given > rows:
+            return F.linear(x, self.restore(laid_out), bias)
+        if given < rows:
+            x = F.pad(x.reshape(given, width), (0, 0, 0, rows - given))
+        pixels = x.contiguous().as_strided((1, width, 1, rows), (rows * width, 1, rows * width, width))
+        found = torch.ops.mkldnn._convolution_pointwise(pixels, laid_out, bias, *_ONE_BY_ONE, "none", [], "")
+        if given < rows:
+            found = found[..., :given]
+        return found.permute(0, 2, 3, 1).view(*shape[:-1], -1)
+
+    def restore(self, laid_out: Tensor) -> Tensor:
+        """See `Product.restore`."""
+        return laid_out.to_dense()[:, :, 0, 0]
+
+
+# Padding, stride, dilation and groups.
+_ONE_BY_ONE: tuple[list[int], list[int], list[int], int] = ([0, 0], [1, 1], [1, 1], 1)
+
+
+def _has_onednn(weight: Tensor, *operations: str) -> bool:
+    """Whether these operations of oneDNN are there, for weights of this dtype."""
+    ops = torch.ops.mkldnn
+    return (
+        torch.backends.mkldnn.is_available()
+        and all(hasattr(ops, name) for name in operations)
+        and (
+            weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
+        )
+    )
+
+
 @contextlib.contextmanager
 def use_product(name: str | None) -> Iterator[None]:
     """Use the named product for all linear layers that it can serve while the context is open; None: the fastest.
@@ -187,11 +235,18 @@ def use_product(name: str | None) -> Iterator[None]:
         yield
 
 
-def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
+def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int, in_all: int = 0) -> Product:
     """Choose the fastest product for weights [out, in] of one shape and dtype, and inputs of `rows` rows.
 
     `use_product` and the variable `SOFTCFG_PRODUCT` come first. Else it is what was kept for this machine, or what a
     measurement finds now (see `time_sides`).
+
+    Args:
+        weights: of the layers of this shape.
+        bias: of one of them.
+        rows: of the inputs.
+        in_all: bytes of all weights of the model. A step reads them before it comes back to one of these, so copies of
+            these are measured as well where they alone are less.
 
     Raises:
         UserError: `SOFTCFG_PRODUCT` names no product.
@@ -207,9 +262,14 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product
     able = _able(weight)
     if len(able) == 1:
         return able[0]
-    names, layers = [product.name for product in able], weights[: _layers(weight)]
-    key = f"product-{_shape(weight, bias, rows)}"
-    return PRODUCTS[choose_once(key, names, lambda: _fastest(able, layers, bias, rows).name)]
+
+    def measured() -> str:
+        layers = [each.detach() for each in weights[: _layers(weight)]]
+        copies = min(MEASURED, in_all) // max(1, weight.nbytes) - len(layers)
+        return _fastest(able, layers + [weight.detach().clone() for _ in range(copies)], bias, rows).name
+
+    names = [product.name for product in able]
+    return PRODUCTS[choose_once(f"product-{_shape(weight, bias, rows)}", names, measured)]
 
 
 def keeps_bits(product: Product, weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> bool:
@@ -282,8 +342,7 @@ def _layers(weight: Tensor) -> int:
 
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
     least, plain = _seconds(able, weights, bias, rows), PRODUCTS["plain"]
-    best = min((product for product in able if product is not plain), key=least.__getitem__)
-    return best if least[best] * (1 if best.serves_any_rows else GAIN) < least[plain] else plain
+    return min(least, key=lambda each: least[each] * (1 if each is plain or each.serves_any_rows else GAIN))
 
 
 def _inputs(weight: Tensor, rows: int) -> Tensor:
@@ -294,12 +353,36 @@ def _inputs(weight: Tensor, rows: int) -> Tensor:
 def _seconds(
     able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int
 ) -> dict[Product, float]:
-    """Seconds of each product with all of the weights."""
+    """Seconds of each product with all of the weights, of those that compute what the plain one does.
+
+    A user's processor may be one on which nobody has tried them.
+    """
     x = _inputs(weights[0], rows)
-    laid_out = {product: [product.lay_out(weight.detach(), rows) for weight in weights] for product in able}
+    expected = F.linear(x, weights[0], bias)
+    sides = {}
+    for product in able:
+        try:
+            laid_out = [product.lay_out(weight, rows) for weight in weights]
+            found = product.multiply(x, laid_out[0], weights[0], bias, rows)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            continue
+        if _are_close(found, expected):
+            sides[product] = partial(_multiply_all, product, x, laid_out, weights, bias, rows)
+    return time_sides(sides)
 
-    def multiply(product: Product) -> None:
-        for weight, packed in zip(weights, laid_out[product], strict=True):
-            product.multiply(x, packed, weight, bias, rows)
 
-    return time_sides({product: partial(multiply, product) for product in able})
+def _multiply_all(
+    product: Product, x: Tensor, laid_out: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, rows: int
+) -> None:
+    for packed, weight in zip(laid_out, weights, strict=True):
+        product.multiply(x, packed, weight, bias, rows)
+
+
+def _are_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether a product is the plain one but for its rounding, as far as the weights let it be seen."""
+    if found.shape != expected.shape:
+        return False
+    difference, whole = torch.linalg.vector_norm(found.double() - expected), torch.linalg.vector_norm(expected.double())
+    return bool(difference <= UNLIKE * whole) or not bool(whole.isfinite())
