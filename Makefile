@@ -39,7 +39,7 @@ sample: .venv/.base
 	$(DRAW_FIRST) --output-dir $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-all: lint
 	$(BIN)/python -m pytest -m "" -o timeout=1200

@@ -360,15 +360,16 @@ class Instant(Plain):
     dtype = torch.float32
 
     def __init__(self) -> None:
-        self.known: dict[int, Tensor] = {}
+        self.known: dict[tuple[object, ...], Tensor] = {}
 
     def can_serve(self, weight: Tensor) -> bool:
         return weight.dtype == self.dtype
 
     def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        if weight.data_ptr() not in self.known:
-            self.known[weight.data_ptr()] = super().multiply(x, laid_out, weight, bias, rows)
-        return self.known[weight.data_ptr()]
+        key = weight.data_ptr(), weight.shape, weight.dtype, rows  # another weight may lie where one has lain
+        if key not in self.known:
+            self.known[key] = super().multiply(x, laid_out, weight, bias, rows)
+        return self.known[key]
 
 
 @pytest.fixture

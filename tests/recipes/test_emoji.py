@@ -485,7 +485,7 @@ def test_killed_judge_training_continues_to_the_same_weights(
     assert {name: tensor.dtype for name, tensor in whole.items()}["heads.0.weight"] == torch.float16
 
 
-@pytest.mark.parametrize("with_others", [False, True])
+@pytest.mark.parametrize("with_others", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_judge_learns_and_reads_prompts(
     tmp_path: Path, collection: Collection, sun: Collection, with_others: bool
 ) -> None:
