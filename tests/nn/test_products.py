@@ -39,7 +39,7 @@ def test_every_product_computes_the_same(name: str, rows: int, bias: bool, dtype
     torch.manual_seed(rows)
     layer = Linear(48, 96, bias=bias, dtype=dtype).requires_grad_(False)
     before, exact = layer.weight.clone(), layer.weight.double()
-    for shape in ((rows, 48), (rows, 1, 48), (-(-rows // 2), 1, 48), (rows + 1, 48), (2, rows, 48)):
+    for shape in ((rows, 48), (rows, 1, 48), (-(-rows // 2), 1, 48), (rows + 1, 48), (2, rows, 48), (rows, 0, 48)):
         x = torch.randn(shape).to(dtype)
         expected = x.double() @ exact.T + (layer.bias.double() if bias else 0)
         with use_product(name), prepared_linear_layers(layer, rows):

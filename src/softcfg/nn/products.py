@@ -201,7 +201,7 @@ class Convolution(Product):
         found = torch.ops.mkldnn._convolution_pointwise(pixels, laid_out, bias, *_ONE_BY_ONE, "none", [], "")
         if given < rows:
             found = found[..., :given]
-        return found.permute(0, 2, 3, 1).view(*shape[:-1], -1)
+        return found.permute(0, 2, 3, 1).view(*shape[:-1], found.shape[1])
 
     def restore(self, laid_out: Tensor) -> Tensor:
         """See `Product.restore`."""
