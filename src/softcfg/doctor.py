@@ -25,6 +25,7 @@ from softcfg.inspection import trace
 from softcfg.models.base import Generator
 from softcfg.nn import AttentionContext, KVCache, Position, products, use_backend
 from softcfg.nn.backends import BACKENDS, AttentionCall, attention
+from softcfg.nn.choices import processor
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.memory import free_memory
 from softcfg.version import __version__
@@ -39,6 +40,7 @@ LOGITS_TOLERANCE = 1e-2  # between devices, in float32
 CLOSE, MOST = 1e-4, 0.9  # where logits differ by less, the steps must draw nearly all tokens alike
 BATCHES = (4, 1)  # images: a GPU has kernels of its own for the steps of one
 PRODUCT_SHAPE, PRODUCT_ROWS = (2304, 768), (2, 8, 32)  # as in AliTok-B
+MANY = PRODUCT_ROWS[-1]  # rows of a step that is not small, as `AttentionCall.step_size` sees it
 BUNDLED = "fashion-small"
 COMPARED = (BUNDLED, "fashion", "emoji")  # with the CPU
 TIMED = {"cpu": (BUNDLED, 16, torch.float32), "other": ("alitok-b", 64, torch.bfloat16)}
@@ -66,7 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         **{name: _version(name) for name in PACKAGES},
         "device": str(device),
-        "device name": platform.processor() or platform.machine(),
+        "device name": processor(),
         "threads": torch.get_num_threads(),
         "C compiler": _compiler(),
         "free memory, GiB": _gib(free_memory(device)),
@@ -86,12 +88,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
+@torch.inference_mode()
 def choices(device: torch.device) -> dict[str, str]:
     """Which attention and which matrix product a decoding step will use, and why."""
     static = device.type == "cuda"
     found = {"steps": "of constant shapes, replayed as a CUDA graph" if static else "one by one, of growing shapes"}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True)
+        call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True, rows=MANY)
         skipped: list[str] = []
         for backend in reversed(BACKENDS.values()):
             why = backend.unavailable.get(call.query.device) or backend.why_not(call)
@@ -105,7 +108,7 @@ def choices(device: torch.device) -> dict[str, str]:
         found["matrix product"] = f"cuBLAS; float32 in {exact} (precision {precision!r})"
     elif device.type == "cpu":
         for rows in PRODUCT_ROWS:
-            product = products.choose([torch.randn(PRODUCT_SHAPE)], None, rows)
+            product = products.choose([torch.randn(PRODUCT_SHAPE)], None, rows, in_all=products.MEASURED)
             found[f"matrix product, {rows} rows"] = f"{product.name}, the fastest measured for a layer of 768 to 2,304"
     return found
 
@@ -153,6 +156,7 @@ def report(device: torch.device, *, test: bool = True) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def _attention(device: torch.device) -> tuple[bool, str]:
     """The attention of a step against plain products in float64 on the CPU, for the zoo's shapes."""
     shapes, worst, where, served = set(), 0.0, "", 0
@@ -164,7 +168,8 @@ def _attention(device: torch.device) -> tuple[bool, str]:
     kinds: list[Any] = [(torch.float32, None, False), *((dtype, None, True) for dtype in TOLERANCE)]
     kinds += [(torch.bfloat16, stored, True) for stored in CACHES]  # a kernel compiles for each on a GPU: not all
     for (head_dim, groups), (dtype, stored, weighted) in itertools.product(sorted(shapes), kinds):
-        call = _call(device, dtype, head_dim, groups, static=True, weighted=weighted, stored=stored)
+        rows = MANY if device.type == "cpu" else 3
+        call = _call(device, dtype, head_dim, groups, static=True, weighted=weighted, stored=stored, rows=rows)
         found = attention(call).cpu().double()
         off = float((found - _exact(call)).abs().nan_to_num(nan=torch.inf).max()) / TOLERANCE[dtype]
         if off > worst:
@@ -264,14 +269,15 @@ def _call(
     static: bool,
     weighted: bool,
     stored: torch.dtype | None = None,
+    rows: int = 3,
 ) -> AttentionCall:
-    """The attention of a decoding step on random contents: 3 rows, 2 key heads, 300 slots of which 290 are filled."""
+    """The attention of a decoding step on random contents: 2 key heads, 300 slots of which 290 are filled."""
     numbers = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=numbers).to(device, dtype)
 
-    rows, key_heads, slots, filled = 3, 2, 300, 290
+    key_heads, slots, filled = 2, 300, 290
     cache_type = KVCache if stored is None else CACHES[stored]
     cache = cache_type(1, rows, key_heads, slots, head_dim, dtype=dtype, device=device)
     key, value = random(rows, key_heads, slots, head_dim), random(rows, key_heads, slots, head_dim)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from softcfg import doctor
 from softcfg.cli.main import main
+from softcfg.nn import choices as nn_choices
+from softcfg.nn import products
 from softcfg.nn.backends import BACKENDS, AttentionCall
 from softcfg.nn.backends.math import Math
 
@@ -23,11 +25,37 @@ def test_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["environment"]["torch"] == torch.__version__
     assert found["environment"]["device"] == "cpu"
-    assert found["choices"]["attention, float32"].startswith("math; not triton_decode: it runs on GPUs alone")
+    assert "not triton_decode: it runs on GPUs alone" in found["choices"]["attention, float32"]
     assert {"fashion", "fashion-small", "emoji"} <= found["models"].keys()
     assert found["models"]["fashion"]["largest batch"] > 1
     assert found["checks"] == []
     assert found["ok"]
+
+
+@pytest.mark.parametrize("name", ["embedding_bag", "math"])
+def test_the_attention_is_that_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no gradient is asked for, which some backends do not have."""
+    for dtype in ("float32", "bfloat16"):
+        key = f"attention-{dtype}", ("embedding_bag", "math")
+        monkeypatch.setitem(nn_choices.MADE, key, name)
+    found = doctor.choices(CPU)
+    assert found["attention, float32"].startswith(f"{name}; " if name == "math" else name)
+    assert ("not embedding_bag: it is slower" in found["attention, bfloat16"]) == (name == "math")
+
+
+def test_a_product_is_measured_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen here is kept for the models, whose weights come from there."""
+    measured: list[int] = []
+
+    def fastest(able: object, weights: list[Tensor], *_: object) -> products.Product:
+        measured.append(sum(weight.nbytes for weight in weights))
+        return products.PRODUCTS["plain"]
+
+    monkeypatch.setattr(products, "_fastest", fastest)
+    monkeypatch.setattr(nn_choices, "choose_once", lambda key, names, measure: measure())
+    monkeypatch.setattr(products, "choose_once", lambda key, names, measure: measure())
+    doctor.choices(CPU)
+    assert min(measured) > products.MEASURED // 2
 
 
 def test_a_sound_machine_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

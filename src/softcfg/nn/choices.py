@@ -96,13 +96,18 @@ def on_threads(number: int, run: Callable[[], Result]) -> Result:
 
 
 @cache
-def machine() -> str:
-    """Processor, instructions and torch, on which the choices depend."""
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    return name
+
+
+def machine() -> str:
+    """Processor, instructions and torch, on which the choices depend."""
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 @cache
