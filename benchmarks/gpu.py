@@ -48,6 +48,7 @@ from softcfg.models.base import ClassGenerator
 from softcfg.models.rar import Modulation
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.memory import free_memory, in_short, is_out_of_memory
+from softcfg.nn.precision import dtype_name
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo.loading import random_weights
 from softcfg.zoo.registry import resolve
@@ -78,16 +79,16 @@ class Point:
     @property
     def what(self) -> dict[str, Any]:
         """What is measured, as it is written down."""
-        dtypes = {"dtype": _name(self.dtype), "cache": _name(self.cache or self.dtype)}
-        pixels = {} if self.pixels == torch.float32 else {"pixels": _name(self.pixels)}
+        dtypes = {"dtype": dtype_name(self.dtype), "cache": dtype_name(self.cache or self.dtype)}
+        pixels = {} if self.pixels == torch.float32 else {"pixels": dtype_name(self.pixels)}
         return {"model": self.model, **dtypes, **pixels, "batch": self.batch}
 
     @property
     def name(self) -> str:
         """For `--only` and messages."""
-        cache = [] if self.cache is None else [f"{_name(self.cache)} cache"]
-        pixels = [] if self.pixels == torch.float32 else [f"{_name(self.pixels)} pixels"]
-        return " ".join([self.kind, self.model, _name(self.dtype), str(self.batch), *cache, *pixels])
+        cache = [] if self.cache is None else [f"{dtype_name(self.cache)} cache"]
+        pixels = [] if self.pixels == torch.float32 else [f"{dtype_name(self.pixels)} pixels"]
+        return " ".join([self.kind, self.model, dtype_name(self.dtype), str(self.batch), *cache, *pixels])
 
 
 @dataclass(frozen=True)
@@ -443,10 +444,6 @@ def _median(run: Callable[[], object], repeats: int) -> float:
         return medians({"it": run}, repeats)["it"]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -478,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     ceilings = results.attempt("ceilings", partial(Ceilings.measured, device, plan), again=True)
     if ceilings is not None:
-        rates = {f"{_name(dtype)}, TFLOP/s": 1e-12 * rate for dtype, rate in ceilings.operations.items()}
+        rates = {f"{dtype_name(dtype)}, TFLOP/s": 1e-12 * rate for dtype, rate in ceilings.operations.items()}
         results.add("ceilings", {"copy, GB/s": 1e-9 * ceilings.bandwidth, **rates})
     bench = Bench(device, plan, results, ceilings)
     for point in plan.points:

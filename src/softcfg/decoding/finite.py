@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
+from softcfg.nn.precision import dtype_name
 
 BRANCHES = {"cond": "", "uncond": "unconditional ", "weak": "weak model's ", "perturbed": "perturbed "}
 
@@ -38,7 +39,7 @@ class FiniteLogits:
     ) -> None:
         self._batch = batch
         self._branches = branches
-        self._dtype = str(dtype).removeprefix("torch.")
+        self._dtype = dtype_name(dtype)
         # Of each branch, and last of what the tokens are drawn from.
         self._seen = torch.zeros((len(branches) + 1) * batch, steps, dtype=torch.float32, device=device)
 

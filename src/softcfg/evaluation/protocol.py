@@ -25,7 +25,7 @@ from softcfg.evaluation.report import TITLES, Report
 from softcfg.evaluation.sources import ImageSource, ResizedSource, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
 from softcfg.files import hash_file
-from softcfg.nn.precision import has_float64
+from softcfg.nn.precision import dtype_name, has_float64
 from softcfg.tokenizers.base import checked_size
 from softcfg.version import __version__
 from softcfg.zoo.registry import find
@@ -146,7 +146,7 @@ def evaluate(
         "extractor": {
             "name": extractor.name,
             "identity": extractor.identity,
-            "dtype": str(extractor.dtype).removeprefix("torch."),
+            "dtype": dtype_name(extractor.dtype),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         },
         "parameters": {

@@ -23,6 +23,7 @@ from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
 from softcfg.files import as_path, hash_file, is_file, is_folder
 from softcfg.images import SUFFIXES, read_picture
+from softcfg.nn.precision import dtype_name
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
 from softcfg.runs.plan import Prompts
 from softcfg.tokenizers.base import resize
@@ -360,7 +361,7 @@ def _as_array(images: Tensor) -> NDArray[Any]:
     try:
         return images.detach().cpu().numpy()
     except (RuntimeError, TypeError, NotImplementedError) as error:
-        dtype = str(images.dtype).removeprefix("torch.")
+        dtype = dtype_name(images.dtype)
         raise UserError(f"images must be a dense tensor, uint8 [N, H, W, 3], got {dtype} on {images.device}") from error
 
 

@@ -41,6 +41,11 @@ def as_dtype(value: torch.dtype | str | None, name: str = "dtype", *, floating: 
     return found
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name without PyTorch's, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def wanted_dtype(value: torch.dtype | str | None, name: str = "dtype") -> torch.dtype | str | None:
     """As `as_dtype`, but "fastest" stays as it is: what that is depends on the model (`linear.fastest_dtype`)."""
     return value if value == "fastest" else as_dtype(value, name)

@@ -24,6 +24,7 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.nn.choices import choose_once, on_threads, time_sides
 from softcfg.nn.memory import is_out_of_memory
+from softcfg.nn.precision import dtype_name
 from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
@@ -296,7 +297,7 @@ def keeps_bits(product: Product, weights: Sequence[Tensor], bias: Tensor | None,
 
 
 def _shape(weight: Tensor, bias: Tensor | None, rows: int) -> str:
-    dtype = str(weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(weight.dtype)
     return f"{dtype}-{rows}x{weight.shape[1]}x{weight.shape[0]}{'' if bias is None else '+bias'}"
 
 

@@ -12,6 +12,7 @@ from softcfg.decoding import Sampling
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, describe
 from softcfg.models.conditioning import Conditioning
+from softcfg.nn.precision import dtype_name
 from softcfg.pipeline import Pipeline
 from softcfg.runs.plan import Prompts
 from softcfg.tokenizers.base import Tokenizer
@@ -86,15 +87,15 @@ def _model_settings(pipeline: Pipeline) -> dict[str, Any]:
 def _dtypes(pipeline: Pipeline) -> dict[str, str]:
     """What the numbers of a generator and of its cache are."""
     quantize = None if pipeline.source is None else pipeline.source.quantize
-    names = [str(pipeline.generator.dtype).removeprefix("torch."), *([] if quantize is None else [quantize])]
+    names = [dtype_name(pipeline.generator.dtype), *([] if quantize is None else [quantize])]
     cache_dtype = pipeline.generator.cache_dtype
-    cached = {} if cache_dtype is None else {"kv_cache_dtype": str(cache_dtype).removeprefix("torch.")}
+    cached = {} if cache_dtype is None else {"kv_cache_dtype": dtype_name(cache_dtype)}
     return {"dtype": "/".join(names), **cached}
 
 
 def pixel_dtype(tokenizer: Tokenizer) -> dict[str, str]:
     """What the numbers of an image tokenizer are, where they are not float32."""
-    dtype = str(tokenizer.dtype).removeprefix("torch.")
+    dtype = dtype_name(tokenizer.dtype)
     return {} if dtype == "float32" else {"tokenizer_dtype": dtype}
 
 

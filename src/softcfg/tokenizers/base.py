@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcfg.errors import UserError, quote
 from softcfg.nn.memory import replace_contents
-from softcfg.nn.precision import KeepsTables, own_dtype
+from softcfg.nn.precision import KeepsTables, dtype_name, own_dtype
 
 # Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
 DISTANCES_AT_ONCE = 2**24
@@ -183,7 +183,7 @@ class Tokenizer(KeepsTables):
         if not sums.isfinite().all():
             bad = int((~sums.isfinite()).nonzero()[0])
             raise UserError(
-                f"image {bad}: the {name} are not finite, computed in {_name(self.dtype)}; "
+                f"image {bad}: the {name} are not finite, computed in {dtype_name(self.dtype)}; "
                 "the tokenizer's weights are damaged (get them again), or its numbers are too large for this dtype "
                 "(load it in float32)"
             )
@@ -211,7 +211,7 @@ class Tokenizer(KeepsTables):
 
     def _checked_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise UserError(f"tokens must be integers, got {_name(tokens.dtype)}; convert them to int64")
+            raise UserError(f"tokens must be integers, got {dtype_name(tokens.dtype)}; convert them to int64")
         if tokens.ndim == 3 and tokens.shape[1] == 1:
             tokens = tokens.squeeze(1)
         count = grid[0] * grid[1]
@@ -228,7 +228,7 @@ class Tokenizer(KeepsTables):
     def _checked_pixels(self, pixels: Any) -> Tensor:
         pixels = _as_tensor(pixels, "pixels")
         if not pixels.is_floating_point():
-            raise UserError(f"pixels must be floats, got {_name(pixels.dtype)}; divide 8-bit values by 255")
+            raise UserError(f"pixels must be floats, got {dtype_name(pixels.dtype)}; divide 8-bit values by 255")
         if not self._fits(pixels.shape):
             wanted = f"[B, {self.num_channels}, {self.image_size}, {self.image_size}]"
             if self.any_size:
@@ -285,7 +285,3 @@ def _as_tensor(values: Any, name: str) -> Tensor:
     if found.is_meta:
         raise UserError(f"{name} have no values, they are on the meta device")
     return found
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -34,6 +34,7 @@ from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import as_path, make_folder
+from softcfg.nn.precision import dtype_name
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SHARDS
 from softcfg.runs.job import RunRequest, draw_run
@@ -506,7 +507,7 @@ def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
         words += [flag, str(given)] if given else []
     if pipeline.weak is not None and pipeline.weak.source is not None:
         words += ["--weak-model", pipeline.weak.source.model]
-    kind = str(pipeline.generator.dtype).removeprefix("torch.")
+    kind = dtype_name(pipeline.generator.dtype)
     words += ["--dtype", kind] if kind != "float32" else []
     size = resizing(pipeline.tokenizer, None).get("image_size_eval")
     words += ["--image-size-eval", str(size)] if size is not None else []

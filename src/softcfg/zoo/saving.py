@@ -14,6 +14,7 @@ import yaml
 
 from softcfg.errors import UserError
 from softcfg.files import TEMPORARY, make_folder, open_atomically, open_regular, write_atomically
+from softcfg.nn.precision import dtype_name
 from softcfg.zoo.reading import is_index, shards_of
 from softcfg.zoo.registry import DTYPES, GENERATORS, TOKENIZERS, Family
 
@@ -133,7 +134,7 @@ def _describe(module: nn.Module, families: Mapping[str, Family], kind: str) -> d
     plain = all(type(parameter.data) is torch.Tensor and not parameter.is_meta for parameter in parameters)
     if not plain:
         raise UserError(f"the weights of the {kind} are quantized or offloaded; load the model without that to save it")
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    dtype = dtype_name(parameters[0].dtype)
     return {
         "family": family,
         "config": _plain(dataclasses.asdict(config)),

@@ -14,6 +14,7 @@ from torch import Tensor
 from softcfg.nn.backends.math import Math
 from softcfg.nn.backends.registry import AttentionCall, register_backend
 from softcfg.nn.choices import choose_once, time_sides
+from softcfg.nn.precision import dtype_name
 
 FEW = 4.0  # times the smallest steps, up to which the products take no longer
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,5 +80,5 @@ def _is_faster(dtype: torch.dtype) -> bool:
         seconds = time_sides({EmbeddingBag.name: bags, Math.name: batched})
         return min(seconds, key=seconds.__getitem__)
 
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return choose_once(f"attention-{name}", (EmbeddingBag.name, Math.name), measure) == EmbeddingBag.name
