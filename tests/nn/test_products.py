@@ -227,10 +227,10 @@ class Counted(Plain):
     now = 0.0
 
     def __init__(self, name: str, seconds: float, speed_up: float = 1) -> None:
-        self.name, self.seconds, self.speed_up, self.laid_out = name, seconds, speed_up, 0
+        self.name, self.seconds, self.speed_up, self.laid_out, self.largest = name, seconds, speed_up, 0, 0
 
     def lay_out(self, weight: Tensor, rows: int) -> Tensor:
-        self.laid_out += 1
+        self.laid_out, self.largest = self.laid_out + 1, max(self.largest, weight.nbytes)
         return weight
 
     def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -275,6 +275,17 @@ class TestChoice:
             weight = torch.randn(1024, 1024)
             choose([weight], None, rows, in_all=times * weight.nbytes)
             assert both[1].laid_out == measured
+
+    def test_of_a_huge_layer_a_part_is_measured(
+        self, both: tuple[Counted, Counted], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All products lay it out at the same time, and a head may have gigabytes."""
+        monkeypatch.setattr(products, "MEASURED", 1 << 16)
+        weight, bias = torch.randn(4096, 128), torch.randn(4096)
+        assert choose([weight], bias, 8, in_all=100 * weight.nbytes) is both[1]
+        assert (both[1].laid_out, both[1].largest) == (1, 1 << 16)
+        products.faster_dtype({(4096, 128): 1}, 8)
+        assert (both[1].laid_out, both[1].largest) == (1 + 2, 1 << 16)
 
     def test_a_product_that_gains_nothing_is_not_worth_its_memory(self, both: tuple[Counted, Counted]) -> None:
         both[1].seconds = 19

@@ -265,9 +265,11 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int, in_all: in
         return able[0]
 
     def measured() -> str:
-        layers = [each.detach() for each in weights[: _layers(weight)]]
+        most = _outputs(weight)
+        layers = [each.detach()[:most] for each in weights[: _layers(weight)]]
         copies = min(MEASURED, in_all) // max(1, weight.nbytes) - len(layers)
-        return _fastest(able, layers + [weight.detach().clone() for _ in range(copies)], bias, rows).name
+        layers += [layers[0].clone() for _ in range(copies)]
+        return _fastest(able, layers, None if bias is None else bias.detach()[:most], rows).name
 
     names = [product.name for product in able]
     return PRODUCTS[choose_once(f"product-{_shape(weight, bias, rows)}", names, measured)]
@@ -328,10 +330,11 @@ def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtyp
         seconds = dict.fromkeys(dtypes, 0.0)
         for (out, width), count in shapes.items():
             for name, dtype in dtypes.items():
-                weights = [torch.ones(out, width, dtype=dtype)]
-                weights += [weights[0].clone() for _ in range(1, min(count, _layers(weights[0])))]
-                times = _seconds(_able(weights[0]), weights, None, rows).values()
-                seconds[name] += count * min(times) / len(weights)
+                whole = torch.empty(out, width, dtype=dtype, device="meta")
+                some = torch.ones(_outputs(whole), width, dtype=dtype)
+                weights = [some] + [some.clone() for _ in range(1, min(count, _layers(whole)))]
+                times = _seconds(_able(some), weights, None, rows).values()
+                seconds[name] += count * min(times) / len(weights) * out / len(some)
         return "bfloat16" if seconds["bfloat16"] * GAIN < seconds["float32"] else "float32"
 
     return dtypes[choose_once(key, dtypes, faster)]
@@ -339,6 +342,11 @@ def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtyp
 
 def _layers(weight: Tensor) -> int:
     return max(LEAST_LAYERS, -(-MEASURED // max(1, weight.nbytes)))
+
+
+def _outputs(weight: Tensor) -> int:
+    """How many of a layer's outputs are measured: of a head of gigabytes not all, as every product lays them out."""
+    return max(1, min(len(weight), MEASURED * len(weight) // max(1, weight.nbytes)))
 
 
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
