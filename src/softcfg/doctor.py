@@ -40,7 +40,6 @@ LOGITS_TOLERANCE = 1e-2  # between devices, in float32
 CLOSE, MOST = 1e-4, 0.9  # where logits differ by less, the steps must draw nearly all tokens alike
 BATCHES = (4, 1)  # images: a GPU has kernels of its own for the steps of one
 PRODUCT_SHAPE, PRODUCT_ROWS = (2304, 768), (2, 8, 32)  # as in AliTok-B
-MANY = PRODUCT_ROWS[-1]  # rows of a step that is not small, as `AttentionCall.step_size` sees it
 BUNDLED = "fashion-small"
 COMPARED = (BUNDLED, "fashion", "emoji")  # with the CPU
 TIMED = {"cpu": (BUNDLED, 16, torch.float32), "other": ("alitok-b", 64, torch.bfloat16)}
@@ -94,7 +93,7 @@ def choices(device: torch.device) -> dict[str, str]:
     static = device.type == "cuda"
     found = {"steps": "of constant shapes, replayed as a CUDA graph" if static else "one by one, of growing shapes"}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True, rows=MANY)
+        call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True)
         skipped: list[str] = []
         for backend in reversed(BACKENDS.values()):
             why = backend.unavailable.get(call.query.device) or backend.why_not(call)
@@ -168,8 +167,7 @@ def _attention(device: torch.device) -> tuple[bool, str]:
     kinds: list[Any] = [(torch.float32, None, False), *((dtype, None, True) for dtype in TOLERANCE)]
     kinds += [(torch.bfloat16, stored, True) for stored in CACHES]  # a kernel compiles for each on a GPU: not all
     for (head_dim, groups), (dtype, stored, weighted) in itertools.product(sorted(shapes), kinds):
-        rows = MANY if device.type == "cpu" else 3
-        call = _call(device, dtype, head_dim, groups, static=True, weighted=weighted, stored=stored, rows=rows)
+        call = _call(device, dtype, head_dim, groups, static=True, weighted=weighted, stored=stored)
         found = attention(call).cpu().double()
         off = float((found - _exact(call)).abs().nan_to_num(nan=torch.inf).max()) / TOLERANCE[dtype]
         if off > worst:
@@ -269,7 +267,6 @@ def _call(
     static: bool,
     weighted: bool,
     stored: torch.dtype | None = None,
-    rows: int = 3,
 ) -> AttentionCall:
     """The attention of a decoding step on random contents: 2 key heads, 300 slots of which 290 are filled."""
     numbers = torch.Generator().manual_seed(0)
@@ -277,6 +274,7 @@ def _call(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=numbers).to(device, dtype)
 
+    rows = PRODUCT_ROWS[-1] if device.type == "cpu" else 3  # small steps have an attention of their own on a CPU
     key_heads, slots, filled = 2, 300, 290
     cache_type = KVCache if stored is None else CACHES[stored]
     cache = cache_type(1, rows, key_heads, slots, head_dim, dtype=dtype, device=device)

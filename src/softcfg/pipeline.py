@@ -25,7 +25,7 @@ from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
 from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
-from softcfg.nn.precision import as_device, as_dtype, own_dtype, wanted_dtype
+from softcfg.nn.precision import as_device, as_dtype, dtype_name, own_dtype, wanted_dtype
 from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
@@ -101,10 +101,10 @@ class Pipeline:
         what = "texts" if self.conditioning.takes_prompts else f"{self.generator.num_classes} classes"
         width, height = self.conditioning.image_size()
         millions = sum(parameter.numel() for parameter in self.generator.parameters()) / 1e6
-        halves, dtype = (type(self.generator).__name__, type(self.tokenizer).__name__), str(self.dtype)
+        halves = type(self.generator).__name__, type(self.tokenizer).__name__
         return (
             f"<Pipeline {self.name or 'without a name'}: {halves[0]} of {millions:,.3g} M parameters "
-            f"({dtype.removeprefix('torch.')} on {self.device}) with {halves[1]}, "
+            f"({dtype_name(self.dtype)} on {self.device}) with {halves[1]}, "
             f"draws {what}, {width} x {height} pixels in {self.num_tokens()} tokens>"
         )
 

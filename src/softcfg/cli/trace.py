@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from softcfg.inspection import trace
+    from softcfg.nn.precision import dtype_name
     from softcfg.zoo.reading import read_state_dict
 
     pipeline = arguments.load_pipeline(args)
@@ -68,6 +69,6 @@ def run(args: argparse.Namespace) -> int:
     )
     result.save(output, **({"prompts": names} if pipeline.conditioning.takes_prompts else {}))
     for name, tensor in result.tensors().items():
-        print(f"{name:16} {str(tensor.dtype).removeprefix('torch.'):8} {list(tensor.shape)}")
+        print(f"{name:16} {dtype_name(tensor.dtype):8} {list(tensor.shape)}")
     print(f"saved to {output}")
     return 0

@@ -197,7 +197,7 @@ def _as_labels(labels: ArrayLike | Tensor) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"labels must be the class of every sample, got {quote(labels)}") from error
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise UserError(f"labels must be whole numbers, got {str(found.dtype).removeprefix('torch.')}")
+        raise UserError(f"labels must be whole numbers, got {dtype_name(found.dtype)}")
     return found
 
 

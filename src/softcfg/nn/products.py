@@ -174,8 +174,8 @@ class OneDNN(Product):
 class Convolution(Product):
     """oneDNN's 1 x 1 convolution of the rows as pixels, which reads large weights faster than its inner product.
 
-    Other numbers of rows may want another layout. Fewer rows are so filled up with zeros, and more of them, as a prefix
-    has once, take the weights as they were.
+    Another number of rows may want another layout. So fewer rows are padded with zeros, and more of them, such as a
+    prefix, use the weights in their original layout.
     """
 
     name = "convolution"
@@ -214,7 +214,7 @@ _ONE_BY_ONE: tuple[list[int], list[int], list[int], int] = ([0, 0], [1, 1], [1, 
 
 
 def _has_onednn(weight: Tensor, *operations: str) -> bool:
-    """Whether these operations of oneDNN are there, for weights of this dtype."""
+    """Whether PyTorch has these operations of oneDNN here, for weights of this dtype."""
     ops = torch.ops.mkldnn
     return (
         torch.backends.mkldnn.is_available()
@@ -246,8 +246,8 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int, in_all: in
         weights: of the layers of this shape.
         bias: of one of them.
         rows: of the inputs.
-        in_all: bytes of all weights of the model. A step reads them before it comes back to one of these, so copies of
-            these are measured as well where they alone are less.
+        in_all: bytes of all weights of the model. A step reads all of them before it needs the same one again; where a
+            shape has few layers, copies of them are measured too, so that none stays in the caches.
 
     Raises:
         UserError: `SOFTCFG_PRODUCT` names no product.
@@ -345,7 +345,7 @@ def _layers(weight: Tensor) -> int:
 
 
 def _outputs(weight: Tensor) -> int:
-    """How many of a layer's outputs are measured: of a head of gigabytes not all, as every product lays them out."""
+    """How many of a layer's outputs are measured: every product lays them out, and some heads have gigabytes."""
     return max(1, min(len(weight), MEASURED * len(weight) // max(1, weight.nbytes)))
 
 
@@ -362,9 +362,10 @@ def _inputs(weight: Tensor, rows: int) -> Tensor:
 def _seconds(
     able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int
 ) -> dict[Product, float]:
-    """Seconds of each product with all of the weights, of those that compute what the plain one does.
+    """Seconds that each product takes for all of the weights.
 
-    A user's processor may be one on which nobody has tried them.
+    A product that fails, or computes something else than the plain one, is left out: nobody has tried every product on
+    every processor.
     """
     x = _inputs(weights[0], rows)
     expected = F.linear(x, weights[0], bias)
@@ -390,7 +391,7 @@ def _multiply_all(
 
 
 def _are_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether a product is the plain one but for its rounding, as far as the weights let it be seen."""
+    """Whether a product differs from the plain one by rounding alone; one that is not finite tells nothing."""
     if found.shape != expected.shape:
         return False
     difference, whole = torch.linalg.vector_norm(found.double() - expected), torch.linalg.vector_norm(expected.double())

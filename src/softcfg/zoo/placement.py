@@ -32,13 +32,15 @@ def quantize(module: ModuleT, kind: str, device: torch.device) -> ModuleT:
     import torch
     from torch import nn
 
+    from softcfg.nn.precision import dtype_name
+
     if kind not in QUANTIZATIONS:
         raise UserError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
     with needing(f"{kind} weights need torchao", "quantize"):
         from torchao.quantization import quantize_
     dtype = next(module.parameters()).dtype
     if kind == "int4" and device.type == "cuda" and dtype != torch.bfloat16:
-        raise UserError(f"int4 weights on a GPU need bfloat16, not {str(dtype).removeprefix('torch.')}")
+        raise UserError(f"int4 weights on a GPU need bfloat16, not {dtype_name(dtype)}")
     for group in GROUP_SIZES if kind == "int4" else (1,):
 
         def fits(layer: nn.Module, name: str, group: int = group) -> bool:
