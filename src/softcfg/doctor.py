@@ -25,6 +25,7 @@ from softcfg.inspection import trace
 from softcfg.models.base import Generator
 from softcfg.nn import AttentionContext, KVCache, Position, products, use_backend
 from softcfg.nn.backends import BACKENDS, AttentionCall, attention
+from softcfg.nn.backends.numba_decode import has_numba
 from softcfg.nn.choices import processor
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.memory import free_memory
@@ -33,7 +34,17 @@ from softcfg.zoo.files import missing_files
 from softcfg.zoo.loading import empty_module, load_generator, random_weights
 from softcfg.zoo.registry import MODELS, resolve
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface_hub", "transformers", "torchao")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "transformers",
+    "torchao",
+    "numba",
+)
 # What rounding moves attention by, of values of a standard deviation of 1.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 LOGITS_TOLERANCE = 1e-2  # between devices, in float32
@@ -91,7 +102,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 def choices(device: torch.device) -> dict[str, str]:
     """Which attention and which matrix product a decoding step will use, and why."""
     static = device.type == "cuda"
-    found = {"steps": "of constant shapes, replayed as a CUDA graph" if static else "one by one, of growing shapes"}
+    steps = "of constant shapes, replayed as a CUDA graph" if static else "one by one, of growing shapes"
+    if device.type == "cpu":
+        replayed = "replayed where all layers of a model are kernels (Numba)"
+        steps += f"; {replayed}" if has_numba() else "; faster with Numba: pip install 'softcfg[fast]'"
+    found = {"steps": steps}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True)
         skipped: list[str] = []

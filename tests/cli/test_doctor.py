@@ -14,7 +14,7 @@ from softcfg import doctor
 from softcfg.cli.main import main
 from softcfg.nn import choices as nn_choices
 from softcfg.nn import products
-from softcfg.nn.backends import BACKENDS, AttentionCall
+from softcfg.nn.backends import BACKENDS, AttentionCall, numba_decode
 from softcfg.nn.backends.math import Math
 
 CPU = torch.device("cpu")
@@ -32,15 +32,21 @@ def test_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["ok"]
 
 
-@pytest.mark.parametrize("name", ["embedding_bag", "math"])
+@pytest.mark.parametrize("name", ["numba_decode", "embedding_bag", "math"])
 def test_the_attention_is_that_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no gradient is asked for, which some backends do not have."""
+    if name == "numba_decode":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(numba_decode, "_is_faster", lambda: name == "numba_decode")
     for dtype in ("float32", "bfloat16"):
         key = f"attention-{dtype}", ("embedding_bag", "math")
-        monkeypatch.setitem(nn_choices.MADE, key, name)
+        monkeypatch.setitem(nn_choices.MADE, key, "math" if name == "math" else "embedding_bag")
     found = doctor.choices(CPU)
     assert found["attention, float32"].startswith(f"{name}; ")
     assert ("not embedding_bag: it is slower" in found["attention, bfloat16"]) == (name == "math")
+    assert ("not numba_decode: it is slower" in found["attention, float32"]) == (
+        name != "numba_decode" and numba_decode.has_numba()
+    )
 
 
 def test_a_product_is_measured_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +81,7 @@ def test_wrong_attention_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
         out = Math.attend(BACKENDS["math"], call)  # type: ignore[arg-type]
         return out if call.query.dtype == torch.float64 else out + 1e-4
 
+    monkeypatch.setattr(numba_decode, "has_numba", lambda: False)
     monkeypatch.setattr(BACKENDS["math"], "attend", off)
     monkeypatch.setattr(doctor, "TESTS", {"attention": doctor.TESTS["attention against float64"]})
     assert main(["doctor", "--device", "cpu", "--json"]) == 1

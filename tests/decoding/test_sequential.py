@@ -13,6 +13,7 @@ from softcfg import CFG, Sampling, SoftCFG, UserError
 from softcfg.decoding import decode, draw, graphs, image_uniforms, throughput
 from softcfg.decoding.sequential import steps_are_static
 from softcfg.models.base import Generator
+from softcfg.nn import fused
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,45 @@ METHODS = [
     SoftCFG(guidance_scale=3.0, step_norm=False, target="key"),
     SoftCFG.released(guidance_scale=3.0, target="both"),
 ]
+
+
+class Halved(SoftCFG):
+    def weights(self, confidence: torch.Tensor) -> torch.Tensor:
+        return 1 - confidence / 2
+
+
+class Certain(SoftCFG):
+    def token_confidence(
+        self, cond_logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0
+    ) -> torch.Tensor:
+        return torch.ones(tokens.shape)
+
+
+@pytest.mark.parametrize(
+    ("method", "kernels"),
+    [
+        (SoftCFG(3.0), "weights confidence"),
+        (CFG(3.0, perturbation="softcfg"), "weights confidence"),  # type: ignore[arg-type]
+        (SoftCFG.released(guidance_scale=3.0), "weights"),  # its confidence is that of the drawn token
+        (Halved(3.0), "confidence"),
+        (Certain(3.0), "weights"),
+        (CFG(3.0, perturbation="low_confidence"), ""),  # type: ignore[arg-type]
+    ],
+    ids=str,
+)
+def test_kernels_compute_what_softcfg_defines_and_nothing_else(
+    generator: Generator, method: CFG, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = set()
+    for name in ("weights", "confidence"):
+
+        def there_is_none(*given: object, name: str = name, **settings: object) -> bool:
+            asked.add(name)
+            return False
+
+        monkeypatch.setattr(fused, f"write_{name}", there_is_none)
+    decode(generator, LABELS, method, uniforms=image_uniforms(0, range(len(LABELS)), generator.num_tokens))
+    assert asked == set(kernels.split())
 
 
 @torch.no_grad()

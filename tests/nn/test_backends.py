@@ -38,6 +38,7 @@ from softcfg.nn.backends import (
     BackendUnavailableError,
     attention,
     embedding_bag,
+    numba_decode,
 )
 from softcfg.nn.backends.triton_decode import TritonDecode
 from softcfg.nn.kv_cache import Int8KVCache
@@ -51,6 +52,12 @@ def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test measures is not kept."""
     monkeypatch.setenv(choices.FOLDER_VARIABLE, str(tmp_path / "choices"))
     monkeypatch.setattr(choices, "MADE", {})
+
+
+@pytest.fixture(autouse=True)
+def operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of the CPU have tests of their own, in test_cpu_kernels.py."""
+    monkeypatch.setattr(numba_decode, "has_numba", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -290,7 +297,8 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
     with (
         pytest.raises(
             UserError,
-            match="no attention backend 'flash'; there are math, embedding_bag, sdpa_weighted, sdpa, triton_decode",
+            match="no attention backend 'flash'; there are math, embedding_bag, sdpa_weighted, sdpa, numba_decode, "
+            "triton_decode",
         ),
         use_backend("flash"),
     ):

@@ -182,7 +182,8 @@ def test_bits_do_not_depend_on_threads_where_it_is_said(name: str) -> None:
             x, found = torch.randn(rows, inputs), []
             for count in (1, 2):
                 torch.set_num_threads(count)
-                found.append(product.multiply(x, laid_out, weight, None, rows))
+                with torch.inference_mode():
+                    found.append(product.multiply(x, laid_out, weight, None, rows))
             assert torch.equal(*found)
 
 

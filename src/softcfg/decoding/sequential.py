@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -379,8 +379,8 @@ def branches_for_rule(
 
 
 def _write_weights(perturbation: Perturbation, confidence: Tensor, step: Tensor, weights: Tensor) -> None:
-    """Write `Perturbation.weights_at` into `weights` [B, T]; those of SoftCFG on a GPU by one kernel instead of six."""
-    if type(perturbation) is not ConfidenceWeights or not fused.write_weights(
+    """Write `Perturbation.weights_at` into `weights` [B, T]; those of SoftCFG by one kernel where there is one."""
+    if not _is_softcfg(perturbation, "weights", "weights_at") or not fused.write_weights(
         confidence,
         weights,
         step_norm=perturbation.step_norm,
@@ -401,18 +401,30 @@ def _write_confidence(
     confidence: Tensor,
     step: Step,
 ) -> None:
-    """Write `Perturbation.token_confidence` into the step's column of `confidence` [B, T]; that of SoftCFG on a GPU by
-    one kernel.
+    """Write `Perturbation.token_confidence` into the step's column of `confidence` [B, T]; that of SoftCFG by one
+    kernel where there is one.
 
     Args:
         logits: conditional, [B, V].
         tokens: int64 [B], what was drawn.
         codes: bool [T] or [B, T], which tokens have a confidence; None: all.
     """
-    standard = type(perturbation) is ConfidenceWeights and CONFIDENCES[perturbation.confidence] is max_probability
-    if not standard or not fused.write_confidence(logits, confidence, step.index, temperature, codes):
+    standard = CONFIDENCES[perturbation.confidence] is max_probability
+    if (
+        not standard
+        or not _is_softcfg(perturbation, "token_confidence")
+        or not fused.write_confidence(logits, confidence, step.index, temperature, codes)
+    ):
         found = perturbation.token_confidence(logits, tokens, temperature)
         confidence[:, step.at] = (found if codes is None else found * codes[..., step.at].squeeze(-1))[:, None]
+
+
+def _is_softcfg(perturbation: Perturbation, *methods: str) -> TypeGuard[ConfidenceWeights]:
+    """Whether these methods of a perturbation are those of SoftCFG: `SoftCFG` itself, and others that keep them."""
+    kind = type(perturbation)
+    return issubclass(kind, ConfidenceWeights) and all(
+        getattr(kind, name) is getattr(ConfidenceWeights, name) for name in methods
+    )
 
 
 def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class AliTok(ClassGenerator):
     """
 
     condition_slots = 1
+    steps_replay = True
 
     def __init__(self, config: AliTokConfig) -> None:
         super().__init__()

@@ -14,8 +14,10 @@ from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids as as_ids
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
+from softcfg.nn.linear import PROGRAMS
 from softcfg.nn.position import Position
 from softcfg.nn.precision import KeepsTables
+from softcfg.nn.replay import replayed
 from softcfg.nn.rotary import Rotary
 
 LabelsLike = Any  # a tensor, array or sequence of class ids
@@ -92,6 +94,8 @@ class Generator(KeepsTables, ABC):
         cache_shape: (layers, heads, head_dim) of the key/value cache.
         cache_dtype: what the key/value cache stores, of `nn.kv_cache.CACHES`; None for the dtype of the weights.
         supports_row_positions: whether a pass may start at a slot of its own in each row (`Position.by_row`).
+        steps_replay: whether blocks and logits of a step depend on nothing but its input and its attention context, so
+            that its kernels may be launched again without them (`nn.replay`).
         layer_devices: where each layer computes, if they are spread over several devices.
         blocks: the transformer blocks in order; each is called as `block(x, layer, context)`.
         conditioning_type: how what users ask for becomes what `condition` takes; None for a generator that is used
@@ -109,6 +113,7 @@ class Generator(KeepsTables, ABC):
     cache_shape: tuple[int, int, int]
     cache_dtype: torch.dtype | None = None
     supports_row_positions: bool = True
+    steps_replay: bool = False
     layer_devices: list[torch.device] | None = None
     blocks: Any
     rotary_cos: Tensor
@@ -181,8 +186,14 @@ class Generator(KeepsTables, ABC):
             attention_weights=attention_weights,
             padding=condition.padding,
         )
-        x = self.run_blocks(x, condition, context)
-        return self.logits(x[:, position.first_predicting(condition.slots) :]).to(tokens.device)
+
+        def run(x: Tensor) -> Tensor:
+            x = self.run_blocks(x, condition, context)
+            return self.logits(x[:, position.first_predicting(condition.slots) :])
+
+        programs = vars(self).get(PROGRAMS) if self.steps_replay else None
+        logits = None if programs is None else replayed(self, programs, x, context, run)
+        return (run(x) if logits is None else logits).to(tokens.device)
 
     def embed_condition(self, condition: Condition) -> Tensor:
         """The inputs for the slots of the condition, [rows, condition.slots, width]."""

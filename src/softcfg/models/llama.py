@@ -130,6 +130,7 @@ class LlamaGenerator(Generator):
     """
 
     no_split_modules = ("LlamaBlock",)
+    steps_replay = True
 
     config: LlamaConfig
 

@@ -118,6 +118,7 @@ class LlamaGenBody(Generator):
     """What the LlamaGen generators share: all but the condition."""
 
     no_split_modules = ("LlamaGenBlock",)
+    steps_replay = True
 
     config: LlamaGenConfig
 

@@ -104,7 +104,7 @@ class AttentionContext:
         )
 
     @cached_property
-    def memory(self) -> dict[Hashable, Tensor]:
+    def memory(self) -> dict[Hashable, Any]:
         """What a backend makes once for all layers of the pass."""
         return {}
 

@@ -1,7 +1,8 @@
-"""What stands between the matrix products of a block: as PyTorch's operations or, on a GPU, as one Triton kernel each.
+"""What stands between the matrix products of a block: as PyTorch's operations or as one kernel each.
 
-The kernels serve what has no gradient. Where they do not run, which the first launch shows, the operations take their
-place, with one warning; they are also what the kernels are tested against.
+The kernels are Triton's on a GPU, and Numba's on a CPU, where it is installed. They serve what has no gradient. Where
+they do not run, which the first launch shows, the operations take their place, with one warning; they are also what the
+kernels are tested against.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.nn.backends import triton_decode
+from softcfg.nn.backends import numba_decode, triton_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import FEW_ROWS
 from softcfg.nn.linear import Linear, are_side_by_side
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.norm import LAYER, RMS, RMSNorm
+from softcfg.nn.products import Panels
 from softcfg.nn.rotary import Rotary
 from softcfg.nn.settings import holding
 
@@ -33,6 +36,11 @@ LONGEST = 16384  # row of weights
 KINDS: dict[type, int] = {type(None): 0, nn.Identity: 0, nn.RMSNorm: RMS, RMSNorm: RMS, nn.LayerNorm: LAYER}  # of norms
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
 _enabled: ContextVar[bool] = ContextVar("fused_kernels", default=True)
+
+
+def are_enabled() -> bool:
+    """Whether this thread uses kernels where they run."""
+    return _enabled.get()
 
 
 def without_fused_kernels() -> AbstractContextManager[None]:
@@ -59,20 +67,11 @@ def add_norm(
         at: int64 [rows, n]. Gate, scale and shift are then tables [entries, width], and this says which entry is whose.
     """
     kind = _kind(norm, x) if _serves(x, added, gate, *(modulation or ())) else None
-    if kind and x.shape[-1] <= WIDEST:
+    if kind and x.shape[-1] <= WIDEST and (at is None or triton_decode.runs_on(x)):
+        more = () if at is None else (at,)
 
         def launch() -> tuple[Tensor, Tensor]:
-            from softcfg.nn.kernels import fused
-
-            width = x.shape[-1]
-            total, normed = fused.add_norm(
-                x.reshape(-1, width).contiguous(),
-                None if added is None else added.reshape(-1, width).contiguous(),
-                None if gate is None else gate.reshape(-1, width), kind, *_parameters(norm), _eps(norm),
-                None if modulation is None else (modulation[0].reshape(-1, width), modulation[1].reshape(-1, width)),
-                None if at is None else at.flatten(),
-            )  # fmt: skip
-            return total.view(x.shape), normed.view(x.shape)
+            return _kernels(x).add_norm(x, added, gate, kind, *_parameters(norm), _eps(norm), modulation, *more)
 
         found = _launched(x.device, launch)
         if found is not None:
@@ -108,19 +107,19 @@ def rotate_and_cache(
     if _fits(query, key, value, layer, context, q_norm, k_norm):
 
         def launch() -> tuple[Tensor, Tensor]:
-            from softcfg.nn.kernels import fused
-
             cache, rotary = context.cache, context.rotary
             assert cache is not None
-            assert context.position.row_slots is not None
-            key_scales, value_scales = cache.scales(layer)
-            turn: dict[str, Any] = {}
+            more: dict[str, Any] = {}
             if rotary is not None:
-                turn = {"cos": rotary.cos[:, 0], "sin": rotary.sin[:, 0], "neighbours": not rotary.halves}
-            return fused.rotate_and_cache(
-                query, key, value, context.position.row_slots, cache.keys[layer], cache.values[layer],
+                more = {"cos": rotary.first_cos, "sin": rotary.first_sin, "neighbours": not rotary.halves}
+            where: Any = context.position.slot
+            if triton_decode.runs_on(query):
+                more["key_scales"], more["value_scales"] = cache.scales(layer)
+                where = context.position.row_slots
+            return _kernels(query).rotate_and_cache(
+                query, key, value, where, cache.keys[layer], cache.values[layer],
                 norm=_kind(q_norm, query) or 0, query_weights=_parameters(q_norm), key_weights=_parameters(k_norm),
-                eps=(_eps(q_norm), _eps(k_norm)), key_scales=key_scales, value_scales=value_scales, **turn,
+                eps=(_eps(q_norm), _eps(k_norm)), **more,
             )  # fmt: skip
 
         found = _launched(query.device, launch)
@@ -171,7 +170,7 @@ def products(x: Tensor, *layers: nn.Linear, norm: nn.Module | None = None) -> Se
         norm: None for none.
     """
     if not triton_decode.runs_on(x):
-        inputs = x if norm is None else norm(x)
+        inputs = x if norm is None else add_norm(x, None, norm=norm)[1]
         return [layer(inputs) for layer in layers]
     joined = _joined(layers) if _serves(x, *(layer.weight for layer in layers)) else None
     if norm is not None and (joined is None or not _are_few(x, norm, joined[0])):
@@ -197,11 +196,7 @@ def add_gated_products(
         added: what a branch adds to the stream, shaped alike; None for nothing.
         norm: None for none.
     """
-    if not triton_decode.runs_on(x):
-        x = x if added is None else x + added
-        inputs = x if norm is None else norm(x)
-        return x, F.silu(gate(inputs)) * up(inputs)
-    plain = _is_plain(gate) and _is_plain(up) and (gate.bias is None) == (up.bias is None)
+    plain = triton_decode.runs_on(x) and _is_plain(gate) and _is_plain(up) and (gate.bias is None) == (up.bias is None)
     alike = plain and gate.weight.shape == up.weight.shape
     if alike and _serves(x, added, gate.weight, up.weight) and _are_few(x, norm, gate.weight, up.weight):
 
@@ -222,14 +217,7 @@ def add_gated_products(
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     if _serves(gate, up) and gate.stride(-1) == up.stride(-1) == 1:
-
-        def launch() -> Tensor:
-            from softcfg.nn.kernels import fused
-
-            width = gate.shape[-1]
-            return fused.silu_product(gate.reshape(-1, width), up.reshape(-1, width)).view(gate.shape)
-
-        found = _launched(gate.device, launch)
+        found = _launched(gate.device, lambda: _kernels(gate).silu_product(gate, up))
         if found is not None:
             return found
     return F.silu(gate) * up
@@ -238,7 +226,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
     """x + layer(inputs), the last use of `x`, whose memory the result may take: the product then adds to it."""
     if not triton_decode.runs_on(x):
-        return x + layer(inputs)
+        found = _add_panels(x, layer, inputs)
+        return x + layer(inputs) if found is None else found
     weight, bias = layer.weight, layer.bias
     if _serves(x, inputs, weight) and _is_plain(layer) and x.is_contiguous():
         if _are_few(inputs, None, weight):
@@ -249,6 +238,16 @@ def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
             x.view(-1, x.shape[-1]).addmm_(inputs.reshape(-1, inputs.shape[-1]), weight.t())
             return x
     return x + layer(inputs)
+
+
+def _add_panels(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor | None:
+    """x + layer(inputs) by the kernel of a layer that is laid out for it; None where it is not."""
+    if type(layer) is not Linear or layer.laid_out is None or not isinstance(layer.product, Panels):
+        return None
+    if not _is_unhooked(layer) or not _serves(x, inputs):
+        return None
+    packed = layer.laid_out
+    return _launched(x.device, lambda: _kernels(x).product(inputs, packed, layer.bias, x))
 
 
 def _joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None, list[int]] | None:
@@ -310,9 +309,7 @@ def write_weights(confidence: Tensor, weights: Tensor, **settings: Any) -> bool:
         return False
 
     def launch() -> bool:
-        from softcfg.nn.kernels import fused
-
-        fused.write_weights(confidence, weights, **settings)
+        _kernels(weights).write_weights(confidence, weights, **settings)
         return True
 
     return bool(_launched(confidence.device, launch))
@@ -334,9 +331,7 @@ def write_confidence(
         return False
 
     def launch() -> bool:
-        from softcfg.nn.kernels import fused
-
-        fused.write_confidence(logits, confidence, at, temperature, codes)
+        _kernels(logits).write_confidence(logits, confidence, at, temperature, codes)
         return True
 
     return bool(_launched(logits.device, launch))
@@ -349,23 +344,37 @@ def _are_rows(*tensors: Tensor) -> bool:
 
 
 def _serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels may be tried: on a GPU, on tensors of one dtype, and without a gradient."""
+    """Whether the kernels may be tried: where they run, on tensors of one dtype, and without a gradient."""
     x = tensors[0]
-    if x is None or not triton_decode.runs_on(x):
+    if x is None or not (triton_decode.runs_on(x) or numba_decode.runs_on(x)):
         return False
     if not _enabled.get() or torch.is_grad_enabled() or x.device in UNAVAILABLE:
         return False
-    alike = all(each is None or (each.dtype, each.device) == (x.dtype, x.device) for each in tensors)
-    return alike and x.dtype in DTYPES
+    dtype, device, on_gpu = x.dtype, x.device, triton_decode.runs_on(x)
+    for each in tensors:
+        if each is not None and (each.dtype is not dtype or each.device != device):
+            return False
+        if not on_gpu and each is not None and type(each) is not Tensor:
+            return False
+    return dtype is torch.float32 or (dtype in DTYPES and on_gpu)
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of the kernels on the device of `x`."""
+    if triton_decode.runs_on(x):
+        from softcfg.nn.kernels import fused
+
+        return fused
+    return numba_decode.kernels()
 
 
 def _launched(device: torch.device, launch: Callable[[], Result]) -> Result | None:
     """What a launch gives; None if kernels do not run on the device: for want of a compiler, or it is not supported."""
     try:
         return launch()
-    except torch.OutOfMemoryError:  # the operations take more
-        raise
-    except Exception as error:  # Triton, its compiler and its driver have no common type of error
+    except Exception as error:  # Triton, Numba, their compilers and drivers have no common type of error
+        if is_out_of_memory(error):  # the operations take more
+            raise
         UNAVAILABLE.add(device)
         message = f"fused kernels do not run on {device}, PyTorch's operations take their place"
         warnings.warn(f"{message}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
@@ -381,20 +390,23 @@ def _fits(
     q_norm: nn.Module | None,
     k_norm: nn.Module | None,
 ) -> bool:
-    cache, rotary, dim = context.cache, context.rotary, query.shape[-1]
-    if cache is None or context.position.row_slots is None or query.shape[2] != 1 or dim % 2:
+    cache, rotary, (_, _, new, dim) = context.cache, context.rotary, query.shape
+    if cache is None or new != 1 or dim % 2 or not _serves(query, key, value):
         return False
+    slot, row_slots = context.position.slot, context.position.row_slots
     if type(cache).write not in (KVCache.write, Int8KVCache.write) or cache.dtype != query.dtype:
         return False
-    if rotary is not None and (rotary.cos.dim() != 3 or rotary.cos.dtype != torch.float32):
+    if triton_decode.runs_on(query):
+        served = row_slots is not None and (rotary is None or rotary.cos.dim() == 3)
+    else:
+        served = slot is not None and slot < cache.slots and cache.stored is None
+    if not served or (rotary is not None and rotary.cos.dtype != torch.float32):
         return False
     if _kind(q_norm, query) is None or _kind(q_norm, query) != _kind(k_norm, key):
         return False
     side_by_side = all((each.stride(1), each.stride(3)) == (dim, 1) for each in (query, key, value))
     keys, values = cache.keys[layer], cache.values[layer]
-    return side_by_side and keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1) and _serves(
-        query, key, value
-    )  # fmt: skip
+    return side_by_side and keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -414,15 +426,21 @@ def _is_unhooked(module: nn.Module) -> bool:
 def _kind(norm: nn.Module | None, x: Tensor) -> int | None:
     """How the kernels know a norm over the last dimension of `x`; 0 for no norm, None for one that they do not know."""
     kind = KINDS.get(type(norm))
-    if not kind or not isinstance(norm, nn.Module):
+    if not kind or norm is None:
         return kind
-    if norm.eps is None or norm.normalized_shape != x.shape[-1:] or not _is_unhooked(norm):
+    width, dtype, device = x.shape[-1], x.dtype, x.device
+    if norm.eps is None or norm.normalized_shape != (width,) or not _is_unhooked(norm):
         return None
-    return kind if all((each.dtype, each.device) == (x.dtype, x.device) for each in norm.parameters()) else None
+    for each in norm._parameters.values():  # `parameters()` takes longer than a small kernel
+        if each is not None and (
+            each.dtype is not dtype or each.device != device or each.shape[-1] != width or not each.is_contiguous()
+        ):
+            return None
+    return kind
 
 
 def _parameters(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
-    return getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return (None, None) if norm is None else (norm._parameters.get("weight"), norm._parameters.get("bias"))
 
 
 def _eps(norm: nn.Module | None) -> float:

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from softcfg.nn.settings import holding
 
 FEW_ROWS = 4  # up to which products have a kernel of their own, and launches are linked
+# Where kernels of a CPU write down how they were launched (`nn.replay`); None: nowhere.
+recorded: ContextVar[list[tuple[int, ...]] | None] = ContextVar("recorded_launches", default=None)
 _linked: ContextVar[bool] = ContextVar("linked_launches", default=False)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from softcfg.nn.precision import has_bfloat16
 from softcfg.nn.products import Product, choose, faster_dtype, keeps_bits
 
 GUIDED_ROWS = 16
+PROGRAMS = "step_programs"  # attribute of a prepared module: what `nn.replay` keeps of its steps
 _preparing = threading.RLock()
 
 
@@ -102,9 +104,14 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
             warnings.warn(
                 "there is no memory to lay out the weights, so their products are slower", RuntimeWarning, stacklevel=3
             )
+        first = PROGRAMS not in vars(module)
+        if first:
+            vars(module)[PROGRAMS] = WeakKeyDictionary()
     try:
         yield
     finally:
+        if first:
+            del vars(module)[PROGRAMS]
         if mine:
             _restore(layers)
 

@@ -22,13 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.errors import UserError
+from softcfg.nn.backends import numba_decode
 from softcfg.nn.choices import choose_once, on_threads, time_sides
 from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.precision import dtype_name
 from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
-GAIN = 1.1  # by which a product that keeps weights twice must be faster than the plain one, and bfloat16 than float32
+# By which a product that keeps weights twice must be faster than the plain one, and bfloat16 than float32; and by which
+# one that is replayed may be slower, for a step made of kernels alone saves more.
+GAIN = 1.1
 # Layers of one shape are measured one after the other, as many as this many bytes of weights take, and at least three:
 # in a step they come from memory, and products that read them from caches can change places.
 MEASURED = 64 << 20
@@ -43,10 +46,12 @@ class Product(ABC):
         name: for `use_product` and `SOFTCFG_PRODUCT`.
         serves_any_rows: whether weights laid out for one number of rows serve all others as well; the layer then need
             not keep them twice.
+        replays: whether it is a kernel that `nn.replay` launches again without Python.
     """
 
     name: str
     serves_any_rows = False
+    replays = False
 
     @abstractmethod
     def can_serve(self, weight: Tensor) -> bool:
@@ -209,6 +214,35 @@ class Convolution(Product):
         return laid_out.to_dense()[:, :, 0, 0]
 
 
+@register_product
+class Panels(Product):
+    """A kernel by Numba, an extra (`kernels.cpu.product`): a few rows at once with panels of 16 outputs."""
+
+    name = "panels"
+    serves_any_rows = True
+    replays = True
+
+    def can_serve(self, weight: Tensor) -> bool:
+        """See `Product.can_serve`."""
+        if weight.dtype != torch.float32 or not numba_decode.has_numba() or numba_decode.kernels() is None:
+            return False
+        return numba_decode.kernels().can_pack(weight)
+
+    def lay_out(self, weight: Tensor, rows: int) -> Tensor:
+        """See `Product.lay_out`."""
+        return numba_decode.kernels().pack(weight)
+
+    def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """See `Product.multiply`."""
+        if x.dtype is not torch.float32 or not numba_decode.runs_on(x):
+            return F.linear(x, self.restore(laid_out), bias)
+        return numba_decode.kernels().product(x, laid_out, bias)
+
+    def restore(self, laid_out: Tensor) -> Tensor:
+        """See `Product.restore`."""
+        return numba_decode.kernels().unpack(laid_out)
+
+
 # Padding, stride, dilation and groups.
 _ONE_BY_ONE: tuple[list[int], list[int], list[int], int] = ([0, 0], [1, 1], [1, 1], 1)
 
@@ -351,7 +385,12 @@ def _outputs(weight: Tensor) -> int:
 
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
     least, plain = _seconds(able, weights, bias, rows), PRODUCTS["plain"]
-    return min(least, key=lambda each: least[each] * (1 if each is plain or each.serves_any_rows else GAIN))
+
+    def worth(product: Product) -> float:
+        handicap = 1.0 if product is plain or product.serves_any_rows else GAIN
+        return least[product] * (handicap / GAIN if product.replays else handicap)
+
+    return min(least, key=worth)
 
 
 def _inputs(weight: Tensor, rows: int) -> Tensor:

@@ -33,6 +33,16 @@ class Rotary:
         return (x.view(torch.complex64) * self._turns).view(torch.float32)
 
     @cached_property
+    def first_cos(self) -> Tensor:
+        """`cos` of the first slot, [rows or 1, head_dim / 2]."""
+        return self.cos[:1] if self.cos.dim() == 2 else self.cos[:, 0]
+
+    @cached_property
+    def first_sin(self) -> Tensor:
+        """`sin` of the first slot, [rows or 1, head_dim / 2]."""
+        return self.sin[:1] if self.sin.dim() == 2 else self.sin[:, 0]
+
+    @cached_property
     def _turns(self) -> Tensor:
         turns = torch.complex(self.cos, self.sin)
         return turns if turns.dim() == 2 else turns[:, None]

@@ -154,6 +154,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
 
 
+def is_forced() -> bool:
+    """Whether this thread is inside `use_backend`."""
+    return _forced.get() is not None
+
+
 def attention(call: AttentionCall) -> Tensor:
     """The attention of a call, [rows, heads, n, head_dim], by the backend that is forced or else the best one."""
     forced, device = _forced.get(), call.query.device

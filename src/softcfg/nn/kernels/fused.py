@@ -223,21 +223,26 @@ def add_norm(
     """x + gate * added, and the norm of it times 1 + scale plus shift; all of one dtype.
 
     Args:
-        x, added: [rows, width], contiguous.
-        gate: [rows, width], the entries of a row side by side; None for ones.
+        x, added: [..., width].
+        gate: shaped alike; None for ones.
         kind: `RMS` or `LAYER` of `nn.norm`.
         weight, bias: [width] of the norm; None for ones and zeros.
         modulation: scale and shift, of the same strides; shaped like `gate`.
-        at: int64 [rows], which rows of gate, scale and shift, which then may be of any number, serve each row; None for
-            its own.
+        at: int64, an entry for each row. Gate, scale and shift are then tables [entries, width], and this says which
+            entry serves which row; None for its own.
 
     Returns:
-        Both [rows, width]; the first is `x` itself if nothing is added.
+        Both [..., width]; the first has the values of `x` if nothing is added.
     """
-    rows, width = x.shape
+    shape, width = x.shape, x.shape[-1]
+    x = x.contiguous()
+    added, at = (None if each is None else each.contiguous() for each in (added, at))
+    gate, scale, shift = (
+        None if each is None else each.reshape(-1, width) for each in (gate, *(modulation or (None, None)))
+    )
+    rows = x.numel() // width
     total = x if added is None else torch.empty_like(x)
     normed = torch.empty_like(x)
-    scale, shift = modulation or (None, None)
     block = triton.next_power_of_2(width)
     _add_norm[(rows,)](
         x, added, gate, weight, bias, scale, shift, at, total, normed,
@@ -245,9 +250,9 @@ def add_norm(
         WIDTH=width, BLOCK=block, KIND=kind, ADD=added is not None, GATED=gate is not None,
         WEIGHTED=weight is not None, BIASED=bias is not None, MODULATED=scale is not None,
         INDEXED=at is not None,
-        num_warps=min(16, max(1, block // 512)), **launch_options(x),
+        num_warps=min(16, max(1, block // 512)), **launch_options(x.view(rows, width)),
     )  # fmt: skip
-    return total, normed
+    return total.view(shape), normed.view(shape)
 
 
 def rotate_and_cache(
@@ -311,9 +316,11 @@ def rotate_and_cache(
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of two tensors [rows, width] of one dtype, the entries of a row side by side; contiguous."""
-    rows, width = gate.shape
-    out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+    """silu(gate) * up of two tensors [..., width] of one dtype; contiguous."""
+    shape, width = gate.shape, gate.shape[-1]
+    gate, up = gate.reshape(-1, width), up.reshape(-1, width)
+    rows = len(gate)
+    out = torch.empty(shape, dtype=gate.dtype, device=gate.device)
     block = 1024
     _silu_product[(rows, triton.cdiv(width, block))](
         gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4, **launch_options(gate)

@@ -1,0 +1,161 @@
+"""Attention of a decoding step on a CPU, with weights, by the kernel in `softcfg.nn.kernels.cpu`.
+
+PyTorch computes it as hundreds of small products of one row, which on some processors read the cache at half the speed
+of the memory. Numba, an extra, compiles the kernel without a compiler on the machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcfg.nn.backends.embedding_bag import EmbeddingBag
+from softcfg.nn.backends.math import Math
+from softcfg.nn.backends.registry import AttentionBackend, AttentionCall, BackendUnavailableError, register_backend
+from softcfg.nn.choices import choose_once, on_threads, time_sides
+from softcfg.nn.context import AttentionContext
+from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.launches import recorded
+from softcfg.nn.memory import is_out_of_memory
+from softcfg.nn.position import Position
+
+VARIABLE = "SOFTCFG_CPU_KERNELS"  # "0": PyTorch's operations instead
+GAIN = 1.1  # by which it may be slower: a step that is made of kernels alone is replayed without Python (`nn.replay`)
+COPIES, MEASURED = 8, (8, 16, 128, 64)  # of a layer's keys and values: 64 MiB, so that they come from memory
+
+
+@register_backend
+class NumbaDecode(AttentionBackend):
+    """One query per row; scores, softmax and weighted sum of a head at once."""
+
+    name = "numba_decode"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        """See `AttentionBackend.why_not`."""
+        query, key, value = call.query, call.key, call.value
+        if query.shape[2] != 1:
+            return "it takes one query per row"
+        if not query.is_cpu or not query.dtype == key.dtype == value.dtype == torch.float32:
+            return "it runs on CPUs, in float32"
+        if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+            return "it takes keys and values of one shape, and as many queries for each head of them"
+        cache = call.context.cache
+        if cache is not None and (cache.stored is not None or call.context.slots > cache.slots):
+            return "it reads keys and values in float32, of slots that the cache has"
+        if not runs_on(query):
+            return "it needs Numba, no gradient, and that nothing else watches PyTorch's operations"
+        return None
+
+    def preferred(self, call: AttentionCall) -> bool:
+        """See `AttentionBackend.preferred`: if it is faster on this machine."""
+        return call.query.is_cpu and call.query.shape[2] == 1 and self.why_not(call) is None and _is_faster()
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """See `AttentionBackend.attend`.
+
+        Raises:
+            BackendUnavailableError: the kernel does not compile.
+        """
+        context, query = call.context, call.query
+        key, value = self._contents(call)
+        if key.stride() != value.stride() or key.stride()[2:] != (key.shape[3], 1):
+            key, value = key.contiguous(), value.contiguous()
+        tables = tables_of(context)
+        query = query if query.stride(3) == 1 else query.contiguous()
+        try:
+            return kernels().attention(query, key, value, context.slots, *tables)
+        except Exception as error:  # Numba and LLVM have no common type of error
+            if is_out_of_memory(error):
+                raise
+            raise BackendUnavailableError(f"{type(error).__name__}: {error}") from error
+
+    def _contents(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Keys and values of at least the slots of the call; of the cache the whole, which saves two slices a layer."""
+        cache = call.context.cache
+        if cache is not None and type(cache).read is KVCache.read:
+            return cache.keys[call.layer], cache.values[call.layer]
+        return call.keys_and_values()
+
+
+def tables_of(context: AttentionContext) -> list[Tensor | None]:
+    """Value weights, key weights, logarithms of attention weights and visible slots of a step, once for all layers.
+
+    Each is [rows or 1, S], the entries of a row side by side; None where there are none.
+    """
+    if NumbaDecode.name not in context.memory:
+        mask = context.mask
+        mask = None if mask is None else mask if mask.dim() == 2 else mask[:, 0]
+        factors = [
+            None if each is None else each[:, 0, 0].float().expand(-1, context.slots) for each in context.factors
+        ]
+        context.memory[NumbaDecode.name] = [
+            None if each is None else each if each.stride(1) == 1 else each.contiguous() for each in (*factors, mask)
+        ]
+    return context.memory[NumbaDecode.name]
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernels may be tried on a tensor: one of a CPU whose operations nothing else follows."""
+    return (
+        x.is_cpu
+        and type(x) is Tensor
+        and has_numba()
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == (recorded.get() is not None)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+        and kernels() is not None
+    )
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module of the kernels; None, after a warning, where they do not compile."""
+    try:
+        from softcfg.nn.kernels import cpu
+    except Exception as error:  # Numba and LLVM have no common type of error
+        message = "the kernels for the CPU do not run here, PyTorch's operations take their place"
+        warnings.warn(f"{message}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return cpu
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Whether Numba is installed and its kernels are not turned off."""
+    return find_spec("numba") is not None and os.environ.get(VARIABLE) != "0"
+
+
+def _is_faster() -> bool:
+    """Whether it is faster than PyTorch's operations on this machine."""
+
+    def measure() -> str:
+        rows, heads, slots, width = MEASURED
+        query = torch.ones(rows, heads, 1, width, dtype=torch.float32, device="cpu")
+        context = AttentionContext(Position.shared(slots - 1), slots)
+        contents = torch.ones(COPIES, 2, rows, heads, slots, width, dtype=torch.float32, device="cpu")
+        calls = [AttentionCall(query, key, value, context) for key, value in contents]
+
+        def attend(backend: AttentionBackend) -> None:
+            for call in calls:
+                backend.attend(call)
+
+        sides = {
+            backend.name: functools.partial(attend, backend) for backend in (NumbaDecode(), EmbeddingBag(), Math())
+        }
+        try:
+            on_threads(1, sides[NumbaDecode.name])
+        except BackendUnavailableError:  # a call will say so
+            return NumbaDecode.name
+        seconds = time_sides(sides)
+        seconds[NumbaDecode.name] /= GAIN
+        return min(seconds, key=seconds.__getitem__)
+
+    names = (NumbaDecode.name, EmbeddingBag.name, Math.name)
+    return choose_once("attention-step-float32", names, measure) == NumbaDecode.name

@@ -1,0 +1,955 @@
+"""Kernels of a CPU: what stands between the matrix products of a step, one call for each place, compiled by Numba.
+
+A small step takes as long as its operations, each of which costs PyTorch some microseconds, and a large one reads its
+key/value cache faster by a kernel that reads nothing else. No compiler is needed on the machine: Numba brings its own.
+The first process compiles them, in some seconds, and keeps what it made beside this file or in the user's cache.
+
+All compute in float32, run on PyTorch's own threads, and give the same bits on any number of them. They are in one
+file, for Numba would not notice that a function of another file has changed. `softcfg.nn.fused` and the attention
+backend `numba_decode` choose between them and the operations that they replace.
+
+A kernel is a function of one address, that of its parameters, 64-bit integers: first the number of items, which its
+threads share, then addresses, sizes and steps. So one function launches all of them, within two microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from softcfg.nn import launches
+from softcfg.nn.norm import LAYER
+
+# Sums may be taken in any order. A NaN stays one, and an infinity too: scores of -inf hide slots.
+# A division by zero gives an infinity or NaN, for a loop that could raise an error has no vector instructions.
+OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
+GRAIN = 1 << 15  # numbers that are worth a thread, as in PyTorch
+MOST = 32  # parameters of a kernel
+PIECE = 1 << 12  # numbers of a row that are an item
+FIRST = 3  # index of the first one of its own
+_WORD = ir.IntType(64)
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
+
+
+def compiled(*signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit`, kept on disk where that can be written to."""
+    return _kept(numba.njit, *signature, nogil=True, **OPTIONS | options)
+
+
+def kernel(function: Callable[[int], None]) -> int:
+    """Compile a kernel; its address."""
+    made = _kept(numba.cfunc, types.void(types.int64), **OPTIONS)(function)
+    _MADE.append(made)  # its code lives as long as it does
+    return made.address
+
+
+_MADE: list[Any] = []
+
+
+def _kept(compiler: Callable[..., Any], *signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    def compile_(function: Callable[..., Any]) -> Any:
+        try:
+            return compiler(*signature, cache=True, **options)(function)
+        except RuntimeError:  # there is no folder for it: each process compiles for itself
+            return compiler(*signature, **options)(function)
+
+    return compile_
+
+
+def _pointer_to(number: types.Type) -> Any:
+    """An address as a pointer to numbers of a type."""
+
+    @_intrinsic
+    def pointer(typing: Any, address: types.Type) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(number)(types.int64), generate
+
+    return pointer
+
+
+integers = _pointer_to(types.int64)
+floats = _pointer_to(types.float32)
+bools = _pointer_to(types.boolean)
+
+
+@_intrinsic
+def _run(typing: Any, kernel: types.Type, parameters: types.Type) -> Any:
+    """Run a kernel on this thread."""
+    return types.void(types.int64, types.int64), _caller(ir.VoidType())
+
+
+@_intrinsic
+def _run_on(typing: Any, parallel: types.Type, kernel: types.Type, parameters: types.Type, threads: types.Type) -> Any:
+    """Run a kernel on so many threads, by GOMP_parallel(kernel, parameters, threads, flags)."""
+    run = _caller(ir.VoidType(), ir.IntType(32), ir.IntType(32))
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        parallel, kernel, parameters, threads = given
+        number = builder.trunc(threads, ir.IntType(32))
+        return run(context, builder, signature, (parallel, kernel, parameters, number, ir.IntType(32)(0)))
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@_intrinsic
+def _ask(typing: Any, function: types.Type) -> Any:
+    """The integer that a C function without arguments returns."""
+    return types.int32(types.int64), _caller(ir.IntType(32))
+
+
+def _caller(returned: Any, *last: Any) -> Callable[..., Any]:
+    """Generate the call of the C function at the first of the given addresses with the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        address, *arguments = given
+        function = ir.FunctionType(returned, [argument.type for argument in arguments])
+        found = builder.call(builder.inttoptr(address, function.as_pointer()), arguments)
+        return context.get_dummy_value() if isinstance(returned, ir.VoidType) else found
+
+    return generate
+
+
+@compiled()
+def share(parameters: Any) -> tuple[int, int]:
+    """Which items are this thread's, from the first up to the second."""
+    items, number, threads = parameters[0], parameters[1], parameters[2]
+    if number == 0:
+        return 0, items
+    mine, all_ = np.int64(_ask(number)), np.int64(_ask(threads))
+    return items * mine // all_, items * (mine + 1) // all_
+
+
+@compiled(types.int64(types.int64, types.int64, types.int64, types.UniTuple(types.int64, MOST)))
+def _launch(kernel: int, parallel: int, threads: int, given: tuple[int, ...]) -> int:
+    parameters = np.empty(MOST, np.int64)
+    for index in range(MOST):
+        parameters[index] = given[index]
+    if threads > 1:
+        _run_on(parallel, kernel, parameters.ctypes.data, threads)
+    else:
+        _run(kernel, parameters.ctypes.data)
+    return parameters[0]  # Numba frees an array after its last use
+
+
+def launch(kernel: int, items: int, numbers: int, *parameters: int) -> None:
+    """Run a kernel on as many of PyTorch's threads as so many `numbers` are worth, at most one for each item."""
+    (parallel, *queries), threads, recorded = _openmp(), 1, launches.recorded.get()
+    if recorded is not None:
+        recorded.append((kernel, numbers, items, 0, 0, *parameters, *_ZEROS[FIRST + len(parameters) :]))
+    if numbers > GRAIN and parallel:
+        threads = min(torch.get_num_threads(), items, -(-numbers // GRAIN))
+    if threads > 1:
+        _launch(kernel, parallel, threads, (items, *queries, *parameters, *_ZEROS[FIRST + len(parameters) :]))
+    else:
+        _launch(kernel, 0, 1, (items, 0, 0, *parameters, *_ZEROS[FIRST + len(parameters) :]))
+
+
+@compiled(types.void(*[types.int64] * 6))
+def _launch_all(table: int, count: int, most: int, parallel: int, number: int, threads_: int) -> None:
+    rows = carray(integers(table), (count, 2 + MOST))
+    for row in range(count):
+        numbers, items = rows[row, 1], rows[row, 2]
+        threads = 1
+        if most > 1 and numbers > GRAIN:
+            threads = min(most, items, (numbers + GRAIN - 1) // GRAIN)
+        parameters = table + 8 * (row * (2 + MOST) + 2)
+        if threads > 1:
+            rows[row, 3], rows[row, 4] = number, threads_
+            _run_on(parallel, rows[row, 0], parameters, threads)
+        else:
+            rows[row, 3], rows[row, 4] = 0, 0
+            _run(rows[row, 0], parameters)
+
+
+class Program:
+    """A list of launches that is run by one call.
+
+    Args:
+        recorded: what `launch` has recorded (`softcfg.nn.launches.recorded`).
+    """
+
+    def __init__(self, recorded: Sequence[tuple[int, ...]]) -> None:
+        self._table = np.array(recorded, dtype=np.int64)
+        kernels = self._table[:, 0]
+        self._rotations = np.flatnonzero(kernels == _rotate_and_cache)
+        self._attentions = np.flatnonzero(kernels == _attention)
+        some = self._table[self._attentions]
+        self._per_slot = 2 * some[:, 2] * some[:, 2 + DIM]
+
+    def run(self, slots: int, cos: Tensor | None, sin: Tensor | None, tables: Sequence[Tensor | None]) -> None:
+        """Run all of it for the last of so many slots.
+
+        Args:
+            cos, sin: as of `rotate_and_cache`.
+            tables: value weights, key weights, logarithms and visible slots, as of `attention`.
+        """
+        table, rotations, attentions = self._table, self._rotations, self._attentions
+        table[rotations, 2 + SLOT] = slots - 1
+        table[rotations, 2 + COS] = _address(cos)
+        table[rotations, 2 + SIN], table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)
+        table[attentions, 1] = self._per_slot * slots
+        table[attentions, 2 + SLOTS] = slots
+        for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), tables, strict=True):
+            table[attentions, 2 + place], table[attentions, 3 + place] = _shared_rows(each)
+        omp = _openmp()
+        _launch_all(table.ctypes.data, len(table), torch.get_num_threads() if omp[0] else 1, *omp)
+
+
+def _with_rows(x: Tensor | None) -> Tensor | None:
+    """Itself, if its rows [..., n], the entries of one side by side, follow each other in equal steps; or a copy."""
+    if x is None or x.is_contiguous() or (x.stride(-1) == 1 and (x.dim() == 2 or (x.dim() == 3 and x.shape[1] == 1))):
+        return x
+    return x.contiguous()
+
+
+def _rows_of(x: Tensor | None) -> tuple[int, int]:
+    """Address, and step from row to row, of what `_with_rows` gives; zeros for None."""
+    if x is None:
+        return 0, 0
+    return x.data_ptr(), x.shape[-1] if x.is_contiguous() else x.stride(0)
+
+
+def _shared_rows(x: Tensor | None) -> tuple[int, int]:
+    """The same of a table [rows or 1, n], the entries of a row side by side, of which one row may serve all."""
+    if x is None:
+        return 0, 0
+    return x.data_ptr(), x.stride(0) if len(x) > 1 else 0
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.lru_cache(256)
+def _bits(number: float) -> int:
+    """A float as an integer parameter of the same bits."""
+    return int.from_bytes(struct.pack("d", number), sys.byteorder, signed=True)
+
+
+@compiled()
+def _float(bits: int) -> np.float32:
+    """The float of such a parameter."""
+    return np.float32(np.int64(bits).view(np.float64))
+
+
+@functools.cache
+def _openmp() -> tuple[int, int, int]:
+    """Addresses in the OpenMP that PyTorch uses, whose threads are waiting already; zeros where it cannot be found.
+
+    The functions are those that GCC calls: `GOMP_parallel`, `omp_get_thread_num`, `omp_get_num_threads`.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+            functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+        except (OSError, AttributeError):
+            continue
+        parallel, number, threads = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions)
+        return parallel, number, threads
+    return 0, 0, 0
+
+
+_ZEROS = (0,) * MOST
+
+
+_LOWEST = np.float32(-87)  # below it the exponential leaves the normal numbers, and is 0 here
+_HIGHEST = np.float32(89)  # here it is infinite
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
+_PER_LOG2 = np.float32(1 / math.log(2))
+_HIGH = np.float32(355 / 512)  # of log 2: its multiples are exact
+_LOW = np.float32(math.log(2) - 355 / 512)
+_TERMS = [np.float32(1 / math.factorial(power)) for power in range(8)]
+_C2, _C3, _C4, _C5, _C6, _C7 = _TERMS[2:]
+
+
+@compiled(fastmath=False)  # in another order the two parts of log 2 would become one
+def exp(x: np.float32) -> np.float32:
+    """e^x of a float32, to a unit or two in the last place: 2^k e^r, with e^r by Taylor and r within half of log 2."""
+    clipped = min(max(x, _LOWEST), _HIGHEST)
+    doublings = clipped * _PER_LOG2
+    power = np.int32(doublings + (_HALF if doublings > _ZERO else -_HALF))  # a floor would be in 64 bits
+    whole = np.float32(power)
+    rest = clipped - whole * _HIGH - whole * _LOW
+    series = _C2 + rest * (_C3 + rest * (_C4 + rest * (_C5 + rest * (_C6 + rest * _C7))))
+    found = _ONE + (rest + rest * rest * series)
+    found *= np.int32((power + np.int32(127)) << np.int32(23)).view(np.float32)
+    return _ZERO if x < _LOWEST else found
+
+
+(
+    QUERY, KEYS, VALUES, OUT, KEY_HEADS, GROUP, SLOTS, DIM, QUERY_ROW, QUERY_HEAD, CACHE_ROW, CACHE_HEAD,
+    VALUE_WEIGHTS, VALUE_WEIGHTS_ROW, KEY_WEIGHTS, KEY_WEIGHTS_ROW, LOGARITHMS, LOGARITHMS_ROW, VISIBLE, VISIBLE_ROW,
+) = range(FIRST, FIRST + 20)  # fmt: skip
+_NOTHING = np.float32(-np.inf)
+
+
+@compiled()
+def _score(query: Any, keys: Any, scores: Any, slots: int, dim: int) -> None:
+    """Products of a query with all keys; four keys at once, which share the reading of the query."""
+    whole = slots // 4 * 4
+    for slot in range(0, whole, 4):
+        one = two = three = four = _ZERO
+        for channel in range(dim):
+            one += query[channel] * keys[slot, channel]
+            two += query[channel] * keys[slot + 1, channel]
+            three += query[channel] * keys[slot + 2, channel]
+            four += query[channel] * keys[slot + 3, channel]
+        scores[slot], scores[slot + 1], scores[slot + 2], scores[slot + 3] = one, two, three, four
+    for slot in range(whole, slots):
+        one = _ZERO
+        for channel in range(dim):
+            one += query[channel] * keys[slot, channel]
+        scores[slot] = one
+
+
+@compiled()
+def _sum_weighted(out: Any, factors: Any, values: Any, slots: int, dim: int) -> None:
+    """The sum of the values, each with its factor; four values at once, which share the writing of the sum."""
+    for channel in range(dim):
+        out[channel] = _ZERO
+    whole = slots // 4 * 4
+    for slot in range(0, whole, 4):
+        one, two, three, four = factors[slot], factors[slot + 1], factors[slot + 2], factors[slot + 3]
+        for channel in range(dim):
+            out[channel] += (
+                one * values[slot, channel]
+                + two * values[slot + 1, channel]
+                + three * values[slot + 2, channel]
+                + four * values[slot + 3, channel]
+            )
+    for slot in range(whole, slots):
+        for channel in range(dim):
+            out[channel] += factors[slot] * values[slot, channel]
+
+
+@compiled()
+def _prepare(p: Any, scores: Any, row: int, slots: int, scale: np.float32) -> bool:
+    """Scale the scores, and apply to them what acts before the softmax; whether the query sees any slot."""
+    for slot in range(slots):
+        scores[slot] *= scale
+    if p[KEY_WEIGHTS]:
+        weights = carray(floats(p[KEY_WEIGHTS] + 4 * row * p[KEY_WEIGHTS_ROW]), (slots,))
+        for slot in range(slots):
+            scores[slot] *= weights[slot]
+    if p[LOGARITHMS]:
+        logarithms = carray(floats(p[LOGARITHMS] + 4 * row * p[LOGARITHMS_ROW]), (slots,))
+        for slot in range(slots):
+            scores[slot] += logarithms[slot]
+    if not p[VISIBLE]:
+        return True
+    visible = carray(bools(p[VISIBLE] + row * p[VISIBLE_ROW]), (slots,))
+    sees = False
+    for slot in range(slots):
+        sees |= visible[slot]
+        scores[slot] = scores[slot] if visible[slot] else _NOTHING
+    return sees
+
+
+@compiled()
+def _softmax(scores: Any, slots: int) -> np.float32:
+    """Make of the scores their exponentials, the largest of them 1; their sum."""
+    largest = _NOTHING
+    for slot in range(slots):
+        largest = max(largest, scores[slot])
+    total = _ZERO
+    for slot in range(slots):
+        power = exp(scores[slot] - largest)
+        scores[slot] = power
+        total += power
+    return total
+
+
+@kernel
+def _attention(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    first, last = share(p)
+    slots, dim, group, key_heads = p[SLOTS], p[DIM], p[GROUP], p[KEY_HEADS]
+    scale = np.float32(1 / math.sqrt(dim))
+    scores = np.empty(slots, np.float32)
+    for item in range(first, last):
+        row, key_head = item // key_heads, item % key_heads
+        place = 4 * (row * p[CACHE_ROW] + key_head * p[CACHE_HEAD])
+        keys = carray(floats(p[KEYS] + place), (slots, dim))
+        values = carray(floats(p[VALUES] + place), (slots, dim))
+        for head in range(key_head * group, (key_head + 1) * group):
+            query = carray(floats(p[QUERY] + 4 * (row * p[QUERY_ROW] + head * p[QUERY_HEAD])), (dim,))
+            out = carray(floats(p[OUT] + 4 * (row * key_heads * group + head) * dim), (dim,))
+            _score(query, keys, scores, slots, dim)
+            if not _prepare(p, scores, row, slots, scale):
+                for channel in range(dim):
+                    out[channel] = _ZERO
+                continue
+            share_of_one = _ONE / _softmax(scores, slots)
+            for slot in range(slots):
+                scores[slot] *= share_of_one
+            if p[VALUE_WEIGHTS]:
+                weights = carray(floats(p[VALUE_WEIGHTS] + 4 * row * p[VALUE_WEIGHTS_ROW]), (slots,))
+                for slot in range(slots):
+                    scores[slot] *= weights[slot]
+            _sum_weighted(out, scores, values, slots, dim)
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: int,
+    value_weights: Tensor | None = None,
+    key_weights: Tensor | None = None,
+    log_attention: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query of each row; all float32.
+
+    Args:
+        query: [rows, heads, 1, head_dim], the entries of a head side by side.
+        keys, values: [rows, key_heads, S or more, head_dim] of the same strides, the slots of a head side by side.
+        slots: S, those that are read.
+        value_weights, key_weights: factors on probabilities and on scores, [rows or 1, S], the entries of a row side
+            by side; None for ones.
+        log_attention: is added to the scores, shaped likewise; None for zeros.
+        visible: bool, shaped likewise, which slots a query sees; None: all. One that sees none gives zeros.
+
+    Returns:
+        [rows, heads, 1, head_dim], contiguous.
+    """
+    rows, heads, _, dim = query.shape
+    key_heads = keys.shape[1]
+    if any(
+        each is not None and len(each) not in (1, rows) for each in (value_weights, key_weights, log_attention, visible)
+    ):
+        raise ValueError(f"weights and mask must have one row, or {rows} like the queries")
+    out = torch.empty((rows, heads, 1, dim), dtype=query.dtype, device="cpu")
+    query_row, query_head, _, _ = query.stride()
+    cache_row, cache_head, _, _ = keys.stride()
+    launch(
+        _attention, rows * key_heads, 2 * rows * key_heads * slots * dim,
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), key_heads, heads // key_heads, slots, dim,
+        query_row, query_head, cache_row, cache_head,
+        *_shared_rows(value_weights), *_shared_rows(key_weights), *_shared_rows(log_attention), *_shared_rows(visible),
+    )  # fmt: skip
+    return out
+
+
+(
+    X, ADDED, GATE, GATE_ROW, SCALE, SCALE_ROW, SHIFT, SHIFT_ROW, WEIGHT, BIAS, TOTAL, NORMED, WIDTH, KIND, EPS,
+) = range(FIRST, FIRST + 15)  # fmt: skip
+
+
+@compiled()
+def _normalise(x: Any, out: Any, width: int, kind: int, eps: np.float32) -> None:
+    """Layer norm or RMS norm of a vector, without weights."""
+    mean = _ZERO
+    if kind == LAYER:
+        for channel in range(width):
+            mean += x[channel]
+        mean /= np.float32(width)
+    squares = _ZERO
+    for channel in range(width):
+        squares += (x[channel] - mean) * (x[channel] - mean)
+    factor = _ONE / np.float32(math.sqrt(squares / np.float32(width) + eps))
+    for channel in range(width):
+        out[channel] = (x[channel] - mean) * factor
+
+
+@compiled()
+def _multiply(x: Any, address: int, width: int) -> None:
+    """Multiply a vector by the one at an address; by nothing where it is 0."""
+    if address:
+        factors = carray(floats(address), (width,))
+        for channel in range(width):
+            x[channel] *= factors[channel]
+
+
+@compiled()
+def _add(x: Any, address: int, width: int) -> None:
+    """Add the vector at an address to another; nothing where it is 0."""
+    if address:
+        terms = carray(floats(address), (width,))
+        for channel in range(width):
+            x[channel] += terms[channel]
+
+
+@kernel
+def _add_norm(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    first, last = share(p)
+    width, eps = p[WIDTH], _float(p[EPS])
+    for row in range(first, last):
+        place = 4 * row * width
+        x = carray(floats(p[X] + place), (width,))
+        normed = carray(floats(p[NORMED] + place), (width,))
+        if p[ADDED]:
+            total = carray(floats(p[TOTAL] + place), (width,))
+            added = carray(floats(p[ADDED] + place), (width,))
+            if p[GATE]:
+                gate = carray(floats(p[GATE] + 4 * row * p[GATE_ROW]), (width,))
+                for channel in range(width):
+                    total[channel] = x[channel] + gate[channel] * added[channel]
+            else:
+                for channel in range(width):
+                    total[channel] = x[channel] + added[channel]
+            x = total
+        _normalise(x, normed, width, p[KIND], eps)
+        _multiply(normed, p[WEIGHT], width)
+        _add(normed, p[BIAS], width)
+        if p[SCALE]:
+            scale = carray(floats(p[SCALE] + 4 * row * p[SCALE_ROW]), (width,))
+            shift = carray(floats(p[SHIFT] + 4 * row * p[SHIFT_ROW]), (width,))
+            for channel in range(width):
+                normed[channel] = normed[channel] * (_ONE + scale[channel]) + shift[channel]
+
+
+def add_norm(
+    x: Tensor,
+    added: Tensor | None,
+    gate: Tensor | None,
+    kind: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    modulation: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """As `softcfg.nn.kernels.fused.add_norm`, of float32."""
+    x, added, gate = x.contiguous(), None if added is None else added.contiguous(), _with_rows(gate)
+    scale, shift = map(_with_rows, modulation or (None, None))
+    total = x if added is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    width = x.shape[-1]
+    launch(
+        _add_norm, x.numel() // width, x.numel(),
+        x.data_ptr(), _address(added), *_rows_of(gate), *_rows_of(scale), *_rows_of(shift),
+        _address(weight), _address(bias), total.data_ptr(), normed.data_ptr(), width, kind, _bits(eps),
+    )  # fmt: skip
+    return total, normed
+
+
+(
+    NEW_QUERY, NEW_QUERY_ROW, NEW_KEY, NEW_KEY_ROW, NEW_VALUE, NEW_VALUE_ROW, NEW_HEADS, NEW_KEY_HEADS, NEW_DIM,
+    TURNED_QUERY, TURNED_KEY, COS, SIN, ROTARY_ROW, HALVES, SLOT, TO_KEYS, TO_VALUES, TO_ROW, TO_HEAD,
+    NORM, QUERY_EPS, QUERY_SHARE, QUERY_WEIGHT, QUERY_BIAS, KEY_EPS, KEY_SHARE, KEY_WEIGHT, KEY_BIAS,
+) = range(FIRST, FIRST + 29)  # fmt: skip
+
+
+@compiled()
+def _copy(x: Any, to: int, dim: int) -> None:
+    """Copy a vector to an address."""
+    out = carray(floats(to), (dim,))
+    for channel in range(dim):
+        out[channel] = x[channel]
+
+
+@compiled()
+def _rotate(x: Any, cos: Any, sin: Any, pairs: int, halves: bool) -> None:
+    """Rotate the pairs of channels of a vector."""
+    for pair in range(pairs):
+        one, other = (pair, pairs + pair) if halves else (2 * pair, 2 * pair + 1)
+        first, second = x[one], x[other]
+        x[one] = first * cos[pair] - second * sin[pair]
+        x[other] = second * cos[pair] + first * sin[pair]
+
+
+@kernel
+def _rotate_and_cache(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    start, stop = share(p)
+    heads, key_heads, dim = p[NEW_HEADS], p[NEW_KEY_HEADS], p[NEW_DIM]
+    for row in range(start, stop):
+        for head in range(heads + key_heads):
+            which, to, source, share_, weight, bias, eps = (
+                head, p[TURNED_QUERY] + 4 * (row * heads + head) * dim, p[NEW_QUERY] + 4 * row * p[NEW_QUERY_ROW],
+                p[QUERY_SHARE], p[QUERY_WEIGHT], p[QUERY_BIAS], p[QUERY_EPS],
+            )  # fmt: skip
+            if head >= heads:
+                which = head - heads
+                to, source = p[TURNED_KEY] + 4 * (row * key_heads + which) * dim, p[NEW_KEY] + 4 * row * p[NEW_KEY_ROW]
+                share_, weight, bias, eps = p[KEY_SHARE], p[KEY_WEIGHT], p[KEY_BIAS], p[KEY_EPS]
+            x = carray(floats(source + 4 * which * dim), (dim,))
+            out = carray(floats(to), (dim,))
+            if p[NORM]:
+                _normalise(x, out, dim, p[NORM], _float(eps))
+                group = 4 * (which // share_) * dim
+                _multiply(out, weight + group if weight else 0, dim)
+                _add(out, bias + group if bias else 0, dim)
+            else:
+                _copy(x, to, dim)
+            if p[COS]:
+                place = 4 * row * p[ROTARY_ROW]
+                cos = carray(floats(p[COS] + place), (dim // 2,))
+                sin = carray(floats(p[SIN] + place), (dim // 2,))
+                _rotate(out, cos, sin, dim // 2, p[HALVES] != 0)
+            if head >= heads:
+                cached = 4 * (row * p[TO_ROW] + which * p[TO_HEAD] + p[SLOT] * dim)
+                _copy(out, p[TO_KEYS] + cached, dim)
+                value = carray(floats(p[NEW_VALUE] + 4 * (row * p[NEW_VALUE_ROW] + which * dim)), (dim,))
+                _copy(value, p[TO_VALUES] + cached, dim)
+
+
+def rotate_and_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot: int,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    norm: int = 0,
+    query_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    key_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: tuple[float, float] = (0.0, 0.0),
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    neighbours: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `softcfg.nn.kernels.fused.rotate_and_cache`, of float32 and into a cache of float32.
+
+    Args:
+        slot: of all rows.
+        cos, sin: of each row, or one row for all; of the same strides.
+    """
+    rows, heads, _, dim = query.shape
+    key_heads = key.shape[1]
+    turned_query = torch.empty((rows, heads, 1, dim), dtype=query.dtype, device="cpu")
+    turned_key = torch.empty((rows, key_heads, 1, dim), dtype=key.dtype, device="cpu")
+    to_row, to_head, _, _ = keys.stride()
+    norms = [
+        *(_bits(eps[0]), _heads_of_weights(query_weights[0], heads, dim), *map(_address, query_weights)),
+        *(_bits(eps[1]), _heads_of_weights(key_weights[0], key_heads, dim), *map(_address, key_weights)),
+    ]
+    launch(
+        _rotate_and_cache, rows, turned_query.numel() + turned_key.numel(),
+        query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
+        heads, key_heads, dim, turned_query.data_ptr(), turned_key.data_ptr(), _address(cos), *_shared_rows(sin),
+        int(not neighbours), slot, keys.data_ptr(), values.data_ptr(), to_row, to_head, norm, *norms,
+    )  # fmt: skip
+    return turned_query, turned_key
+
+
+def _heads_of_weights(weight: Tensor | None, heads: int, dim: int) -> int:
+    """How many neighbouring heads each vector of weights serves."""
+    groups = 1 if weight is None else weight.numel() // dim
+    if heads % groups:
+        raise ValueError(f"{groups} vectors of weights cannot serve {heads} heads alike")
+    return heads // groups
+
+
+UNGATED, UNGATED_ROW, UP, UP_ROW, PRODUCT, PRODUCT_WIDTH, PIECES = range(FIRST, FIRST + 7)
+
+
+@kernel
+def _silu_product(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    first, last = share(p)
+    for item in range(first, last):
+        row, piece = item // p[PIECES], item % p[PIECES]
+        start = piece * PIECE
+        width = min(PIECE, p[PRODUCT_WIDTH] - start)
+        gate = carray(floats(p[UNGATED] + 4 * (row * p[UNGATED_ROW] + start)), (width,))
+        up = carray(floats(p[UP] + 4 * (row * p[UP_ROW] + start)), (width,))
+        out = carray(floats(p[PRODUCT] + 4 * (row * p[PRODUCT_WIDTH] + start)), (width,))
+        for place in range(width):
+            out[place] = gate[place] / (_ONE + exp(-gate[place])) * up[place]
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """As `softcfg.nn.kernels.fused.silu_product`, of float32 [..., width]."""
+    out, width = torch.empty(gate.shape, dtype=gate.dtype, device="cpu"), gate.shape[-1]
+    gates, ups = _with_rows(gate), _with_rows(up)
+    pieces = -(-width // PIECE)
+    launch(
+        _silu_product, gate.numel() // width * pieces, gate.numel(),
+        *_rows_of(gates), *_rows_of(ups), out.data_ptr(), width, pieces,
+    )  # fmt: skip
+    return out
+
+
+(
+    CONFIDENCE, CONFIDENCE_ROW, WEIGHTS, WEIGHTS_ROW, COUNT, SUCCESSOR, STEP_NORM, STRENGTH, FLOOR, ADDED_TO_SUM,
+) = range(FIRST, FIRST + 10)  # fmt: skip
+_SMALLEST = np.finfo(np.float32).tiny
+
+
+@kernel
+def _write_weights(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    first, last = share(p)
+    count, later = p[COUNT], p[SUCCESSOR]
+    strength, floor = _float(p[STRENGTH]), _float(p[FLOOR])
+    for row in range(first, last):
+        confidence = carray(floats(p[CONFIDENCE] + 4 * row * p[CONFIDENCE_ROW]), (count,))
+        weights = carray(floats(p[WEIGHTS] + 4 * row * p[WEIGHTS_ROW]), (count,))
+        total = _ONE
+        if p[STEP_NORM]:
+            total = _ZERO
+            for place in range(later, count):
+                total += confidence[place]
+            total = max(total + _float(p[ADDED_TO_SUM]), _SMALLEST)  # without confidences, all are 0
+        for place in range(count):
+            weights[place] = _ONE
+        for place in range(later, count):
+            weights[place - later] = max(_ONE - confidence[place] / total, _ZERO)
+        if strength != _ONE:
+            for place in range(count):
+                weights[place] = weights[place] ** strength
+        for place in range(count):
+            weights[place] = max(weights[place], floor)
+
+
+def write_weights(
+    confidence: Tensor,
+    weights: Tensor,
+    *,
+    step_norm: bool,
+    strength: float,
+    floor: float,
+    eps: float,
+    successor: bool,
+) -> None:
+    """As `softcfg.nn.kernels.fused.write_weights`."""
+    batch, count = confidence.shape
+    launch(
+        _write_weights, batch, confidence.numel(), *_shared_rows(confidence), *_shared_rows(weights), count,
+        int(successor), int(step_norm), _bits(float(strength)), _bits(float(floor)), _bits(float(eps)),
+    )  # fmt: skip
+
+
+(
+    LOGITS, LOGITS_ROW, VOCABULARY, TEMPERATURE, LARGEST, LARGEST_ROW, COLUMN, CODES, CODES_ROW,
+) = range(FIRST, FIRST + 9)  # fmt: skip
+
+
+@kernel
+def _write_confidence(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    first, last = share(p)
+    count, column = p[VOCABULARY], p[COLUMN]
+    inverse = _ONE / _float(p[TEMPERATURE])
+    for row in range(first, last):
+        logits = carray(floats(p[LOGITS] + 4 * row * p[LOGITS_ROW]), (count,))
+        largest = _NOTHING
+        for place in range(count):
+            largest = max(largest, logits[place])
+        total = _ZERO
+        for place in range(count):
+            total += exp((logits[place] - largest) * inverse)
+        found = _ONE / total
+        if p[CODES] and not carray(bools(p[CODES] + row * p[CODES_ROW] + column), (1,))[0]:
+            found = _ZERO
+        carray(floats(p[LARGEST] + 4 * (row * p[LARGEST_ROW] + column)), (1,))[0] = found
+
+
+def write_confidence(
+    logits: Tensor, confidence: Tensor, at: Tensor, temperature: float, codes: Tensor | None = None
+) -> None:
+    """As `softcfg.nn.kernels.fused.write_confidence`."""
+    batch, count = logits.shape
+    column = int(at)
+    if not 0 <= column < confidence.shape[1]:
+        raise IndexError(f"there are {confidence.shape[1]} columns, and {column} is none of them")
+    codes_row = 0 if codes is None or codes.dim() == 1 else codes.stride(0)
+    launch(
+        _write_confidence, batch, logits.numel(), *_shared_rows(logits), count, _bits(float(temperature)),
+        *_shared_rows(confidence), column, _address(codes), codes_row,
+    )  # fmt: skip
+
+
+PANEL = 16  # outputs whose weights lie side by side: a register, or two or four
+TOGETHER = 6  # rows for which a panel is read at once: with so many, their sums stay in registers
+UNROLLED = 2  # inputs of a turn of the loop
+_FLOAT, _VECTOR = ir.FloatType(), ir.VectorType(ir.FloatType(), PANEL)
+_CONTRACT = ("contract",)
+
+
+def _panel_product(rows: int) -> Any:
+    """The product of some rows with a panel of weights, as vector instructions that no compiler has to find.
+
+    Its arguments are the addresses of weights [in, PANEL], of rows, of their results, of a bias (or 0) and of what is
+    added (or 0); the number of inputs; and the bytes from row to row, of the inputs and of the results.
+    """
+
+    @_intrinsic
+    def product(
+        typing: Any, weights: Any, x: Any, out: Any, bias: Any, onto: Any, inputs: Any, x_row: Any, out_row: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            weights, x, out, bias, onto, inputs, x_row, out_row = arguments
+            vector, zero = _VECTOR.as_pointer(), _WORD(0)
+
+            def load(address: Any) -> Any:
+                return builder.load(builder.inttoptr(address, vector), align=4)
+
+            def moved(address: Any, step: Any, times: int) -> Any:
+                return builder.add(address, builder.mul(step, _WORD(times)))
+
+            def or_zero(address: Any, place: Any) -> Any:
+                """The vector at a place; zeros where the address it belongs to is 0."""
+                before = builder.block
+                with builder.if_then(builder.icmp_signed("!=", address, zero)):
+                    found, inside = load(place), builder.block
+                result = builder.phi(_VECTOR)
+                result.add_incoming(ir.Constant(_VECTOR, [0.0] * PANEL), before)
+                result.add_incoming(found, inside)
+                return result
+
+            start = or_zero(bias, bias)
+            entry = builder.block
+            loop, end = builder.append_basic_block("inputs"), builder.append_basic_block("end")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            index = builder.phi(_WORD)
+            index.add_incoming(zero, entry)
+            sums = [builder.phi(_VECTOR) for _ in range(rows)]
+            results = list(sums)
+            for turn in range(UNROLLED):
+                place = builder.add(index, _WORD(turn))
+                panel = load(moved(weights, place, 4 * PANEL))
+                for row in range(rows):
+                    address = moved(moved(x, x_row, row), place, 4)
+                    number = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()))
+                    product = builder.fmul(panel, _spread(builder, number), flags=_CONTRACT)
+                    results[row] = builder.fadd(results[row], product, flags=_CONTRACT)
+            following = builder.add(index, _WORD(UNROLLED))
+            index.add_incoming(following, loop)
+            for phi, result in zip(sums, results, strict=True):
+                phi.add_incoming(start, entry)
+                phi.add_incoming(result, loop)
+            builder.cbranch(builder.icmp_signed("<", following, inputs), loop, end)
+            builder.position_at_end(end)
+            for row, result in enumerate(results):
+                more = or_zero(onto, moved(onto, out_row, row))
+                builder.store(builder.fadd(result, more), builder.inttoptr(moved(out, out_row, row), vector), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return product
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    """A vector of one number."""
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    single = builder.insert_element(undefined, number, ir.IntType(32)(0))
+    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL))
+
+
+_one, _two, _three, _four, _five, _six = (_panel_product(rows) for rows in range(1, TOGETHER + 1))
+
+PACKED, INPUT, OUTPUT, OFFSET, ONTO, ROWS, INPUTS, OUTPUTS = range(FIRST, FIRST + 8)
+
+
+@compiled()
+def _panel(p: Any, panel: int) -> None:
+    """The products of all rows with a panel."""
+    rows, inputs = p[ROWS], p[INPUTS]
+    x_row, out_row = 4 * inputs, 4 * p[OUTPUTS]
+    weights, place = p[PACKED] + 4 * PANEL * panel * inputs, 4 * PANEL * panel
+    bias = p[OFFSET] + place if p[OFFSET] else 0
+    done = 0
+    while done < rows:
+        x, out = p[INPUT] + done * x_row, p[OUTPUT] + done * out_row + place
+        onto = p[ONTO] + done * out_row + place if p[ONTO] else 0
+        left = min(rows - done, TOGETHER)
+        if left == 6:
+            _six(weights, x, out, bias, onto, inputs, x_row, out_row)
+        elif left == 5:
+            _five(weights, x, out, bias, onto, inputs, x_row, out_row)
+        elif left == 4:
+            _four(weights, x, out, bias, onto, inputs, x_row, out_row)
+        elif left == 3:
+            _three(weights, x, out, bias, onto, inputs, x_row, out_row)
+        elif left == 2:
+            _two(weights, x, out, bias, onto, inputs, x_row, out_row)
+        else:
+            _one(weights, x, out, bias, onto, inputs, x_row, out_row)
+        done += left
+
+
+@compiled()
+def _rest(p: Any, first: int) -> None:
+    """The products of all rows with the outputs that fill no panel."""
+    inputs, outputs = p[INPUTS], p[OUTPUTS]
+    for row in range(p[ROWS]):
+        x = carray(floats(p[INPUT] + 4 * row * inputs), (inputs,))
+        out = carray(floats(p[OUTPUT] + 4 * row * outputs), (outputs,))
+        for output in range(first, outputs):
+            weights = carray(floats(p[PACKED] + 4 * output * inputs), (inputs,))
+            total = _ZERO
+            for place in range(inputs):
+                total += x[place] * weights[place]
+            out[output] = total
+        if p[OFFSET]:
+            _add(out[first:], p[OFFSET] + 4 * first, outputs - first)
+        if p[ONTO]:
+            _add(out[first:], p[ONTO] + 4 * (row * outputs + first), outputs - first)
+
+
+@kernel
+def _product(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    panels = p[OUTPUTS] // PANEL
+    first, last = share(p)
+    for panel in range(first, min(last, panels)):
+        _panel(p, panel)
+    if last > panels:
+        _rest(p, panels * PANEL)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Weights [out, in] in the order in which `product` reads them, shaped alike: panels of PANEL outputs as
+    [in, PANEL], and what fills none as it is."""
+    whole, inputs = len(weight) // PANEL * PANEL, weight.shape[1]
+    panels = weight[:whole].reshape(whole // PANEL, PANEL, inputs).transpose(1, 2)
+    return torch.cat((panels.reshape(whole, inputs), weight[whole:]))
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The weights [out, in] again."""
+    whole, inputs = len(packed) // PANEL * PANEL, packed.shape[1]
+    panels = packed[:whole].view(whole // PANEL, inputs, PANEL).transpose(1, 2)
+    return torch.cat((panels.reshape(whole, inputs), packed[whole:]))
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether `product` serves weights [out, in]."""
+    return weight.dtype == torch.float32 and weight.shape[1] > 0 and not weight.shape[1] % UNROLLED
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """onto + x W^T + bias, in float32. Each row has the same bits, however many there are.
+
+    Args:
+        x: [..., in].
+        packed: of `pack`, [out, in].
+        bias: [out]; None for zeros.
+        onto: [..., out]; None for zeros.
+
+    Raises:
+        ValueError: the inputs are of another width.
+    """
+    outputs, inputs = packed.shape
+    if x.shape[-1] != inputs:
+        raise ValueError(f"the layer takes inputs of width {inputs}, got {x.shape[-1]}")
+    x, onto = x.contiguous(), None if onto is None else onto.contiguous()
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="cpu")
+    launch(
+        _product, -(-outputs // PANEL), packed.numel(),
+        packed.data_ptr(), x.data_ptr(), out.data_ptr(), _address(bias), _address(onto), x.numel() // inputs, inputs,
+        outputs,
+    )  # fmt: skip
+    return out
