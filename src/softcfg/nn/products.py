@@ -13,9 +13,8 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,13 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.nn.backends import numba_decode
 from softcfg.nn.choices import choose_once, on_threads, time_sides
+from softcfg.nn.launches import recorded
 from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.precision import dtype_name
 from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
-# By which a product that keeps weights twice must be faster than the plain one, and bfloat16 than float32; and by which
-# one that is replayed may be slower, for a step made of kernels alone saves more.
-GAIN = 1.1
+GAIN = 1.1  # by which a product that keeps weights twice must be faster than the plain one, and bfloat16 than float32
 # Layers of one shape are measured one after the other, as many as this many bytes of weights take, and at least three:
 # in a step they come from memory, and products that read them from caches can change places.
 MEASURED = 64 << 20
@@ -46,12 +44,10 @@ class Product(ABC):
         name: for `use_product` and `SOFTCFG_PRODUCT`.
         serves_any_rows: whether weights laid out for one number of rows serve all others as well; the layer then need
             not keep them twice.
-        replays: whether it is a kernel that `nn.replay` launches again without Python.
     """
 
     name: str
     serves_any_rows = False
-    replays = False
 
     @abstractmethod
     def can_serve(self, weight: Tensor) -> bool:
@@ -68,6 +64,17 @@ class Product(ABC):
     def restore(self, laid_out: Tensor) -> Tensor:
         """The weights [out, in] again, bit by bit, of a product that serves any rows."""
         return laid_out
+
+    def as_in_steps(
+        self, x: Tensor, laid_out: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, rows: int
+    ) -> Callable[[], object]:
+        """What multiplies `x` with all weights, one after the other, as steps do; for a measurement."""
+
+        def run() -> None:
+            for packed, weight in zip(laid_out, weights, strict=True):
+                self.multiply(x, packed, weight, bias, rows)
+
+        return run
 
 
 PRODUCTS: dict[str, Product] = {}
@@ -220,7 +227,6 @@ class Panels(Product):
 
     name = "panels"
     serves_any_rows = True
-    replays = True
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
@@ -241,6 +247,16 @@ class Panels(Product):
     def restore(self, laid_out: Tensor) -> Tensor:
         """See `Product.restore`."""
         return numba_decode.kernels().unpack(laid_out)
+
+    def as_in_steps(
+        self, x: Tensor, laid_out: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, rows: int
+    ) -> Callable[[], object]:
+        """See `Product.as_in_steps`: launched by one call."""
+        launched: list[tuple[int, ...]] = []
+        with holding(recorded, launched):
+            results = [numba_decode.kernels().product(x, packed, bias) for packed in laid_out]
+        program = numba_decode.kernels().Program(launched, [x, results, laid_out, bias])
+        return program.launch
 
 
 # Padding, stride, dilation and groups.
@@ -385,12 +401,7 @@ def _outputs(weight: Tensor) -> int:
 
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
     least, plain = _seconds(able, weights, bias, rows), PRODUCTS["plain"]
-
-    def worth(product: Product) -> float:
-        handicap = 1.0 if product is plain or product.serves_any_rows else GAIN
-        return least[product] * (handicap / GAIN if product.replays else handicap)
-
-    return min(least, key=worth)
+    return min(least, key=lambda each: least[each] * (1 if each is plain or each.serves_any_rows else GAIN))
 
 
 def _inputs(weight: Tensor, rows: int) -> Tensor:
@@ -418,15 +429,8 @@ def _seconds(
                 raise
             continue
         if _are_close(found, expected):
-            sides[product] = partial(_multiply_all, product, x, laid_out, weights, bias, rows)
+            sides[product] = product.as_in_steps(x, laid_out, weights, bias, rows)
     return time_sides(sides)
-
-
-def _multiply_all(
-    product: Product, x: Tensor, laid_out: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, rows: int
-) -> None:
-    for packed, weight in zip(laid_out, weights, strict=True):
-        product.multiply(x, packed, weight, bias, rows)
 
 
 def _are_close(found: Tensor, expected: Tensor) -> bool:

@@ -43,7 +43,7 @@ def replayed(
     if (
         cache is None or slot is None or type(cache) is not KVCache or not 0 < slot < cache.slots or x.shape[1] != 1
         or x.dtype is not torch.float32 or not fused.are_enabled() or registry.is_forced()
-        or not numba_decode.runs_on(x) or recorded.get() is not None
+        or recorded.get() is not None or not numba_decode.runs_on(x) or not numba_decode.is_faster()
     ):  # fmt: skip
         return None
     if cache not in programs:
@@ -79,7 +79,8 @@ class _Program:
         self._kept += watch.made
         small = sum(each.nbytes for each in watch.made) <= MOST_BYTES
         if launches and small and not watch.others and not self._is_watched():
-            self._launches, self._output, self.serves = numba_decode.kernels().Program(launches), found, True
+            self._launches = numba_decode.kernels().Program(launches, self._kept)
+            self._output, self.serves = found, True
             return found.clone()
         return found
 

@@ -54,7 +54,7 @@ class NumbaDecode(AttentionBackend):
 
     def preferred(self, call: AttentionCall) -> bool:
         """See `AttentionBackend.preferred`: if it is faster on this machine."""
-        return call.query.is_cpu and call.query.shape[2] == 1 and self.why_not(call) is None and _is_faster()
+        return call.query.is_cpu and call.query.shape[2] == 1 and self.why_not(call) is None and is_faster()
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionBackend.attend`.
@@ -132,7 +132,7 @@ def has_numba() -> bool:
     return find_spec("numba") is not None and os.environ.get(VARIABLE) != "0"
 
 
-def _is_faster() -> bool:
+def is_faster() -> bool:
     """Whether it is faster than PyTorch's operations on this machine."""
 
     def measure() -> str:

@@ -182,9 +182,11 @@ class Program:
 
     Args:
         recorded: what `launch` has recorded (`softcfg.nn.launches.recorded`).
+        kept: what owns the memory at the addresses in it.
     """
 
-    def __init__(self, recorded: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, recorded: Sequence[tuple[int, ...]], kept: object) -> None:
+        self._kept = kept
         self._table = np.array(recorded, dtype=np.int64)
         kernels = self._table[:, 0]
         self._rotations = np.flatnonzero(kernels == _rotate_and_cache)
@@ -207,8 +209,12 @@ class Program:
         table[attentions, 2 + SLOTS] = slots
         for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), tables, strict=True):
             table[attentions, 2 + place], table[attentions, 3 + place] = _shared_rows(each)
+        self.launch()
+
+    def launch(self) -> None:
+        """Run all of it again as it is."""
         omp = _openmp()
-        _launch_all(table.ctypes.data, len(table), torch.get_num_threads() if omp[0] else 1, *omp)
+        _launch_all(self._table.ctypes.data, len(self._table), torch.get_num_threads() if omp[0] else 1, *omp)
 
 
 def _with_rows(x: Tensor | None) -> Tensor | None:
