@@ -44,10 +44,12 @@ class Product(ABC):
         name: for `use_product` and `SOFTCFG_PRODUCT`.
         serves_any_rows: whether weights laid out for one number of rows serve all others as well; the layer then need
             not keep them twice.
+        saved: seconds that a step saves with each layer that has it, beside the product itself.
     """
 
     name: str
     serves_any_rows = False
+    saved = 0.0
 
     @abstractmethod
     def can_serve(self, weight: Tensor) -> bool:
@@ -227,6 +229,7 @@ class Panels(Product):
 
     name = "panels"
     serves_any_rows = True
+    saved = 2e-5  # for the call from Python and its dispatch, where the step is replayed (`nn.replay`)
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
@@ -401,7 +404,12 @@ def _outputs(weight: Tensor) -> int:
 
 def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
     least, plain = _seconds(able, weights, bias, rows), PRODUCTS["plain"]
-    return min(least, key=lambda each: least[each] * (1 if each is plain or each.serves_any_rows else GAIN))
+
+    def worth(product: Product) -> float:
+        seconds = least[product] * (1 if product is plain or product.serves_any_rows else GAIN)
+        return seconds - product.saved * len(weights)
+
+    return min(least, key=worth)
 
 
 def _inputs(weight: Tensor, rows: int) -> Tensor:
