@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.released import Released, check
 from benchmarks.timing import machine, means_over_sequence, medians, table
@@ -27,7 +27,7 @@ from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import Linear, prepared_linear_layers
-from softcfg.nn.products import PRODUCTS, Product
+from softcfg.nn.products import PRODUCTS
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo.loading import random_weights
 from softcfg.zoo.registry import resolve
@@ -87,15 +87,10 @@ def fastest_products(generator: ClassGenerator, rows: int, repeats: int) -> floa
         for name, product in PRODUCTS.items():
             if product.can_serve(weights[0]):
                 laid_out = [product.lay_out(weight, rows) for weight in weights]
-                sides[name] = partial(_multiply, product, x, laid_out, layers, rows)
-        total += min(medians(sides, repeats).values())
+                sides[name] = product.as_in_steps(x, laid_out, weights, layers[0].bias, rows)
+        with torch.inference_mode():
+            total += min(medians(sides, repeats).values())
     return total
-
-
-@torch.inference_mode()
-def _multiply(product: Product, x: Tensor, laid_out: Sequence[Tensor], layers: Sequence[Linear], rows: int) -> None:
-    for packed, layer in zip(laid_out, layers, strict=True):
-        product.multiply(x, packed, layer.weight, layer.bias, rows)
 
 
 def bandwidth(repeats: int = 5) -> float:

@@ -44,7 +44,7 @@ def no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.setattr(choices, "MADE", {})
     monkeypatch.setattr(fused, "UNAVAILABLE", set())
     monkeypatch.setattr(BACKENDS["numba_decode"], "unavailable", {})
-    monkeypatch.setattr(numba_decode, "_is_faster", lambda: True)
+    monkeypatch.setattr(numba_decode, "is_faster", lambda: True)
     torch.manual_seed(0)
     with torch.no_grad():
         yield
@@ -576,7 +576,7 @@ def test_a_program_computes_the_bits_of_its_kernels(threads: int) -> None:
     recorded: list[tuple[int, ...]] = []
     with holding(launches.recorded, recorded):
         outputs = step(caches[0], 4, torch.rand(1, 32), torch.rand(1, 32), [None] * 4)
-    program = cpu.Program(recorded)
+    program = cpu.Program(recorded, [])
     for half in ("keys", "values"):
         getattr(caches[1], half)[0].copy_(getattr(caches[0], half)[0])
     for slot, cosines, names in ((5, rows, ALL), (149, rows, "value_weights"), (6, 1, "visible"), (7, 1, "")):

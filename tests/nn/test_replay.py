@@ -54,7 +54,7 @@ def replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What programs computed, in turn; attention by kernel is the fastest on any machine."""
     monkeypatch.setenv(choices.FOLDER_VARIABLE, str(tmp_path / "choices"))
     monkeypatch.setattr(choices, "MADE", {})
-    monkeypatch.setattr(numba_decode, "_is_faster", lambda: True)
+    monkeypatch.setattr(numba_decode, "is_faster", lambda: True)
     monkeypatch.setattr(fused, "UNAVAILABLE", set())
     monkeypatch.setattr(BACKENDS["numba_decode"], "unavailable", {})
     found: list[Tensor] = []

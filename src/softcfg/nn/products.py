@@ -256,6 +256,7 @@ class Panels(Product):
     ) -> Callable[[], object]:
         """See `Product.as_in_steps`: launched by one call."""
         launched: list[tuple[int, ...]] = []
+        bias = None if bias is None else bias.detach()
         with holding(recorded, launched):
             results = [numba_decode.kernels().product(x, packed, bias) for packed in laid_out]
         program = numba_decode.kernels().Program(launched, [x, results, laid_out, bias])

@@ -97,7 +97,7 @@ def _run(typing: Any, kernel: types.Type, parameters: types.Type) -> Any:
 @_intrinsic
 def _run_on(typing: Any, parallel: types.Type, kernel: types.Type, parameters: types.Type, threads: types.Type) -> Any:
     """Run a kernel on so many threads, by GOMP_parallel(kernel, parameters, threads, flags)."""
-    run = _caller(ir.VoidType(), ir.IntType(32), ir.IntType(32))
+    run = _caller(ir.VoidType())
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         parallel, kernel, parameters, threads = given
@@ -113,7 +113,7 @@ def _ask(typing: Any, function: types.Type) -> Any:
     return types.int32(types.int64), _caller(ir.IntType(32))
 
 
-def _caller(returned: Any, *last: Any) -> Callable[..., Any]:
+def _caller(returned: Any) -> Callable[..., Any]:
     """Generate the call of the C function at the first of the given addresses with the others."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
@@ -128,11 +128,11 @@ def _caller(returned: Any, *last: Any) -> Callable[..., Any]:
 @compiled()
 def share(parameters: Any) -> tuple[int, int]:
     """Which items are this thread's, from the first up to the second."""
-    items, number, threads = parameters[0], parameters[1], parameters[2]
-    if number == 0:
+    items, thread_number, thread_count = parameters[0], parameters[1], parameters[2]
+    if thread_number == 0:
         return 0, items
-    mine, all_ = np.int64(_ask(number)), np.int64(_ask(threads))
-    return items * mine // all_, items * (mine + 1) // all_
+    mine, threads = np.int64(_ask(thread_number)), np.int64(_ask(thread_count))
+    return items * mine // threads, items * (mine + 1) // threads
 
 
 @compiled(types.int64(types.int64, types.int64, types.int64, types.UniTuple(types.int64, MOST)))
@@ -161,7 +161,7 @@ def launch(kernel: int, items: int, numbers: int, *parameters: int) -> None:
 
 
 @compiled(types.void(*[types.int64] * 6))
-def _launch_all(table: int, count: int, most: int, parallel: int, number: int, threads_: int) -> None:
+def _launch_all(table: int, count: int, most: int, parallel: int, thread_number: int, thread_count: int) -> None:
     rows = carray(integers(table), (count, 2 + MOST))
     for row in range(count):
         numbers, items = rows[row, 1], rows[row, 2]
@@ -170,7 +170,7 @@ def _launch_all(table: int, count: int, most: int, parallel: int, number: int, t
             threads = min(most, items, (numbers + GRAIN - 1) // GRAIN)
         parameters = table + 8 * (row * (2 + MOST) + 2)
         if threads > 1:
-            rows[row, 3], rows[row, 4] = number, threads_
+            rows[row, 3], rows[row, 4] = thread_number, thread_count
             _run_on(parallel, rows[row, 0], parameters, threads)
         else:
             rows[row, 3], rows[row, 4] = 0, 0
@@ -578,19 +578,19 @@ def _rotate_and_cache(address: int) -> None:
     heads, key_heads, dim = p[NEW_HEADS], p[NEW_KEY_HEADS], p[NEW_DIM]
     for row in range(start, stop):
         for head in range(heads + key_heads):
-            which, to, source, share_, weight, bias, eps = (
+            which, to, source, served, weight, bias, eps = (
                 head, p[TURNED_QUERY] + 4 * (row * heads + head) * dim, p[NEW_QUERY] + 4 * row * p[NEW_QUERY_ROW],
                 p[QUERY_SHARE], p[QUERY_WEIGHT], p[QUERY_BIAS], p[QUERY_EPS],
             )  # fmt: skip
             if head >= heads:
                 which = head - heads
                 to, source = p[TURNED_KEY] + 4 * (row * key_heads + which) * dim, p[NEW_KEY] + 4 * row * p[NEW_KEY_ROW]
-                share_, weight, bias, eps = p[KEY_SHARE], p[KEY_WEIGHT], p[KEY_BIAS], p[KEY_EPS]
+                served, weight, bias, eps = p[KEY_SHARE], p[KEY_WEIGHT], p[KEY_BIAS], p[KEY_EPS]
             x = carray(floats(source + 4 * which * dim), (dim,))
             out = carray(floats(to), (dim,))
             if p[NORM]:
                 _normalise(x, out, dim, p[NORM], _float(eps))
-                group = 4 * (which // share_) * dim
+                group = 4 * (which // served) * dim
                 _multiply(out, weight + group if weight else 0, dim)
                 _add(out, bias + group if bias else 0, dim)
             else:
