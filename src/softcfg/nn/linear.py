@@ -122,9 +122,10 @@ def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int) -> None:
     for layer in layers:
         alike[layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.bias is None].append(layer)
     in_all = sum(layer.weight.nbytes for layer in layers)
+    replayed = getattr(module, "steps_replay", False) is True
     for group in alike.values():
         given = [layer.weight for layer in group], group[0].bias, rows
-        product = choose(*given, in_all)
+        product = choose(*given, in_all, replayed=replayed)
         same = keeps_bits(product, *given)
         for layer in group:
             layer.prepare(product, rows, keep=uses[id(layer.weight)] > 1)

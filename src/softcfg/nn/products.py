@@ -30,6 +30,9 @@ from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
 GAIN = 1.1  # by which a product that keeps weights twice must be faster than the plain one, and bfloat16 than float32
+# Seconds that replay saves with each linear layer and what stands around it: 0.05 to 0.07 ms in `fashion-small` with
+# one image, 0.2 in AliTok-B with four.
+REPLAY = 1e-4
 # Layers of one shape are measured one after the other, as many as this many bytes of weights take, and at least three:
 # in a step they come from memory, and products that read them from caches can change places.
 MEASURED = 64 << 20
@@ -44,12 +47,12 @@ class Product(ABC):
         name: for `use_product` and `SOFTCFG_PRODUCT`.
         serves_any_rows: whether weights laid out for one number of rows serve all others as well; the layer then need
             not keep them twice.
-        saved: seconds that a step saves with each layer that has it, beside the product itself.
+        replays: whether it is a kernel that `nn.replay` launches again without Python.
     """
 
     name: str
     serves_any_rows = False
-    saved = 0.0
+    replays = False
 
     @abstractmethod
     def can_serve(self, weight: Tensor) -> bool:
@@ -229,7 +232,7 @@ class Panels(Product):
 
     name = "panels"
     serves_any_rows = True
-    saved = 2e-5  # for the call from Python and its dispatch, where the step is replayed (`nn.replay`)
+    replays = True
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
@@ -290,7 +293,9 @@ def use_product(name: str | None) -> Iterator[None]:
         yield
 
 
-def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int, in_all: int = 0) -> Product:
+def choose(
+    weights: Sequence[Tensor], bias: Tensor | None, rows: int, in_all: int = 0, *, replayed: bool = False
+) -> Product:
     """Choose the fastest product for weights [out, in] of one shape and dtype, and inputs of `rows` rows.
 
     `use_product` and the variable `SOFTCFG_PRODUCT` come first. Else it is what was kept for this machine, or what a
@@ -302,6 +307,8 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int, in_all: in
         rows: of the inputs.
         in_all: bytes of all weights of the model. A step reads all of them before it needs the same one again; where a
             shape has few layers, copies of them are measured too, so that none stays in the caches.
+        replayed: whether a step of kernels alone would be replayed (`nn.replay`). One layer with another product then
+            costs all layers that, so a product that is replayed may take `REPLAY` seconds longer.
 
     Raises:
         UserError: `SOFTCFG_PRODUCT` names no product.
@@ -323,10 +330,11 @@ def choose(weights: Sequence[Tensor], bias: Tensor | None, rows: int, in_all: in
         layers = [each.detach()[:most] for each in weights[: _layers(weight)]]
         copies = min(MEASURED, in_all) // max(1, weight.nbytes) - len(layers)
         layers += [layers[0].clone() for _ in range(copies)]
-        return _fastest(able, layers, None if bias is None else bias.detach()[:most], rows).name
+        return _fastest(able, layers, None if bias is None else bias.detach()[:most], rows, replayed).name
 
     names = [product.name for product in able]
-    return PRODUCTS[choose_once(f"product-{_shape(weight, bias, rows)}", names, measured)]
+    key = f"product-{_shape(weight, bias, rows)}{'-replayed' if replayed else ''}"
+    return PRODUCTS[choose_once(key, names, measured)]
 
 
 def keeps_bits(product: Product, weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> bool:
@@ -403,12 +411,14 @@ def _outputs(weight: Tensor) -> int:
     return max(1, min(len(weight), MEASURED * len(weight) // max(1, weight.nbytes)))
 
 
-def _fastest(able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int) -> Product:
+def _fastest(
+    able: Sequence[Product], weights: Sequence[Tensor], bias: Tensor | None, rows: int, replayed: bool
+) -> Product:
     least, plain = _seconds(able, weights, bias, rows), PRODUCTS["plain"]
 
     def worth(product: Product) -> float:
         seconds = least[product] * (1 if product is plain or product.serves_any_rows else GAIN)
-        return seconds - product.saved * len(weights)
+        return seconds - REPLAY * len(weights) if replayed and product.replays else seconds
 
     return min(least, key=worth)
 
