@@ -746,6 +746,23 @@ def once(sides: dict[Any, Callable[[], object]]) -> dict[Any, float]:
     return {name: -float(index) for index, name in enumerate(sides)}
 
 
+@pytest.mark.slow
+def test_damaged_files_of_compiled_kernels_do_no_harm(tmp_path: Path) -> None:
+    code = "import torch; from softcfg.nn.kernels import cpu; print(cpu.silu_product(torch.ones(2), torch.ones(2)))"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "error"}
+    outputs = []
+    for size in (None, 0, 40):
+        files = [path for path in tmp_path.rglob("*.nb?") if path.is_file()]
+        assert bool(files) == (size is not None)
+        for path in files:
+            path.write_bytes(path.read_bytes()[:size])
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        outputs.append((found.returncode, found.stdout, found.stderr))
+    assert outputs == [(0, "tensor([0.7311, 0.7311])\n", "")] * 3
+
+
 @pytest.mark.parametrize("name", ["add_norm", "silu_product", "rotate_and_cache", "write_weights", "write_confidence"])
 def test_the_first_kernel_that_fails_is_told_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, name, failing)

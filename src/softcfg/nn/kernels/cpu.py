@@ -20,6 +20,7 @@ import math
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 
 
 def compiled(*signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit`, kept on disk where that can be written to."""
-    return _kept(numba.njit, *signature, nogil=True, **OPTIONS | options)
+    """`numba.njit`; with a signature at once, and kept on disk, else as a part of the kernels that call it."""
+    compiler = partial(_kept, numba.njit) if signature else numba.njit
+    return compiler(*signature, nogil=True, **OPTIONS | options)
 
 
 def kernel(function: Callable[[int], None]) -> int:
@@ -64,7 +66,9 @@ def _kept(compiler: Callable[..., Any], *signature: Any, **options: Any) -> Call
     def compile_(function: Callable[..., Any]) -> Any:
         try:
             return compiler(*signature, cache=True, **options)(function)
-        except RuntimeError:  # there is no folder for it: each process compiles for itself
+        except (
+            Exception
+        ):  # there is no folder for it, or what is kept there is damaged: this process compiles for itself
             return compiler(*signature, **options)(function)
 
     return compile_
