@@ -688,6 +688,25 @@ def test_kernels_can_be_turned_off(launched: list[int]) -> None:
     assert len(launched) == 1
 
 
+def test_strided_tables_of_a_rotation_are_left_to_the_operations(launched: list[int]) -> None:
+    angles = torch.randn(1, 32)
+    rotary = Rotary(angles.cos()[:, ::2], angles.sin()[:, ::2])
+    context = AttentionContext.create(Position.shared(4), 1, KVCache(1, 2, 3, 5, 32), rotary=rotary)
+    query, key, value = torch.randn(3, 2, 3, 1, 32)
+    found = fused.rotate_and_cache(query, key, value, 0, context)
+    turns = torch.polar(torch.ones(1, 16).double(), angles.double()[:, ::2])
+    for one, x in zip(found, (query, key), strict=True):
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turns
+        close(one, torch.view_as_real(pairs).flatten(-2))
+    assert not launched
+
+
+def test_weights_of_another_number_of_rows_are_left_to_the_operations(launched: list[int]) -> None:
+    settings: Any = {"step_norm": True, "strength": 1.0, "floor": 0.0, "eps": 0.0, "successor": False}
+    assert not fused.write_weights(torch.rand(1, 5), torch.ones(2, 5), **settings)
+    assert not launched
+
+
 def test_hooks_of_norms_are_called(launched: list[int]) -> None:
     norm, x, calls = norm_of(RMSNorm, 48), torch.randn(3, 1, 48), []
     norm.register_forward_hook(lambda *_: calls.append(1))

@@ -305,7 +305,9 @@ def write_weights(confidence: Tensor, weights: Tensor, **settings: Any) -> bool:
     Returns:
         Whether it was done.
     """
-    if confidence.shape[1] > LONGEST or not settings["strength"] or not _are_rows(confidence, weights):
+    if confidence.shape != weights.shape or confidence.shape[1] > LONGEST or not settings["strength"]:
+        return False
+    if not _are_rows(confidence, weights):
         return False
 
     def launch() -> bool:
@@ -400,13 +402,20 @@ def _fits(
         served = row_slots is not None and (rotary is None or rotary.cos.dim() == 3)
     else:
         served = slot is not None and slot < cache.slots and cache.stored is None
-    if not served or (rotary is not None and rotary.cos.dtype != torch.float32):
+    if not served or (rotary is not None and not _is_table(rotary, dim)):
         return False
     if _kind(q_norm, query) is None or _kind(q_norm, query) != _kind(k_norm, key):
         return False
     side_by_side = all((each.stride(1), each.stride(3)) == (dim, 1) for each in (query, key, value))
     keys, values = cache.keys[layer], cache.values[layer]
     return side_by_side and keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1)
+
+
+def _is_table(rotary: Rotary, dim: int) -> bool:
+    """Whether the kernels can read the rotations of heads of `dim` channels."""
+    cos, sin = rotary.cos, rotary.sin
+    alike = (cos.dtype, cos.shape, cos.stride()) == (sin.dtype, sin.shape, sin.stride())
+    return alike and cos.dtype is torch.float32 and cos.stride(-1) == 1 and 2 * cos.shape[-1] == dim
 
 
 def _is_plain(layer: nn.Module) -> bool:

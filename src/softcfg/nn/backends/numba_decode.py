@@ -90,7 +90,7 @@ def tables_of(context: AttentionContext) -> list[Tensor | None]:
     """
     if NumbaDecode.name not in context.memory:
         mask = context.mask
-        mask = None if mask is None else mask if mask.dim() == 2 else mask[:, 0]
+        mask = None if mask is None else (mask if mask.dim() == 2 else mask[:, 0]).bool()
         factors = [
             None if each is None else each[:, 0, 0].float().expand(-1, context.slots) for each in context.factors
         ]
