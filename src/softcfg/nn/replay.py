@@ -109,6 +109,11 @@ class _Watch(TorchDispatchMode):
         self.made: list[Tensor] = []
         self.others: set[str] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to say so to the compiler would import it, which takes seconds and 100 MB."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         name = func._schema.name

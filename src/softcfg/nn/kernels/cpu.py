@@ -923,16 +923,27 @@ def _product(address: int) -> None:
 def pack(weight: Tensor) -> Tensor:
     """Weights [out, in] in the order in which `product` reads them, shaped alike: panels of PANEL outputs as
     [in, PANEL], and what fills none as it is."""
-    whole, inputs = len(weight) // PANEL * PANEL, weight.shape[1]
-    panels = weight[:whole].reshape(whole // PANEL, PANEL, inputs).transpose(1, 2)
-    return torch.cat((panels.reshape(whole, inputs), weight[whole:]))
+    packed = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    # Straight into its memory: what malloc keeps of another copy in between came to as much as all weights of a model.
+    panels, whole = _panels_of(packed)
+    panels.copy_(weight[:whole].unflatten(0, (len(panels), PANEL)).transpose(1, 2))
+    packed[whole:] = weight[whole:]
+    return packed
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The weights [out, in] again."""
-    whole, inputs = len(packed) // PANEL * PANEL, packed.shape[1]
-    panels = packed[:whole].view(whole // PANEL, inputs, PANEL).transpose(1, 2)
-    return torch.cat((panels.reshape(whole, inputs), packed[whole:]))
+    weight = torch.empty_like(packed)
+    panels, whole = _panels_of(packed)
+    weight[:whole].unflatten(0, (len(panels), PANEL)).copy_(panels.transpose(1, 2))
+    weight[whole:] = packed[whole:]
+    return weight
+
+
+def _panels_of(packed: Tensor) -> tuple[Tensor, int]:
+    """The panels of packed weights, [panels, in, PANEL], and how many outputs they are."""
+    count, inputs = len(packed) // PANEL, packed.shape[1]
+    return packed[: count * PANEL].view(count, inputs, PANEL), count * PANEL
 
 
 def can_pack(weight: Tensor) -> bool:
