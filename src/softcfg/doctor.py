@@ -20,6 +20,7 @@ from torch import Tensor
 from softcfg.decoding import decode, image_uniforms
 from softcfg.decoding.sequential import steps_are_static
 from softcfg.decoding.throughput import largest_batch, time_steps
+from softcfg.errors import how_to_install
 from softcfg.guidance import SoftCFG
 from softcfg.inspection import trace
 from softcfg.models.base import Generator
@@ -105,7 +106,7 @@ def choices(device: torch.device) -> dict[str, str]:
     steps = "of constant shapes, replayed as a CUDA graph" if static else "one by one, of growing shapes"
     if device.type == "cpu":
         replayed = "replayed where all layers of a model are kernels (Numba)"
-        steps += f"; {replayed}" if has_numba() else "; faster with Numba: pip install 'softcfg[fast]'"
+        steps += f"; {replayed}" if has_numba() else f"; faster with Numba: {how_to_install('fast')}"
     found = {"steps": steps}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True)
