@@ -39,7 +39,9 @@ def test_the_wheel_installs_alone_and_samples(tmp_path: Path) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"softcfg", f"softcfg-{softcfg.__version__}.dist-info"}
     # All files of the package are in it: bundled weights, the page of the browser, py.typed; and no tests.
-    files = (path for path in (ROOT / "src" / "softcfg").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    files = (
+        path for path in (ROOT / "src" / "softcfg").rglob("*") if path.is_file() and path.parent.name != "__pycache__"
+    )
     ours = {str(path.relative_to(ROOT / "src")) for path in files}
     assert {"softcfg/py.typed", "softcfg/zoo/bundled/fashion/generator.safetensors"} <= ours
     assert {name for name in names if ".dist-info/" not in name} == ours
