@@ -36,16 +36,8 @@ from softcfg.zoo.loading import empty_module, load_generator, random_weights
 from softcfg.zoo.registry import MODELS, resolve
 
 PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "tokenizers",
-    "huggingface_hub",
-    "transformers",
-    "torchao",
-    "numba",
-)
+    "torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface_hub", "transformers", "torchao", "numba",
+)  # fmt: skip
 # What rounding moves attention by, of values of a standard deviation of 1.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 LOGITS_TOLERANCE = 1e-2  # between devices, in float32

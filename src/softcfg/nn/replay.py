@@ -47,12 +47,12 @@ def replayed(
     ):  # fmt: skip
         return None
     if cache not in programs:
-        program = _Program(module, x)
-        found = program.record(x, context, run)
-        programs[cache] = program if program.serves else None
+        new = _Program(module, x)
+        found = new.record(x, context, run)
+        programs[cache] = new if new.serves else None
         return found
-    program_ = programs[cache]
-    return None if program_ is None or not program_.fits(x) else program_.replay(x, context)
+    known = programs[cache]
+    return None if known is None or not known.fits(x) else known.replay(x, context)
 
 
 class _Program:

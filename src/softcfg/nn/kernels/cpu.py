@@ -66,9 +66,8 @@ def _kept(compiler: Callable[..., Any], *signature: Any, **options: Any) -> Call
     def compile_(function: Callable[..., Any]) -> Any:
         try:
             return compiler(*signature, cache=True, **options)(function)
-        except (
-            Exception
-        ):  # there is no folder for it, or what is kept there is damaged: this process compiles for itself
+        except Exception:
+            # There is no folder for it, or what is kept there is damaged: this process compiles for itself.
             return compiler(*signature, **options)(function)
 
     return compile_
@@ -154,14 +153,15 @@ def _launch(kernel: int, parallel: int, threads: int, given: tuple[int, ...]) ->
 def launch(kernel: int, items: int, numbers: int, *parameters: int) -> None:
     """Run a kernel on as many of PyTorch's threads as so many `numbers` are worth, at most one for each item."""
     (parallel, *queries), threads, recorded = _openmp(), 1, launches.recorded.get()
+    parameters += _ZEROS[FIRST + len(parameters) :]
     if recorded is not None:
-        recorded.append((kernel, numbers, items, 0, 0, *parameters, *_ZEROS[FIRST + len(parameters) :]))
+        recorded.append((kernel, numbers, items, 0, 0, *parameters))
     if numbers > GRAIN and parallel:
         threads = min(torch.get_num_threads(), items, -(-numbers // GRAIN))
     if threads > 1:
-        _launch(kernel, parallel, threads, (items, *queries, *parameters, *_ZEROS[FIRST + len(parameters) :]))
+        _launch(kernel, parallel, threads, (items, *queries, *parameters))
     else:
-        _launch(kernel, 0, 1, (items, 0, 0, *parameters, *_ZEROS[FIRST + len(parameters) :]))
+        _launch(kernel, 0, 1, (items, 0, 0, *parameters))
 
 
 @compiled(types.void(*[types.int64] * 6))
