@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.released import Released, check
 from benchmarks.timing import machine, means_over_sequence, medians, table
-from softcfg.decoding.throughput import decoding_step, filled_cache
+from softcfg.decoding.throughput import decoding_step, filled_cache, seconds_ahead
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
 from softcfg.nn.kv_cache import KVCache
@@ -69,18 +69,20 @@ def linear_layers(generator: ClassGenerator, rows: int) -> Callable[[], None]:
     return run
 
 
-def fastest_products(generator: ClassGenerator, rows: int, repeats: int) -> float:
+def fastest_products(generator: ClassGenerator, batch: int, repeats: int) -> float:
     """Seconds of a step's linear layers, those of each shape with the fastest of all known products.
 
-    RAR's modulations are not among them. The layers of a shape follow one another, so that their weights come from
-    where they come from in a step.
+    The layers of a shape follow one another, so that their weights come from where they come from in a step. RAR's
+    modulations are computed for many slots at once, of every class and once of the null class.
     """
-    shapes: dict[tuple[int, ...], list[Linear]] = defaultdict(list)
+    shapes: dict[tuple[Any, ...], list[Linear]] = defaultdict(list)
     for layer in generator.modules():
         if isinstance(layer, Linear):
-            shapes[tuple(layer.weight.shape)].append(layer)
+            shapes[(layer.weight.shape, layer.usual_rows)].append(layer)
     total = 0.0
     for layers in shapes.values():
+        usual = layers[0].usual_rows
+        rows, used = (2 * batch, 1.0) if usual is None else (usual, (batch + 1) / usual)
         x = torch.randn(rows, layers[0].in_features)
         weights = [layer.weight.detach() for layer in layers]
         sides = {}
@@ -89,7 +91,7 @@ def fastest_products(generator: ClassGenerator, rows: int, repeats: int) -> floa
                 laid_out = [product.lay_out(weight, rows) for weight in weights]
                 sides[name] = product.as_in_steps(x, laid_out, weights, layers[0].bias, rows)
         with torch.inference_mode():
-            total += min(medians(sides, repeats).values())
+            total += used * min(medians(sides, repeats).values())
     return total
 
 
@@ -135,7 +137,9 @@ def main() -> None:
 
         with prepared_linear_layers(generator, 2 * batch):
             mean = means_over_sequence(sides_at, generator.num_tokens, args.repeats)
-        products = fastest_products(baseline, 2 * batch, args.repeats)
+            for name, guidance in (("CFG", cfg), ("SoftCFG", soft)):
+                mean[name] += seconds_ahead(generator, inputs, guidance)
+        products = fastest_products(baseline, batch, args.repeats)
         filled = generator.condition_slots + generator.num_tokens / 2
         read = 4 * 2 * layers * heads * head_dim * 2 * batch * filled / speed
         mean |= {"products": products, "reading": read, "limit": products + read}

@@ -1,10 +1,14 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from small_families import load
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.cli.main import main
-from softcfg.decoding.throughput import batch_bytes, largest_batch, time_steps
+from softcfg.decoding import throughput
+from softcfg.decoding.throughput import batch_bytes, largest_batch, seconds_ahead, time_steps
+from softcfg.models import rar
 from softcfg.nn import memory
 
 
@@ -58,6 +62,26 @@ def test_a_batch_that_does_not_fit_is_left_out(
     assert out.endswith("recommended: --batch-size 1\n")
     assert main([*command, "64"]) == 2
     assert "not enough memory for any of --batch-sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("images", "steps"), [(15, 4), (31, 2), (300, 1)])
+def test_what_is_computed_ahead_is_shared_by_the_steps(
+    images: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAR's modulations: here 64 rows at once, a class in each, and once the null class."""
+    generator, now, modulate = load("rar"), [0.0], rar.RAR._modulate
+
+    def slow(*arguments: Any) -> Any:
+        now[0] += 8.0
+        return modulate(*arguments)
+
+    monkeypatch.setattr(rar, "WINDOW_ROWS", 64)
+    monkeypatch.setattr(rar.RAR, "_modulate", slow)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    inputs = generator.example_inputs(images)
+    assert generator.steps_ahead(generator.condition(inputs, guided=True)) == steps
+    assert seconds_ahead(generator, inputs, CFG()) == 8 / steps
+    assert seconds_ahead(load("alitok"), [0], CFG()) == 0
 
 
 @pytest.mark.parametrize("guidance", [CFG(guidance_scale=0), CFG(), SoftCFG(), SoftCFG(target="both")], ids=str)

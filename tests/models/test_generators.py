@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -273,6 +274,29 @@ def test_configuration_files_that_are_none(content: str, tmp_path) -> None:  # t
         load_config(AliTokConfig, tmp_path / "missing.yaml")
 
 
+MODES = [torch.inference_mode, torch.no_grad]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modes", [MODES[:1], MODES[1:], MODES], ids=["inference", "no gradient", "both"])
+@pytest.mark.parametrize("ahead", [1, 4, 9, 1000])
+def test_windows_of_modulations_move_on(modes: list[Any], ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any length, back and forth, and in either mode: steps compute what the whole sequence does."""
+    monkeypatch.setattr(rar_module, "WINDOW_ROWS", ahead * 3)
+    generator = rar()
+    tokens = tokens_for(generator, 4)[:, :-1]
+    whole = generator(generator.condition([1, 3], guided=True), tokens)
+    condition = generator.condition([1, 3], guided=True)
+    cache = generator.new_cache(condition)
+    generator(condition, tokens, cache=cache)
+    steps = [*range(tokens.shape[1]), 4, 3, 9, 0, 0]
+    for number, step in enumerate(steps):
+        with modes[number % len(modes)]():
+            slot = generator.condition_slots + step
+            logits = generator(condition, tokens[:, step : step + 1], cache=cache.up_to(slot + 1), slot=slot)
+        torch.testing.assert_close(logits[:, 0], whole[:, step + 1])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", [rar, robustok])
 def test_modulations_that_are_too_large_to_hold_are_computed_in_the_step(
@@ -297,5 +321,5 @@ def test_modulations_that_are_too_large_to_hold_are_computed_in_the_step(
         generator(condition, tokens_for(generator, 4)[:, :0], cache=cache)
         slot = Position.by_row(torch.full((4,), generator.condition_slots))
         generator(condition, tokens_for(generator, 4)[:, :1], cache=cache, slot=slot)
-        assert bool(condition.windows) is (most == held)
+        assert (condition.window is not None) is (most == held)
         assert torch.equal(decode(generator, [0, 4], guidance, uniforms=uniforms, static=True), whole)

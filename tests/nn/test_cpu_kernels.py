@@ -129,8 +129,8 @@ ALL = "value_weights key_weights log_attention visible"
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2), (4, 1)])
-@pytest.mark.parametrize("slots", [1, 3, 4, 7, 137])
-@pytest.mark.parametrize("dim", [32, 48, 80, 100])
+@pytest.mark.parametrize("slots", [1, 3, 8, 33, 137])
+@pytest.mark.parametrize("dim", [6, 24, 32, 48, 80, 100])
 def test_attention_is_its_definition(heads: int, key_heads: int, slots: int, dim: int) -> None:
     rows = 3
     query, *_ = heads_of(rows, heads, key_heads, dim=dim)
@@ -301,6 +301,42 @@ def test_add_norm_is_its_definition(kind: Any, shape: tuple[int, int, int], laun
             wanted = wanted * (1 + scale.double()) + shift.double()
         close(normed, wanted, 4e-6)
         assert all(map(torch.equal, before, (x, added, gate, scale, shift)))
+
+
+def test_add_norm_finds_gate_and_modulation_in_tables(launched: list[int]) -> None:
+    """As if every row had been given its entries."""
+    norm = norm_of(nn.LayerNorm, 36)
+    x, added = torch.randn(2, 4, 2, 36)
+    gate, scale, shift = torch.randn(5, 3 * 36).chunk(3, dim=-1)
+    at = torch.tensor([[4, 0], [4, 3], [1, 1], [0, 2]])
+    for given in (at, at.repeat(1, 2)[:, ::2].t().contiguous().t()):
+        entries = given.clone()
+        found = fused.add_norm(x, added, gate, norm=norm, modulation=(scale, shift), at=given)
+        wanted = fused.add_norm(x, added, gate[entries], norm=norm, modulation=(scale[entries], shift[entries]))
+        assert launched == [cpu._add_norm] * 2
+        assert all(map(torch.equal, found, wanted))
+        launched.clear()
+    with fused.without_fused_kernels():
+        operations = fused.add_norm(x, added, gate, norm=norm, modulation=(scale, shift), at=at)
+    for one, other in zip(
+        operations, fused.add_norm(x, added, gate, norm=norm, modulation=(scale, shift), at=at), strict=True
+    ):
+        close(other, one.double(), 4e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 37), (2, 1, 3072), (5, 4099)], ids=str)
+def test_gelu_is_its_definition(shape: tuple[int, ...], launched: list[int]) -> None:
+    """Next to 0 and far from it, to some units in the last place of its argument."""
+    for spread in (1e-6, 1.0, 8.0):
+        x = torch.randn(shape) * spread
+        found = fused.gelu(x)
+        exact = x.double() * 0.5 * torch.special.erfc(-x.double() / 2**0.5)
+        assert found.shape == x.shape
+        assert ((found - exact).abs() <= 3e-7 * x.abs()).all()
+    assert launched == [cpu._gelu] * 3
+    edges = torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan, 20.0, -20.0])
+    torch.testing.assert_close(fused.gelu(edges), torch.nn.functional.gelu(edges), equal_nan=True)
+    assert torch.equal(fused.gelu(x[..., ::2]), fused.gelu(x)[..., ::2])
 
 
 @pytest.mark.parametrize("dim", [32, 48, 80, 100])
@@ -522,6 +558,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "add_norm": lambda: fused.add_norm(x, added, norm=norm),
         "rotate_and_cache": cached,
         "silu_product": lambda: fused.silu_product(gate, up),
+        "gelu": lambda: fused.gelu(gate),
         "write_weights": weighted,
         "write_confidence": confident,
         "product": lambda: cpu.product(inputs, packed, bias, onto),

@@ -302,6 +302,31 @@ class TestChoice:
         both[1].seconds, both[1].speed_up = one, one / all_
         assert choose([torch.randn(64, 64)], None, 8).name == name
 
+    @pytest.mark.parametrize(("pace", "name"), [(1.0, "other"), (1.1, "other"), (1.5, "plain")])
+    def test_beside_other_work_the_time_of_the_processor_decides_alone(
+        self, both: tuple[Counted, Counted], pace: float, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        both[1].seconds, both[1].speed_up = 22, 5
+        monkeypatch.setattr(choices.time, "perf_counter", lambda: pace * Counted.now)
+        assert choose([torch.randn(64, 64)], None, 8).name == name
+
+    def test_a_layer_is_measured_for_its_usual_rows(
+        self, both: tuple[Counted, Counted], own_choices: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = nn.ModuleList([Linear(16, 16), Linear(16, 16)])
+        module[1].usual_rows = 64
+        x, measured, seconds = torch.randn(64, 16), [], products._seconds
+        monkeypatch.setattr(
+            products,
+            "_seconds",
+            lambda able, weights, bias, rows: measured.append(rows) or seconds(able, weights, bias, rows),
+        )
+        wanted = [layer(x) for layer in module]
+        with prepared_linear_layers(module, 2):
+            assert [layer.product for layer in module] == [both[1]] * 2
+            torch.testing.assert_close([layer(x) for layer in module], wanted)
+        assert measured == [2, 64]
+
     def test_who_writes_first_decides(self, both: tuple[Counted, Counted], own_choices: Path, monkeypatch) -> None:
         measured = products._fastest
 

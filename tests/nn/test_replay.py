@@ -21,6 +21,7 @@ from small_families import FAMILIES, load
 from softcfg import CFG, SoftCFG
 from softcfg.decoding import decode, image_uniforms
 from softcfg.guidance.weakened import Decay, LowConfidence, SelfAttention, Shuffled, Window
+from softcfg.models import rar
 from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGenBlock
 from softcfg.nn import Position, choices, fused, replay, use_backend
@@ -30,7 +31,7 @@ from softcfg.nn.norm import RMSNorm
 from softcfg.nn.products import use_product
 
 IMAGES = 3
-REPLAYING = ("alitok", "llamagen", "llamagen-t2i", "emu3", "lumina-mgpt-2")
+REPLAYING = ("alitok", "rar", "robustok", "llamagen", "llamagen-t2i", "emu3", "lumina-mgpt-2", "janus-pro")
 GUIDANCE = {
     "none": CFG(1.0),
     "CFG": CFG(3.0),
@@ -152,6 +153,39 @@ def test_replayed_steps_compute_the_same_bits(
     assert len(logits) == PASSES[name] * tokens_of(generator)
     assert all(map(torch.equal, passes, logits))
     assert not any(torch.equal(one, other) for one, other in zip(replays, replays[PASSES[name] :], strict=False))
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("name", ["none", "SoftCFG", "SoftCFG as a third branch", "weak model"])
+def test_what_is_computed_for_some_steps_ahead_stays_where_kernels_read_it(
+    name: str, ahead: int, replays: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, guidance = load("rar"), GUIDANCE[name]
+    monkeypatch.setattr(rar, "WINDOW_ROWS", ahead * (IMAGES + 1))
+    more = {"weak": load("rar")} if guidance.has_weak_model else {}
+    wanted = without_replay(lambda: drawn(generator, guidance, **more))
+    assert torch.equal(drawn(generator, guidance, **more), wanted)
+    assert len(replays) == PASSES[name] * (tokens_of(generator) - 2)
+
+
+def test_another_cache_or_other_things_ahead_need_another_program(replays: list[Tensor]) -> None:
+    """Conditions and caches that are put together anew for every step."""
+    generator = load("rar")
+    found = []
+    with use_product("panels"), prepared_linear_layers(generator, 2 * IMAGES), torch.inference_mode():
+        conditions = [generator.condition(labels, guided=True) for labels in ([0, 1, 2], [2, 1, 0])]
+        caches = [generator.new_cache(conditions[0]) for _ in range(2)]
+        for which in ((0, 0), (1, 1), (0, 1), (1, 0)):
+            condition, cache = conditions[which[0]], caches[which[1]]
+            logits = [generator(condition, torch.empty(2 * IMAGES, 0, dtype=torch.int64), cache=cache)]
+            for number in range(3):
+                tokens = torch.full((2 * IMAGES, 1), number)
+                logits.append(generator(condition, tokens, cache=cache, slot=condition.slots + number))
+            found.append(torch.cat(logits))
+    assert len(replays) == 2 * 2
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("family", ["llamagen-t2i", "lumina-mgpt-2"])

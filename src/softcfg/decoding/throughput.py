@@ -20,6 +20,7 @@ from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
+from softcfg.nn.position import Position
 
 # A step's cost grows with the filled part of the cache; the mean over these positions stands for the whole sequence.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -118,11 +119,32 @@ def largest_batch(generator: Generator, guidance: CFG, free: int) -> int:
     return fits
 
 
+def seconds_ahead(generator: Generator, inputs: Sequence[Any], guidance: CFG) -> float:
+    """Seconds a step of what a batch computes for several steps at once; call it inside `prepared_linear_layers`.
+
+    On other devices than a CPU that is done once before the steps, and not counted here.
+    """
+    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
+    steps = min(generator.steps_ahead(condition), condition.num_tokens)
+    if not steps or generator.device.type != "cpu":
+        return 0.0
+    times = []
+    with torch.inference_mode():
+        for slot in (
+            condition.slots,
+            condition.slots - 1,
+        ):  # which what is done for the first does not cover
+            started = time.perf_counter()
+            generator.prepare(condition, Position.shared(slot), 1)
+            times.append(time.perf_counter() - started)
+    return min(times) / steps
+
+
 class StepTimes(NamedTuple):
     """Seconds of a decoding step, and of what a batch does once before its steps.
 
     Attributes:
-        step: the mean over positions of the median of a step.
+        step: the mean over positions of the median of a step, with its share of what is computed for several.
         set_up: laying out weights; on a GPU the first steps, in which kernels compile, and the capture of the graph.
     """
 
@@ -142,12 +164,13 @@ def time_steps(
     """Time the steps of a batch at `positions` (parts of the sequence)."""
     inputs = generator.example_inputs(batch)
     condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
-    means, set_up = [], 0.0
+    means, set_up, ahead = [], 0.0, 0.0
     started = time.perf_counter()
     with contextlib.ExitStack() as prepared:
         prepared.enter_context(prepared_linear_layers(generator, condition.rows))
         if weak is not None and guidance.has_weak_model:
             prepared.enter_context(prepared_linear_layers(weak, batch))
+        ahead += seconds_ahead(generator, inputs, guidance)
         for part in positions:
             step = decoding_step(generator, inputs, guidance, max(1, round(part * condition.num_tokens)), weak=weak)
             times = []
@@ -158,4 +181,4 @@ def time_steps(
                 if turn:  # the first one warms up
                     times.append(time.perf_counter() - started)
             means.append(statistics.median(times))
-    return StepTimes(statistics.fmean(means), set_up)
+    return StepTimes(statistics.fmean(means) + ahead, set_up)

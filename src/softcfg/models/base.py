@@ -94,8 +94,8 @@ class Generator(KeepsTables, ABC):
         cache_shape: (layers, heads, head_dim) of the key/value cache.
         cache_dtype: what the key/value cache stores, of `nn.kv_cache.CACHES`; None for the dtype of the weights.
         supports_row_positions: whether a pass may start at a slot of its own in each row (`Position.by_row`).
-        steps_replay: whether blocks and logits of a step depend on nothing but its input and its attention context, so
-            that its kernels may be launched again without them (`nn.replay`).
+        steps_replay: whether blocks and logits of a step depend on nothing but its input, its attention context and
+            what `prepare` returns, so that its kernels may be launched again without them (`nn.replay`).
         layer_devices: where each layer computes, if they are spread over several devices.
         blocks: the transformer blocks in order; each is called as `block(x, layer, context)`.
         conditioning_type: how what users ask for becomes what `condition` takes; None for a generator that is used
@@ -187,12 +187,14 @@ class Generator(KeepsTables, ABC):
             padding=condition.padding,
         )
 
+        prepared = self.prepare(condition, position, x.shape[1])
+
         def run(x: Tensor) -> Tensor:
             x = self.run_blocks(x, condition, context)
             return self.logits(x[:, position.first_predicting(condition.slots) :])
 
         programs = vars(self).get(PROGRAMS) if self.steps_replay else None
-        logits = None if programs is None else replayed(self, programs, x, context, run)
+        logits = None if programs is None else replayed(self, programs, x, context, run, prepared)
         return (run(x) if logits is None else logits).to(tokens.device)
 
     def embed_condition(self, condition: Condition) -> Tensor:
@@ -218,6 +220,14 @@ class Generator(KeepsTables, ABC):
         """Keep the tables of the rotary embedding, float32 [slots, head_dim / 2]."""
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
+
+    def prepare(self, condition: Condition, position: Position, new: int) -> object:
+        """Make ready what the blocks of a pass read beside their inputs and context; by default nothing.
+
+        Returns:
+            What holds it. Of two steps that get the same object, the second finds it in the memory of the first.
+        """
+        return None
 
     def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
         """The inputs [rows, n, width] through all blocks; to be overridden where a block takes more than that."""
@@ -252,6 +262,10 @@ class Generator(KeepsTables, ABC):
 
     def ahead_bytes(self, condition: Condition) -> int:
         """The memory of what a batch computes once for several steps, beside the cache; by default 0."""
+        return 0
+
+    def steps_ahead(self, condition: Condition) -> int:
+        """For how many steps `prepare` works at once, if it has to; by default 0, as there is nothing to be done."""
         return 0
 
     def _cache_type(self) -> type[KVCache]:

@@ -5,9 +5,8 @@ Parameter names are those of the released checkpoints (`rar_b.bin` to `rar_xxl.b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,25 @@ WINDOW_ROWS = 256  # rows of a product at which it runs near full speed
 HELD_BYTES = 2 * 2**30  # that the modulations of a whole batch and sequence may take
 
 Branch = tuple[Tensor | None, Tensor | None]  # what a branch adds to the residual stream, and the gate on it
+
+
+@dataclass(eq=False)
+class Window:
+    """The modulations of some neighbouring slots, computed together; it moves on in the same memory.
+
+    Attributes:
+        length: most slots that it covers.
+        at: int64 [rows, 1], which entry of the tables is that of each row at `slot`.
+        tables: of every block and, last, of the head, [U, length, parts * hidden_size]; U distinct rows.
+        slots: those that it covers.
+        slot: of the step that `at` is for; None for none.
+    """
+
+    length: int
+    at: Tensor
+    tables: list[Tensor]
+    slots: range = range(0)
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ class RARCondition(ClassCondition):
     Attributes:
         distinct: class ids [U], those of the conditional rows and, once, the null class.
         source: int64 [rows], where in `distinct` each row's class is.
-        windows: layer -> first slot of the window, and its modulations [U, slots, parts * hidden_size].
+        window: the one that steps are in; None before the first of them.
     """
 
     def __init__(self, classes: Tensor, slots: int, num_tokens: int, null: int, device: torch.device) -> None:
@@ -87,7 +105,7 @@ class RARCondition(ClassCondition):
         if count < len(classes):
             distinct = torch.cat((distinct, distinct.new_full((1,), null)))
         self.distinct = distinct.to(device)
-        self.windows: dict[int, tuple[int, Tensor]] = {}
+        self.window: Window | None = None
 
     def __getitem__(self, rows: slice) -> RARCondition:
         """See `Condition.__getitem__`."""
@@ -99,7 +117,9 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+        product = Linear(width, parts * width)
+        product.usual_rows = WINDOW_ROWS
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), product)
 
 
 class RARBlock(Modulation):
@@ -157,6 +177,7 @@ class RAR(ClassGenerator):
     """
 
     condition_slots = 2
+    steps_replay = True
 
     def __init__(self, config: RARConfig) -> None:
         super().__init__()
@@ -197,15 +218,28 @@ class RAR(ClassGenerator):
             target = torch.cat((torch.zeros_like(target[:1]), target[1:]))
         return x + (self.pos_embed[0, position.index(new)] + target)
 
+    def prepare(self, condition: Condition, position: Position, new: int) -> Window | None:
+        """See `Generator.prepare`: the window of a step."""
+        assert isinstance(condition, RARCondition)
+        if position.slot is None:
+            return self._window(condition, condition.cache_slots, 0) if self._holds_all(condition) else None
+        if new > 1 or torch.is_grad_enabled():  # many slots as it is, or the window must not change
+            return None
+        window = self._window(condition, self.steps_ahead(condition) or 1, position.slot)
+        if window.slot != position.slot:
+            window.slot = position.slot
+            first = condition.source[:, None] * window.length
+            torch.add(first, position.slot - window.slots.start, out=window.at)
+        return window
+
     def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
         """See `Generator.run_blocks`: every block, and the norm after the last one, takes its modulation."""
         assert isinstance(condition, RARCondition)
-        modulation, at = self._modulations(condition, context.position, x.shape[1])
+        modulations, at = self._modulations(condition, context.position, x.shape[1])
         branch: Branch = (None, None)
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, modulation(layer, block), layer, context, at)
-        head = self.adaln_before_head
-        return head(x, branch, modulation(len(self.blocks), head), at)
+            x, branch = block(x, branch, next(modulations), layer, context, at)
+        return self.adaln_before_head(x, branch, next(modulations), at)
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""
@@ -218,10 +252,14 @@ class RAR(ClassGenerator):
     def ahead_bytes(self, condition: Condition) -> int:
         """See `Generator.ahead_bytes`: the modulations of a window of slots, or of all."""
         assert isinstance(condition, RARCondition)
-        ahead = max(1, WINDOW_ROWS // len(condition.distinct))
-        if self.device.type != "cpu":
-            ahead = condition.cache_slots if self._holds_all(condition) else 0
-        return ahead * self._slot_bytes(condition)
+        return self.steps_ahead(condition) * self._slot_bytes(condition)
+
+    def steps_ahead(self, condition: Condition) -> int:
+        """See `Generator.steps_ahead`: the slots of a window."""
+        assert isinstance(condition, RARCondition)
+        if self.device.type == "cpu":
+            return max(1, WINDOW_ROWS // len(condition.distinct))
+        return condition.cache_slots if self._holds_all(condition) else 0
 
     def _slot_bytes(self, condition: RARCondition) -> int:
         """What the modulations of a slot take, of all layers and distinct rows."""
@@ -233,40 +271,43 @@ class RAR(ClassGenerator):
 
     def _modulations(
         self, condition: RARCondition, position: Position, new: int
-    ) -> tuple[Callable[[int, Modulation], Tensor], Tensor | None]:
-        """What gives the modulation of a layer (or, last, of the head) for a pass, [rows, new, parts * hidden_size].
+    ) -> tuple[Iterator[Tensor], Tensor | None]:
+        """The modulations of every block and, last, of the head for a pass, [rows, new, parts * hidden_size].
 
-        Where all slots are held it is a table [entries, parts * hidden_size]; then an index [rows, new] comes with it.
+        Those of a window are tables [entries, parts * hidden_size]; then an index int64 [rows, new] comes with them.
         """
-        if position.slot is not None:
-            return partial(self._modulation, condition, position.slot, new), None
-        slots = position.index(new)
-        assert isinstance(slots, Tensor)
-        if self._holds_all(condition):
-            at = condition.source[:, None] * condition.cache_slots + slots
-            return lambda layer, module: self._held(condition, layer, module).flatten(0, 1), at
+        window, slots = self.prepare(condition, position, new), position.index(new)
+        if window is not None:
+            if isinstance(slots, Tensor):
+                slots = condition.source[:, None] * window.length + slots
+            return (table.flatten(0, 1) for table in window.tables), window.at if isinstance(slots, slice) else slots
+        if isinstance(slots, slice):
+            made = self._modulate(condition, range(slots.start, slots.stop))
+            return (each[condition.source] for each in made), None
         label = self.embeddings(condition.classes + self.vocab_size + 1)[:, None]
         inputs = F.silu(label + self.timesteps_embeddings[0, slots])
-        return lambda layer, module: module.adaLN_modulation[1](inputs), None
+        return (module.adaLN_modulation[1](inputs) for module in self._modulated), None
 
-    def _held(self, condition: RARCondition, layer: int, module: Modulation) -> Tensor:
-        """The modulations of all slots, [U, slots, parts * hidden_size]."""
-        window = condition.windows.get(layer)
-        if window is None or (window[0], window[1].shape[1]) != (0, condition.cache_slots):
-            window = condition.windows[layer] = (0, self._modulate(condition, module, 0, condition.cache_slots))
-        return window[1]
+    def _window(self, condition: RARCondition, length: int, slot: int) -> Window:
+        """A window of a batch that covers a slot."""
+        window = condition.window
+        unchangeable = window is not None and window.at.is_inference() and not torch.is_inference_mode_enabled()
+        if window is None or window.length < length or unchangeable:
+            window = condition.window = Window(length, torch.empty_like(condition.source[:, None]), [])
+        if slot not in window.slots:
+            window.slots, window.slot = range(slot, min(slot + window.length, condition.cache_slots)), None
+            for index, made in enumerate(self._modulate(condition, window.slots)):
+                if index == len(window.tables):
+                    window.tables.append(made.new_empty(len(made), window.length, made.shape[2]))
+                window.tables[index][:, : len(window.slots)] = made
+        return window
 
-    def _modulation(self, condition: RARCondition, slot: int, new: int, layer: int, module: Modulation) -> Tensor:
-        if new > 1:  # many slots as it is
-            return self._modulate(condition, module, slot, new)[condition.source]
-        window = condition.windows.get(layer)
-        if window is None or not window[0] <= slot < window[0] + window[1].shape[1]:
-            ahead = max(1, WINDOW_ROWS // len(condition.distinct))
-            window = condition.windows[layer] = (slot, self._modulate(condition, module, slot, ahead))
-        start, values = window
-        return values[condition.source, slot - start, None]
-
-    def _modulate(self, condition: RARCondition, module: Modulation, slot: int, count: int) -> Tensor:
-        """Modulations of the distinct rows for at most `count` slots, [U, slots, parts * hidden_size]."""
+    def _modulate(self, condition: RARCondition, slots: range) -> Iterator[Tensor]:
+        """Those of the distinct rows at some slots, [U, slots, parts * hidden_size] of every block and of the head."""
         label = self.embeddings(condition.distinct + self.vocab_size + 1)[:, None]
-        return module.adaLN_modulation(label + self.timesteps_embeddings[:, slot : slot + count])
+        inputs = F.silu(label + self.timesteps_embeddings[:, slots.start : slots.stop])
+        return (module.adaLN_modulation[1](inputs) for module in self._modulated)
+
+    @property
+    def _modulated(self) -> list[Modulation]:
+        return [*self.blocks, self.adaln_before_head]

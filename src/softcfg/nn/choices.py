@@ -26,6 +26,7 @@ FOLDER_VARIABLE = "SOFTCFG_PRODUCTS"
 FEWEST, TURNS = 3, 20
 SECONDS = 0.05  # after which the fewest turns are enough
 HOPELESS = 1.5  # times as long as the fastest side: not tried again
+BUSY = 1.2  # times the time of the processor that one thread takes where it has to share a core
 
 MADE: dict[tuple[str, tuple[str, ...]], str] = {}  # in this process: what for, among what -> the choice
 Side = TypeVar("Side")
@@ -62,7 +63,8 @@ def time_sides(sides: Mapping[Side, Callable[[], object]]) -> dict[Side, float]:
     """Seconds of each side, on one thread or on all, whichever is faster, as steps choose it (`decoding.threads`).
 
     What steps compute shall not depend on their threads, so one figure stands for both. On one thread it is processor
-    time, which other work on the machine hardly changes.
+    time, which other work on the machine hardly changes. Where there is other work, which takes the processor away
+    meanwhile, that figure stands alone: chance would decide the others.
     """
 
     def least(clock: Callable[[], float]) -> dict[Side, float]:
@@ -79,8 +81,12 @@ def time_sides(sides: Mapping[Side, Callable[[], object]]) -> dict[Side, float]:
                     seconds[side] = min(seconds[side], clock() - started)
         return seconds
 
+    begun, used = time.perf_counter(), time.thread_time()
     one = on_threads(1, lambda: least(time.thread_time))
-    several = on_threads(cores(), lambda: least(time.perf_counter)) if cores() > 1 else one
+    busy = time.perf_counter() - begun > BUSY * (time.thread_time() - used)
+    if busy or cores() == 1:
+        return one
+    several = on_threads(cores(), lambda: least(time.perf_counter))
     return {side: min(one[side], several[side]) for side in sides}
 
 

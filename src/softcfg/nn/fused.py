@@ -67,11 +67,10 @@ def add_norm(
         at: int64 [rows, n]. Gate, scale and shift are then tables [entries, width], and this says which entry is whose.
     """
     kind = _kind(norm, x) if _serves(x, added, gate, *(modulation or ())) else None
-    if kind and x.shape[-1] <= WIDEST and (at is None or triton_decode.runs_on(x)):
-        more = () if at is None else (at,)
+    if kind and x.shape[-1] <= WIDEST:
 
         def launch() -> tuple[Tensor, Tensor]:
-            return _kernels(x).add_norm(x, added, gate, kind, *_parameters(norm), _eps(norm), modulation, *more)
+            return _kernels(x).add_norm(x, added, gate, kind, *_parameters(norm), _eps(norm), modulation, at)
 
         found = _launched(x.device, launch)
         if found is not None:
@@ -221,6 +220,15 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
         if found is not None:
             return found
     return F.silu(gate) * up
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU, x times the chance that a normal number is less; PyTorch has one kernel of it for a GPU."""
+    if x.is_cpu and _serves(x):
+        found = _launched(x.device, lambda: _kernels(x).gelu(x))
+        if found is not None:
+            return found
+    return F.gelu(x)
 
 
 def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:

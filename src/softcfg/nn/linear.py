@@ -29,11 +29,13 @@ class Linear(nn.Linear):
     """`nn.Linear` whose product with `rows` rows can run on weights that are laid out for it.
 
     Attributes:
+        usual_rows: of its inputs, if they are not those of a step.
         product: with which it multiplies; None: plainly.
         laid_out: the weights for it. Where it serves any number of rows, `weight` is empty meanwhile.
         keeps_bits: whether `rows` rows are known to give the same bits on one thread and on all of them.
     """
 
+    usual_rows: int | None = None
     product: Product | None = None
     laid_out: Tensor | None = None
     keeps_bits = False
@@ -74,13 +76,15 @@ def fastest_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     if device.type != "cpu" or not has_bfloat16(device):
         return torch.float32
-    layers = (layer for layer in module.modules() if isinstance(layer, Linear))
+    layers = (layer for layer in module.modules() if isinstance(layer, Linear) and layer.usual_rows is None)
     return faster_dtype(Counter((layer.out_features, layer.in_features) for layer in layers), GUIDED_ROWS)
 
 
 @contextmanager
 def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
-    """Prepare all `Linear` layers of `module` for inputs of `rows` rows; inside, its weights must not change.
+    """Prepare all `Linear` layers of `module` for inputs of `rows` rows, or of their usual ones.
+
+    Inside, its weights must not change.
 
     On a GPU, weights of the same inputs, which a part of the module names in `together`, are laid side by side, where
     they stay: one product then serves all of them.
@@ -120,15 +124,17 @@ def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int) -> None:
     uses = Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
     alike = defaultdict(list)
     for layer in layers:
-        alike[layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.bias is None].append(layer)
+        kind = layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.bias is None, layer.usual_rows
+        alike[kind].append(layer)
     in_all = sum(layer.weight.nbytes for layer in layers)
     replayed = getattr(module, "steps_replay", False) is True
     for group in alike.values():
-        given = [layer.weight for layer in group], group[0].bias, rows
-        product = choose(*given, in_all, replayed=replayed)
+        usual_rows = group[0].usual_rows
+        given = [layer.weight for layer in group], group[0].bias, usual_rows or rows
+        product = choose(*given, in_all, replayed=replayed and usual_rows is None)
         same = keeps_bits(product, *given)
         for layer in group:
-            layer.prepare(product, rows, keep=uses[id(layer.weight)] > 1)
+            layer.prepare(product, usual_rows or rows, keep=uses[id(layer.weight)] > 1)
             layer.keeps_bits = same
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.nn.fused import add_gated_products, products
+from softcfg.nn.fused import add_gated_products, gelu, products
 from softcfg.nn.linear import Linear
 
 
@@ -20,7 +19,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         (hidden,) = products(x, self.fc1)
-        return products(F.gelu(hidden), self.fc2)[0]
+        return products(gelu(hidden), self.fc2)[0]
 
 
 class SwiGLU(nn.Module):

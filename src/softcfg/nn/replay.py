@@ -7,6 +7,7 @@ every other one launches them again, by one call, with the numbers that move fro
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,19 +26,25 @@ from softcfg.nn.linear import Linear
 from softcfg.nn.settings import holding
 
 MOST_BYTES = 64 << 20  # that results between the kernels may take: each has memory of its own
-Programs = WeakKeyDictionary[KVCache, "_Program | None"]
+Programs = WeakKeyDictionary[Any, "_Program | None"]
 
 
 def replayed(
-    module: nn.Module, programs: Programs, x: Tensor, context: AttentionContext, run: Callable[[Tensor], Tensor]
+    module: nn.Module,
+    programs: Programs,
+    x: Tensor,
+    context: AttentionContext,
+    run: Callable[[Tensor], Tensor],
+    prepared: object = None,
 ) -> Tensor | None:
     """What `run(x)` returns, by its kernels alone if they are known or become so; None for a step that has none.
 
     Args:
         module: whose weights `run` uses; it is laid out, and does not change.
-        programs: of this module, a program for each cache.
+        programs: of this module; one for each cache, or for what `prepared` is.
         x: [rows, 1, width].
-        context: of the step, from which all else follows that `run` depends on.
+        context: of the step.
+        prepared: holds all else that `run` depends on, in memory that it keeps; None for nothing.
     """
     cache, slot = context.cache, context.position.slot
     if (
@@ -46,17 +53,18 @@ def replayed(
         or recorded.get() is not None or not numba_decode.runs_on(x) or not numba_decode.is_faster()
     ):  # fmt: skip
         return None
-    if cache not in programs:
-        new = _Program(module, x)
+    key = cache if prepared is None else prepared
+    if key not in programs:
+        new = _Program(module, x, cache)
         found = new.record(x, context, run)
-        programs[cache] = new if new.serves else None
+        programs[key] = new if new.serves else None
         return found
-    known = programs[cache]
-    return None if known is None or not known.fits(x) else known.replay(x, context)
+    known = programs[key]
+    return None if known is None or not known.fits(x, cache) else known.replay(x, context)
 
 
 class _Program:
-    def __init__(self, module: nn.Module, x: Tensor) -> None:
+    def __init__(self, module: nn.Module, x: Tensor, cache: KVCache) -> None:
         modules = list(module.modules())
         self._hooks: list[Any] = [torch.nn.modules.module._global_forward_hooks]
         self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
@@ -65,6 +73,7 @@ class _Program:
         self._attributes = [vars(each) for each in modules]
         # The memory of what the kernels read lives as long as the program.
         self._kept: list[Any] = [each.laid_out for each in modules if isinstance(each, Linear)]
+        self._cache = weakref.ref(cache)
         self._input = torch.empty_like(x)
         self._output = self._input
         self.serves = False
@@ -84,9 +93,9 @@ class _Program:
             return found.clone()
         return found
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether it serves such inputs, and nobody wants to be called between."""
-        return x.shape == self._input.shape and not self._is_watched()
+    def fits(self, x: Tensor, cache: KVCache) -> bool:
+        """Whether it serves such a step, and nobody wants to be called between."""
+        return x.shape == self._input.shape and cache is self._cache() and not self._is_watched()
 
     def _is_watched(self) -> bool:
         """Whether a module has a hook or a `forward` of its own."""

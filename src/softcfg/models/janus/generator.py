@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
@@ -21,6 +20,7 @@ from softcfg.layouts import rename
 from softcfg.models.geometry import Geometry
 from softcfg.models.janus.prompts import JanusPrompts
 from softcfg.models.llama import LlamaConfig, LlamaGenerator, PromptIds, left_pad, make_decoder, precise, prompt_ids
+from softcfg.nn.fused import gelu, products
 from softcfg.nn.linear import Linear
 from softcfg.nn.llama import LlamaDecoder
 
@@ -82,9 +82,10 @@ class Head(nn.Module):
         self.output_mlp_projector = Linear(width, width)
         self.vision_head = Linear(width, codes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., codes]."""
-        return self.vision_head(F.gelu(self.output_mlp_projector(x)))
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Of norm(x), [..., width] -> [..., codes]."""
+        (hidden,) = products(x, self.output_mlp_projector, norm=norm)
+        return products(gelu(hidden), self.vision_head)[0]
 
 
 class Janus(LlamaGenerator):
@@ -146,7 +147,7 @@ class Janus(LlamaGenerator):
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`; they are float32 or better."""
-        return precise(self.gen_head(self.decoder.norm(x)))
+        return precise(self.gen_head(x, self.decoder.norm))
 
 
 def from_published(tensors: Mapping[str, Any]) -> dict[str, Any]:
