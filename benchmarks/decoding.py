@@ -137,8 +137,8 @@ def main() -> None:
 
         with prepared_linear_layers(generator, 2 * batch):
             mean = means_over_sequence(sides_at, generator.num_tokens, args.repeats)
-            for name, guidance in (("CFG", cfg), ("SoftCFG", soft)):
-                mean[name] += seconds_ahead(generator, inputs, guidance)
+            for name in ("CFG", "SoftCFG"):
+                mean[name] += seconds_ahead(generator, generator.condition(inputs, guided=True))
         products = fastest_products(baseline, batch, args.repeats)
         filled = generator.condition_slots + generator.num_tokens / 2
         read = 4 * 2 * layers * heads * head_dim * 2 * batch * filled / speed

@@ -78,10 +78,28 @@ def test_what_is_computed_ahead_is_shared_by_the_steps(
     monkeypatch.setattr(rar, "WINDOW_ROWS", 64)
     monkeypatch.setattr(rar.RAR, "_modulate", slow)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    inputs = generator.example_inputs(images)
-    assert generator.steps_ahead(generator.condition(inputs, guided=True)) == steps
-    assert seconds_ahead(generator, inputs, CFG()) == 8 / steps
-    assert seconds_ahead(load("alitok"), [0], CFG()) == 0
+    condition = generator.condition(generator.example_inputs(images), guided=True)
+    assert generator.steps_ahead(condition) == steps
+    assert seconds_ahead(generator, condition) == 8 / steps
+    plain = load("alitok")
+    assert seconds_ahead(plain, plain.condition([0], guided=True)) == 0
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rows"),
+    [
+        (CFG(1.0), [2]),
+        (CFG(3.0), [4]),
+        (SoftCFG(3.0, perturbation_scale=1.0), [4, 2]),
+        (CFG(3.0, weak_share=0.5), [4, 2]),
+    ],
+)
+def test_every_pass_computes_its_own_ahead(guidance: CFG, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    monkeypatch.setattr(throughput, "seconds_ahead", lambda _, condition: timed.append(condition.rows) or 50.0)
+    weak = load("rar") if guidance.has_weak_model else None
+    assert time_steps(load("rar"), 2, guidance, repeats=1, weak=weak).step > 50 * len(rows)
+    assert timed == rows
 
 
 @pytest.mark.parametrize("guidance", [CFG(guidance_scale=0), CFG(), SoftCFG(), SoftCFG(target="both")], ids=str)

@@ -91,16 +91,23 @@ def batch_bytes(generator: Generator, batch: int, guidance: CFG, *, weak: Genera
     Args:
         weak: the weak model of the guidance, which has a cache of its own.
     """
-    condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
-    total = generator.cache_bytes(condition) + generator.ahead_bytes(condition)
-    if guidance.has_third_branch:
-        third = condition[:batch]
-        total += generator.cache_bytes(third) + generator.ahead_bytes(third)
-    if weak is not None:
-        own = weak.condition(weak.example_inputs(batch), guided=False)
-        total += weak.cache_bytes(own) + weak.ahead_bytes(own)
+    passes = _passes(generator, batch, guidance, weak)
+    total = sum(each.cache_bytes(condition) + each.ahead_bytes(condition) for each, condition in passes)
     logits = 4 * generator.vocab_size  # of a row, in float32
-    return total + (2 * condition.rows + LOGITS_OF_AN_IMAGE * batch) * logits
+    return total + (2 * passes[0][1].rows + LOGITS_OF_AN_IMAGE * batch) * logits
+
+
+def _passes(
+    generator: Generator, batch: int, guidance: CFG, weak: Generator | None
+) -> list[tuple[Generator, Condition]]:
+    """The generator and the condition of each pass of a step, that of the guided rows first."""
+    condition = generator.condition(generator.example_inputs(batch), guided=guidance.has_unconditional_branch)
+    passes = [(generator, condition)]
+    if guidance.has_third_branch:
+        passes.append((generator, condition[:batch]))
+    if weak is not None:
+        passes.append((weak, weak.condition(weak.example_inputs(batch), guided=False)))
+    return passes
 
 
 def largest_batch(generator: Generator, guidance: CFG, free: int) -> int:
@@ -119,21 +126,18 @@ def largest_batch(generator: Generator, guidance: CFG, free: int) -> int:
     return fits
 
 
-def seconds_ahead(generator: Generator, inputs: Sequence[Any], guidance: CFG) -> float:
+def seconds_ahead(generator: Generator, condition: Condition) -> float:
     """Seconds a step of what a batch computes for several steps at once; call it inside `prepared_linear_layers`.
 
     On other devices than a CPU that is done once before the steps, and not counted here.
     """
-    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
     steps = min(generator.steps_ahead(condition), condition.num_tokens)
     if not steps or generator.device.type != "cpu":
         return 0.0
     times = []
     with torch.inference_mode():
-        for slot in (
-            condition.slots,
-            condition.slots - 1,
-        ):  # which what is done for the first does not cover
+        # What is done for one slot serves those after it, so the slot before takes it anew, in the same memory.
+        for slot in (condition.slots, condition.slots - 1):
             started = time.perf_counter()
             generator.prepare(condition, Position.shared(slot), 1)
             times.append(time.perf_counter() - started)
@@ -164,15 +168,15 @@ def time_steps(
     """Time the steps of a batch at `positions` (parts of the sequence)."""
     inputs = generator.example_inputs(batch)
     condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
-    means, set_up, ahead = [], 0.0, 0.0
+    means, set_up = [], 0.0
     started = time.perf_counter()
     with contextlib.ExitStack() as prepared:
         prepared.enter_context(prepared_linear_layers(generator, condition.rows))
         if weak is not None and guidance.has_weak_model:
             prepared.enter_context(prepared_linear_layers(weak, batch))
-        ahead += seconds_ahead(generator, inputs, guidance)
         for part in positions:
-            step = decoding_step(generator, inputs, guidance, max(1, round(part * condition.num_tokens)), weak=weak)
+            position = min(max(1, round(part * condition.num_tokens)), condition.num_tokens - 1)
+            step = decoding_step(generator, inputs, guidance, position, weak=weak)
             times = []
             set_up = set_up or time.perf_counter() - started
             for turn in range(repeats + 1):
@@ -181,4 +185,6 @@ def time_steps(
                 if turn:  # the first one warms up
                     times.append(time.perf_counter() - started)
             means.append(statistics.median(times))
+        weaker = weak if guidance.has_weak_model else None
+        ahead = sum(seconds_ahead(*each) for each in _passes(generator, batch, guidance, weaker))
     return StepTimes(statistics.fmean(means) + ahead, set_up)

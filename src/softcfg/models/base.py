@@ -225,7 +225,8 @@ class Generator(KeepsTables, ABC):
         """Make ready what the blocks of a pass read beside their inputs and context; by default nothing.
 
         Returns:
-            What holds it. Of two steps that get the same object, the second finds it in the memory of the first.
+            What holds it, an object that can be weakly referenced. Of two steps that get the same one, the second finds
+            everything in the memory of the first.
         """
         return None
 
