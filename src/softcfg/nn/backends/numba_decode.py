@@ -89,13 +89,13 @@ def tables_of(context: AttentionContext) -> list[Tensor | None]:
     Each is [rows or 1, S], the entries of a row side by side; None where there are none.
     """
     if NumbaDecode.name not in context.memory:
-        mask = context.mask
-        mask = None if mask is None else (mask if mask.dim() == 2 else mask[:, 0]).bool()
-        factors = [
-            None if each is None else each[:, 0, 0].float().expand(-1, context.slots) for each in context.factors
-        ]
+        of_slots = (context.value_weights, context.key_weights, context.attention_weights, context.mask)
+        value, key, attention, mask = (each if each is None or each.dim() == 2 else each[:, 0] for each in of_slots)
+        attention = None if attention is None else attention.log()
+        tables = [None if each is None else each.float() for each in (value, key, attention)]
         context.memory[NumbaDecode.name] = [
-            None if each is None else each if each.stride(1) == 1 else each.contiguous() for each in (*factors, mask)
+            each if each is None or each.stride(1) == 1 else each.contiguous()
+            for each in (*tables, None if mask is None else mask.bool())
         ]
     return context.memory[NumbaDecode.name]
 

@@ -428,15 +428,20 @@ def _weighted_sum(vectors: int) -> Any:
 _add_one, _add_two, _add_three, _add_four = (_weighted_sum(vectors) for vectors in range(1, SUMS + 1))
 
 
+def _ask_for(builder: Any, address: Any, locality: int) -> None:
+    """Ask for the line at an address, which need not be there: 3 into the nearest cache, 2 into the second."""
+    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+    builder.call(fetch, [builder.inttoptr(address, pointer), number(0), number(locality), number(1)])
+
+
 @_intrinsic
 def _fetch(typing: Any, address: Any) -> Any:
-    """Ask for the line at an address, which need not be there."""
+    """Ask for the line at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        builder.call(fetch, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)])
+        _ask_for(builder, arguments[0], 3)
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -1000,15 +1005,17 @@ def _panel_product(rows: int) -> Any:
     """The product of some rows with a panel of weights, as vector instructions that no compiler has to find.
 
     Its arguments are the addresses of weights [in, PANEL], of rows, of their results, of a bias (or 0) and of what is
-    added (or 0); the number of inputs; and the bytes from row to row, of the inputs and of the results.
+    added (or 0); the number of inputs; the bytes from row to row, of the inputs and of the results; and the address
+    from which on memory is fetched meanwhile, with the bytes for each input.
     """
 
     @_intrinsic
     def product(
-        typing: Any, weights: Any, x: Any, out: Any, bias: Any, onto: Any, inputs: Any, x_row: Any, out_row: Any
-    ) -> Any:
+        typing: Any, weights: Any, x: Any, out: Any, bias: Any, onto: Any, inputs: Any, x_row: Any, out_row: Any,
+        ahead: Any, pace: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            weights, x, out, bias, onto, inputs, x_row, out_row = arguments
+            weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace = arguments
             vector, zero = _VECTOR.as_pointer(), _WORD(0)
 
             def load(address: Any) -> Any:
@@ -1038,6 +1045,7 @@ def _panel_product(rows: int) -> Any:
             results = list(sums)
             for turn in range(UNROLLED):
                 place = builder.add(index, _WORD(turn))
+                _ask_for(builder, builder.add(ahead, builder.mul(place, pace)), 2)
                 panel = load(moved(weights, place, 4 * PANEL))
                 for row in range(rows):
                     address = moved(moved(x, x_row, row), place, 4)
@@ -1056,7 +1064,7 @@ def _panel_product(rows: int) -> Any:
                 builder.store(builder.fadd(result, more), builder.inttoptr(moved(out, out_row, row), vector), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), generate
+        return types.void(*[types.int64] * 10), generate
 
     return product
 
@@ -1073,24 +1081,30 @@ def _panel(p: Any, panel: int) -> None:
     x_row, out_row = 4 * inputs, 4 * p[OUTPUTS]
     weights, place = p[PACKED] + 4 * PANEL * panel * inputs, 4 * PANEL * panel
     bias = p[OFFSET] + place if p[OFFSET] else 0
+    groups = (rows + TOGETHER - 1) // TOGETHER
+    # Groups after the first find the panel in the caches and would leave the memory idle: the next panel is fetched
+    # meanwhile, a part of it with each group.
+    pace = 4 * PANEL // groups
+    ahead = weights + 4 * PANEL * inputs
     done = 0
     while done < rows:
         x, out = p[INPUT] + done * x_row, p[OUTPUT] + done * out_row + place
         onto = p[ONTO] + done * out_row + place if p[ONTO] else 0
-        left = min(rows - done, TOGETHER)
+        # Evenly, for the sums of one or two rows alone take as long as those of four, each waiting for the one before.
+        left = (rows - done + groups - 1) // groups
         if left == 6:
-            _six(weights, x, out, bias, onto, inputs, x_row, out_row)
+            _six(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
         elif left == 5:
-            _five(weights, x, out, bias, onto, inputs, x_row, out_row)
+            _five(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
         elif left == 4:
-            _four(weights, x, out, bias, onto, inputs, x_row, out_row)
+            _four(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
         elif left == 3:
-            _three(weights, x, out, bias, onto, inputs, x_row, out_row)
+            _three(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
         elif left == 2:
-            _two(weights, x, out, bias, onto, inputs, x_row, out_row)
+            _two(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
         else:
-            _one(weights, x, out, bias, onto, inputs, x_row, out_row)
-        done += left
+            _one(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
+        done, groups, ahead = done + left, groups - 1, ahead + inputs * pace
 
 
 @compiled()
