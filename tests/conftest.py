@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import save_file
 
 from softcfg import Pipeline
+from softcfg.nn import choices, products
 
 GENERATOR = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": 20,
@@ -35,6 +36,7 @@ NEEDED = {  # by tests that are left out where it is missing, as in `make test-f
     "nbformat": ["test_notebooks.py"],
 }
 collect_ignore_glob = [files for module, tests in NEEDED.items() if find_spec(module) is None for files in tests]
+AT_LENGTH = {"test_products.py"}  # where it matters what a measurement finds
 CLASSES = ["Circle", "Square", "T-shirt/top", "Star"]
 
 
@@ -50,6 +52,18 @@ def own_products(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOFTCFG_PRODUCTS", str(tmp_path_factory.mktemp("products")))
         patch.setenv("SOFTCFG_CAPTIONS", str(tmp_path_factory.mktemp("captions")))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_measurements(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Choose among matrix products in passing: a test holds whichever is chosen, and most have shapes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in AT_LENGTH:
+            patch.setattr(choices, "FEWEST", 2)
+            patch.setattr(choices, "TURNS", 2)
+            patch.setattr(choices, "cores", lambda: 1)  # several threads wait long for cores where other tests run
+            patch.setattr(products, "MEASURED", 2**18)
         yield
 
 

@@ -167,7 +167,11 @@ def workplace(
                 del table[name]
 
 
-CASES = [pytest.param(path, "small", id=str(path.relative_to(ROOT))) for path in PAGES] + [
+DEAR = {ROOT / "docs" / f"{name}.md" for name in ("start", "guidance", "evaluation", "text-to-image", "plug")}
+CASES = [
+    pytest.param(path, "small", id=str(path.relative_to(ROOT)), marks=pytest.mark.slow if path in DEAR else ())
+    for path in PAGES
+] + [
     pytest.param(path, "bundled", id=f"{path.relative_to(ROOT)}-bundled", marks=pytest.mark.slow)
     for path in PAGES
     if any(entry.bundled and name in path.read_text() for name, entry in MODELS.items())

@@ -1,5 +1,6 @@
 """The bundled models: what is shipped, and that their samples are what they are asked to be."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_the_small_model_has_fewer_tokens(pipe: Pipeline, small: Pipeline) -> No
 
 
 def test_samples_are_in_their_class(pipe: Pipeline) -> None:
-    assert class_accuracy(pipe, 60) >= 0.8
+    assert class_accuracy(pipe, 40) >= 0.8
 
 
 def test_speculative_jacobi_decoding_takes_few_passes(pipe: Pipeline) -> None:
@@ -82,6 +83,8 @@ def test_guidance_puts_samples_into_their_class(pipe: Pipeline) -> None:
 
 
 def test_the_command_draws_with_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "softcfg", "sample", "fashion", "--labels", "Sneaker,Bag", "--num-samples", "2"]
-    subprocess.run([*command, "--output-dir", str(tmp_path)], check=True, capture_output=True)
+    command = [sys.executable, "-m", "softcfg", "sample", "fashion-small", "--labels", "Sneaker,Bag"]
+    command += ["--num-samples", "2", "--output-dir", str(tmp_path)]
+    environment = {**os.environ, "SOFTCFG_PRODUCT": "plain"}  # nothing is measured
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     assert {"000000.png", "000001.png", "grid.png", "comparison.png"} <= {path.name for path in tmp_path.iterdir()}

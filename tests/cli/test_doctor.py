@@ -20,6 +20,16 @@ from softcfg.nn.backends.math import Math
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bandwidth of the memory is measured on few bytes."""
+    monkeypatch.setattr(doctor, "bandwidth", lambda device: doctor_bandwidth(device, 2**20))
+
+
+doctor_bandwidth = doctor.bandwidth
+
+
+@pytest.mark.usefixtures("quick")
 def test_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cpu", "--no-test", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -57,23 +67,22 @@ def test_a_product_is_measured_from_memory(monkeypatch: pytest.MonkeyPatch) -> N
         measured.append(sum(weight.nbytes for weight in weights))
         return products.PRODUCTS["plain"]
 
+    monkeypatch.setattr(products, "MEASURED", 2**26)
     monkeypatch.setattr(products, "_fastest", fastest)
     monkeypatch.setattr(products, "choose_once", lambda key, names, measure: measure())
     doctor.choices(CPU)
     assert min(measured) > products.MEASURED // 2
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_sound_machine_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "bandwidth", lambda device: doctor_bandwidth(device, 2**20))
+    monkeypatch.setattr(doctor, "fitting_batches", lambda device: {})
     assert main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "attention against float64  ok: " in out
     assert "repeated steps             ok: 100.0%" in out
     assert "tokens against the CPU's   -: the device is the CPU" in out
     assert "images/s" in out
-
-
-doctor_bandwidth = doctor.bandwidth
 
 
 def test_wrong_attention_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +93,8 @@ def test_wrong_attention_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr(numba_decode, "has_numba", lambda: False)
     monkeypatch.setattr(BACKENDS["math"], "attend", off)
     monkeypatch.setattr(doctor, "TESTS", {"attention": doctor.TESTS["attention against float64"]})
+    for other in ("choices", "fitting_batches"):
+        monkeypatch.setattr(doctor, other, lambda device: {})
     assert main(["doctor", "--device", "cpu", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"]

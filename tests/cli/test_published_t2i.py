@@ -37,10 +37,14 @@ NAMES = [
     "llamagen-t2i-xl-256",
 ]
 ONE_EACH = ["janus-pro-7b", "emu3-gen", "llamagen-t2i-xl-256"]
+AS_OTHERS = {"janus-pro-1b", "janus-pro-7b-original"}  # whose size and layout are those of two others
 PROMPTS = ("a red fox", "a red fox in the snow of all colours")
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in AS_OTHERS else ()) for name in NAMES],
+)
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelEntry]:
     """A folder with the repositories of a model, and its entry."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -68,6 +72,12 @@ def fetched(published: tuple[Path, ModelEntry], tmp_path: Path, monkeypatch: pyt
 
 
 one_each = pytest.mark.parametrize("published", ONE_EACH, indirect=True)
+
+
+def one_now(first: str) -> pytest.MarkDecorator:
+    """As `one_each`; all but the first are slow."""
+    names = [pytest.param(name, marks=() if name == first else pytest.mark.slow) for name in ONE_EACH]
+    return pytest.mark.parametrize("published", names, indirect=True)
 
 
 def sample(name: str, out: Path, *flags: str) -> int:
@@ -133,7 +143,7 @@ def test_a_killed_run_is_continued_by_two_processes(fetched: ModelEntry, tmp_pat
     assert len(pictures(out)) == 40
 
 
-@one_each
+@one_now("janus-pro-7b")
 def test_trace_and_plot(fetched: ModelEntry, tmp_path: Path) -> None:
     words = ["--prompt", PROMPTS[0], "--output", str(tmp_path / "trace.safetensors"), "--seed", "1"]
     assert main(["trace", fetched.name, *words]) == 0
@@ -146,7 +156,7 @@ def test_trace_and_plot(fetched: ModelEntry, tmp_path: Path) -> None:
     assert list(figures.glob("*.png"))
 
 
-@one_each
+@one_now("emu3-gen")
 def test_benchmarks(fetched: ModelEntry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dpg").mkdir()
     (tmp_path / "dpg" / "fox.txt").write_text("a red fox\n")
@@ -234,19 +244,20 @@ def test_negative_prompts_and_ratios(fetched: ModelEntry, tmp_path: Path) -> Non
 
 
 @one_each
-def test_a_prompt_alone_and_beside_a_long_one(fetched: ModelEntry) -> None:
+@pytest.mark.parametrize("method", [SoftCFG, pytest.param(CFG, marks=pytest.mark.slow)])
+def test_a_prompt_alone_and_beside_a_long_one(fetched: ModelEntry, method: type[CFG]) -> None:
     """In float64 it draws the same tokens; and halves of other dtypes fit together."""
+    guidance = method(3.0, schedule="constant")
     tokenizer = load_tokenizer(fetched.name, dtype=torch.bfloat16)
     for dtype in (torch.float64, torch.float32):
         generator = load_generator(fetched.name, dtype=dtype)
         pipe = Pipeline(generator, tokenizer, conditioning=load_conditioning(fetched, generator, tokenizer))
-        for guidance in (SoftCFG(3.0, schedule="constant"), CFG(3.0, schedule="constant")):
-            both = pipe(prompts=PROMPTS, guidance=guidance, seed=4)
-            assert both.pixels.any()
-            if dtype == torch.float64:
-                alone = pipe(prompts=PROMPTS[:1], guidance=guidance, seed=4)
-                assert torch.equal(alone.tokens[0], both.tokens[0])
-                assert pipe.generator.dtype == torch.float64
+        both = pipe(prompts=PROMPTS, guidance=guidance, seed=4)
+        assert both.pixels.any()
+        if dtype == torch.float64:
+            alone = pipe(prompts=PROMPTS[:1], guidance=guidance, seed=4)
+            assert torch.equal(alone.tokens[0], both.tokens[0])
+            assert pipe.generator.dtype == torch.float64
 
 
 @pytest.mark.parametrize("published", ["llamagen-t2i-xl-256"], indirect=True)
@@ -263,10 +274,10 @@ def test_captions_are_encoded_once(fetched: ModelEntry, tmp_path: Path, monkeypa
     monkeypatch.setattr(llamagen_encoder.CaptionEncoder, "encode", counted)
 
     def draw(out: str, *flags: str) -> np.ndarray:
-        words = ["--prompts", str(file), "--images-per-prompt", "2", "--batch-size", "2", "--no-compare", *flags]
+        words = ["--prompts", str(file), "--images-per-prompt", "2", "--batch-size", "3", "--no-compare", *flags]
         assert main(["sample", fetched.name, *words, "--output-dir", str(tmp_path / out)]) == 0
         run = RunFolder.open(tmp_path / out)
-        return np.concatenate([run.require(number).codes for number in range(3)])
+        return np.concatenate([run.require(number).codes for number in range(2)])
 
     first = draw("one")
     assert encoded == [*PROMPTS]  # once each, and cleaned

@@ -50,30 +50,42 @@ def device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CFG, "scales", on_the_host(CFG.scales))
 
 
-def drawn(generator: Generator, uniforms: Tensor) -> list[Tensor]:
-    inputs, sampling, found = generator.example_inputs(2), Sampling(temperature=0.9, top_p=0.9), []
-    for guidance in (CFG(3.0, schedule="linear"), SoftCFG(3.0), SoftCFG.released(guidance_scale=3.0, target="both")):
-        for static in (False, True):
-            found.append(decode(generator, inputs, guidance, uniforms=uniforms, sampling=sampling, static=static))
-        streams = ImageStreams(0, range(2))
-        found.append(jacobi_decode(generator, inputs, guidance, streams=streams, window=3, sampling=sampling)[0])
-        trace = softcfg.trace(generator, labels=inputs, guidance=guidance, sampling=sampling)
-        found += [trace.tokens, trace.guided_logits]
-    return found
+def drawn(generator: Generator, guidance: CFG, uniforms: Tensor) -> list[Tensor]:
+    inputs, sampling = generator.example_inputs(2), Sampling(temperature=0.9, top_p=0.9)
+    found = [
+        decode(generator, inputs, guidance, uniforms=uniforms, sampling=sampling, static=static)
+        for static in (False, True)
+    ]
+    streams = ImageStreams(0, range(2))
+    found.append(jacobi_decode(generator, inputs, guidance, streams=streams, window=3, sampling=sampling)[0])
+    trace = softcfg.trace(generator, labels=inputs, guidance=guidance, sampling=sampling)
+    return [*found, trace.tokens, trace.guided_logits]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+GUIDANCE = {
+    "CFG": CFG(3.0, schedule="linear"),
+    "SoftCFG": SoftCFG(3.0),
+    "released": SoftCFG.released(guidance_scale=3.0, target="both"),
+}
+CASES = [  # one of them for each family; all for each are slow
+    pytest.param(family, name, marks=() if i % len(GUIDANCE) == j else pytest.mark.slow)
+    for i, family in enumerate(FAMILIES)
+    for j, name in enumerate(GUIDANCE)
+]
+
+
+@pytest.mark.parametrize(("family", "guidance"), CASES)
 def test_drawing_takes_no_float64_and_draws_the_same(
-    family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    family: str, guidance: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = load(family)
     total = generator.condition(generator.example_inputs(2), guided=False).num_tokens
     uniforms = image_uniforms(0, range(2), total)
     monkeypatch.setattr(numba_decode, "has_numba", lambda: False)  # a mode that watches sees no kernels
-    expected = drawn(generator, uniforms)
+    expected = drawn(generator, GUIDANCE[guidance], uniforms)
     request.getfixturevalue("device_without_float64")
     with NoFloat64():
-        found = drawn(generator, uniforms)
+        found = drawn(generator, GUIDANCE[guidance], uniforms)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 

@@ -18,6 +18,7 @@ from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGen, LlamaGenConfig
 from softcfg.models.rar import RAR, RobusTokConfig
+from softcfg.nn.products import use_product
 
 CODEBOOK, TOKENS = 3, 4
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "codebook_size": CODEBOOK}
@@ -116,7 +117,8 @@ def sample(
     """Tokens [draws, T] of each label, all of them rows of one batch."""
     rows = [label for label in labels for _ in range(draws)]
     streams = ImageStreams(seed, range(len(rows)))
-    tokens, _ = jacobi_decode(generator, rows, guidance, streams=streams, window=window, sampling=sampling)
+    with use_product("plain"):  # to measure which one is fastest for so many rows takes longer than to draw
+        tokens, _ = jacobi_decode(generator, rows, guidance, streams=streams, window=window, sampling=sampling)
     return list(tokens.split(draws))
 
 

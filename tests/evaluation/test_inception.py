@@ -30,7 +30,7 @@ def test_names_and_shapes_are_the_published_ones() -> None:
     assert found == golden(CASE).about["tensors"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_features(dtype: torch.dtype) -> None:
     arrays = golden(CASE).arrays
     module = network(dtype)

@@ -34,8 +34,12 @@ def reference(query, keys, values, last, first, value_weights, key_weights):
     return out
 
 
-def check() -> None:
-    """Every combination of weights and padding, at head dimensions that are no powers of two, across chunks."""
+def check(every: int = 1) -> None:
+    """Combinations of weights and padding, at head dimensions that are no powers of two, across chunks.
+
+    Args:
+        every: check each so-many-th combination, other ones for each shape.
+    """
     from softcfg.nn.kernels import decode_attention as kernels
     from softcfg.nn.kernels.decode_attention import PROGRAMS, decode_attention
 
@@ -44,7 +48,7 @@ def check() -> None:
         (2, 2, 2, 70, 48, "float32", False), (2, 2, 1, 138, 80, "float32", False), (2, 1, 1, 70, 64, "bfloat16", False),
         (2, 2, 1, 70, 48, "bfloat16", True),
     ]  # fmt: skip
-    for rows, heads, shared, slots, dim, name, whole in shapes:
+    for number, (rows, heads, shared, slots, dim, name, whole) in enumerate(shapes):
         kernels.PROGRAMS = rows * heads if whole else PROGRAMS  # so that slots are not split
         dtype, tolerance = DTYPES[name]
         # Rows of a larger cache, as a layer sees them.
@@ -54,7 +58,8 @@ def check() -> None:
         last[0] = slots - 1
         padding = torch.arange(rows) * 3
         plain = [(*used, False) for used in product((False, True), repeat=3)]
-        for weigh_values, weigh_keys, padded, rounded in [*plain, (False,) * 3 + (True,), (True,) * 4]:
+        cases = [*plain, (False,) * 3 + (True,), (True,) * 4]
+        for weigh_values, weigh_keys, padded, rounded in cases[number % every :: every]:
             # Cut from longer rows, as decoding hands them over.
             weights = [torch.rand(rows, slots + 3)[:, :slots] if used else None for used in (weigh_values, weigh_keys)]
             first = padding if padded else torch.zeros_like(last)
@@ -85,10 +90,12 @@ def check() -> None:
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
 
 
-def test_kernel_is_attention_over_the_visible_slots():
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_kernel_is_attention_over_the_visible_slots(every: int):
     # The interpreter is chosen when Triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, __file__, str(every)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
 
@@ -99,4 +106,4 @@ def test_kernel_on_a_gpu():
 
 
 if __name__ == "__main__":
-    check()
+    check(int(sys.argv[1]))

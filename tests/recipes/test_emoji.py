@@ -299,9 +299,9 @@ def tiny_codec(out: Path, collection: Collection, steps: int, stop_at: int | Non
 
 
 def test_killed_codec_training_continues_to_the_same_weights(tmp_path: Path, collection: Collection) -> None:
-    whole = tiny_codec(tmp_path / "whole", collection, 4)
-    tiny_codec(tmp_path / "killed", collection, 4, stop_at=2)
-    killed = tiny_codec(tmp_path / "killed", collection, 4)
+    whole = tiny_codec(tmp_path / "whole", collection, 2)
+    tiny_codec(tmp_path / "killed", collection, 2, stop_at=1)
+    killed = tiny_codec(tmp_path / "killed", collection, 2)
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     codes = whole["quantize.embedding.weight"]
     assert codes[0].abs().max() == 0
@@ -475,17 +475,24 @@ def test_killed_judge_training_continues_to_the_same_weights(
     tmp_path: Path, collection: Collection, sun: Collection
 ) -> None:
     def training(out: Path, **more: int) -> dict[str, torch.Tensor]:
-        weights = train_judge.train(out, Budget(steps=4), collection, others=sun, batch_size=8, **more)
+        weights = train_judge.train(out, Budget(steps=2), collection, others=sun, batch_size=8, **more)
         return load_file(weights) if weights.exists() else {}
 
     whole = training(tmp_path / "whole")
-    assert not training(tmp_path / "killed", stop_at=2)
+    assert not training(tmp_path / "killed", stop_at=1)
     killed = training(tmp_path / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert {name: tensor.dtype for name, tensor in whole.items()}["heads.0.weight"] == torch.float16
 
+    extractor = load_extractor("emoji", tmp_path / "whole" / "judge.safetensors")
+    described = extractor.describe(torch.from_numpy(collection.pixels[:2]).permute(0, 3, 1, 2))
+    assert (described.pooled.shape, described.logits.shape) == ((2, 320), (2, 3))
+    with pytest.raises(UserError, match="takes images of 96 x 96 pixels, these have 32 x 32"):
+        extractor.describe(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
-@pytest.mark.parametrize("with_others", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_others", [False, True])
 def test_judge_learns_and_reads_prompts(
     tmp_path: Path, collection: Collection, sun: Collection, with_others: bool
 ) -> None:
@@ -498,12 +505,6 @@ def test_judge_learns_and_reads_prompts(
     assert torch.equal(asked[:, :2], labels[:, :2])
     found = agreement(judge, train_tokenizer.pixels_of(collection, chosen), asked)
     assert found["name"] > 0.9
-
-    extractor = load_extractor("emoji", tmp_path / "judge.safetensors")
-    described = extractor.describe(torch.from_numpy(collection.pixels[:2]).permute(0, 3, 1, 2))
-    assert (described.pooled.shape, described.logits.shape) == ((2, 320), (2, 3))
-    with pytest.raises(UserError, match="takes images of 96 x 96 pixels, these have 32 x 32"):
-        extractor.describe(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
