@@ -21,9 +21,19 @@ from softcfg.interpolation import interpolated
 ConfigT = TypeVar("ConfigT")
 LARGEST_YAML = 1 << 18  # bytes
 MOST_VALUES = 100_000  # in a YAML text
+MOST_LEVELS = 100  # of brackets within brackets in it
 LARGEST_INTEGER = 1 << 31  # in a configuration
 
 ConfigSource = Any  # a dataclass instance, a mapping, or a path to a YAML file
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader that gives up deep nesting at once: its time grows with the square of the levels."""
+
+    def fetch_flow_collection_start(self, *token: Any) -> None:
+        if self.flow_level >= MOST_LEVELS:
+            raise RecursionError
+        super().fetch_flow_collection_start(*token)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -46,7 +56,7 @@ def parse_yaml(text: str) -> Any:
         UserError: it is not valid YAML, or holds more than `MOST_VALUES` values; an alias counts as all it stands for.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             _count_values(node, {})
