@@ -309,7 +309,6 @@ class _Pass:
         slots = condition.slots + condition.num_tokens
         kind: dict[str, Any] = {"dtype": torch.float32, "device": generator.device}
         self._weights = torch.ones(condition.rows, slots, **kind) if perturbed else None
-        self._written = None if self._weights is None else self._weights[-perturbed:, condition.slots :]
 
     def run(
         self,
@@ -326,8 +325,8 @@ class _Pass:
             write_weights: writes those of the perturbation into [B, T].
         """
         named = {}
-        if self._weights is not None and self._written is not None and write_weights is not None:
-            write_weights(self._written)
+        if self._weights is not None and write_weights is not None:
+            write_weights(self._weights[-self.perturbed :, self.condition.slots :])
             named = attention_weights(perturbation, self._weights)
         batch = len(inputs)
         plain = (self.condition.rows - self.perturbed) // batch

@@ -172,8 +172,9 @@ def time_steps(
     started = time.perf_counter()
     with contextlib.ExitStack() as prepared:
         prepared.enter_context(prepared_linear_layers(generator, condition.rows))
-        if weak is not None and guidance.has_weak_model:
-            prepared.enter_context(prepared_linear_layers(weak, batch))
+        weaker = weak if guidance.has_weak_model else None
+        if weaker is not None:
+            prepared.enter_context(prepared_linear_layers(weaker, batch))
         for part in positions:
             position = min(max(1, round(part * condition.num_tokens)), condition.num_tokens - 1)
             step = decoding_step(generator, inputs, guidance, position, weak=weak)
@@ -185,6 +186,5 @@ def time_steps(
                 if turn:  # the first one warms up
                     times.append(time.perf_counter() - started)
             means.append(statistics.median(times))
-        weaker = weak if guidance.has_weak_model else None
         ahead = sum(seconds_ahead(*each) for each in _passes(generator, batch, guidance, weaker))
     return StepTimes(statistics.fmean(means) + ahead, set_up)

@@ -1050,8 +1050,8 @@ def _panel_product(rows: int) -> Any:
                 for row in range(rows):
                     address = moved(moved(x, x_row, row), place, 4)
                     number = builder.load(builder.inttoptr(address, _FLOAT.as_pointer()))
-                    product = builder.fmul(panel, _spread(builder, number, PANEL), flags=_CONTRACT)
-                    results[row] = builder.fadd(results[row], product, flags=_CONTRACT)
+                    spread = _spread(builder, number, PANEL)
+                    results[row] = _multiplied_and_added(builder, panel, spread, results[row])
             following = builder.add(index, _WORD(UNROLLED))
             index.add_incoming(following, loop)
             for phi, result in zip(sums, results, strict=True):
@@ -1091,20 +1091,20 @@ def _panel(p: Any, panel: int) -> None:
         x, out = p[INPUT] + done * x_row, p[OUTPUT] + done * out_row + place
         onto = p[ONTO] + done * out_row + place if p[ONTO] else 0
         # Evenly, for the sums of one or two rows alone take as long as those of four, each waiting for the one before.
-        left = (rows - done + groups - 1) // groups
-        if left == 6:
+        some = (rows - done + groups - 1) // groups
+        if some == 6:
             _six(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
-        elif left == 5:
+        elif some == 5:
             _five(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
-        elif left == 4:
+        elif some == 4:
             _four(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
-        elif left == 3:
+        elif some == 3:
             _three(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
-        elif left == 2:
+        elif some == 2:
             _two(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
         else:
             _one(weights, x, out, bias, onto, inputs, x_row, out_row, ahead, pace)
-        done, groups, ahead = done + left, groups - 1, ahead + inputs * pace
+        done, groups, ahead = done + some, groups - 1, ahead + inputs * pace
 
 
 @compiled()
