@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from softcfg.cli.main import main
-from softcfg.files import split_lines
+from softcfg.files import iterate_lines
 from softcfg.runs import RunRequest, draw_run
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.suites import GenEval
@@ -17,7 +17,7 @@ NO_ENDS = ["\u2028", "\u2029", "\x85", "\v", "\f", "\x1c", "\x1d", "\x1e"]
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_lines(end: str) -> None:
-    assert split_lines(f"a{end}b{end}") == ["a", "b", ""]
+    assert list(iterate_lines(f"a{end}b{end}{end}")) == ["a", "b", ""]
 
 
 @pytest.mark.parametrize("character", NO_ENDS)

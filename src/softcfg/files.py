@@ -92,9 +92,9 @@ def reading(path: str | Path, kind: type[UserError] = UserError, what: str = "")
         raise kind(f"{what}{path} cannot be read: {error.strerror}") from error
 
 
-def split_lines(text: str) -> list[str]:
+def iterate_lines(text: str) -> Iterator[str]:
     """The lines of a text, which end with LF, CR LF or CR alone; `str.splitlines` splits at other characters too."""
-    return io.StringIO(text, newline=None).read().split("\n")
+    return (line.removesuffix("\n") for line in io.StringIO(text, newline=None))
 
 
 def reopened(file: BinaryIO) -> str:

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("numba")
 
 from small_families import load
-from softcfg import SoftCFG, UserError
-from softcfg.decoding import decode, image_uniforms
+from softcfg import CFG, Sampling, SoftCFG, UserError
+from softcfg.decoding import decode, draw, image_uniforms
 from softcfg.guidance import perturbation_weights
 from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, choices, fused, launches, use_backend
@@ -449,23 +449,119 @@ def test_write_weights_is_its_definition(launched: list[int]) -> None:
 def test_write_confidence_is_its_definition(launched: list[int]) -> None:
     confidence = torch.rand(5, 320)[2:, 10:310]
     logits, at = torch.randn(3, 2, 5000)[:, 0] * 4, torch.tensor([210])
-    for temperature, codes in product(
-        (1.0, 0.7, 1e-3), (None, torch.arange(300) != 210, torch.arange(300) == 210, torch.rand(3, 305)[:, :300] < 0.5)
+    drawn = torch.stack((logits.argmax(-1), torch.tensor([0, 17, 4999])), dim=-1)[:, 1]
+    for temperature, codes, tokens in product(
+        (1.0, 0.7, 1e-3),
+        (None, torch.arange(300) != 210, torch.arange(300) == 210, torch.rand(3, 305)[:, :300] < 0.5),
+        (None, drawn),
     ):
         written = confidence.clone()
-        assert fused.write_confidence(logits, written, at, temperature, codes)
+        assert fused.write_confidence(logits, written, at, temperature, codes, tokens)
         assert launched.pop() == cpu._write_confidence
         wanted = confidence.double()
-        wanted[:, 210] = (logits.double() / temperature).softmax(-1).amax(-1)
+        probabilities = (logits.double() / temperature).softmax(-1)
+        wanted[:, 210] = probabilities.amax(-1) if tokens is None else probabilities[range(3), tokens]
         if codes is not None:
             wanted[:, 210] *= codes[..., 210]
         close(written, wanted)
     logits[0, 17], logits[2, 4999] = torch.nan, torch.inf  # infinity over infinity
     assert fused.write_confidence(logits, written, at, 1.0)
     assert torch.isnan(written).nonzero().tolist() == [[0, 210], [2, 210]]
+    assert fused.write_confidence(torch.zeros(3, 7), written, at, 1.0, None, torch.tensor([-1, 7, 1 << 40]))
+    assert not written[:, 210].any()
     for column in (300, -1):
         with pytest.raises(IndexError, match="there are 300 columns"):
             cpu.write_confidence(logits, written, torch.tensor([column]), 1.0)
+
+
+@pytest.mark.parametrize("codes", [1, 3, 64, 65, 1000])
+def test_draw_is_its_definition(launched: list[int], codes: int) -> None:
+    batch = 40
+    logits, uniforms = torch.randn(2, batch, 2, codes + 3)[:, :, 1, 3:] * 4, torch.rand(batch, 3).double()[:, 1]
+    cond, other = logits
+    cond[::3, 0] = other[::3, 0] = -torch.inf if codes > 1 else 0  # ruled out
+    uniforms[:2] = torch.tensor([1e-6, 1 - 1e-6])
+    for guided, scale, temperature in product((True, False), (0.5, 3.0), (1.0, 0.7, 0.1)):
+        found = fused.draw(cond, other if guided else None, torch.tensor([scale]), temperature, uniforms)
+        assert found is not None
+        assert launched.pop() == cpu._draw
+        drawn, seen = found
+        wanted = other.double() + scale * (cond.double() - other.double()) if guided else cond.double()
+        wanted = wanted.where(cond > -torch.inf, -torch.inf) / temperature
+        assert torch.equal(drawn, draw(wanted.softmax(-1), uniforms))
+        branches = [cond, other] if guided else [cond]
+        torch.testing.assert_close(seen, torch.stack([each.amax(-1) for each in (*branches, wanted.float())]))
+
+
+def test_a_code_without_a_probability_is_never_drawn() -> None:
+    logits = torch.full((3000, 200), -torch.inf)
+    possible = torch.tensor([7, 63, 64, 198])
+    logits[:, possible] = torch.tensor([0.0, -30, 5, 1])
+    uniforms = torch.cat((torch.rand(2998).double(), torch.tensor([0, 1 - 2**-53])))
+    found = fused.draw(logits, None, torch.ones(1), 1.0, uniforms)
+    assert found is not None
+    assert set(found[0].tolist()) <= set(possible.tolist())
+    assert found[0][-2:].tolist() == [7, 198]
+
+
+def test_what_draw_saw_is_not_finite_where_there_is_no_distribution() -> None:
+    cond, other, uniforms = torch.randn(6, 70), torch.randn(6, 70), torch.full((6,), 0.5).double()
+    cond[1, 66], other[2, 0], cond[3, 3], cond[4] = torch.nan, torch.nan, torch.inf, -torch.inf
+    other[5, 9] = -torch.inf  # and infinite once guided
+    found = fused.draw(cond, other, torch.tensor([2.0]), 1.0, uniforms)
+    assert found is not None
+    drawn, seen = found
+    assert seen.isfinite().T.tolist() == [
+        [True, True, True], [False, True, False], [True, False, False], [False, True, False], [False, True, False],
+        [True, True, False],
+    ]  # fmt: skip
+    assert seen[0, 1].isnan()
+    assert seen[1, 2].isnan()
+    assert seen[0, 3:5].tolist() == [torch.inf, -torch.inf]
+    assert ((drawn >= 0) & (drawn < 70)).all()
+
+
+def test_draw_leaves_alone_what_it_was_not_made_for() -> None:
+    logits, scale, uniforms = torch.randn(2, 5), torch.ones(1), torch.rand(2).double()
+    assert fused.draw(logits, None, scale, 1.0, uniforms.float()) is None
+    assert fused.draw(logits.double(), None, scale, 1.0, uniforms) is None
+    with fused.without_fused_kernels():
+        assert fused.draw(logits, None, scale, 1.0, uniforms) is None
+
+
+class Half(CFG):
+    def guide_step(self, *args: Any, **more: Any) -> Any:
+        guided, state = super().guide_step(*args, **more)
+        return guided / 2, state
+
+
+@pytest.mark.parametrize("plain", [CFG(1.0), CFG(3.0), SoftCFG(3.0), CFG(3.0, perturbation="pag")])
+def test_tokens_are_drawn_by_a_kernel_and_as_without(launched: list[int], plain: CFG) -> None:
+    generator, sampling, labels = load("alitok"), Sampling(0.8), [0, 1, 2, 1, 0]
+    uniforms = image_uniforms(0, range(5), generator.num_tokens)
+    found = decode(generator, labels, plain, uniforms=uniforms, sampling=sampling)
+    assert launched.count(cpu._draw) == generator.num_tokens
+    with fused.without_fused_kernels():
+        wanted = decode(generator, labels, plain, uniforms=uniforms, sampling=sampling)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "sampling"),
+    [
+        (CFG(3.0), Sampling(top_k=5)),
+        (CFG(3.0), Sampling(top_p=0.9)),
+        (CFG(3.0), Sampling(entropy_gain=2.5)),
+        (CFG(3.0, rule="apg"), Sampling()),
+        (CFG(3.0, perturbation="softcfg", perturbation_scale=1.0), Sampling()),
+        (Half(3.0), Sampling()),
+    ],
+)
+def test_other_tokens_are_drawn_by_operations(launched: list[int], guidance: CFG, sampling: Sampling) -> None:
+    generator = load("alitok")
+    decode(generator, [0], guidance, uniforms=image_uniforms(0, range(1), generator.num_tokens), sampling=sampling)
+    assert launched
+    assert cpu._draw not in launched
 
 
 # Products.
@@ -536,7 +632,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     context = AttentionContext.create(Position.shared(2), 1, cache, rotary=Rotary(angles.cos(), angles.sin()))
     gate, up = torch.randn(2, 3, 1, 3 * cpu.PIECE + 5)
     confidence, written = torch.rand(65, 600), torch.empty(65, 600)
-    logits = torch.randn(7, 8000)
+    logits, uniforms = torch.randn(7, 8000), torch.rand(7).double()
     packed, inputs, bias, onto = (
         cpu.pack(torch.randn(409, 130)), torch.randn(13, 1, 130), torch.randn(409), torch.randn(13, 1, 409),
     )  # fmt: skip
@@ -550,7 +646,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         return written.clone()
 
     def confident() -> Tensor:
-        assert fused.write_confidence(logits, written[:7], torch.tensor([3]), 0.9)
+        assert fused.write_confidence(logits, written[:7], torch.tensor([3]), 0.9, None, torch.arange(7))
         return written[:7, 3].clone()
 
     return {
@@ -561,6 +657,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "gelu": lambda: fused.gelu(gate),
         "write_weights": weighted,
         "write_confidence": confident,
+        "draw": lambda: cpu.draw(logits, logits.flip(0), torch.tensor([1.5]), 0.9, uniforms),
         "product": lambda: cpu.product(inputs, packed, bias, onto),
     }
 

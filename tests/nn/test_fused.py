@@ -221,14 +221,18 @@ def check_guidance(every: int = 1) -> None:
         assert (whole[:, :10] == 7).all()
     assert not fused.write_weights(confidence.double(), whole[2:, 10:].double(), **settings, successor=False)
     logits, at = torch.randn(3, 2, 5000, dtype=torch.float32)[:, 0] * 4, torch.tensor([210])
-    for temperature, codes in product((1.0, 0.7), (None, torch.arange(300) != 210, torch.rand(3, 300) < 0.5)):
-        written = confidence.clone()
-        assert fused.write_confidence(logits, written, at, temperature, codes)
+    cases = product((1.0, 0.7), (None, torch.arange(300) != 210, torch.rand(3, 300) < 0.5), (None, [0, 4999, 17]))
+    for temperature, codes, tokens in cases:
+        written, drawn = confidence.clone(), None if tokens is None else torch.tensor(tokens)
+        assert fused.write_confidence(logits, written, at, temperature, codes, drawn)
         wanted = confidence.double()
-        wanted[:, 210] = (logits.double() / temperature).softmax(-1).amax(-1)
+        probabilities = (logits.double() / temperature).softmax(-1)
+        wanted[:, 210] = probabilities.amax(-1) if tokens is None else probabilities[range(3), tokens]
         if codes is not None:
             wanted[:, 210] *= codes[..., 210]
         close(written, wanted, torch.float32)
+    assert fused.write_confidence(logits, written, at, 1.0, None, torch.tensor([-1, 5000, 1]))
+    assert written[:2, 210].tolist() == [0, 0]
     logits[0, 17] = torch.nan
     assert fused.write_confidence(logits, written, at, 1.0)
     assert torch.isnan(written).nonzero().tolist() == [[0, 210]]
@@ -245,7 +249,7 @@ def steps(family: str, guidance: CFG, cache_dtype: torch.dtype | None, batch: in
     with use_product("plain"), decoder.prepared_linear_layers():
         decoder.advance(decoder.step(0), tokens, uniforms)
         tokens[:] = tokens[:, :1]
-        found = [decoder.predict(Step(torch.tensor([number])), tokens) for number in (1, 2)]
+        found = [decoder._feed(Step(torch.tensor([number])), tokens)[0] for number in (1, 2)]
     return torch.stack(found), decoder.cache
 
 

@@ -252,7 +252,9 @@ def build_guidance(tokens: int, codes: int) -> None:
     for strength in (1.0, 2.0):
         fused.write_weights(confidence, weights, step_norm=True, strength=strength, floor=0.0, eps=0.0, successor=False)
     at, are_codes = torch.empty(1, device="meta", dtype=torch.int64), torch.empty(tokens, device="meta").bool()
-    fused.write_confidence(empty(500, 1, codes)[:250, 0], confidence, at, 1.0, are_codes)
+    drawn = torch.empty(250, device="meta", dtype=torch.int64)
+    for tokens in (None, drawn):
+        fused.write_confidence(empty(500, 1, codes)[:250, 0], confidence, at, 1.0, are_codes, tokens)
 
 
 def check_fused(build: Callable[..., None], arguments: tuple[Any, ...], capability: int, tmp_path: Path) -> None:

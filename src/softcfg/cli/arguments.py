@@ -7,11 +7,12 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError, quote
-from softcfg.files import read_text, split_lines
+from softcfg.files import iterate_lines, read_text
 from softcfg.guidance import CFG, PRESETS, Setting, all_settings, compose, settings_of
 
 if TYPE_CHECKING:
@@ -337,11 +338,9 @@ def parse_prompts(args: argparse.Namespace, pipeline: Pipeline) -> list[str] | N
         raise UserError(f"--labels: {pipeline.name} draws texts, not classes; give them with --prompt or --prompts")
     prompts = list(args.prompt or ())
     if args.prompts is not None:
-        prompts += read_lines(args.prompts, "--prompts")
+        prompts += read_lines(args.prompts, "--prompts", MOST_PROMPTS)
         if not prompts:
             raise UserError(f"--prompts: {args.prompts} holds no text")
-        if len(prompts) > MOST_PROMPTS:
-            raise UserError(f"--prompts: {args.prompts} holds more than {MOST_PROMPTS:,} texts, the limit")
     if not prompts and pipeline.entry is not None and pipeline.entry.examples:
         prompts = list(pipeline.entry.examples)
         print(f"no --prompt and no --prompts: the examples of {pipeline.name} are drawn", file=sys.stderr)
@@ -393,7 +392,7 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
     from softcfg.runs.plan import MOST_LABELS
 
     names = ClassNames(pipeline.classes, pipeline.generator.num_classes, pipeline.name)
-    lines = read_lines(text.removeprefix("@"), "--labels") if text.startswith("@") else [text]
+    lines = read_lines(text.removeprefix("@"), "--labels", MOST_LABELS) if text.startswith("@") else [text]
     if [line.strip().lower() for line in lines] == ["all"]:
         return list(range(names.count))
     if sum(line.count(",") + 1 for line in lines) > MOST_LABELS:
@@ -411,10 +410,13 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
     return labels
 
 
-def read_lines(path: str, flag: str) -> list[str]:
-    """The lines of a file that a flag names, without those that are empty."""
+def read_lines(path: str, flag: str, most: int) -> list[str]:
+    """The lines of a file that a flag names, at most so many, without those that are empty."""
     try:
         text = read_text(os.path.expanduser(path), LARGEST_LIST)
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be read: {error.strerror}") from None
-    return [stripped for line in split_lines(text) if (stripped := line.strip())]
+    lines = list(islice(filter(None, map(str.strip, iterate_lines(text))), most + 1))
+    if len(lines) > most:
+        raise UserError(f"{flag}: {path} holds more than {most:,} lines, the limit")
+    return lines

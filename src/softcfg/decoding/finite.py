@@ -51,7 +51,14 @@ class FiniteLogits:
             logits: of the model, [B, n, V] of each branch or [rows, n, V] of all.
             outcome: [B, n], not finite where there is no distribution to draw from.
         """
-        seen = torch.cat((*(part.amax(dim=-1) for part in logits), outcome)).float()
+        self.keep(steps, torch.cat((*(part.amax(dim=-1) for part in logits), outcome)).float())
+
+    def keep(self, steps: Tensor | slice, seen: Tensor) -> None:
+        """Keep numbers that are finite where all is well.
+
+        Args:
+            seen: float32 [rows, n], of each branch and last of the outcome, as of `note`.
+        """
         if isinstance(steps, Tensor) and steps.dim() > 1:
             self._seen.scatter_(1, steps.repeat(len(seen) // self._batch, 1), seen)
         else:
@@ -65,10 +72,12 @@ class FiniteLogits:
         """Raise a `UserError` for the first step, or for `step` alone, whose logits make no distribution."""
         first = 0 if step is None else step
         seen = self._seen if step is None else self._seen[:, step : step + 1]
-        if seen.isfinite().all():
-            return
         seen = seen.cpu()
+        if math.isfinite(seen.sum()):
+            return
         bad = ~seen.isfinite()
+        if not bad.any():  # the sum alone was too large
+            return
         column = int(bad.any(dim=0).nonzero()[0])
         line = int(bad[:, column].nonzero()[0])
         branch, row = divmod(line, self._batch)

@@ -21,7 +21,7 @@ from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, ConfidenceWeights, Perturbation
-from softcfg.guidance.confidence import CONFIDENCES, max_probability
+from softcfg.guidance.confidence import CONFIDENCES, max_probability, sampled_probability
 from softcfg.models.base import Condition, Generator, as_ids
 from softcfg.nn import fused
 from softcfg.nn.kv_cache import KVCache
@@ -182,7 +182,7 @@ class Decoder(GuidedBatch):
         cache: keys and values of all rows.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
-        finite: as of every batch; `predict` notes it, and whoever steps must read it.
+        finite: as of every batch; `draw` notes it, and whoever steps must read it.
     """
 
     def __init__(
@@ -204,7 +204,16 @@ class Decoder(GuidedBatch):
         if guidance.has_third_branch:
             third = condition[: self.batch]
             self._passes.append(_Pass(generator, third, generator.new_cache(third), self.batch))
-        self._sources = _sources(guidance.weak_branch, self._steps, self._codes) if guidance.perturbs else None
+        branch = guidance.weak_branch
+        self._sources = _sources(branch, self._steps, self._codes) if guidance.perturbs else None
+        # What has a kernel of its own where kernels run.
+        self._weight_settings, self._probability_of = _weight_settings(branch), _probability_of(branch)
+        self._draws_at_once = (
+            len(self._passes) == 1
+            and guidance.is_linear
+            and sampling == Sampling(sampling.temperature)
+            and type(generator).constrain is Generator.constrain
+        )
 
     @property
     def generators(self) -> list[Generator]:
@@ -240,24 +249,48 @@ class Decoder(GuidedBatch):
         """
         at = step.at
         with linked_launches():
-            drawn = draw(self.predict(step, tokens), uniforms[:, at].squeeze(1))
+            drawn = self.draw(step, tokens, uniforms[:, at].squeeze(1))
         if forced is not None and forced_mask is not None:
             drawn = torch.where(forced_mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
         self.record(step, drawn)
         tokens[:, at] = drawn[:, None]
 
-    def predict(self, step: Step, tokens: Tensor) -> Tensor:
-        """Feed the token before that of the step, of `tokens` int64 [B, T]; return what to draw from, [B, V]."""
-        index, guidance = step.index, self.guidance
+    def draw(self, step: Step, tokens: Tensor, uniforms: Tensor) -> Tensor:
+        """Feed the token before that of the step, of `tokens` int64 [B, T], and draw the next one, int64 [B].
+
+        Args:
+            uniforms: [B] in [0, 1).
+        """
+        seen = self._feed(step, tokens)
+        cond, *others = (branch for logits in seen for branch in logits.chunk(logits.size(0) // self.batch))
+        self._cond_logits = cond[:, 0]
+        if self._draws_at_once:
+            other = others[0][:, 0] if others else None
+            scale, temperature = self._scales[step.at], self.sampling.temperature
+            found = fused.draw(self._cond_logits, other, scale, temperature, uniforms)
+            if found is not None:
+                drawn, largest = found
+                self.finite.keep(step.at, largest.reshape(-1, 1))
+                return drawn
+        probabilities = self.sampling.probabilities(self._guided(step, cond, others))
+        # All probabilities of a row are NaN if one of its logits is.
+        self.finite.note(step.at, tuple(seen), probabilities[:, :1])
+        return draw(probabilities, uniforms)
+
+    def _feed(self, step: Step, tokens: Tensor) -> list[Tensor]:
+        """The logits [rows, 1, V] of all passes."""
         inputs = perturbed = step.inputs(tokens)
         write_weights = None
-        if guidance.perturbs:
-            write_weights = partial(_write_weights, guidance.weak_branch, self.confidence, index)
+        if self.guidance.perturbs:
+            write_weights = partial(self._write_weights, step)
             if self._sources is not None and step.number != 0:
-                perturbed = _taken(tokens, self._sources[..., index - 1])
-        seen = [each.run(step, inputs, perturbed, guidance.weak_branch, write_weights) for each in self._passes]
-        cond, *others = (branch for logits in seen for branch in logits.split(self.batch))
-        self._cond_logits = cond[:, 0]
+                perturbed = _taken(tokens, self._sources[..., step.index - 1])
+        branch = self.guidance.weak_branch
+        return [each.run(step, inputs, perturbed, branch, write_weights) for each in self._passes]
+
+    def _guided(self, step: Step, cond: Tensor, others: list[Tensor]) -> Tensor:
+        """The guided logits [B, V] from those of the branches, [B, 1, V]."""
+        index, guidance = step.index, self.guidance
         other, third = self.sides(others)
         if other is not None:
             guided, states = guided_logits(
@@ -268,23 +301,26 @@ class Decoder(GuidedBatch):
             guided = self.generator.constrain(cond, index, self.condition)
         if third is not None:
             guided = guidance.push_away(guided, cond, third, index)
-        probabilities = self.sampling.probabilities(guided[:, 0])
-        # All probabilities of a row are NaN if one of its logits is.
-        self.finite.note(step.at, tuple(seen), probabilities[:, :1])
-        return probabilities
+        return guided[:, 0]
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
-        if self.guidance.perturbs:
-            _write_confidence(
-                self.guidance.weak_branch,
-                self._cond_logits,
-                tokens,
-                self.sampling.temperature,
-                self._codes,
-                self.confidence,
-                step,
-            )
+        if not self.guidance.perturbs:
+            return
+        logits, temperature, confidence = self._cond_logits, self.sampling.temperature, self.confidence
+        of = tokens if self._probability_of == "drawn" else None
+        if self._probability_of is None or not fused.write_confidence(
+            logits, confidence, step.index, temperature, self._codes, of
+        ):
+            found = self.guidance.weak_branch.token_confidence(logits, tokens, temperature)
+            found = found if self._codes is None else found * self._codes[..., step.at].squeeze(-1)
+            confidence[:, step.at] = found[:, None]
+
+    def _write_weights(self, step: Step, weights: Tensor) -> None:
+        """Write `Perturbation.weights_at` into `weights` [B, T]."""
+        settings = self._weight_settings
+        if settings is None or not fused.write_weights(self.confidence, weights, **settings):
+            weights.copy_(self.guidance.weak_branch.weights_at(self.confidence, step.index))
 
     def _keep(self, state: Tensor | None) -> None:
         """Keep the rule's state in the same memory: a CUDA graph writes where it read."""
@@ -378,53 +414,27 @@ def branches_for_rule(
     return cond_logits, generator.constrain(uncond_logits, steps, condition)
 
 
-def _write_weights(perturbation: Perturbation, confidence: Tensor, step: Tensor, weights: Tensor) -> None:
-    """Write `Perturbation.weights_at` into `weights` [B, T]; those of SoftCFG by one kernel where there is one."""
-    if not _is_softcfg(perturbation, "weights", "weights_at") or not fused.write_weights(
-        confidence,
-        weights,
-        step_norm=perturbation.step_norm,
-        strength=perturbation.strength,
-        floor=perturbation.floor,
-        eps=perturbation.eps,
-        successor=perturbation.alignment == "successor",
-    ):
-        weights.copy_(perturbation.weights_at(confidence, step))
-
-
-def _write_confidence(
-    perturbation: Perturbation,
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: float,
-    codes: Tensor | None,
-    confidence: Tensor,
-    step: Step,
-) -> None:
-    """Write `Perturbation.token_confidence` into the step's column of `confidence` [B, T]; that of SoftCFG by one
-    kernel where there is one.
-
-    Args:
-        logits: conditional, [B, V].
-        tokens: int64 [B], what was drawn.
-        codes: bool [T] or [B, T], which tokens have a confidence; None: all.
-    """
-    standard = CONFIDENCES[perturbation.confidence] is max_probability
-    if (
-        not standard
-        or not _is_softcfg(perturbation, "token_confidence")
-        or not fused.write_confidence(logits, confidence, step.index, temperature, codes)
-    ):
-        found = perturbation.token_confidence(logits, tokens, temperature)
-        confidence[:, step.at] = (found if codes is None else found * codes[..., step.at].squeeze(-1))[:, None]
-
-
 def _is_softcfg(perturbation: Perturbation, *methods: str) -> TypeGuard[ConfidenceWeights]:
     """Whether these methods of a perturbation are those of SoftCFG: `SoftCFG` itself, and others that keep them."""
     kind = type(perturbation)
     return issubclass(kind, ConfidenceWeights) and all(
         getattr(kind, name) is getattr(ConfidenceWeights, name) for name in methods
     )
+
+
+def _weight_settings(perturbation: Perturbation) -> dict[str, Any] | None:
+    """The settings with which `fused.write_weights` writes the weights of a perturbation; None if it has others."""
+    if not _is_softcfg(perturbation, "weights", "weights_at"):
+        return None
+    settings = {name: getattr(perturbation, name) for name in ("step_norm", "strength", "floor", "eps")}
+    return {**settings, "successor": perturbation.alignment == "successor"}
+
+
+def _probability_of(perturbation: Perturbation) -> str | None:
+    """Whose probability its confidence is: that of the "largest" or of the "drawn" token; None for another."""
+    if not _is_softcfg(perturbation, "token_confidence"):
+        return None
+    return {max_probability: "largest", sampled_probability: "drawn"}.get(CONFIDENCES[perturbation.confidence])
 
 
 def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:

@@ -146,10 +146,16 @@ class CFG:
         return f"{name}, weak model" if self.has_weak_model else name
 
     @property
+    def is_linear(self) -> bool:
+        """Whether the guided logits are uncond + scale * (cond - uncond)."""
+        kind = type(self)
+        own = kind.guide, kind.guide_step, kind.guide_steps
+        return type(self.rule) is Rule and own == (CFG.guide, CFG.guide_step, CFG.guide_steps)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is plain CFG, whatever its class."""
-        ruled = type(self.rule) is not Rule or type(self).guide is not CFG.guide
-        return not (self.perturbs or self.has_weak_model or ruled)
+        return self.is_linear and not (self.perturbs or self.has_weak_model)
 
     def plain(self) -> CFG:
         """Plain CFG with the same scales."""

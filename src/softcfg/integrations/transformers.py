@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.decoding import Sampling, draw, image_uniforms
+from softcfg.decoding import Sampling, image_uniforms
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError, how_to_install
@@ -657,7 +657,7 @@ def decode(
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):
         at = decoder.step(step)
-        drawn = draw(decoder.predict(at, tokens), uniforms[:, step]).masked_fill(done, pad_token_id)
+        drawn = decoder.draw(at, tokens, uniforms[:, step]).masked_fill(done, pad_token_id)
         if generator.device.type == "cpu":
             decoder.finite.check(step)
         decoder.record(at, drawn)

@@ -326,47 +326,80 @@ def write_weights(confidence: Tensor, weights: Tensor, **settings: Any) -> bool:
 
 
 def write_confidence(
-    logits: Tensor, confidence: Tensor, at: Tensor, temperature: float, codes: Tensor | None = None
+    logits: Tensor,
+    confidence: Tensor,
+    at: Tensor,
+    temperature: float,
+    codes: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> bool:
     """Write the largest of softmax(logits / temperature), of float32 [B, V], into column `at`, int64 [1], of float32
     [B, T], in one kernel, if it runs here.
 
     Args:
         codes: bool [T] or [B, T], where it is kept; elsewhere 0 is written. None: everywhere.
+        tokens: int64 [B], whose probability it is instead; 0 for those outside of 0 .. V - 1.
 
     Returns:
         Whether it was done.
     """
     if not _are_rows(logits, confidence) or not (codes is None or codes.stride(-1) == 1):
         return False
+    tokens = None if tokens is None else tokens.contiguous()
 
     def launch() -> bool:
-        _kernels(logits).write_confidence(logits, confidence, at, temperature, codes)
+        _kernels(logits).write_confidence(logits, confidence, at, temperature, codes, tokens)
         return True
 
     return bool(_launched(logits.device, launch))
 
 
+def draw(
+    cond: Tensor, other: Tensor | None, scale: Tensor, temperature: float, uniforms: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Tokens from softmax((other + scale (cond - other)) / temperature) by inverse CDF, in one kernel, if it runs here.
+
+    Args:
+        cond, other: logits float32 [B, V] of the conditional branch, and of what is guided away from; None for nothing.
+        scale: float32 [1].
+        uniforms: float64 [B] in [0, 1).
+
+    Returns:
+        int64 [B], and float32 [n, B]: the largest of the logits of each branch and of the guided ones, NaN where there
+        is one among them. Where that is not finite, the token is any. None if it was not done.
+    """
+    if not cond.is_cpu or uniforms.dtype is not torch.float64 or not uniforms.is_cpu:
+        return None
+    if not (_are_rows(cond) if other is None else _are_rows(cond, other)):
+        return None
+    return _launched(cond.device, lambda: _kernels(cond).draw(cond, other, scale, temperature, uniforms))
+
+
 def _are_rows(*tensors: Tensor) -> bool:
     """Whether the kernels may be tried on float32 tensors [B, *], the entries of a row side by side."""
-    alike = all((each.dtype, each.dim(), each.stride(-1)) == (torch.float32, 2, 1) for each in tensors)
-    return alike and _serves(*tensors)
+    for each in tensors:
+        if each.dtype is not torch.float32 or each.dim() != 2 or each.stride(1) != 1:
+            return False
+    return _serves(*tensors)
 
 
 def _serves(*tensors: Tensor | None) -> bool:
     """Whether the kernels may be tried: where they run, on tensors of one dtype, and without a gradient."""
     x = tensors[0]
-    if x is None or not (triton_decode.runs_on(x) or numba_decode.runs_on(x)):
+    if x is None or not _enabled.get() or torch.is_grad_enabled():
         return False
-    if not _enabled.get() or torch.is_grad_enabled() or x.device in UNAVAILABLE:
+    on_gpu = triton_decode.runs_on(x)
+    if not (on_gpu or numba_decode.runs_on(x)):
         return False
-    dtype, device, on_gpu = x.dtype, x.device, triton_decode.runs_on(x)
+    dtype, device = x.dtype, x.device
+    if device in UNAVAILABLE or not (dtype is torch.float32 or (dtype in DTYPES and on_gpu)):
+        return False
     for each in tensors:
         if each is not None and (each.dtype is not dtype or each.device != device):
             return False
         if not on_gpu and each is not None and type(each) is not Tensor:
             return False
-    return dtype is torch.float32 or (dtype in DTYPES and on_gpu)
+    return True
 
 
 def _kernels(x: Tensor) -> Any:

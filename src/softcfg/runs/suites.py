@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.errors import UserError
-from softcfg.files import as_path, make_folder, read_text, split_lines, write_atomically
+from softcfg.files import as_path, iterate_lines, make_folder, read_text, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ class GenEval(Suite):
     def read(self, source: Path) -> list[str]:
         """See `Suite.read`."""
         path = source / "evaluation_metadata.jsonl"
-        self.lines = [line for line in split_lines(_text(path)) if line.strip()]
+        self.lines = [line for line in iterate_lines(_text(path)) if line.strip()]
         if not self.lines:
             raise UserError(f"{path} is empty")
         prompts = [_prompt_of(line) for line in self.lines]

@@ -90,6 +90,7 @@ def _pointer_to(number: types.Type) -> Any:
 integers = _pointer_to(types.int64)
 floats = _pointer_to(types.float32)
 bools = _pointer_to(types.boolean)
+doubles = _pointer_to(types.float64)
 
 
 @_intrinsic
@@ -198,6 +199,8 @@ class Program:
         self._attentions = np.flatnonzero(kernels == _attention)
         some = self._table[self._attentions]
         self._per_slot = 2 * some[:, 2] * some[:, 2 + DIM]
+        self._address, self._count = self._table.ctypes.data, len(self._table)
+        self._tables: list[tuple[int, int]] = []
 
     def run(self, slots: int, cos: Tensor | None, sin: Tensor | None, tables: Sequence[Tensor | None]) -> None:
         """Run all of it for the last of so many slots.
@@ -208,18 +211,22 @@ class Program:
         """
         table, rotations, attentions = self._table, self._rotations, self._attentions
         table[rotations, 2 + SLOT] = slots - 1
-        table[rotations, 2 + COS] = _address(cos)
-        table[rotations, 2 + SIN], table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)
+        if cos is not None:
+            table[rotations, 2 + COS] = _address(cos)
+            table[rotations, 2 + SIN], table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)
         table[attentions, 1] = self._per_slot * slots
         table[attentions, 2 + SLOTS] = slots
-        for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), tables, strict=True):
-            table[attentions, 2 + place], table[attentions, 3 + place] = _shared_rows(each)
+        of_tables = [_shared_rows(each) for each in tables]
+        if of_tables != self._tables:  # mostly they stay where they are
+            for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), of_tables, strict=True):
+                table[attentions, 2 + place], table[attentions, 3 + place] = each
+            self._tables = of_tables
         self.launch()
 
     def launch(self) -> None:
         """Run all of it again as it is."""
         omp = _openmp()
-        _launch_all(self._table.ctypes.data, len(self._table), torch.get_num_threads() if omp[0] else 1, *omp)
+        _launch_all(self._address, self._count, torch.get_num_threads() if omp[0] else 1, *omp)
 
 
 def _with_rows(x: Tensor | None) -> Tensor | None:
@@ -240,7 +247,7 @@ def _shared_rows(x: Tensor | None) -> tuple[int, int]:
     """The same of a table [rows or 1, n], the entries of a row side by side, of which one row may serve all."""
     if x is None:
         return 0, 0
-    return x.data_ptr(), x.stride(0) if len(x) > 1 else 0
+    return x.data_ptr(), x.stride(0) if x.size(0) > 1 else 0
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -307,7 +314,7 @@ def exp(x: np.float32) -> np.float32:
     QUERY, KEYS, VALUES, OUT, KEY_HEADS, GROUP, SLOTS, DIM, QUERY_ROW, QUERY_HEAD, CACHE_ROW, CACHE_HEAD,
     VALUE_WEIGHTS, VALUE_WEIGHTS_ROW, KEY_WEIGHTS, KEY_WEIGHTS_ROW, LOGARITHMS, LOGARITHMS_ROW, VISIBLE, VISIBLE_ROW,
 ) = range(FIRST, FIRST + 20)  # fmt: skip
-_NOTHING = np.float32(-np.inf)
+_NOTHING, _NAN = np.float32(-np.inf), np.float32(np.nan)
 
 
 def _spread(builder: Any, number: Any, lanes: int) -> Any:
@@ -956,8 +963,8 @@ def write_weights(
 
 
 (
-    LOGITS, LOGITS_ROW, VOCABULARY, TEMPERATURE, LARGEST, LARGEST_ROW, COLUMN, CODES, CODES_ROW,
-) = range(FIRST, FIRST + 9)  # fmt: skip
+    LOGITS, LOGITS_ROW, VOCABULARY, TEMPERATURE, PROBABILITY, PROBABILITY_ROW, COLUMN, CODES, CODES_ROW, TOKENS,
+) = range(FIRST, FIRST + 10)  # fmt: skip
 
 
 @kernel
@@ -975,13 +982,21 @@ def _write_confidence(address: int) -> None:
         for place in range(count):
             total += exp((logits[place] - largest) * inverse)
         found = _ONE / total
+        if p[TOKENS]:
+            token = carray(integers(p[TOKENS]), (p[0],))[row]
+            found *= exp((logits[token] - largest) * inverse) if 0 <= token < count else _ZERO
         if p[CODES] and not carray(bools(p[CODES] + row * p[CODES_ROW] + column), (1,))[0]:
             found = _ZERO
-        carray(floats(p[LARGEST] + 4 * (row * p[LARGEST_ROW] + column)), (1,))[0] = found
+        carray(floats(p[PROBABILITY] + 4 * (row * p[PROBABILITY_ROW] + column)), (1,))[0] = found
 
 
 def write_confidence(
-    logits: Tensor, confidence: Tensor, at: Tensor, temperature: float, codes: Tensor | None = None
+    logits: Tensor,
+    confidence: Tensor,
+    at: Tensor,
+    temperature: float,
+    codes: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> None:
     """As `softcfg.nn.kernels.fused.write_confidence`."""
     batch, count = logits.shape
@@ -991,8 +1006,116 @@ def write_confidence(
     codes_row = 0 if codes is None or codes.dim() == 1 else codes.stride(0)
     launch(
         _write_confidence, batch, logits.numel(), *_shared_rows(logits), count, _bits(float(temperature)),
-        *_shared_rows(confidence), column, _address(codes), codes_row,
+        *_shared_rows(confidence), column, _address(codes), codes_row, _address(tokens),
     )  # fmt: skip
+
+
+(
+    COND, COND_ROW, OTHER, OTHER_ROW, SCALE, DIVISOR, CHOICES, GUIDED, UNIFORM, UNIFORM_ROW, DRAWN, SEEN,
+) = range(FIRST, FIRST + 12)  # fmt: skip
+SUMMED = 64  # weights whose sum is taken at once
+
+
+@compiled()
+def _largest(one: Any, two: Any, three: Any) -> tuple[np.float32, np.float32, np.float32, bool]:
+    """The largest number of each of three rows, and whether they hold no NaN, of which a maximum may know nothing."""
+    largest_one = largest_two = largest_three = _NOTHING
+    strange = np.int32(0)
+    for place in range(len(one)):
+        largest_one = max(largest_one, one[place])
+        largest_two = max(largest_two, two[place])
+        largest_three = max(largest_three, three[place])
+        total = one[place] + two[place] + three[place]
+        strange += np.int32(total != total)
+    return largest_one, largest_two, largest_three, strange == 0
+
+
+@compiled()
+def _has_nan(numbers: Any) -> bool:
+    strange = np.int32(0)
+    for place in range(len(numbers)):
+        strange += np.int32(numbers[place] != numbers[place])
+    return strange > 0
+
+
+@compiled(fastmath=False)  # PyTorch rounds each of the operations
+def _guide(guided: Any, cond: Any, other: Any, scale: np.float32, divisor: np.float32) -> None:
+    for place in range(len(guided)):
+        found = (other[place] + scale * (cond[place] - other[place])) / divisor
+        guided[place] = found if cond[place] != _NOTHING else _NOTHING  # -inf minus -inf is NaN
+
+
+@compiled()
+def _sum(weights: Any, first: int, last: int) -> np.float64:
+    total = np.float64(0)
+    for place in range(first, last):
+        total += np.float64(weights[place])
+    return total
+
+
+@compiled(fastmath=False)
+def _by_inverse(weights: Any, uniform: np.float64) -> int:
+    """The place at which the sum of weights exceeds this share of their total; never one with a weight of 0."""
+    count = len(weights)
+    total = before = np.float64(0)
+    for first in range(0, count, SUMMED):
+        total += _sum(weights, first, min(first + SUMMED, count))
+    threshold, found = uniform * total, count - 1
+    for first in range(0, count, SUMMED):
+        last = min(first + SUMMED, count)
+        after = before + _sum(weights, first, last)
+        if after > threshold:
+            found = last - 1
+            for place in range(first, last):
+                before += np.float64(weights[place])
+                if before > threshold:
+                    found = place
+                    break
+            break
+        before = after
+    while found and not weights[found] > _ZERO:  # sums in another order may differ in their last bits
+        found -= 1
+    return found
+
+
+@kernel
+def _draw(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    first, last = share(p)
+    rows, count, divisor = p[0], p[CHOICES], _float(p[DIVISOR])
+    scale = carray(floats(p[SCALE]), (1,))[0]
+    for row in range(first, last):
+        cond = carray(floats(p[COND] + 4 * row * p[COND_ROW]), (count,))
+        other = carray(floats(p[OTHER] + 4 * row * p[OTHER_ROW]), (count,))
+        guided = carray(floats(p[GUIDED] + 4 * row * count), (count,))
+        seen = carray(floats(p[SEEN] + 4 * row), (2 * rows + 1,))
+        _guide(guided, cond, other, scale, divisor)
+        of_cond, of_other, largest, sound = _largest(cond, other, guided)
+        if not sound:  # or infinities of both signs
+            of_cond = _NAN if _has_nan(cond) else of_cond
+            of_other = _NAN if _has_nan(other) else of_other
+            largest = _NAN if _has_nan(guided) else largest
+        seen[0], seen[rows], seen[2 * rows] = of_cond, of_other, largest
+        for place in range(count):
+            guided[place] = exp(guided[place] - largest)
+        uniform = carray(doubles(p[UNIFORM] + 8 * row * p[UNIFORM_ROW]), (1,))[0]
+        carray(integers(p[DRAWN] + 8 * row), (1,))[0] = _by_inverse(guided, uniform)
+
+
+def draw(
+    cond: Tensor, other: Tensor | None, scale: Tensor, temperature: float, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `softcfg.nn.fused.draw`."""
+    batch, count = cond.shape
+    drawn = torch.empty(batch, dtype=torch.int64, device="cpu")
+    seen = torch.empty(3, batch, dtype=torch.float32, device="cpu")
+    guided = torch.empty(batch, count, dtype=torch.float32, device="cpu")
+    away_from = cond if other is None else other  # away from itself it stays as it is
+    launch(
+        _draw, batch, 3 * cond.numel(), *_shared_rows(cond), *_shared_rows(away_from), scale.data_ptr(),
+        _bits(float(temperature)), count, guided.data_ptr(), *_shared_rows(uniforms), drawn.data_ptr(), seen.data_ptr(),
+    )  # fmt: skip
+    return drawn, seen[::2] if other is None else seen
 
 
 PANEL = 16  # outputs whose weights lie side by side: a register, or two or four

@@ -188,9 +188,9 @@ def _confidence_weights(
 
 
 @triton.jit
-def _largest_probability(
-    logits, confidence, codes, at, logits_row, confidence_row, codes_row, count, temperature,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, LINKED: tl.constexpr,
+def _probability(
+    logits, confidence, codes, tokens, at, logits_row, confidence_row, codes_row, count, temperature,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, DRAWN: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
     begin_linked(LINKED)
     row = tl.program_id(0).to(tl.int64)
@@ -204,6 +204,11 @@ def _largest_probability(
         total = total * tl.exp(before - largest) + tl.sum(tl.exp(value - largest), axis=0)
     column = tl.load(at)
     found = 1.0 / total
+    if DRAWN:
+        token = tl.load(tokens + row)
+        known = (token >= 0) & (token < count)
+        value = tl.load(logits + row * logits_row + token, mask=known, other=float("-inf")) / temperature
+        found *= tl.exp(value - largest)
     if MASKED:
         found *= tl.load(codes + row * codes_row + column).to(tl.float32)
     tl.store(confidence + row * confidence_row + column, found)
@@ -352,17 +357,23 @@ def write_weights(
 
 
 def write_confidence(
-    logits: Tensor, confidence: Tensor, at: Tensor, temperature: float, codes: Tensor | None = None
+    logits: Tensor,
+    confidence: Tensor,
+    at: Tensor,
+    temperature: float,
+    codes: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> None:
     """Write the largest of softmax(logits / temperature), of float32 [B, V], into column `at` of `confidence` [B, T].
 
     Args:
         at: int64 [1].
         codes: bool [T] or [B, T], where it is kept; elsewhere 0 is written.
+        tokens: int64 [B], whose probability it is instead; 0 for those outside of 0 .. V - 1.
     """
     batch, count = logits.shape
-    _largest_probability[(batch,)](
-        logits, confidence, codes, at, logits.stride(0), confidence.stride(0),
+    _probability[(batch,)](
+        logits, confidence, codes, tokens, at, logits.stride(0), confidence.stride(0),
         0 if codes is None or codes.dim() == 1 else codes.stride(0), count, float(temperature),
-        BLOCK=4096, MASKED=codes is not None, num_warps=8, **launch_options(logits),
+        BLOCK=4096, MASKED=codes is not None, DRAWN=tokens is not None, num_warps=8, **launch_options(logits),
     )  # fmt: skip
