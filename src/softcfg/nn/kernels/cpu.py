@@ -764,6 +764,11 @@ def _rotate_and_cache(address: int) -> None:
     start, stop = share(p)
     heads, key_heads, dim = p[NEW_HEADS], p[NEW_KEY_HEADS], p[NEW_DIM]
     for row in range(start, stop):
+        if row + 1 < stop:  # a line that is written comes from memory first
+            for head in range(key_heads):
+                cached = 4 * ((row + 1) * p[TO_ROW] + head * p[TO_HEAD] + p[SLOT] * dim)
+                _fetch_all(p[TO_KEYS] + cached, 4 * dim)
+                _fetch_all(p[TO_VALUES] + cached, 4 * dim)
         for head in range(heads + key_heads):
             which, to, source, served, weight, bias, eps = (
                 head, p[TURNED_QUERY] + 4 * (row * heads + head) * dim, p[NEW_QUERY] + 4 * row * p[NEW_QUERY_ROW],
