@@ -145,6 +145,23 @@ def test_attention_is_its_definition(heads: int, key_heads: int, slots: int, dim
             close(found, exact_attention(query, keys[:, :, :slots], values[:, :, :slots], **given))
 
 
+@pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2)])
+@pytest.mark.parametrize("slots", [1, 8, 33, 137])
+@pytest.mark.parametrize("dim", [6, 24, 32, 80, 100])
+def test_attention_over_integers_is_its_definition(heads: int, key_heads: int, slots: int, dim: int) -> None:
+    rows = 3
+    query, *_ = heads_of(rows, heads, key_heads, dim=dim)
+    keys, values = torch.randint(-128, 128, (2, rows + 1, key_heads, slots + 5, dim), dtype=torch.int8)[:, 1:]
+    scales = torch.rand(2, rows + 1, key_heads, slots + 5, 1) / 64
+    scales[:, :, :, slots:] = torch.nan  # are not read
+    key_scales, value_scales = scales[:, 1:]
+    wide = [(keys * key_scales)[:, :, :slots], (values * value_scales)[:, :, :slots]]
+    for names in ("", "value_weights", ALL):
+        given = tables(names, rows, slots)
+        found = cpu.attention(query, keys, values, slots, **given, key_scales=key_scales, value_scales=value_scales)
+        close(found, exact_attention(query, *wide, **given), 4e-6)
+
+
 def test_large_scores_do_not_overflow_in_attention() -> None:
     query, keys, values = torch.randn(2, 4, 1, 32) * 40, torch.randn(2, 2, 9, 32) * 40, torch.randn(2, 2, 9, 32)
     close(cpu.attention(query, keys, values, 9), exact_attention(query, keys, values), 1e-4)
@@ -192,12 +209,15 @@ def test_what_is_hidden_may_be_no_number() -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", [KVCache, Int8KVCache])
 @pytest.mark.parametrize("names", ["", "value", "key", "attention", "value key attention"])
-def test_the_backend_computes_what_the_products_do(names: str, padded: bool, cached: bool, launched: list[int]) -> None:
+def test_the_backend_computes_what_the_products_do(
+    names: str, kind: type[KVCache], padded: bool, cached: bool, launched: list[int]
+) -> None:
     rows, slots, position = 3, 7, Position.shared(6)
     keys, values = torch.randn(2, rows, 2, slots, 48)
-    cache = KVCache(2, rows, 2, slots + 4, 48)
-    for contents in (*cache.keys, *cache.values):
+    cache = kind(2, rows, 2, slots + 4, 48)
+    for contents in (*cache.keys, *cache.values) if kind is KVCache else ():
         contents.fill_(torch.nan)
     cache.write(1, keys, values, Position.start())
     padding = torch.tensor([0, 2, slots]) if padded else None  # the last row sees nothing
@@ -228,13 +248,13 @@ def test_the_backend_computes_what_the_products_do(names: str, padded: bool, cac
     [
         ({"dtype": torch.float64}, "in float32"), ({"dtype": torch.bfloat16}, "in float32"),
         ({"new": 2}, "one query per row"), ({"heads": 3}, "as many queries for each head"),
-        ({"int8": True}, "keys and values in float32"), ({"grad": True}, "no gradient"),
+        ({"grad": True}, "no gradient"),
     ],
     ids=str,
 )  # fmt: skip
 def test_what_the_backend_does_not_serve(change: dict[str, Any], reason: str, launched: list[int]) -> None:
     dtype, new = change.get("dtype", torch.float32), change.get("new", 1)
-    cache = (Int8KVCache if "int8" in change else KVCache)(1, 2, 2, 6, 32, dtype=dtype)
+    cache = KVCache(1, 2, 2, 6, 32, dtype=dtype)
     query, (key, value) = torch.randn(2, change.get("heads", 4), new, 32), torch.randn(2, 2, 2, new, 32)
     context = AttentionContext.create(Position.shared(6 - new), new, cache)
     call = AttentionCall(*(each.to(dtype) for each in (query, key, value)), context)
@@ -375,6 +395,28 @@ def test_rotate_and_cache_is_its_definition(dim: int, turned: str, by_row: bool,
             if index in vectors:
                 old[:, :, slot] = vectors[index][:, :, 0]
             assert torch.equal(contents, old)
+
+
+@pytest.mark.parametrize("dim", [6, 24, 32, 100])
+def test_rotate_and_cache_rounds_as_the_cache_does(dim: int, launched: list[int]) -> None:
+    """To the bit, and nothing else is written."""
+    rows, slots = 3, 7
+    query, key, value = heads_of(rows, 6, 2, 2, dim=dim)
+    value[0, 1] = 0
+    found, wanted = (Int8KVCache(2, rows, 2, slots + 2, dim) for _ in range(2))
+    angles = torch.randn(1, dim // 2)
+    rotary = Rotary(angles.cos(), angles.sin())
+    for slot in (0, 4, 6):
+        context = AttentionContext.create(Position.shared(slot), 1, found.up_to(slots), rotary=rotary)
+        _, turned = fused.rotate_and_cache(query, key, value, 1, context, *(norm_of(RMSNorm, dim) for _ in range(2)))
+        wanted.write(1, turned, value, Position.shared(slot))
+    assert launched == [cpu._rotate_and_cache] * 3
+    for layer in range(2):
+        for one, other in zip(found.read(layer, slots + 2), wanted.read(layer, slots + 2), strict=True):
+            assert torch.equal(one, other)
+    value[2, 0, 0, dim // 2] = torch.nan
+    fused.rotate_and_cache(query, key, value, 1, context)
+    assert found.read(1, slots)[1].isnan().any(-1).nonzero().tolist() == [[2, 0, 6]]
 
 
 def rotated(x: Tensor, angles: Tensor, turned: str) -> Tensor:
@@ -625,7 +667,8 @@ def cases() -> dict[str, Callable[[], Any]]:
     """Each kernel on more numbers than a thread takes by itself, and on items that two threads cannot share evenly."""
     query, *_ = heads_of(9, 6, 3, 3, dim=80)
     keys, values = torch.randn(2, 9, 3, 137, 80)
-    weights = {"value_weights": torch.rand(9, 137), "visible": torch.rand(9, 137) < 0.7}
+    rounded, scales = torch.randint(-127, 128, (2, 9, 3, 137, 80), dtype=torch.int8), torch.rand(2, 9, 3, 137, 1)
+    weights: Any = {"value_weights": torch.rand(9, 137), "visible": torch.rand(9, 137) < 0.7}
     x, added = torch.randn(2, 33, 1, 1280)
     norm, angles = norm_of(nn.LayerNorm, 1280), torch.randn(65, 1, 40)
     parts, cache = heads_of(65, 6, 3, 3, dim=80), KVCache(1, 65, 3, 4, 80)
@@ -651,6 +694,9 @@ def cases() -> dict[str, Callable[[], Any]]:
 
     return {
         "attention": lambda: cpu.attention(query, keys, values, 137, **weights),
+        "attention over integers": lambda: cpu.attention(
+            query, *rounded, 137, **weights, key_scales=scales[0], value_scales=scales[1]
+        ),
         "add_norm": lambda: fused.add_norm(x, added, norm=norm),
         "rotate_and_cache": cached,
         "silu_product": lambda: fused.silu_product(gate, up),

@@ -155,6 +155,22 @@ def test_replayed_steps_compute_the_same_bits(
     assert not any(torch.equal(one, other) for one, other in zip(replays, replays[PASSES[name] :], strict=False))
 
 
+@pytest.mark.parametrize("family", ["alitok", "emu3"])
+def test_steps_over_a_cache_of_integers_are_replayed(
+    family: str, replays: list[Tensor], passes: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = load(family)
+    monkeypatch.setattr(generator, "cache_dtype", torch.int8)
+    wanted = without_replay(lambda: drawn(generator))
+    logits = [each.clone() for each in passes]
+    passes.clear()
+    assert torch.equal(drawn(generator), wanted)
+    assert len(replays) == tokens_of(generator) - 2
+    assert all(map(torch.equal, passes, logits))
+    with fused.without_fused_kernels():
+        assert torch.equal(drawn(generator), wanted)
+
+
 @pytest.mark.parametrize("ahead", [1, 3])
 @pytest.mark.parametrize("name", ["none", "SoftCFG", "SoftCFG as a third branch", "weak model"])
 def test_what_is_computed_for_some_steps_ahead_stays_where_kernels_read_it(
@@ -293,13 +309,11 @@ def test_a_step_under_a_mode_is_not_recorded(replays: list[Tensor]) -> None:
     assert not replays
 
 
-@pytest.mark.parametrize("how", ["math", "without kernels", "int8", "plain product", "constant shapes"])
+@pytest.mark.parametrize("how", ["math", "without kernels", "plain product", "constant shapes"])
 def test_steps_that_have_no_program(how: str, replays: list[Tensor], passes: list[Tensor]) -> None:
     generator = load("emu3")
     wanted = without_replay(lambda: drawn(generator))
     logits = [each.clone() for each in passes]
-    if how == "int8":
-        generator.cache_dtype = torch.int8
 
     def run() -> Tensor:
         passes.clear()
@@ -312,10 +326,9 @@ def test_steps_that_have_no_program(how: str, replays: list[Tensor], passes: lis
         return drawn(generator, named="plain" if how == "plain product" else "panels", static=how == "constant shapes")
 
     found = run()
-    if how != "int8":
-        assert torch.equal(found, wanted)
-        for one, other in zip(passes, logits, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+    assert torch.equal(found, wanted)
+    for one, other in zip(passes, logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
     assert torch.equal(found, without_replay(run))
     assert not replays
 

@@ -111,10 +111,8 @@ def rotate_and_cache(
             more: dict[str, Any] = {}
             if rotary is not None:
                 more = {"cos": rotary.first_cos, "sin": rotary.first_sin, "neighbours": not rotary.halves}
-            where: Any = context.position.slot
-            if triton_decode.runs_on(query):
-                more["key_scales"], more["value_scales"] = cache.scales(layer)
-                where = context.position.row_slots
+            more["key_scales"], more["value_scales"] = cache.scales(layer)
+            where = context.position.row_slots if triton_decode.runs_on(query) else context.position.slot
             return _kernels(query).rotate_and_cache(
                 query, key, value, where, cache.keys[layer], cache.values[layer],
                 norm=_kind(q_norm, query) or 0, query_weights=_parameters(q_norm), key_weights=_parameters(k_norm),
@@ -442,7 +440,7 @@ def _fits(
     if triton_decode.runs_on(query):
         served = row_slots is not None and (rotary is None or rotary.cos.dim() == 3)
     else:
-        served = slot is not None and slot < cache.slots and cache.stored is None
+        served = slot is not None and slot < cache.slots
     if not served or (rotary is not None and not _is_table(rotary, dim)):
         return False
     if _kind(q_norm, query) is None or _kind(q_norm, query) != _kind(k_norm, key):

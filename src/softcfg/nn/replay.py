@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from softcfg.nn import fused
 from softcfg.nn.backends import numba_decode, registry
 from softcfg.nn.context import AttentionContext
-from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import recorded
 from softcfg.nn.linear import Linear
 from softcfg.nn.settings import holding
@@ -48,8 +48,8 @@ def replayed(
     """
     cache, slot = context.cache, context.position.slot
     if (
-        cache is None or slot is None or type(cache) is not KVCache or not 0 < slot < cache.slots or x.shape[1] != 1
-        or x.dtype is not torch.float32 or not fused.are_enabled() or registry.is_forced()
+        cache is None or slot is None or type(cache) not in (KVCache, Int8KVCache) or not 0 < slot < cache.slots
+        or x.shape[1] != 1 or x.dtype is not torch.float32 or not fused.are_enabled() or registry.is_forced()
         or recorded.get() is not None or not numba_decode.runs_on(x) or not numba_decode.is_faster()
     ):  # fmt: skip
         return None

@@ -20,7 +20,7 @@ from softcfg.nn.backends.math import Math
 from softcfg.nn.backends.registry import AttentionBackend, AttentionCall, BackendUnavailableError, register_backend
 from softcfg.nn.choices import choose_once, on_threads, time_sides
 from softcfg.nn.context import AttentionContext
-from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import recorded
 from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.position import Position
@@ -46,8 +46,8 @@ class NumbaDecode(AttentionBackend):
         if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
             return "it takes keys and values of one shape, and as many queries for each head of them"
         cache = call.context.cache
-        if cache is not None and (cache.stored is not None or call.context.slots > cache.slots):
-            return "it reads keys and values in float32, of slots that the cache has"
+        if cache is not None and (cache.stored not in (None, torch.int8) or call.context.slots > cache.slots):
+            return "it reads keys and values in float32 or int8, of slots that the cache has"
         if not runs_on(query):
             return "it needs Numba, no gradient, and that nothing else watches PyTorch's operations"
         return None
@@ -63,24 +63,27 @@ class NumbaDecode(AttentionBackend):
             BackendUnavailableError: the kernel does not compile.
         """
         context, query = call.context, call.query
-        key, value = self._contents(call)
+        key, value, scales = self._contents(call)
         if key.stride() != value.stride() or key.stride()[2:] != (key.shape[3], 1):
             key, value = key.contiguous(), value.contiguous()
         tables = tables_of(context)
         query = query if query.stride(3) == 1 else query.contiguous()
         try:
-            return kernels().attention(query, key, value, context.slots, *tables)
+            return kernels().attention(query, key, value, context.slots, *tables, *scales)
         except Exception as error:  # Numba and LLVM have no common type of error
             if is_out_of_memory(error):
                 raise
             raise BackendUnavailableError(f"{type(error).__name__}: {error}") from error
 
-    def _contents(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Keys and values of at least the slots of the call; of the cache the whole, which saves two slices a layer."""
-        cache = call.context.cache
-        if cache is not None and type(cache).read is KVCache.read:
-            return cache.keys[call.layer], cache.values[call.layer]
-        return call.keys_and_values()
+    def _contents(self, call: AttentionCall) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Keys and values of at least the slots of the call, and their scales in a cache of integers.
+
+        Of the cache it is the whole, which saves two slices a layer.
+        """
+        cache, layer = call.context.cache, call.layer
+        if cache is not None and type(cache).read in (KVCache.read, Int8KVCache.read):
+            return cache.keys[layer], cache.values[layer], cache.scales(layer)
+        return *call.keys_and_values(), ()
 
 
 def tables_of(context: AttentionContext) -> list[Tensor | None]:

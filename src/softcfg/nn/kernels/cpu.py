@@ -39,7 +39,7 @@ from softcfg.nn.norm import LAYER
 # A division by zero gives an infinity or NaN, for a loop that could raise an error has no vector instructions.
 OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 GRAIN = 1 << 15  # numbers that are worth a thread, as in PyTorch
-MOST = 32  # parameters of a kernel
+MOST = 36  # parameters of a kernel
 PIECE = 1 << 12  # numbers of a row that are an item
 FIRST = 3  # index of the first one of its own
 _WORD, _FLOAT = ir.IntType(64), ir.FloatType()
@@ -91,6 +91,7 @@ integers = _pointer_to(types.int64)
 floats = _pointer_to(types.float32)
 bools = _pointer_to(types.boolean)
 doubles = _pointer_to(types.float64)
+bytes_ = _pointer_to(types.int8)
 
 
 @_intrinsic
@@ -313,8 +314,10 @@ def exp(x: np.float32) -> np.float32:
 (
     QUERY, KEYS, VALUES, OUT, KEY_HEADS, GROUP, SLOTS, DIM, QUERY_ROW, QUERY_HEAD, CACHE_ROW, CACHE_HEAD,
     VALUE_WEIGHTS, VALUE_WEIGHTS_ROW, KEY_WEIGHTS, KEY_WEIGHTS_ROW, LOGARITHMS, LOGARITHMS_ROW, VISIBLE, VISIBLE_ROW,
-) = range(FIRST, FIRST + 20)  # fmt: skip
+    KEY_SCALES, VALUE_SCALES,
+) = range(FIRST, FIRST + 22)  # fmt: skip
 _NOTHING, _NAN = np.float32(-np.inf), np.float32(np.nan)
+_LARGEST_BYTE = np.float32(127)
 
 
 def _spread(builder: Any, number: Any, lanes: int) -> Any:
@@ -332,8 +335,13 @@ NEAR = 1 << 13  # bytes of keys or values of a head: longer ones the processor f
 _LANES = ir.VectorType(_FLOAT, LANES)
 
 
-def _load(builder: Any, address: Any) -> Any:
-    return builder.load(builder.inttoptr(address, _LANES.as_pointer()), align=4)
+def _load(builder: Any, address: Any, size: int = 4) -> Any:
+    """A vector of floats, or of what are integers of one byte in memory."""
+    if size == 4:
+        return builder.load(builder.inttoptr(address, _LANES.as_pointer()), align=4)
+    stored, wide = (ir.VectorType(ir.IntType(bits), LANES) for bits in (8, 32))
+    integers = builder.load(builder.inttoptr(address, stored.as_pointer()), align=1)
+    return builder.sitofp(builder.sext(integers, wide), _LANES)
 
 
 def _multiplied_and_added(builder: Any, one: Any, other: Any, total: Any) -> Any:
@@ -368,43 +376,51 @@ def _pairs_added(builder: Any, one: Any, other: Any, apart: int) -> Any:
     return builder.fadd(*(builder.shuffle_vector(one, other, ir.Constant(mask, half)) for half in halves))
 
 
-@_intrinsic
-def _scores_of_eight(typing: Any, query: Any, keys: Any, scores: Any, parts: Any, row: Any) -> Any:
-    """Write the products of a query with eight keys, `row` bytes apart, of so many vectors of channels."""
+def _scores_of_eight(size: int) -> Any:
+    """Write the products of a query with eight keys of numbers of so many bytes.
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        query, keys, scores, parts, row = arguments
-        starts = [builder.add(keys, builder.mul(row, _WORD(key))) for key in range(LANES)]
+    Its arguments are the addresses of the query, of the keys and of the products; how many vectors of channels there
+    are; and the bytes from key to key.
+    """
 
-        def body(turn: Any, sums: list[Any]) -> list[Any]:
-            place = builder.mul(turn, _WORD(4 * LANES))
-            part = _load(builder, builder.add(query, place))
-            return [
-                _multiplied_and_added(builder, part, _load(builder, builder.add(start, place)), total)
-                for start, total in zip(starts, sums, strict=True)
-            ]
+    @_intrinsic
+    def score(typing: Any, query: Any, keys: Any, scores: Any, parts: Any, row: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            query, keys, scores, parts, row = arguments
+            starts = [builder.add(keys, builder.mul(row, _WORD(key))) for key in range(LANES)]
 
-        sums = _loop(builder, parts, [ir.Constant(_LANES, [0.0] * LANES)] * LANES, body)
-        for apart in (1, 2, 4):
-            sums = [_pairs_added(builder, one, other, apart) for one, other in zip(sums[::2], sums[1::2], strict=True)]
-        builder.store(sums[0], builder.inttoptr(scores, _LANES.as_pointer()), align=4)
-        return context.get_dummy_value()
+            def body(turn: Any, sums: list[Any]) -> list[Any]:
+                part = _load(builder, builder.add(query, builder.mul(turn, _WORD(4 * LANES))))
+                place = builder.mul(turn, _WORD(size * LANES))
+                return [
+                    _multiplied_and_added(builder, part, _load(builder, builder.add(start, place), size), total)
+                    for start, total in zip(starts, sums, strict=True)
+                ]
 
-    return types.void(*[types.int64] * 5), generate
+            sums = _loop(builder, parts, [ir.Constant(_LANES, [0.0] * LANES)] * LANES, body)
+            for apart in (1, 2, 4):
+                neighbours = zip(sums[::2], sums[1::2], strict=True)
+                sums = [_pairs_added(builder, one, other, apart) for one, other in neighbours]
+            builder.store(sums[0], builder.inttoptr(scores, _LANES.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return score
 
 
-def _weighted_sum(vectors: int) -> Any:
+def _weighted_sum(vectors: int, size: int) -> Any:
     """Add to some neighbouring vectors of channels the values of pairs of slots, each with its factor.
 
-    Its arguments are the addresses of the vectors, of the factors and of the values; the number of pairs, at least one;
-    and the bytes from slot to slot.
+    The numbers of values are of so many bytes. Its arguments are the addresses of the vectors, of the factors and of
+    the values; the number of pairs, at least one; and the bytes from slot to slot.
     """
 
     @_intrinsic
     def add(typing: Any, out: Any, factors: Any, values: Any, pairs: Any, row: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             out, factors, values, pairs, row = arguments
-            places = [_WORD(4 * LANES * vector) for vector in range(vectors)]
+            places, stored = ([_WORD(each * LANES * vector) for vector in range(vectors)] for each in (4, size))
             starts = [_load(builder, builder.add(out, place)) for place in places]
             zeros = [ir.Constant(_LANES, [0.0] * LANES)] * vectors
 
@@ -416,8 +432,8 @@ def _weighted_sum(vectors: int) -> Any:
                     factor = _spread(builder, builder.load(address), LANES)
                     start = builder.add(values, builder.mul(this, row))
                     found += [
-                        _multiplied_and_added(builder, factor, _load(builder, builder.add(start, place)), total)
-                        for place, total in zip(places, sums[each * vectors : (each + 1) * vectors], strict=True)
+                        _multiplied_and_added(builder, factor, _load(builder, builder.add(start, place), size), total)
+                        for place, total in zip(stored, sums[each * vectors : (each + 1) * vectors], strict=True)
                     ]
                 return found
 
@@ -430,9 +446,6 @@ def _weighted_sum(vectors: int) -> Any:
         return types.void(*[types.int64] * 5), generate
 
     return add
-
-
-_add_one, _add_two, _add_three, _add_four = (_weighted_sum(vectors) for vectors in range(1, SUMS + 1))
 
 
 def _ask_for(builder: Any, address: Any, locality: int) -> None:
@@ -460,61 +473,86 @@ def _fetch_all(address: int, size: int) -> None:
         _fetch(place)
 
 
-@compiled()
-def _score(query: int, keys: int, scores: int, slots: int, dim: int, ahead: int) -> None:
-    """Products of a query with all keys; with those of eight slots their memory `ahead` is fetched, if it is not 0."""
-    parts, row = dim // LANES, 4 * dim
-    done = 0
-    while parts and done + LANES <= slots:
-        if ahead:
-            _fetch_all(ahead + done * row, LANES * row)
-        _scores_of_eight(query, keys + done * row, scores + 4 * done, parts, row)
-        done += LANES
-    found, vector, rows = floats(scores), floats(query), floats(keys)
-    if parts * LANES < dim:
-        for slot in range(done):
-            for channel in range(parts * LANES, dim):
-                found[slot] += vector[channel] * rows[slot * dim + channel]
-    for slot in range(done, slots):
-        total = _ZERO
-        for channel in range(dim):
-            total += vector[channel] * rows[slot * dim + channel]
-        found[slot] = total
+def _score_of(numbers: Any, size: int) -> Any:
+    """The function that multiplies a query with keys of such numbers, of so many bytes."""
+    of_eight = _scores_of_eight(size)
 
-
-@compiled()
-def _sum_weighted(out: int, factors: int, values: int, slots: int, dim: int, ahead: int) -> None:
-    """The sum of the values, each with its factor; with those of a block their memory `ahead` is fetched."""
-    row, parts = 4 * dim, dim // LANES
-    vector, weights, rows = carray(floats(out), (dim,)), carray(floats(factors), (slots,)), floats(values)
-    for channel in range(dim):
-        vector[channel] = _ZERO
-    for block in range(0, slots, BLOCK):
-        some = min(BLOCK, slots - block)
-        if ahead:
-            _fetch_all(ahead + block * row, some * row)
-        pairs = some // 2
-        part = 0
-        while pairs and part < parts:
-            place = 4 * LANES * part
-            to, these, source = out + place, factors + 4 * block, values + block * row + place
-            left = min(parts - part, SUMS)
-            if left == 4:
-                _add_four(to, these, source, pairs, row)
-            elif left == 3:
-                _add_three(to, these, source, pairs, row)
-            elif left == 2:
-                _add_two(to, these, source, pairs, row)
-            else:
-                _add_one(to, these, source, pairs, row)
-            part += left
+    @compiled()
+    def score(query: int, keys: int, scores: int, slots: int, dim: int, ahead: int) -> None:
+        """Products of a query with all keys; with those of eight slots their memory `ahead` is fetched, unless 0."""
+        parts, row = dim // LANES, size * dim
+        done = 0
+        while parts and done + LANES <= slots:
+            if ahead:
+                _fetch_all(ahead + done * row, LANES * row)
+            of_eight(query, keys + done * row, scores + 4 * done, parts, row)
+            done += LANES
+        found, vector, rows = floats(scores), floats(query), numbers(keys)
         if parts * LANES < dim:
-            for slot in range(block, block + 2 * pairs):
+            for slot in range(done):
                 for channel in range(parts * LANES, dim):
-                    vector[channel] += weights[slot] * rows[slot * dim + channel]
-        for slot in range(block + 2 * pairs, block + some):
+                    found[slot] += vector[channel] * np.float32(rows[slot * dim + channel])
+        for slot in range(done, slots):
+            total = _ZERO
             for channel in range(dim):
-                vector[channel] += weights[slot] * rows[slot * dim + channel]
+                total += vector[channel] * np.float32(rows[slot * dim + channel])
+            found[slot] = total
+
+    return score
+
+
+def _sum_weighted_of(numbers: Any, size: int) -> Any:
+    """The function that sums values of such numbers, of so many bytes."""
+    add_one, add_two, add_three, add_four = (_weighted_sum(vectors, size) for vectors in range(1, SUMS + 1))
+
+    @compiled()
+    def sum_weighted(out: int, factors: int, values: int, slots: int, dim: int, ahead: int) -> None:
+        """The sum of the values, each with its factor; with those of a block their memory `ahead` is fetched."""
+        row, parts = size * dim, dim // LANES
+        vector, weights, rows = carray(floats(out), (dim,)), carray(floats(factors), (slots,)), numbers(values)
+        for channel in range(dim):
+            vector[channel] = _ZERO
+        for block in range(0, slots, BLOCK):
+            some = min(BLOCK, slots - block)
+            if ahead:
+                _fetch_all(ahead + block * row, some * row)
+            pairs = some // 2
+            part = 0
+            while pairs and part < parts:
+                to, these = out + 4 * LANES * part, factors + 4 * block
+                source = values + block * row + size * LANES * part
+                left = min(parts - part, SUMS)
+                if left == 4:
+                    add_four(to, these, source, pairs, row)
+                elif left == 3:
+                    add_three(to, these, source, pairs, row)
+                elif left == 2:
+                    add_two(to, these, source, pairs, row)
+                else:
+                    add_one(to, these, source, pairs, row)
+                part += left
+            if parts * LANES < dim:
+                for slot in range(block, block + 2 * pairs):
+                    for channel in range(parts * LANES, dim):
+                        vector[channel] += weights[slot] * np.float32(rows[slot * dim + channel])
+            for slot in range(block + 2 * pairs, block + some):
+                for channel in range(dim):
+                    vector[channel] += weights[slot] * np.float32(rows[slot * dim + channel])
+
+    return sum_weighted
+
+
+_score_floats, _score_bytes = _score_of(floats, 4), _score_of(bytes_, 1)
+_sum_floats, _sum_bytes = _sum_weighted_of(floats, 4), _sum_weighted_of(bytes_, 1)
+
+
+@compiled()
+def _multiply(x: Any, address: int, width: int) -> None:
+    """Multiply a vector by the one at an address; by nothing where it is 0."""
+    if address:
+        factors = carray(floats(address), (width,))
+        for channel in range(width):
+            x[channel] *= factors[channel]
 
 
 @compiled()
@@ -566,31 +604,40 @@ def _attention(address: int) -> None:
     first, last = share(p)
     slots, dim, group, key_heads = p[SLOTS], p[DIM], p[GROUP], p[KEY_HEADS]
     scale = np.float32(1 / math.sqrt(dim))
+    rounded = p[KEY_SCALES] != 0
+    size = 1 if rounded else 4
     plain = not (p[KEY_WEIGHTS] or p[LOGARITHMS] or p[VISIBLE])
-    near = 4 * slots * dim <= NEAR
+    near = size * slots * dim <= NEAR
     scores = np.empty(-(-slots // BLOCK) * BLOCK, np.float32)
     for item in range(first, last):
         row, key_head = item // key_heads, item % key_heads
-        place = 4 * (row * p[CACHE_ROW] + key_head * p[CACHE_HEAD])
-        keys, values, following = p[KEYS] + place, p[VALUES] + place, 0
+        place = row * p[CACHE_ROW] + key_head * p[CACHE_HEAD]
+        keys, values, following = p[KEYS] + size * place, p[VALUES] + size * place, 0
+        of_head = 4 * (place // dim)  # the scales are a cache of vectors of one number
         if near and item + 1 < last:
             row_of_next, head_of_next = (item + 1) // key_heads, (item + 1) % key_heads
-            following = p[KEYS] + 4 * (row_of_next * p[CACHE_ROW] + head_of_next * p[CACHE_HEAD])
+            following = p[KEYS] + size * (row_of_next * p[CACHE_ROW] + head_of_next * p[CACHE_HEAD])
         for head in range(key_head * group, (key_head + 1) * group):
             query = p[QUERY] + 4 * (row * p[QUERY_ROW] + head * p[QUERY_HEAD])
             to = p[OUT] + 4 * (row * key_heads * group + head) * dim
             out = carray(floats(to), (dim,))
-            _score(query, keys, scores.ctypes.data, slots, dim, values if near else 0)
+            if rounded:
+                _score_bytes(query, keys, scores.ctypes.data, slots, dim, values if near else 0)
+                _multiply(scores, p[KEY_SCALES] + of_head, slots)
+            else:
+                _score_floats(query, keys, scores.ctypes.data, slots, dim, values if near else 0)
             if not plain and not _prepare(p, scores, row, slots, scale):
                 for channel in range(dim):
                     out[channel] = _ZERO
                 continue
             total = _softmax(scores, slots, scale if plain else _ONE)
             if p[VALUE_WEIGHTS]:
-                weights = carray(floats(p[VALUE_WEIGHTS] + 4 * row * p[VALUE_WEIGHTS_ROW]), (slots,))
-                for slot in range(slots):
-                    scores[slot] *= weights[slot]
-            _sum_weighted(to, scores.ctypes.data, values, slots, dim, following)
+                _multiply(scores, p[VALUE_WEIGHTS] + 4 * row * p[VALUE_WEIGHTS_ROW], slots)
+            if rounded:
+                _multiply(scores, p[VALUE_SCALES] + of_head, slots)
+                _sum_bytes(to, scores.ctypes.data, values, slots, dim, following)
+            else:
+                _sum_floats(to, scores.ctypes.data, values, slots, dim, following)
             for channel in range(dim):
                 out[channel] /= total
 
@@ -604,8 +651,10 @@ def attention(
     key_weights: Tensor | None = None,
     log_attention: Tensor | None = None,
     visible: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query of each row; all float32.
+    """Attention of one query of each row; all float32, but for rounded keys and values.
 
     Args:
         query: [rows, heads, 1, head_dim], the entries of a head side by side.
@@ -615,6 +664,8 @@ def attention(
             by side; None for ones.
         log_attention: is added to the scores, shaped likewise; None for zeros.
         visible: bool, shaped likewise, which slots a query sees; None: all. One that sees none gives zeros.
+        key_scales, value_scales: of keys and values in int8, [rows, key_heads, as many slots, 1], contiguous as far as
+            they are; None for float32.
 
     Returns:
         [rows, heads, 1, head_dim], contiguous.
@@ -633,6 +684,7 @@ def attention(
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), key_heads, heads // key_heads, slots, dim,
         query_row, query_head, cache_row, cache_head,
         *_shared_rows(value_weights), *_shared_rows(key_weights), *_shared_rows(log_attention), *_shared_rows(visible),
+        _address(key_scales), _address(value_scales),
     )  # fmt: skip
     return out
 
@@ -656,15 +708,6 @@ def _normalise(x: Any, out: Any, width: int, kind: int, eps: np.float32) -> None
     factor = _ONE / np.float32(math.sqrt(squares / np.float32(width) + eps))
     for channel in range(width):
         out[channel] = (x[channel] - mean) * factor
-
-
-@compiled()
-def _multiply(x: Any, address: int, width: int) -> None:
-    """Multiply a vector by the one at an address; by nothing where it is 0."""
-    if address:
-        factors = carray(floats(address), (width,))
-        for channel in range(width):
-            x[channel] *= factors[channel]
 
 
 @compiled()
@@ -737,7 +780,8 @@ def add_norm(
     NEW_QUERY, NEW_QUERY_ROW, NEW_KEY, NEW_KEY_ROW, NEW_VALUE, NEW_VALUE_ROW, NEW_HEADS, NEW_KEY_HEADS, NEW_DIM,
     TURNED_QUERY, TURNED_KEY, COS, SIN, ROTARY_ROW, HALVES, SLOT, TO_KEYS, TO_VALUES, TO_ROW, TO_HEAD,
     NORM, QUERY_EPS, QUERY_SHARE, QUERY_WEIGHT, QUERY_BIAS, KEY_EPS, KEY_SHARE, KEY_WEIGHT, KEY_BIAS,
-) = range(FIRST, FIRST + 29)  # fmt: skip
+    TO_KEY_SCALES, TO_VALUE_SCALES,
+) = range(FIRST, FIRST + 31)  # fmt: skip
 
 
 @compiled()
@@ -746,6 +790,21 @@ def _copy(x: Any, to: int, dim: int) -> None:
     out = carray(floats(to), (dim,))
     for channel in range(dim):
         out[channel] = x[channel]
+
+
+@compiled(fastmath=False)  # as the cache itself rounds
+def _store_rounded(x: Any, to: int, scale: int, dim: int) -> None:
+    """Round a vector to int8 at an address, and write its scale to another."""
+    largest, strange = _ZERO, np.int32(0)
+    for channel in range(dim):
+        largest = max(largest, abs(x[channel]))
+        strange += np.int32(x[channel] != x[channel])
+    step = _NAN if strange else largest / _LARGEST_BYTE
+    carray(floats(scale), (1,))[0] = step
+    divisor = step if step > _ZERO else _ONE
+    out = carray(bytes_(to), (dim,))
+    for channel in range(dim):
+        out[channel] = np.int8(np.rint(x[channel] / divisor))
 
 
 @compiled()
@@ -763,12 +822,13 @@ def _rotate_and_cache(address: int) -> None:
     p = carray(integers(address), (MOST,))
     start, stop = share(p)
     heads, key_heads, dim = p[NEW_HEADS], p[NEW_KEY_HEADS], p[NEW_DIM]
+    size = 1 if p[TO_KEY_SCALES] else 4
     for row in range(start, stop):
         if row + 1 < stop:  # a line that is written comes from memory first
             for head in range(key_heads):
-                cached = 4 * ((row + 1) * p[TO_ROW] + head * p[TO_HEAD] + p[SLOT] * dim)
-                _fetch_all(p[TO_KEYS] + cached, 4 * dim)
-                _fetch_all(p[TO_VALUES] + cached, 4 * dim)
+                cached = size * ((row + 1) * p[TO_ROW] + head * p[TO_HEAD] + p[SLOT] * dim)
+                _fetch_all(p[TO_KEYS] + cached, size * dim)
+                _fetch_all(p[TO_VALUES] + cached, size * dim)
         for head in range(heads + key_heads):
             which, to, source, served, weight, bias, eps = (
                 head, p[TURNED_QUERY] + 4 * (row * heads + head) * dim, p[NEW_QUERY] + 4 * row * p[NEW_QUERY_ROW],
@@ -793,10 +853,15 @@ def _rotate_and_cache(address: int) -> None:
                 sin = carray(floats(p[SIN] + place), (dim // 2,))
                 _rotate(out, cos, sin, dim // 2, p[HALVES] != 0)
             if head >= heads:
-                cached = 4 * (row * p[TO_ROW] + which * p[TO_HEAD] + p[SLOT] * dim)
-                _copy(out, p[TO_KEYS] + cached, dim)
+                cached = row * p[TO_ROW] + which * p[TO_HEAD] + p[SLOT] * dim
                 value = carray(floats(p[NEW_VALUE] + 4 * (row * p[NEW_VALUE_ROW] + which * dim)), (dim,))
-                _copy(value, p[TO_VALUES] + cached, dim)
+                if p[TO_KEY_SCALES]:
+                    of_slot = 4 * (cached // dim)
+                    _store_rounded(out, p[TO_KEYS] + cached, p[TO_KEY_SCALES] + of_slot, dim)
+                    _store_rounded(value, p[TO_VALUES] + cached, p[TO_VALUE_SCALES] + of_slot, dim)
+                else:
+                    _copy(out, p[TO_KEYS] + 4 * cached, dim)
+                    _copy(value, p[TO_VALUES] + 4 * cached, dim)
 
 
 def rotate_and_cache(
@@ -814,8 +879,10 @@ def rotate_and_cache(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     neighbours: bool = False,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `softcfg.nn.kernels.fused.rotate_and_cache`, of float32 and into a cache of float32.
+    """As `softcfg.nn.kernels.fused.rotate_and_cache`, of float32 and into a cache of float32, or of int8 with scales.
 
     Args:
         slot: of all rows.
@@ -835,6 +902,7 @@ def rotate_and_cache(
         query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
         heads, key_heads, dim, turned_query.data_ptr(), turned_key.data_ptr(), _address(cos), *_shared_rows(sin),
         int(not neighbours), slot, keys.data_ptr(), values.data_ptr(), to_row, to_head, norm, *norms,
+        _address(key_scales), _address(value_scales),
     )  # fmt: skip
     return turned_query, turned_key
 
