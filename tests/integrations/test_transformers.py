@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import softcfg  # noqa: E402
 from softcfg import CFG, Sampling, SoftCFG, UserError  # noqa: E402
-from softcfg.decoding import decode, draw, image_uniforms  # noqa: E402
+from softcfg.decoding import decode, draw, image_uniforms, sequential  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
 
 T = 9
@@ -636,7 +636,7 @@ def test_tokens_are_drawn_from_the_distribution_of_transformers(
         drawn_from.append(probabilities)
         return probabilities.argmax(dim=-1)
 
-    monkeypatch.setattr(plug, "draw", first)
+    monkeypatch.setattr(sequential, "draw", first)
     settings = {"do_sample": True, "top_k": None, **SETTINGS[name]}
     settings |= {"attention_mask": PROMPTS > 0, "max_new_tokens": T, "eos_token_id": None}
     ours = model.generate(PROMPTS, custom_generate=plug.generate, guidance=CFG(1.0), **settings)

@@ -523,13 +523,17 @@ def test_draw_is_its_definition(launched: list[int], codes: int) -> None:
     cond, other = logits
     cond[::3, 0] = other[::3, 0] = -torch.inf if codes > 1 else 0  # ruled out
     uniforms[:2] = torch.tensor([1e-6, 1 - 1e-6])
-    for guided, scale, temperature in product((True, False), (0.5, 3.0), (1.0, 0.7, 0.1)):
-        found = fused.draw(cond, other if guided else None, torch.tensor([scale]), temperature, uniforms)
+    tokens, some = torch.arange(codes), (codes // 3, codes // 3 + max(1, codes // 2))
+    for guided, scale, temperature, allowed in product((True, False), (0.5, 3.0), (1.0, 0.7, 0.1), (None, some)):
+        given = None if allowed is None else torch.tensor([allowed])
+        found = fused.draw(cond, other if guided else None, torch.tensor([scale]), temperature, uniforms, given)
         assert found is not None
         assert launched.pop() == cpu._draw
         drawn, seen = found
         wanted = other.double() + scale * (cond.double() - other.double()) if guided else cond.double()
         wanted = wanted.where(cond > -torch.inf, -torch.inf) / temperature
+        if allowed is not None:
+            wanted = wanted.where((tokens >= allowed[0]) & (tokens < allowed[1]), -torch.inf)
         assert torch.equal(drawn, draw(wanted.softmax(-1), uniforms))
         branches = [cond, other] if guided else [cond]
         torch.testing.assert_close(seen, torch.stack([each.amax(-1) for each in (*branches, wanted.float())]))
@@ -569,6 +573,9 @@ def test_draw_leaves_alone_what_it_was_not_made_for() -> None:
     assert fused.draw(logits.double(), None, scale, 1.0, uniforms) is None
     with fused.without_fused_kernels():
         assert fused.draw(logits, None, scale, 1.0, uniforms) is None
+    for outside in ((0, 6), (-1, 3), (2, 2)):
+        with pytest.raises(ValueError, match="not among the 5 of the vocabulary"):
+            cpu.draw(logits, None, scale, 1.0, uniforms, torch.tensor([outside]))
 
 
 class Half(CFG):
@@ -577,14 +584,17 @@ class Half(CFG):
         return guided / 2, state
 
 
+@pytest.mark.parametrize("family", ["alitok", "emu3", "lumina-mgpt-2"])
 @pytest.mark.parametrize("plain", [CFG(1.0), CFG(3.0), SoftCFG(3.0), CFG(3.0, perturbation="pag")])
-def test_tokens_are_drawn_by_a_kernel_and_as_without(launched: list[int], plain: CFG) -> None:
-    generator, sampling, labels = load("alitok"), Sampling(0.8), [0, 1, 2, 1, 0]
-    uniforms = image_uniforms(0, range(5), generator.num_tokens)
-    found = decode(generator, labels, plain, uniforms=uniforms, sampling=sampling)
-    assert launched.count(cpu._draw) == generator.num_tokens
+def test_tokens_are_drawn_by_a_kernel_and_as_without(launched: list[int], plain: CFG, family: str) -> None:
+    generator, sampling = load(family), Sampling(0.8)
+    inputs = generator.example_inputs(5)
+    tokens = generator.condition(inputs, guided=False).num_tokens
+    uniforms = image_uniforms(0, range(5), tokens)
+    found = decode(generator, inputs, plain, uniforms=uniforms, sampling=sampling)
+    assert launched.count(cpu._draw) == tokens
     with fused.without_fused_kernels():
-        wanted = decode(generator, labels, plain, uniforms=uniforms, sampling=sampling)
+        wanted = decode(generator, inputs, plain, uniforms=uniforms, sampling=sampling)
     assert torch.equal(found, wanted)
 
 

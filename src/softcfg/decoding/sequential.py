@@ -208,6 +208,7 @@ class Decoder(GuidedBatch):
         self._sources = _sources(branch, self._steps, self._codes) if guidance.perturbs else None
         # What has a kernel of its own where kernels run.
         self._weight_settings, self._probability_of = _weight_settings(branch), _probability_of(branch)
+        self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
             len(self._passes) == 1
             and guidance.is_linear
@@ -267,7 +268,8 @@ class Decoder(GuidedBatch):
         if self._draws_at_once:
             other = others[0][:, 0] if others else None
             scale, temperature = self._scales[step.at], self.sampling.temperature
-            found = fused.draw(self._cond_logits, other, scale, temperature, uniforms)
+            allowed = None if self._allowed is None else self._allowed[step.at]
+            found = fused.draw(self._cond_logits, other, scale, temperature, uniforms, allowed)
             if found is not None:
                 drawn, largest = found
                 self.finite.keep(step.at, largest.reshape(-1, 1))

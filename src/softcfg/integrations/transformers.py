@@ -404,6 +404,7 @@ class TransformersGenerator(Generator):
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], after the tokens that were fed."""
         assert isinstance(condition, PromptCondition)
+        logits = super().constrain(logits, steps, condition)
         if not self.logits_processor:
             return logits
         processed = []
@@ -570,12 +571,13 @@ class ImageGenerator(TransformersGenerator):
             raise UserError("there must be at least one prompt")
         return super().condition(Prompts.batch(inputs, self.pad_token_id), guided=guided)
 
-    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """See `Generator.constrain`."""
-        config, token = self.config, torch.arange(self.vocab_size, device=logits.device)
-        codes = (token >= config.first_code_id) & (token < config.first_code_id + config.num_codes)
-        structure = config.structure.to(logits.device)[steps][..., None]
-        return logits.masked_fill(~torch.where(structure < 0, codes, token == structure), float("-inf"))
+    def allowed(self, steps: Tensor, condition: Condition) -> Tensor:
+        """See `Generator.allowed`."""
+        config = self.config
+        structure = config.structure.to(steps.device)[steps]
+        first = structure.where(structure >= 0, config.first_code_id)
+        stop = (structure + 1).where(structure >= 0, config.first_code_id + config.num_codes)
+        return torch.stack((first, stop), dim=-1)
 
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """See `Generator.image_codes`."""

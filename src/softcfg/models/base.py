@@ -276,15 +276,27 @@ class Generator(KeepsTables, ABC):
         layers, heads, head_dim = self.cache_shape
         return layers, condition.rows, heads, condition.cache_slots, head_dim
 
+    def allowed(self, steps: Tensor, condition: Condition) -> Tensor | None:
+        """Which tokens may stand at `steps`, the indices of image tokens, int64 [n] or [B, n].
+
+        Returns:
+            The first of them and the one after the last, int64 [..., 2]; None for all tokens, which is the default.
+        """
+        return None
+
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """Rule out the tokens that are not allowed at a position, by logits of -inf; by default none.
+        """Rule out the tokens that are not allowed at a position, by logits of -inf.
 
         Args:
             logits: guided logits [B, n, V].
             steps: int64 [n] or [B, n], the index of the image token that each position predicts.
             condition: of the batch, with or without its unconditional rows.
         """
-        return logits
+        allowed = self.allowed(steps, condition)
+        if allowed is None:
+            return logits
+        token, (first, stop) = torch.arange(logits.shape[-1], device=logits.device), allowed[..., None, :].unbind(-1)
+        return logits.masked_fill((token < first) | (token >= stop), float("-inf"))
 
     def is_code(self, steps: Tensor, condition: Condition) -> Tensor | None:
         """Which image tokens are image codes (bool like `steps`), not structure like the ends of lines; None: all.

@@ -211,13 +211,14 @@ class SharedVocabularyGenerator(LlamaGenerator):
         """See `Generator.logits`; they are float32 or better."""
         return precise(products(x, self.lm_head, norm=self.model.norm)[0])
 
-    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
-        """See `Generator.constrain`."""
-        token = torch.arange(self.vocab_size, device=logits.device)
-        is_code = (token >= self.code_ids.start) & (token < self.code_ids.stop)
-        is_structure = token == self.structure(steps, condition)[..., None]
-        allowed = torch.where(condition.geometry.is_code(steps)[..., None], is_code, is_structure)
-        return logits.masked_fill(~allowed, float("-inf"))
+    def allowed(self, steps: Tensor, condition: Condition) -> Tensor:
+        """See `Generator.allowed`."""
+        is_code, structure = condition.geometry.is_code(steps), self.structure(steps, condition)
+        first, stop = (
+            structure.where(~is_code, self.code_ids.start),
+            (structure + 1).where(~is_code, self.code_ids.stop),
+        )
+        return torch.stack((first, stop), dim=-1)
 
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """See `Generator.image_codes`."""

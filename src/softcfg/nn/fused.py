@@ -353,7 +353,12 @@ def write_confidence(
 
 
 def draw(
-    cond: Tensor, other: Tensor | None, scale: Tensor, temperature: float, uniforms: Tensor
+    cond: Tensor,
+    other: Tensor | None,
+    scale: Tensor,
+    temperature: float,
+    uniforms: Tensor,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Tokens from softmax((other + scale (cond - other)) / temperature) by inverse CDF, in one kernel, if it runs here.
 
@@ -361,6 +366,7 @@ def draw(
         cond, other: logits float32 [B, V] of the conditional branch, and of what is guided away from; None for nothing.
         scale: float32 [1].
         uniforms: float64 [B] in [0, 1).
+        allowed: int64 [1, 2], the first token that may be drawn and the one after the last; None: all.
 
     Returns:
         int64 [B], and float32 [n, B]: the largest of the logits of each branch and of the guided ones, NaN where there
@@ -370,7 +376,7 @@ def draw(
         return None
     if not (_are_rows(cond) if other is None else _are_rows(cond, other)):
         return None
-    return _launched(cond.device, lambda: _kernels(cond).draw(cond, other, scale, temperature, uniforms))
+    return _launched(cond.device, lambda: _kernels(cond).draw(cond, other, scale, temperature, uniforms, allowed))
 
 
 def _are_rows(*tensors: Tensor) -> bool:

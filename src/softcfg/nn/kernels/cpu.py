@@ -1084,31 +1084,20 @@ def write_confidence(
 
 
 (
-    COND, COND_ROW, OTHER, OTHER_ROW, SCALE, DIVISOR, CHOICES, GUIDED, UNIFORM, UNIFORM_ROW, DRAWN, SEEN,
-) = range(FIRST, FIRST + 12)  # fmt: skip
+    COND, COND_ROW, OTHER, OTHER_ROW, GUIDANCE_SCALE, DIVISOR, CHOICES, START, STOP, GUIDED, UNIFORM, UNIFORM_ROW,
+    DRAWN, SEEN,
+) = range(FIRST, FIRST + 14)  # fmt: skip
 SUMMED = 64  # weights whose sum is taken at once
 
 
 @compiled()
-def _largest(one: Any, two: Any, three: Any) -> tuple[np.float32, np.float32, np.float32, bool]:
-    """The largest number of each of three rows, and whether they hold no NaN, of which a maximum may know nothing."""
-    largest_one = largest_two = largest_three = _NOTHING
-    strange = np.int32(0)
-    for place in range(len(one)):
-        largest_one = max(largest_one, one[place])
-        largest_two = max(largest_two, two[place])
-        largest_three = max(largest_three, three[place])
-        total = one[place] + two[place] + three[place]
-        strange += np.int32(total != total)
-    return largest_one, largest_two, largest_three, strange == 0
-
-
-@compiled()
-def _has_nan(numbers: Any) -> bool:
-    strange = np.int32(0)
+def _largest(numbers: Any) -> np.float32:
+    """The largest number of a row; NaN if one of them is, of which a maximum may know nothing."""
+    largest, strange = _NOTHING, np.int32(0)
     for place in range(len(numbers)):
+        largest = max(largest, numbers[place])
         strange += np.int32(numbers[place] != numbers[place])
-    return strange > 0
+    return _NAN if strange else largest
 
 
 @compiled(fastmath=False)  # PyTorch rounds each of the operations
@@ -1155,38 +1144,47 @@ def _by_inverse(weights: Any, uniform: np.float64) -> int:
 def _draw(address: int) -> None:
     p = carray(integers(address), (MOST,))
     first, last = share(p)
-    rows, count, divisor = p[0], p[CHOICES], _float(p[DIVISOR])
-    scale = carray(floats(p[SCALE]), (1,))[0]
+    rows, count, start, stop, divisor = p[0], p[CHOICES], p[START], p[STOP], _float(p[DIVISOR])
+    scale = carray(floats(p[GUIDANCE_SCALE]), (1,))[0]
     for row in range(first, last):
         cond = carray(floats(p[COND] + 4 * row * p[COND_ROW]), (count,))
         other = carray(floats(p[OTHER] + 4 * row * p[OTHER_ROW]), (count,))
-        guided = carray(floats(p[GUIDED] + 4 * row * count), (count,))
+        guided = carray(floats(p[GUIDED] + 4 * row * count), (stop - start,))
+        _guide(guided, cond[start:stop], other[start:stop], scale, divisor)
+        largest = _largest(guided)
         seen = carray(floats(p[SEEN] + 4 * row), (2 * rows + 1,))
-        _guide(guided, cond, other, scale, divisor)
-        of_cond, of_other, largest, sound = _largest(cond, other, guided)
-        if not sound:  # or infinities of both signs
-            of_cond = _NAN if _has_nan(cond) else of_cond
-            of_other = _NAN if _has_nan(other) else of_other
-            largest = _NAN if _has_nan(guided) else largest
-        seen[0], seen[rows], seen[2 * rows] = of_cond, of_other, largest
-        for place in range(count):
+        seen[0], seen[rows], seen[2 * rows] = _largest(cond), _largest(other), largest
+        for place in range(len(guided)):
             guided[place] = exp(guided[place] - largest)
         uniform = carray(doubles(p[UNIFORM] + 8 * row * p[UNIFORM_ROW]), (1,))[0]
-        carray(integers(p[DRAWN] + 8 * row), (1,))[0] = _by_inverse(guided, uniform)
+        carray(integers(p[DRAWN] + 8 * row), (1,))[0] = start + _by_inverse(guided, uniform)
 
 
 def draw(
-    cond: Tensor, other: Tensor | None, scale: Tensor, temperature: float, uniforms: Tensor
+    cond: Tensor,
+    other: Tensor | None,
+    scale: Tensor,
+    temperature: float,
+    uniforms: Tensor,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `softcfg.nn.fused.draw`."""
+    """As `softcfg.nn.fused.draw`.
+
+    Raises:
+        ValueError: `allowed` names no tokens of the vocabulary.
+    """
     batch, count = cond.shape
+    start, stop = (0, count) if allowed is None else allowed.flatten().tolist()
+    if not 0 <= start < stop <= count:
+        raise ValueError(f"tokens {start} to {stop - 1} are not among the {count} of the vocabulary")
     drawn = torch.empty(batch, dtype=torch.int64, device="cpu")
     seen = torch.empty(3, batch, dtype=torch.float32, device="cpu")
     guided = torch.empty(batch, count, dtype=torch.float32, device="cpu")
     away_from = cond if other is None else other  # away from itself it stays as it is
     launch(
         _draw, batch, 3 * cond.numel(), *_shared_rows(cond), *_shared_rows(away_from), scale.data_ptr(),
-        _bits(float(temperature)), count, guided.data_ptr(), *_shared_rows(uniforms), drawn.data_ptr(), seen.data_ptr(),
+        _bits(float(temperature)), count, start, stop, guided.data_ptr(), *_shared_rows(uniforms), drawn.data_ptr(),
+        seen.data_ptr(),
     )  # fmt: skip
     return drawn, seen[::2] if other is None else seen
 
