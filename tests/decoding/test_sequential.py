@@ -1,4 +1,5 @@
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -48,7 +49,8 @@ class Certain(SoftCFG):
     [
         (SoftCFG(3.0), "weights confidence"),
         (CFG(3.0, perturbation="softcfg"), "weights confidence"),  # type: ignore[arg-type]
-        (SoftCFG.released(guidance_scale=3.0), "weights"),  # its confidence is that of the drawn token
+        (SoftCFG.released(guidance_scale=3.0), "weights confidence"),
+        (SoftCFG(3.0, confidence="entropy"), "weights"),
         (Halved(3.0), "confidence"),
         (Certain(3.0), "weights"),
         (CFG(3.0, perturbation="low_confidence"), ""),  # type: ignore[arg-type]
@@ -254,6 +256,76 @@ def test_arguments_that_do_not_fit(generator: Generator) -> None:
         decode(generator, [0], CFG(), uniforms=good, forced_tokens=tokens, forced_mask=tokens)
     with pytest.raises(UserError, match="forced_tokens, which are missing"):
         decode(generator, [0], CFG(), uniforms=good, forced_mask=tokens.bool())
+
+
+class Scales(SoftCFG):
+    """Guidance whose scales somebody has written."""
+
+    given: object = None
+
+    def scales(self, steps: int, codes: int | None = None) -> torch.Tensor:
+        return self.given  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16, list])
+def test_scales_may_be_of_any_dtype(generator: Generator, dtype: object) -> None:
+    uniforms, method = image_uniforms(0, range(2), generator.num_tokens), Scales(3.0)
+    scales = [3] * generator.num_tokens
+    object.__setattr__(method, "given", scales if dtype is list else torch.tensor(scales).to(dtype))  # type: ignore[call-overload]
+    found = decode(generator, [0, 1], method, uniforms=uniforms)
+    assert torch.equal(found, decode(generator, [0, 1], SoftCFG(3.0, schedule="constant"), uniforms=uniforms))
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (1, 1)], ids=str)
+def test_scales_that_are_not_one_for_each_step(generator: Generator, shape: tuple[int, ...]) -> None:
+    method = Scales(3.0)
+    object.__setattr__(method, "given", torch.ones(shape))
+    message = f"of Scales must give [{generator.num_tokens}], a guidance scale for each step, got {list(shape)}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        decode(generator, [0], method, uniforms=image_uniforms(0, [0], generator.num_tokens))
+
+
+class Confident(SoftCFG):
+    """Guidance whose confidences somebody has written."""
+
+    given: object = None
+
+    def token_confidence(
+        self, cond_logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0
+    ) -> torch.Tensor:
+        return self.given  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.full((2,), torch.nan), r"must lie in \[0, 1\], got nan"),
+        (torch.tensor([0.5, 2.0]), r"must lie in \[0, 1\], got 2.0"),
+        (torch.tensor([-0.1, 0.5]), r"must lie in \[0, 1\], got -0.1"),
+        (torch.ones(2, 1), r"must be \[2\], one for each token, got \[2, 1\]"),
+        (0.5, r"must be \[2\], one for each token, got \[\]"),
+    ],
+)
+def test_confidences_that_are_none_are_blamed(generator: Generator, given: object, message: str) -> None:
+    method = Confident(3.0)
+    object.__setattr__(method, "given", given)
+    with pytest.raises(UserError, match=f"the confidence of Confident.* {message}"):
+        decode(generator, [0, 1], method, uniforms=image_uniforms(0, range(2), generator.num_tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_image_codes_may_be_told_by_numbers(
+    generator: Generator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uniforms = image_uniforms(0, range(2), generator.num_tokens)
+    found = []
+    for kind in (torch.bool, dtype):
+        monkeypatch.setattr(
+            type(generator), "is_code", lambda self, steps, condition, kind=kind: (steps % 2 > 0).to(kind)
+        )
+        found.append(decode(generator, [0, 1], SoftCFG(3.0), uniforms=uniforms))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], decode(generator, [0, 1], CFG(3.0), uniforms=uniforms))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,14 @@ from torch import Tensor
 
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
-from softcfg.decoding.sequential import GuidedBatch, branches_for_rule, query_weights, step_weights, weak_inputs
+from softcfg.decoding.sequential import (
+    GuidedBatch,
+    branches_for_rule,
+    confidence_in,
+    query_weights,
+    step_weights,
+    weak_inputs,
+)
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
@@ -95,6 +102,7 @@ def jacobi_decode(
                 on_step(done)
             if on_tokens is not None:
                 on_tokens(decoder.tokens[:, :done])
+    decoder.check()
     return decoder.tokens, passes
 
 
@@ -189,7 +197,7 @@ class JacobiDecoder(GuidedBatch):
             UserError: the logits hold NaN or infinity.
         """
         if not self._sound:
-            self.finite.check()
+            self.check()
         return self._done
 
     def _drafts(self, start: Tensor, steps: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +258,7 @@ class JacobiDecoder(GuidedBatch):
     def _record(self, steps: Tensor, cond_logits: Tensor, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` at `steps`, both [B, n]."""
         if self.guidance.perturbs:
-            confidence = self.guidance.weak_branch.token_confidence(cond_logits, tokens, self.sampling.temperature)
+            confidence = confidence_in(self.guidance.weak_branch, cond_logits, tokens, self.sampling.temperature)
             if self._codes is not None:
                 confidence = confidence * self._codes.gather(1, steps)
             self.confidence.scatter_(1, steps, confidence)

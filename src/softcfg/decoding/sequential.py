@@ -30,6 +30,8 @@ from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
 
+ROUNDING = 1e-5  # by which the sum of probabilities may exceed 1
+
 
 @torch.inference_mode()
 @own_dtype()
@@ -97,13 +99,13 @@ def decode(
             steps = (run(partial(advance, decoder.step(index))) for index in range(1, total))
         for done, _ in enumerate(chain([None], steps), start=1):
             if device.type == "cpu":
-                decoder.finite.check(done - 1)
+                decoder.check(done - 1)
             if on_step is not None:
                 on_step(done)
             if on_tokens is not None:
                 on_tokens(tokens[:, :done])
     if device.type != "cpu":
-        decoder.finite.check()
+        decoder.check()
     return tokens
 
 
@@ -149,7 +151,7 @@ class GuidedBatch:
     Attributes:
         batch: B, images.
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are not image codes.
-        finite: whether the logits so far were numbers.
+        finite: whether the logits so far were numbers; whoever steps must call `check`, which reads it.
     """
 
     def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
@@ -161,10 +163,21 @@ class GuidedBatch:
         total, device = condition.num_tokens, generator.device
         self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
         self._away = guidance.perturbs and not guidance.has_third_branch  # what the rule guides away from is perturbed
-        self._scales = guidance.scales(total, condition.num_codes).to(device)
+        self._scales = step_scales(guidance, condition).to(device)
         self._steps = torch.arange(total, device=device)
-        self._codes = generator.is_code(self._steps, condition)
+        codes = generator.is_code(self._steps, condition)
+        self._codes = None if codes is None else codes.bool()
+        self._probability_of = _probability_of(guidance.weak_branch)
         self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
+
+    def check(self, step: int | None = None) -> None:
+        """Raise a `UserError` for logits that make no distribution and confidences that are none, of a step or of all.
+
+        It waits for the device.
+        """
+        self.finite.check(step)
+        if self.guidance.perturbs and self._probability_of is None:
+            require_confidence(self.guidance.weak_branch, self.confidence if step is None else self.confidence[:, step])
 
     def sides(self, others: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """What the rule guides away from, and the third branch, of all branches but the conditional one."""
@@ -182,7 +195,6 @@ class Decoder(GuidedBatch):
         cache: keys and values of all rows.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
             that keep nothing.
-        finite: as of every batch; `draw` notes it, and whoever steps must read it.
     """
 
     def __init__(
@@ -207,7 +219,7 @@ class Decoder(GuidedBatch):
         branch = guidance.weak_branch
         self._sources = _sources(branch, self._steps, self._codes) if guidance.perturbs else None
         # What has a kernel of its own where kernels run.
-        self._weight_settings, self._probability_of = _weight_settings(branch), _probability_of(branch)
+        self._weight_settings = _weight_settings(branch)
         self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
             len(self._passes) == 1
@@ -314,7 +326,7 @@ class Decoder(GuidedBatch):
         if self._probability_of is None or not fused.write_confidence(
             logits, confidence, step.index, temperature, self._codes, of
         ):
-            found = self.guidance.weak_branch.token_confidence(logits, tokens, temperature)
+            found = confidence_in(self.guidance.weak_branch, logits, tokens, temperature)
             found = found if self._codes is None else found * self._codes[..., step.at].squeeze(-1)
             confidence[:, step.at] = found[:, None]
 
@@ -437,6 +449,47 @@ def _probability_of(perturbation: Perturbation) -> str | None:
     if not _is_softcfg(perturbation, "token_confidence"):
         return None
     return {max_probability: "largest", sampled_probability: "drawn"}.get(CONFIDENCES[perturbation.confidence])
+
+
+def step_scales(guidance: CFG, condition: Condition) -> Tensor:
+    """The guidance scale of every step, float32 [T].
+
+    Raises:
+        UserError: a schedule or guidance of somebody's own gives something else.
+    """
+    steps = condition.num_tokens
+    scales = torch.as_tensor(guidance.scales(steps, condition.num_codes)).to("cpu", torch.float32)
+    if scales.shape != (steps,):
+        raise UserError(
+            f"the schedule {guidance.schedule!r} of {type(guidance).__name__} must give {[steps]}, a guidance scale "
+            f"for each step, got {list(scales.shape)}"
+        )
+    return scales
+
+
+def confidence_in(perturbation: Perturbation, cond_logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """`Perturbation.token_confidence` in `tokens` [...] for conditional logits [..., V].
+
+    Raises:
+        UserError: a confidence of somebody's own gives another shape.
+    """
+    found = torch.as_tensor(perturbation.token_confidence(cond_logits, tokens, temperature))
+    if found.shape != tokens.shape:
+        raise UserError(
+            f"the confidence of {type(perturbation).__name__} must be {list(tokens.shape)}, one for each token, got "
+            f"{list(found.shape)}"
+        )
+    return found
+
+
+def require_confidence(perturbation: Perturbation, confidence: Tensor) -> None:
+    """Raise a `UserError` for confidences outside of [0, 1], which a function of somebody's own may give."""
+    outside = ~((confidence >= 0) & (confidence <= 1 + ROUNDING))
+    if outside.any():
+        raise UserError(
+            f"the confidence of {type(perturbation).__name__} ({perturbation.confidence!r}) must lie in [0, 1], got "
+            f"{float(confidence[outside][0])}"
+        )
 
 
 def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:

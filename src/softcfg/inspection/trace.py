@@ -14,7 +14,15 @@ from torch import Tensor
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.finite import BRANCHES, FiniteLogits
-from softcfg.decoding.sequential import guided_logits, query_weights, step_weights, weak_inputs
+from softcfg.decoding.sequential import (
+    confidence_in,
+    guided_logits,
+    query_weights,
+    require_confidence,
+    step_scales,
+    step_weights,
+    weak_inputs,
+)
 from softcfg.decoding.weak import weak_model
 from softcfg.errors import UserError, require_whole
 from softcfg.files import write_atomically
@@ -170,8 +178,8 @@ def trace(
         stop = min(start + steps_per_pass, total)
         piece = _Pass(tokens, start, stop, codes)
         cond_logits = piece.run(*rows["cond"], caches["cond"])
-        token_confidences = guidance.weak_branch.token_confidence(
-            cond_logits, tokens[:, start:stop], float(sampling.temperature)
+        token_confidences = confidence_in(
+            guidance.weak_branch, cond_logits, tokens[:, start:stop], float(sampling.temperature)
         )
         confidence[:, start:stop] = token_confidences if codes is None else token_confidences * codes[..., start:stop]
         weights = None
@@ -186,7 +194,7 @@ def trace(
 
     of = {name: torch.cat(parts, dim=1) for name, parts in logits.items()}
     cond_logits, uncond_logits = of["cond"], of["uncond"]
-    scales = guidance.scales(total, condition.num_codes).to(generator.device)
+    scales = step_scales(guidance, condition).to(generator.device)
     if guidance.is_active:
         other = guidance.away_from(uncond_logits if guidance.has_unconditional_branch else None, of.get("weak"))
         guided, _ = guided_logits(generator, cond, guidance, cond_logits, other, scales, steps)
@@ -198,6 +206,7 @@ def trace(
     finite = FiniteLogits(batch, names, total, generator.dtype, generator.device)
     finite.note(steps, tuple(of.values()), guided.amax(dim=-1))
     finite.check()
+    require_confidence(guidance.weak_branch, confidence)
     return Trace(
         guidance=guidance,
         temperature=sampling.temperature,

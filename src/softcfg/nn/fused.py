@@ -341,7 +341,9 @@ def write_confidence(
     Returns:
         Whether it was done.
     """
-    if not _are_rows(logits, confidence) or not (codes is None or codes.stride(-1) == 1):
+    if not _are_rows(logits, confidence):
+        return False
+    if codes is not None and (codes.dtype is not torch.bool or codes.stride(-1) != 1):
         return False
     tokens = None if tokens is None else tokens.contiguous()
 
@@ -372,7 +374,7 @@ def draw(
         int64 [B], and float32 [n, B]: the largest of the logits of each branch and of the guided ones, NaN where there
         is one among them. Where that is not finite, the token is any. None if it was not done.
     """
-    if not cond.is_cpu or uniforms.dtype is not torch.float64 or not uniforms.is_cpu:
+    if not cond.is_cpu or uniforms.dtype is not torch.float64 or scale.dtype is not torch.float32:
         return None
     if not (_are_rows(cond) if other is None else _are_rows(cond, other)):
         return None
