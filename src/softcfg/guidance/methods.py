@@ -149,8 +149,7 @@ class CFG:
     def is_linear(self) -> bool:
         """Whether the guided logits are uncond + scale * (cond - uncond)."""
         kind = type(self)
-        own = kind.guide, kind.guide_step, kind.guide_steps
-        return type(self.rule) is Rule and own == (CFG.guide, CFG.guide_step, CFG.guide_steps)
+        return type(self.rule) is Rule and (kind.guide, kind.guide_step, kind.guide_steps) == _LINEAR
 
     @property
     def is_plain(self) -> bool:
@@ -245,6 +244,9 @@ class CFG:
             raise TypeError(f"{type(self.rule).__name__} is stateful, but returned no state")
         known = [torch.zeros_like(state) if each is None else each for each in states]
         return torch.stack(guided, dim=1), torch.stack(known, dim=1)
+
+
+_LINEAR = CFG.guide, CFG.guide_step, CFG.guide_steps  # as they are here, whatever may be put in their place
 
 
 @dataclass(frozen=True, repr=False)
