@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import doctest
+import functools
 import importlib
 import os
 import re
@@ -31,12 +32,21 @@ from safetensors.torch import save_file
 import stand_in
 from code_blocks import Block, blocks, inline_code
 from image_files import write_pngs
-from softcfg import plugins
+from softcfg import doctor, plugins
 from softcfg.cli.main import COMMANDS, _rewritten, build_parser, main
 from softcfg.evaluation.extractors import EXTRACTORS
 from softcfg.guidance import CONFIDENCES, PERTURBATIONS, RULES, SCHEDULES
 from softcfg.nn.backends.registry import BACKENDS
-from softcfg.zoo.registry import BUNDLED, GENERATORS, MODELS, TOKENIZERS, Component, ModelEntry, ModelFile
+from softcfg.zoo.registry import (
+    BUNDLED,
+    GENERATORS,
+    MODELS,
+    TOKENIZERS,
+    Component,
+    ModelEntry,
+    ModelFile,
+    read_model_folder,
+)
 from tiny_models import module
 
 ROOT = Path(__file__).parents[1]
@@ -114,17 +124,22 @@ def workplace(
     request: pytest.FixtureRequest,
     tiny: tuple[dict[str, ModelEntry], Path],
     model_folder: Path,
+    prompt_model_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[dict[str, Any]]:
     """A folder with the files that the documents name, as the current one; yields the names their code may use.
 
-    The bundled models are small ones as well ("small"), or themselves ("bundled").
+    The bundled models are small ones as well ("small"), but for that of emoji ("words"), or themselves ("bundled").
     """
     entries, checkpoints = tiny
     for name, entry in entries.items():
-        if request.param == "small" or not MODELS[name].bundled:
+        if request.param != "bundled" or not MODELS[name].bundled:
             monkeypatch.setitem(MODELS, name, entry)
+    if request.param == "small":
+        words = dataclasses.replace(read_model_folder(prompt_model_folder), examples=MODELS["emoji"].examples)
+        monkeypatch.setitem(MODELS, "emoji", words)
+        monkeypatch.setattr(doctor, "bandwidth", functools.partial(doctor.bandwidth, size=2**20))
     monkeypatch.setitem(EXTRACTORS, "inception", stand_in.factory)
     for variable, path in (("SOFTCFG_CHECKPOINTS", checkpoints), ("SOFTCFG_FEATURES", tmp_path / "features")):
         monkeypatch.setenv(variable, str(path))
@@ -136,7 +151,7 @@ def workplace(
     monkeypatch.syspath_prepend(here)
     trained = here / "runs" / "fashion"
     trained.parent.mkdir()
-    trained.symlink_to(model_folder if request.param == "small" else BUNDLED / "fashion")
+    trained.symlink_to(BUNDLED / "fashion" if request.param == "bundled" else model_folder)
     (here / "runs" / "emoji").symlink_to(BUNDLED / "emoji")
 
     images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
@@ -169,7 +184,9 @@ def workplace(
 
 DEAR = {ROOT / "docs" / f"{name}.md" for name in ("start", "guidance", "evaluation", "text-to-image", "plug")}
 CASES = [
-    pytest.param(path, "small", id=str(path.relative_to(ROOT)), marks=pytest.mark.slow if path in DEAR else ())
+    pytest.param(path, "words", id=str(path.relative_to(ROOT)), marks=pytest.mark.slow)
+    if path in DEAR
+    else pytest.param(path, "small", id=str(path.relative_to(ROOT)))
     for path in PAGES
 ] + [
     pytest.param(path, "bundled", id=f"{path.relative_to(ROOT)}-bundled", marks=pytest.mark.slow)
@@ -365,7 +382,7 @@ class Shell:
 
 def too_large(entry: ModelEntry) -> bool:
     """Whether no small model stands for this one."""
-    return entry.text is not None and not entry.bundled
+    return entry.text is not None and entry.folder is None
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,15 @@ def test_a_cast_after_loading_is_a_dtype_at_loading(family: str) -> None:
     assert equal(drawn(load(family).double().float()), expected_of(family, torch.float32))
 
 
-@pytest.mark.parametrize("around", SURROUNDINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+# Every family once, under all surroundings in turn; the other pairs are slow.
+FIRST = set(zip(FAMILIES, itertools.cycle(SURROUNDINGS)))
+PAIRS = [
+    pytest.param(*pair, marks=() if pair in FIRST else pytest.mark.slow)
+    for pair in itertools.product(FAMILIES, SURROUNDINGS)
+]
+
+
+@pytest.mark.parametrize(("family", "around"), PAIRS)
 def test_what_is_set_around_it_changes_nothing(family: str, around: str) -> None:
     for dtype in DTYPES:
         generator = load(family, dtype)

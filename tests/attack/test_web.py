@@ -497,7 +497,7 @@ class TestVisitors:
         draw(neighbour)
         (mount,) = (route for route in client.app.routes if isinstance(route, Mount))
         blocks = mount.app.get_blocks()
-        for n in range(20):
+        for n in range(8):
             assert client.post(PREDICT, json={**event(client, "stop"), "session_hash": f"s{n}"}).status_code == 200
         assert len(blocks.state_holder.session_data) <= 4 + 1
         assert neighbour.post(JOIN, json=event(client, "download")).status_code == 200

@@ -13,6 +13,7 @@ import pytest
 from softcfg.cli.main import main
 
 EXTRACTOR = "--reference {images} --extractor stand_in:factory"
+SLOW = {"sweep", "plot"}  # to whom nobody listens: the others show it
 # Commands that print: their words, and a file that they leave behind.
 COMMANDS = {
     "sample": ("sample {model} --labels all --num-samples 6 --batch-size 2 --npz --output-dir {new}", "new.npz"),
@@ -65,7 +66,8 @@ def places(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.mark.parametrize(
     ("name", "stream", "code"),
     [
-        *((name, stream, code) for name in COMMANDS for stream, code in ((gone, 0), (full, 2))),
+        *(pytest.param(name, gone, 0, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS),
+        *((name, full, 2) for name in COMMANDS),
         *((name, stream, 0) for name in ("sample", "status") for stream in (closed, absent)),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,7 +98,8 @@ def test_a_run_from_the_command_line(folder: Path, pipe: Pipeline, tmp_path: Pat
     flags = ["--prompt", "red apple", "--prompt", "star", "--images-per-prompt", "1", "--seed", "3", "--ratio", "2:3"]
     words = ["sample", str(folder), *flags, "--negative-prompt", NEGATIVE, "--output-dir", str(tmp_path / "out")]
     command = [sys.executable, "-m", "softcfg", *words, "--plugin", str(PLUGIN)]
-    subprocess.run(command, check=True, capture_output=True, cwd=PLUGIN.parent)
+    environment = {**os.environ, "SOFTCFG_PRODUCT": "plain"}  # nothing is measured
+    subprocess.run(command, check=True, capture_output=True, cwd=PLUGIN.parent, env=environment)
     run = RunFolder.open(tmp_path / "out")
     assert (run.settings["negative_text"], run.settings["height"]) == (NEGATIVE, 6)
     assert run.settings["text"]["template"] == "a {prompt}"

@@ -283,7 +283,7 @@ def check_kernels(every: int = 1) -> None:
     check_add_norm(every)
     check_rotate_and_cache(every)
     check_silu_product()
-    check_few_rows(min(every, 3))
+    check_few_rows(min(every, 4))
     check_guidance(every)
     check_side_by_side()
 

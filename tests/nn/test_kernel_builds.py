@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import gcd
@@ -63,7 +64,8 @@ def shapes() -> list[tuple[int, int, int, bool]]:
     found: dict[tuple[int, int, bool], int] = {}
     unpublished = [Component(GENERATORS[name], {}, ModelFile("none")) for name in ("janus-pro", "emu3")]
     for component in [*(entry.generator for entry in MODELS.values()), *unpublished]:
-        generator = module(component, "meta")
+        depth = "n_layer" if component.family.name.startswith("llamagen") else "num_hidden_layers"
+        generator = module(replace(component, config={**component.config, depth: 1}), "meta")  # its layers are alike
         _, key_heads, head_dim = generator.cache_shape  # type: ignore[attr-defined, misc]
         config = generator.config
         heads = getattr(config, "num_attention_heads", None) or config.n_head

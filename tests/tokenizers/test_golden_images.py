@@ -188,7 +188,7 @@ def test_decoding_reads_decoder_and_codebook_only(loaded: Loaded) -> None:
         if tensor.is_floating_point() and not name.startswith(("decoder.", "quantize.embedding.", "post_quant_conv.")):
             tensor.fill_(torch.nan)
     tokenizer = softcfg.load_tokenizer(case.family, config=file.config, checkpoint=weights)
-    close(tokenizer.decode(file.arrays["tokens"]), file.arrays["raw"].clamp(0, 1), 1e-4)
+    close(tokenizer.decode(file.arrays["tokens"][:1]), file.arrays["raw"][:1].clamp(0, 1), 1e-4)
 
 
 @pytest.mark.parametrize(("name", "keys"), RELEASED)

@@ -157,7 +157,7 @@ def test_a_sweep_that_died_anywhere_ends_with_the_same_table(
     monkeypatch.setattr(softcfg.tuning.space, "STARTUP", 3)
     settings = {"early_stop": 0.5, "sampler": sampler}
     undisturbed = make(tmp_path / "undisturbed" / "sweep", **settings)
-    undisturbed.run(7)
+    undisturbed.run(5)
     drawn.clear()
     chance = random.Random(0)
 
@@ -184,7 +184,7 @@ def test_a_sweep_that_died_anywhere_ends_with_the_same_table(
     disturbed = make(tmp_path / "disturbed" / "sweep", **settings)
     while True:
         try:
-            disturbed.run(7)
+            disturbed.run(5)
             break
         except MemoryError:
             deaths += 1
