@@ -16,7 +16,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.decoding import Sampling, image_uniforms
+from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
-from softcfg.errors import UserError, how_to_install
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.errors import UserError, how_to_install, quote, require_whole
+from softcfg.guidance import CFG, SoftCFG, as_guidance
 from softcfg.models.base import Condition, Generator
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
@@ -38,14 +39,16 @@ from softcfg.nn.attention import weighted_attention
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
 from softcfg.nn.settings import holding
-from softcfg.prompts import Prompt
+from softcfg.prompts import PROMPT_OPTIONS, Prompt
 
 try:
     from transformers import (
         AttentionInterface,
         AttentionMaskInterface,
+        Cache,
         DynamicCache,
         JanusForConditionalGeneration,
+        QuantizedCache,
         StaticCache,
     )
     from transformers.generation import EosTokenCriteria, GenerationMode
@@ -64,6 +67,8 @@ IMAGE_HEADS = (
     "vision_head",
     "visual_head",
 )  # their usual names
+LARGEST_ID = (1 << 63) - 1
+NOTED_SLOTS = "softcfg_filled_slots"  # an attribute of a mask
 
 # Whether each call of `attention` in this pass brought weights: a layer that loses them would draw plain CFG.
 _brought_weights: ContextVar[list[bool] | None] = ContextVar("brought_weights", default=None)
@@ -95,13 +100,14 @@ def attention(
         [rows, n, heads, head_dim], and None for the attention probabilities.
 
     Raises:
-        UserError: the layer has sinks; or weights are given and it has anything else but queries, keys, values and a
-            boolean mask.
+        UserError: the layer has sinks; or weights are given and it is not causal or has anything else but queries,
+            keys, values and a boolean mask; or they are not of the slots filled so far.
     """
     weighted = any(weights is not None for weights in (value_weights, key_weights, attention_weights))
     if (calls := _brought_weights.get()) is not None:
         calls.append(weighted)
-    for name in ("s_aux", "softcap", "position_bias", "dropout") if weighted else ("s_aux",):  # sdpa drops sinks
+    with_weights = ("s_aux", "softcap", "position_bias", "dropout", "cache")
+    for name in with_weights if weighted else ("s_aux",):  # sdpa drops sinks
         if isinstance(kwargs.get(name), Tensor) or kwargs.get(name):
             raise UserError(f"{type(module).__name__} has {name}, which the attention {ATTENTION!r} cannot do")
     if not weighted:
@@ -112,19 +118,57 @@ def attention(
             raise UserError("attention with weights needs a boolean mask that all heads share")
         mask = attention_mask[:, 0]
     elif new > 1:  # sdpa's causal rule: the first pass, the rest of a static cache is empty
+        causal = kwargs.get("is_causal")
+        if not (getattr(module, "is_causal", True) if causal is None else causal):
+            raise UserError(f"{type(module).__name__} is not causal: its attention cannot have weights")
         key, value = key[:, :, :new], value[:, :, :new]
+    given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
+    if calls is None:  # not in a pass of `TransformersGenerator`, which cuts the weights to the slots itself
+        for name, weights in given.items():
+            if weights is not None:
+                _check_weights(name, weights, query, key, attention_mask)
     if scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
     out = weighted_attention(
         query,
         key,
         value,
-        value_weights=_fitted(value_weights, key),
-        key_weights=_fitted(key_weights, key),
-        attention_weights=_fitted(attention_weights, key),
         mask=mask,
+        **{name: _fitted(weights, key) for name, weights in given.items()},
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_weights(name: str, weights: Tensor, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    """Raise a `UserError` unless there is a weight for every slot filled so far; see `attention`."""
+    if not isinstance(weights, Tensor):
+        raise UserError(f"{name} must be a tensor, got {quote(weights)}")
+    rows, new, length = query.shape[0], query.shape[2], weights.shape[-1] if weights.dim() else 0
+    filled = _filled(key, mask, length)
+    if weights.shape not in ((rows, filled), (rows, new, filled)):
+        raise UserError(
+            f"{name} must have a factor for each of the {filled} slots filled so far, the new ones included: shape "
+            f"[{rows}, {filled}] or [{rows}, {new}, {filled}], got {list(weights.shape)}"
+        )
+
+
+def _filled(key: Tensor, mask: Tensor | None, length: int) -> int:
+    """The number of slots filled so far, the new ones included; `length` where a window hides it.
+
+    The mask of `sdpa_mask_noting_slots` says it. One that was made elsewhere shows the last slot that is seen; a layer
+    that sees all its S slots has S, or is a window on the last S of more.
+    """
+    slots = key.shape[2]
+    if mask is None:
+        return slots
+    noted = getattr(mask, NOTED_SLOTS, None)
+    if noted is not None:
+        filled = int(noted)  # which a static cache counts on the device: wait for it once, for all layers
+        setattr(mask, NOTED_SLOTS, filled)
+        return filled
+    seen = mask[:, 0, -1].any(dim=0).nonzero()
+    last = int(seen[-1]) + 1 if len(seen) else slots
+    return max(slots, length) if last == slots else last
 
 
 def _fitted(weights: Tensor | None, key: Tensor) -> Tensor | None:
@@ -136,8 +180,19 @@ def _fitted(weights: Tensor | None, key: Tensor) -> Tensor | None:
     return weights.to(key.device)
 
 
+def sdpa_mask_noting_slots(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **kwargs: Any) -> Any:
+    """What transformers calls a mask function: `sdpa_mask`, which keeps how many slots are filled with the mask.
+
+    Keys do not tell: a static cache has more slots, and a window fewer.
+    """
+    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, **kwargs)
+    if mask is not None and not torch.compiler.is_compiling():
+        setattr(mask, NOTED_SLOTS, q_offset + q_length)
+    return mask
+
+
 AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask_noting_slots)
 
 
 @dataclass(frozen=True)
@@ -204,10 +259,20 @@ class Prompts:
 
     @classmethod
     def batch(cls, prompts: Sequence[Prompts], pad_token_id: int) -> Prompts:
-        """One batch of prompts of one row each, padded on the left to one length; what is hidden in one is left out."""
-        input_ids, attention_mask = _padded([_seen(p.input_ids, p.attention_mask) for p in prompts], pad_token_id)
+        """One batch of prompts of one row each, padded on the left to one length; what is hidden in one is left out.
+
+        Raises:
+            UserError: one is no `Prompts`, or of several rows, or its mask does not fit.
+        """
+        for p in prompts:
+            if not isinstance(p, Prompts):
+                raise UserError(f"a prompt must be Prompts(input_ids, ...) of one row, got {quote(p)}")
+        conditional = [_seen("input_ids", p.input_ids, p.attention_mask) for p in prompts]
+        input_ids, attention_mask = _padded(conditional, pad_token_id)
         unconditional = [
-            _seen(p.unconditional_ids, p.unconditional_mask) for p in prompts if p.unconditional_ids is not None
+            _seen("unconditional_ids", p.unconditional_ids, p.unconditional_mask)
+            for p in prompts
+            if p.unconditional_ids is not None
         ]
         if len(unconditional) < len(prompts):
             return cls(input_ids, attention_mask=attention_mask)
@@ -215,10 +280,36 @@ class Prompts:
         return cls(input_ids, unconditional_ids, attention_mask, unconditional_mask)
 
 
-def _seen(ids: Any, mask: Any) -> Tensor:
+def _seen(name: str, ids: Any, mask: Any) -> Tensor:
     """The ids [L] or [1, L] of one row that its mask does not hide."""
-    ids = torch.as_tensor(ids).flatten()
-    return ids if mask is None else ids[torch.as_tensor(mask).flatten().bool()]
+    ids = as_ids(ids, name, LARGEST_ID)
+    visible = torch.ones_like(ids) if mask is None else _as_mask(name, mask)
+    length = ids.numel()
+    if not {ids.shape, visible.shape} <= {(length,), (1, length)}:
+        raise UserError(
+            f"{name} of a prompt and their mask must be one row, [L] or [1, L], got {list(ids.shape)} and "
+            f"{list(visible.shape)}"
+        )
+    return ids.flatten()[visible.flatten().bool()]
+
+
+def _as_mask(name: str, mask: Any) -> Tensor:
+    """The mask of the ids that go by `name`, int64; raise a `UserError` unless it holds zeros and ones alone."""
+    try:
+        visible = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the mask of {name} must be 0 and 1, got {quote(mask)}") from error
+    if not ((visible == 0) | (visible == 1)).all():
+        raise UserError(f"the mask of {name} must be 0 for padding and 1 elsewhere, got {quote(visible.tolist())}")
+    return visible.long()
+
+
+def _functions(name: str, given: Iterable[Any] | None) -> list[Any]:
+    """The functions of a list, such as those of transformers; raise a `UserError` for anything else."""
+    functions = list(given) if isinstance(given, Iterable) else [None] * (given is not None)
+    if not all(map(callable, functions)):
+        raise UserError(f"{name} must be a list of functions, got {quote(given)}")
+    return functions
 
 
 def _padded(ids: Sequence[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -273,7 +364,7 @@ class TransformersGenerator(Generator):
         pad_token_id: fills the shorter prompts on the left; no query sees it.
 
     Raises:
-        UserError: `cache` or `code_steps` are none of these, or the model has an image head that is not known here.
+        UserError: an argument is none of these, or the model has an image head that is not known here.
     """
 
     supports_row_positions = False
@@ -291,19 +382,26 @@ class TransformersGenerator(Generator):
         pad_token_id: int = 0,
     ) -> None:
         super().__init__()
+        num_tokens = require_whole(num_tokens, "num_tokens", 1)
         if cache not in ("dynamic", "static"):
-            raise UserError(f"cache must be 'dynamic' or 'static', got {cache!r}")
-        if code_steps is not None and (code_steps.dtype != torch.bool or code_steps.shape != (num_tokens,)):
-            raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
+            raise UserError(f"cache must be 'dynamic' or 'static', got {quote(cache)}")
+        if code_steps is not None:
+            code_steps = torch.as_tensor(code_steps)
+            if code_steps.dtype != torch.bool or code_steps.shape != (num_tokens,):
+                raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
+        if not (hasattr(model, "config") and hasattr(model, "forward")):
+            raise UserError(f"model must be a model of transformers, got {quote(model)}")
         head = ImageHead.of(model) if head is None else head
+        if head is not None and not isinstance(head, ImageHead):
+            raise UserError(f"head must be ImageHead(...), got {quote(head)}")
         self.model = model
         self.num_tokens = num_tokens
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size if head is None else head.vocab_size
         self.head = head
         self.code_steps = code_steps
-        self.logits_processor = logits_processor
+        self.logits_processor = _functions("logits_processor", logits_processor)
         self.cache = cache
-        self.pad_token_id = pad_token_id
+        self.pad_token_id = require_whole(pad_token_id, "pad_token_id", 0)
         module = model if head is None else head.backbone
         parameters = inspect.signature(module.forward).parameters.values()
         self._arguments = {parameter.name for parameter in parameters}
@@ -315,6 +413,10 @@ class TransformersGenerator(Generator):
         Raises:
             UserError: ids or masks do not fit, or the unconditional prompts are missing.
         """
+        if not isinstance(inputs, Prompts):
+            raise UserError(f"prompts must be Prompts(input_ids, ...), got {quote(inputs)}")
+        if inputs.unconditional_ids is None and inputs.unconditional_mask is not None:
+            raise UserError("unconditional_mask says what is padding in unconditional_ids, which are missing")
         branches = [self._prompts("input_ids", inputs.input_ids, inputs.attention_mask)]
         batch, prompt_slots = branches[0][0].shape
         if guided:
@@ -326,6 +428,8 @@ class TransformersGenerator(Generator):
                     f"unconditional_ids must have 1 row or {batch}, one per prompt, got {len(branches[1][0])}"
                 )
         slots = max(ids.shape[1] for ids, _ in branches)
+        if any(ids.shape[1] < slots for ids, _ in branches):
+            as_ids([self.pad_token_id], "pad_token_id", self.model.get_input_embeddings().num_embeddings)
         rows, padding = [], []
         for ids, leading in branches:
             short = slots - ids.shape[1]
@@ -347,7 +451,7 @@ class TransformersGenerator(Generator):
         """See `Generator.forward`. A pass goes on where the cache ends.
 
         Raises:
-            UserError: no attention layer sees the weights, or rows have slots of their own.
+            UserError: no attention layer sees the weights, they are not of all slots, or rows have slots of their own.
         """
         assert isinstance(condition, PromptCondition)
         position = Position.of(slot)
@@ -363,6 +467,9 @@ class TransformersGenerator(Generator):
         if tokens.shape[1]:  # prompts are never weighted
             given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
             weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
+        for name, weight in weights.items():
+            if weight.shape[-1] < filled:
+                raise UserError(f"{name} must be of at least the {filled} slots filled so far, got {weight.shape[-1]}")
 
         inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
@@ -411,6 +518,11 @@ class TransformersGenerator(Generator):
         for step, scores in zip(steps.tolist(), logits.unbind(1), strict=True):
             for processor in self.logits_processor:
                 scores = processor(condition.conditional(len(logits), step), scores)
+            if not isinstance(scores, Tensor) or scores.shape != (len(logits), logits.shape[-1]):
+                got = list(scores.shape) if isinstance(scores, Tensor) else quote(scores)
+                raise UserError(
+                    f"logits_processor must return logits [{len(logits)}, {logits.shape[-1]}], as they came, got {got}"
+                )
             processed.append(scores)
         return torch.stack(processed, dim=1)
 
@@ -423,7 +535,7 @@ class TransformersGenerator(Generator):
     def _prompts(self, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
         """Checked ids [B, L] on the device of the model, and the number of leading slots [B] that are padding."""
         ids = as_ids(ids, name, self.model.get_input_embeddings().num_embeddings).to(self.device)
-        visible = self._behind_padding(ids) if mask is None else torch.as_tensor(mask).to(self.device).long()
+        visible = self._behind_padding(ids) if mask is None else _as_mask(name, mask).to(self.device)
         if ids.dim() != 2 or not ids.numel() or visible.shape != ids.shape:
             raise UserError(f"{name} and their mask must be [B, L], got {list(ids.shape)} and {list(visible.shape)}")
         if not visible[:, -1].all() or (visible.diff(dim=1) < 0).any():
@@ -466,6 +578,9 @@ class ImageTokens:
         first_code_id: image code c is the token `first_code_id` + c.
         row_end: ids of the tokens after each row, such as the end of a line.
         tail: ids of the tokens after the last row, such as the end of the image.
+
+    Raises:
+        UserError: a field is something else, such as a grid without rows.
     """
 
     rows: int
@@ -474,6 +589,13 @@ class ImageTokens:
     first_code_id: int = 0
     row_end: tuple[int, ...] = ()
     tail: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("columns", 1), ("num_codes", 1), ("first_code_id", 0)):
+            require_whole(getattr(self, name), name, least)
+        for name in ("row_end", "tail"):
+            if as_ids(getattr(self, name), name, LARGEST_ID).dim() != 1:
+                raise UserError(f"{name} must be a tuple of ids, got {quote(getattr(self, name))}")
 
     @property
     def geometry(self) -> Geometry:
@@ -539,7 +661,7 @@ class ImageGenerator(TransformersGenerator):
         options: which of the `softcfg.prompts.PROMPT_OPTIONS` `encode` reads; prompts with others are refused.
 
     Raises:
-        UserError: tokens outside of the model's vocabulary, or an unknown cache.
+        UserError: tokens outside of the model's vocabulary, or an argument of another kind.
     """
 
     conditioning_type = TextPrompts
@@ -556,6 +678,12 @@ class ImageGenerator(TransformersGenerator):
         cache: str = "dynamic",
         pad_token_id: int = 0,
     ) -> None:
+        if not isinstance(tokens, ImageTokens):
+            raise UserError(f"tokens must be ImageTokens(...), got {quote(tokens)}")
+        if not callable(encode):
+            raise UserError(f"encode must be a function of a Prompt, got {quote(encode)}")
+        if isinstance(options, str) or not set(options) <= set(PROMPT_OPTIONS):
+            raise UserError(f"options must be a list of {', '.join(PROMPT_OPTIONS)}, got {quote(options)}")
         super().__init__(model, tokens.geometry.num_tokens, head=head, cache=cache, pad_token_id=pad_token_id)
         ends = (tokens.first_code_id + tokens.num_codes - 1, tokens.first_code_id, *tokens.row_end, *tokens.tail)
         as_ids(ends, "image tokens", self.vocab_size)
@@ -567,6 +695,8 @@ class ImageGenerator(TransformersGenerator):
 
     def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
         """See `Generator.condition`; `inputs` are `Prompts` of one row each."""
+        if not isinstance(inputs, Sequence):
+            raise UserError(f"prompts must be a list of Prompts(input_ids, ...), got {quote(inputs)}")
         if not inputs:
             raise UserError("there must be at least one prompt")
         return super().condition(Prompts.batch(inputs, self.pad_token_id), guided=guided)
@@ -589,7 +719,7 @@ class ImageGenerator(TransformersGenerator):
 def decode(
     model: Any,
     input_ids: Tensor,
-    guidance: CFG,
+    guidance: CFG | float | None = None,
     *,
     num_tokens: int,
     unconditional_ids: Tensor | None = None,
@@ -611,14 +741,16 @@ def decode(
     Args:
         model, head, logits_processor: see `TransformersGenerator`.
         input_ids, unconditional_ids, attention_mask, unconditional_mask: see `Prompts`.
-        guidance: `CFG` or `SoftCFG`; inactive guidance (scale 0 or 1) needs no unconditional prompt.
+        guidance: `CFG` or `SoftCFG`; a number is `SoftCFG` at that scale, None the paper's `SoftCFG`. Inactive guidance
+            (scale 0 or 1) needs no unconditional prompt.
         num_tokens: T, tokens to draw; the guidance schedule runs over them.
         image_codes: which tokens get a confidence: their ids, or bool [T], the steps that draw one. None: all.
             The slots of other tokens (line ends, end of image) are never weighted.
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
-        seed, indices: row b is image `indices[b]` (by default b) of `seed`; see `image_uniforms`.
+        seed, indices: row b is image `indices[b]` (by default b) of `seed`, one index per row; see `image_uniforms`.
         stopping_criteria: called with the prompts and tokens so far and None after every step; rows for which one
-            returns True (bool [B]) get `pad_token_id` from then on, and decoding ends when all rows are done.
+            returns True (bool [B], or one for all) get `pad_token_id` from then on, and decoding ends when all rows are
+            done.
         pad_token_id: also fills the shorter prompts on the left; no query sees it.
         cache: "dynamic", "static", or an empty cache of transformers with room for the rows of both branches.
         on_tokens: called with the tokens so far, int64 [B, n], after every step.
@@ -627,12 +759,15 @@ def decode(
         int64 [B, T], or fewer columns where stopping criteria ended all rows.
 
     Raises:
-        UserError: prompts, masks, image codes or the cache do not fit, the weights do not reach every attention layer,
-            or the logits hold NaN or infinity.
+        UserError: prompts, masks, indices, image codes or the cache do not fit, an argument is of another kind, the
+            weights do not reach every attention layer, or the logits hold NaN or infinity.
     """
+    guidance = _guidance(guidance)
     if guidance.has_weak_model:
         raise UserError("a weak model is not for this function: leave out weak_share, or use a Pipeline with weak=")
-    codes = None if image_codes is None else torch.as_tensor(image_codes)
+    sampling = one_sampling(sampling, None, None, None)
+    criteria = _functions("stopping_criteria", stopping_criteria)
+    codes = None if image_codes is None else _as_codes(image_codes)
     by_step = codes is not None and codes.dtype == torch.bool
     generator = TransformersGenerator(
         model,
@@ -640,43 +775,95 @@ def decode(
         head=head,
         code_steps=codes if by_step else None,
         logits_processor=logits_processor,
-        cache=cache if isinstance(cache, str) else "dynamic",
+        cache="dynamic" if isinstance(cache, Cache) else cache,
         pad_token_id=pad_token_id,
     )
     if codes is not None and not by_step:
         codes = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
     prompts = Prompts(input_ids, unconditional_ids, attention_mask, unconditional_mask)
-    if not isinstance(cache, str) and cache.get_seq_length():
-        raise UserError("the cache must be empty")
+    num_tokens = generator.num_tokens
     condition = generator.condition(prompts, guided=guidance.is_active)
     own = None if isinstance(cache, str) else cache
-    decoder = Decoder(generator, condition, guidance, sampling or Sampling(), own)
+    if own is not None:
+        _check_cache(own, model, condition)
+    decoder = Decoder(generator, condition, guidance, sampling, own)
 
     batch = decoder.batch
-    uniforms = image_uniforms(seed, range(batch) if indices is None else indices, num_tokens)
-    uniforms = on_device(uniforms, generator.device)
+    uniforms = on_device(image_uniforms(seed, _indices(indices, batch), num_tokens), generator.device)
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):
         at = decoder.step(step)
         drawn = decoder.draw(at, tokens, uniforms[:, step]).masked_fill(done, pad_token_id)
         if generator.device.type == "cpu":
-            decoder.finite.check(step)
+            decoder.check(step)
         decoder.record(at, drawn)
         if codes is not None and not by_step:
             decoder.confidence[:, step] *= torch.isin(drawn, codes)
         tokens[:, step] = drawn
         if on_tokens is not None:
             on_tokens(tokens[:, : step + 1])
-        for criterion in stopping_criteria:
+        for criterion in criteria:
             so_far = torch.cat((condition.conditional(batch), tokens[:, : step + 1]), dim=1)
-            done = done | criterion(so_far, None).to(done.device)
-        if len(stopping_criteria) and done.all():
+            ended = criterion(so_far, None)
+            ended = torch.tensor(ended) if isinstance(ended, bool) else ended
+            if not isinstance(ended, Tensor) or ended.shape not in ((), done.shape):
+                got = list(ended.shape) if isinstance(ended, Tensor) else quote(ended)
+                raise UserError(f"stopping_criteria must return bool [{batch}], one per row, got {got}")
+            done = done | ended.to(done.device)
+        if criteria and done.all():
             tokens = tokens[:, : step + 1]
             break
     if generator.device.type != "cpu":
-        decoder.finite.check()
+        decoder.check()
     return tokens
+
+
+def _guidance(guidance: CFG | float | None, default: Callable[..., CFG] = SoftCFG) -> CFG:
+    """See `as_guidance`; what is no guidance is a `UserError`."""
+    try:
+        return as_guidance(guidance, default)
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def _as_codes(image_codes: Any) -> Tensor:
+    """Ids of tokens, or bool [T]; raise a `UserError` for what is neither, and for none."""
+    try:
+        codes = torch.as_tensor(image_codes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"image_codes must be ids of tokens, or one bool per step, got {quote(image_codes)}") from error
+    if not codes.numel():
+        raise UserError("image_codes must name at least one token")
+    return codes
+
+
+def _indices(indices: Any, rows: int) -> list[int]:
+    """The indices of images, by default those from 0 on; raise a `UserError` unless there is one for every row."""
+    if indices is None:
+        return list(range(rows))
+    listed = as_ids(indices, "indices", LARGEST_ID)
+    if listed.dim() != 1:
+        raise UserError(f"indices must be a list, got {quote(indices)}")
+    if len(listed) != rows:
+        raise UserError(f"indices must be as many as rows, {rows}, got {len(listed)}")
+    return listed.tolist()
+
+
+def _check_cache(cache: Cache, model: Any, condition: Condition) -> None:
+    """Raise a `UserError` unless the cache is empty and has room for the rows and the slots of `condition`."""
+    if cache.get_seq_length():
+        raise UserError("the cache must be empty")
+    config, slots = model.config.get_text_config(decoder=True), condition.cache_slots
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or slots
+    for layer in cache.layers:
+        room = getattr(layer, "max_cache_len", slots)
+        needed = min(window, slots) if getattr(layer, "is_sliding", False) else slots
+        if room < needed:
+            raise UserError(f"the cache must have room for {needed} slots, prompts and tokens, got {room}")
+        keys, rows = getattr(layer, "keys", None), condition.rows
+        if keys is not None and keys.numel() and len(keys) != rows:
+            raise UserError(f"the cache must have room for {rows} rows, those of all branches, got {len(keys)}")
 
 
 @dataclass(frozen=True)
@@ -722,7 +909,7 @@ def generate(
     stopping_criteria: Any,
     generation_config: Any,
     *,
-    guidance: CFG,
+    guidance: CFG | float | None = None,
     unconditional_ids: Tensor | None = None,
     unconditional_mask: Tensor | None = None,
     image_codes: Tensor | Sequence[int] | None = None,
@@ -737,30 +924,44 @@ def generate(
     Length, temperature, top-k, top-p and all other processors of logits, greedy decoding (`do_sample=False`), stopping,
     the streamer and the cache (`cache_implementation`, `past_key_values`) are those of the `generate` call; the rest is
     as in `decode`. An end token that is an image code does not end a sequence. With Janus's `generation_mode="image"`
-    there are as many tokens as an image has; `guidance` and `unconditional_ids` default to those of Janus.
+    there are as many tokens as an image has; `guidance` and `unconditional_ids` default to those of Janus, and a number
+    is a scale that holds at every step.
 
     Returns:
         int64 [B, L + T], the prompts and the drawn tokens after them.
 
     Raises:
-        UserError: as `decode`; or the call asks for something else than one sequence of ids a row.
+        UserError: as `decode`; or the call asks for something else than one sequence of ids a row, or gives what would
+            not be used, such as `negative_prompt_ids`.
     """
     config = generation_config
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("return_dict_in_generate", False)):
         if getattr(config, name) not in (None, usual):
             raise UserError(f"{name}={getattr(config, name)} is not supported by softcfg's decoding")
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UserError(f"{mode.value.replace('_', ' ')} is not supported by softcfg's decoding")
     caller = sys._getframe(1)
     call = caller.f_locals if caller.f_code.co_name == "generate" else {}
+    mode = config.get_generation_mode(call.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UserError(f"{mode.value.replace('_', ' ')} is not supported by softcfg's decoding")
+    for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):  # which `generate` keeps to itself
+        if call.get(name) is not None:
+            own = "unconditional_ids" if name.endswith("ids") else "unconditional_mask"
+            raise UserError(f"softcfg's decoding takes no {name}: give {own} in its place")
+    given_to_call = call.get("kwargs", {})
+    if given_to_call.get("position_ids") is not None:  # `generate` makes its own otherwise
+        raise UserError("softcfg's decoding takes token ids alone, not position_ids")
     if streamer is None:
         streamer = call.get("streamer")  # which `generate` hands to its own loops alone
     attention_mask = model_kwargs.pop("attention_mask", None)
+    if attention_mask is None:  # `generate` leaves out one that hides nothing
+        attention_mask = torch.ones_like(input_ids)
     cache = model_kwargs.pop("past_key_values", None)
     if cache is None:
         raise UserError("softcfg's decoding needs the cache: leave use_cache on")
-    if cache is not call.get("kwargs", {}).get("past_key_values"):  # made by `generate` for the conditional rows alone
+    if cache is not given_to_call.get("past_key_values"):  # made by `generate` for the conditional rows alone
+        if isinstance(cache, QuantizedCache) or getattr(cache, "offloading", False):
+            kind = config.cache_implementation
+            raise UserError(f"cache_implementation={kind} is not supported by softcfg's decoding")
         cache = "static" if isinstance(cache, StaticCache) else "dynamic"
     derived = ("position_ids", "logits_to_keep", "use_cache")
     given = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) or value]
@@ -769,21 +970,25 @@ def generate(
         raise UserError(f"softcfg's decoding takes token ids alone, not {', '.join(unknown)}")
 
     copies = config.num_return_sequences or 1
-    if unconditional_ids is not None and len(unconditional_ids) > 1:
-        unconditional_ids = unconditional_ids.repeat_interleave(copies, dim=0)
+    if unconditional_ids is not None:
+        unconditional_ids = as_ids(unconditional_ids, "unconditional_ids", LARGEST_ID)
         if unconditional_mask is not None:
-            unconditional_mask = unconditional_mask.repeat_interleave(copies, dim=0)
+            unconditional_mask = _as_mask("unconditional_ids", unconditional_mask)
+        if unconditional_ids.dim() == 2 and len(unconditional_ids) > 1:
+            unconditional_ids = unconditional_ids.repeat_interleave(copies, dim=0)
+            if unconditional_mask is not None:
+                unconditional_mask = unconditional_mask.repeat_interleave(copies, dim=0)
     sampling = _Processed(config.temperature or 1.0) if config.do_sample else _Processed(greedy=True)
     head = ImageHead.of(model) if head is None else head
     # The tokens of an image head are not text, so none of them ends it.
     criteria = [c for c in stopping_criteria if head is None or not isinstance(c, EosTokenCriteria)]
     if image_codes is not None:
-        image_codes, length = torch.as_tensor(image_codes), input_ids.shape[1]
+        image_codes, length = _as_codes(image_codes), input_ids.shape[1]
         criteria = [
             _OutsideOfImages(c, image_codes, length) if isinstance(c, EosTokenCriteria) else c for c in criteria
         ]
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else end
+    pad = next((token for token in (config.pad_token_id, end) if token is not None and token >= 0), 0)
     tokens = decode(
         model,
         input_ids,
@@ -799,7 +1004,7 @@ def generate(
         indices=indices,
         logits_processor=logits_processor,
         stopping_criteria=criteria,
-        pad_token_id=pad or 0,
+        pad_token_id=pad,
         cache=cache,
         on_tokens=None if streamer is None else lambda tokens: streamer.put(tokens[:, -1].cpu()),
     )
@@ -823,11 +1028,14 @@ def _image_mode(usual: Callable[..., Any]) -> Callable[..., Any]:
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         config = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
         scale = kwargs.pop("guidance_scale", None)
-        if kwargs.get("guidance") is None:
-            kwargs["guidance"] = SoftCFG(scale or config.guidance_scale or JANUS_SCALE, schedule="constant")
-        elif scale is not None:
+        if scale is not None and kwargs.get("guidance") is not None:
             raise UserError("give guidance or guidance_scale, not both")
+        scales = (kwargs.get("guidance"), scale, config.guidance_scale, JANUS_SCALE)
+        guidance = next(scale for scale in scales if scale is not None)
+        kwargs["guidance"] = _guidance(guidance, functools.partial(SoftCFG, schedule="constant"))
         if kwargs.get("unconditional_ids") is None:
+            if kwargs.get("unconditional_mask") is not None:
+                raise UserError("unconditional_mask says what is padding in unconditional_ids, which are missing")
             kept = ["bos_token_id", "pad_token_id", "boi_token_id"]
             known = {**config.to_dict(), **(getattr(config, "generation_kwargs", None) or {}), **kwargs}
             bos, pad, boi = (known.get(name) for name in kept)
