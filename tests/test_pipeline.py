@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,11 @@ import pytest
 import torch
 
 from softcfg import CFG, Pipeline, Sampling, SoftCFG, UserError, trace
+from softcfg.models.ids import as_ids
 from softcfg.runs import RunRequest, draw_run
+from softcfg.zoo.registry import default_settings
+
+FORCED = {"labels": [0, 1], "forced_tokens": [[0] * 16] * 2}
 
 
 def test_output(pipe: Pipeline) -> None:
@@ -39,6 +45,42 @@ def test_defaults_come_from_the_model(pipe: Pipeline) -> None:
     defaults = {"guidance_scale": 2.0, "schedule": "constant"}
     other = Pipeline(pipe.generator, pipe.tokenizer, sampling_defaults=defaults)
     assert other.default_guidance() == SoftCFG(guidance_scale=2.0, schedule="constant")
+
+
+OWN = {
+    "temperature": 0.8, "top_k": 12, "top_p": 0.9, "entropy_gain": 2.5, "entropy_decay": 2.0, "entropy_base": 0.4,
+    "entropy_top_p": 0.5, "min_candidates": 2, "guidance_scale": 2.0, "guidance_scale_pow": 0.3, "schedule": "linear",
+    "rule": "apg", "seed": 7,
+}  # fmt: skip
+
+
+def test_every_default_of_a_model_takes_effect(pipe: Pipeline, tmp_path: Path) -> None:
+    own = Pipeline(pipe.generator, pipe.tokenizer, sampling_defaults=OWN)
+    assert OWN.keys() == {*default_settings(), "seed"}
+    for made in (own, Pipeline.from_pretrained(own.save_pretrained(tmp_path))):
+        sampling = Sampling(0.8, 12, 0.9, 2.5, 2.0, 0.4, 0.5, 2)
+        assert made.sampling() == sampling
+        assert made.sampling(top_p=1.0, entropy_gain=0.0) == replace(sampling, top_p=1.0, entropy_gain=0.0)
+        guidance = SoftCFG(2.0, 0.3, "linear", rule="apg")
+        assert made.default_guidance() == guidance
+        assert torch.equal(made([0, 1, 2]).tokens, pipe([0, 1, 2], guidance, sampling=sampling).tokens)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        (
+            {"temprature": 0.01},
+            "sampling_defaults: temprature is not known, but temperature, .*did you mean temperature",
+        ),
+        ({"strength": 0}, "sampling_defaults: strength is not known"),
+        ({"temperature": 0}, "sampling_defaults: temperature must be a finite number > 0, got 0"),
+        ({"seed": -1}, "sampling_defaults: seed must be a whole number"),
+    ],
+)
+def test_defaults_that_would_be_ignored(pipe: Pipeline, defaults: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Pipeline(pipe.generator, pipe.tokenizer, sampling_defaults=defaults)
 
 
 def test_seed_and_index_fix_an_image(pipe: Pipeline) -> None:
@@ -107,12 +149,82 @@ def test_forced_tokens_reach_their_images(pipe: Pipeline) -> None:
         ({"labels": [0], "indices": [0, 1]}, "indices must be as many as labels"),
         ({"labels": [0], "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"labels": [0], "seed": -1}, "seed must be"),
-        ({"labels": [0], "temperature": 0}, "temperature must be"),
+        ({"labels": [0], "temperature": 0}, "temperature must be a finite number > 0, got 0"),
+        ({"labels": [0], "top_k": 3.0}, r"top_k must be an integer >= 0 \(0: off\), got 3.0"),
+        ({"labels": [0], "top_k": True}, "top_k must be an integer"),
+        ({"labels": [0], "entropy_gain": -1}, "entropy_gain must be"),
+        ({"labels": [0], "num_images_per_prompt": True}, "num_images_per_prompt must be a whole number, got True"),
+        ({"labels": [0], "num_images_per_prompt": 2.0}, "num_images_per_prompt must be a whole number, got 2.0"),
+        ({"labels": [0], "on_step": 5}, "on_step must be a function, got 5"),
+        ({"labels": [0], "on_tokens": "print"}, "on_tokens must be a function, got 'print'"),
+        ({"labels": [0], "callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
+        ({"labels": [0], "generator": torch.Generator(), "seed": np.array([0, 1])}, "seed must be a whole number"),
+        ({"labels": [0], "generator": torch.Generator(), "seed": 1}, "give seed or generator, not both"),
+        ({"labels": [0], "forced_mask": [[True] * 16]}, "forced_mask says where to use forced_tokens"),
+        ({"labels": [0], "forced_mask": [[True] * 16], "speculative_jacobi": 4}, "forced_mask says where"),
+        ({**FORCED, "forced_mask": [[True] * 16] * 3}, r"forced_mask must have shape \[2, 16\], got \[3, 16\]"),
+        ({**FORCED, "forced_mask": [[True] * 16]}, r"forced_mask must have shape \[2, 16\], got \[1, 16\]"),
+        ({**FORCED, "forced_mask": [[True] * 9] * 2}, r"forced_mask must have shape \[2, 16\], got \[2, 9\]"),
+        ({**FORCED, "forced_mask": [[1] * 16] * 2}, "forced_mask must be boolean, got torch.int64"),
+        ({**FORCED, "forced_mask": "x"}, "forced_mask must hold True and False, got 'x'"),
+        ({**FORCED, "forced_mask": [[True], [True, False]]}, "forced_mask must hold True and False"),
+        ({**FORCED, "forced_tokens": [[0] * 9] * 2}, r"forced_tokens must have shape \[2, 16\], got \[2, 9\]"),
     ],
 )
 def test_bad_arguments(pipe: Pipeline, arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         pipe(**arguments)
+
+
+def test_numbers_of_numpy(pipe: Pipeline) -> None:
+    wanted = pipe([1], num_images_per_prompt=2).tokens
+    assert torch.equal(pipe([1], num_images_per_prompt=np.int64(2)).tokens, wanted)  # type: ignore[arg-type]
+
+
+def test_forced_tokens_where_the_mask_says_so(pipe: Pipeline) -> None:
+    free = pipe([0, 1, 2], seed=1).tokens
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask[1, :4] = True
+    out = pipe([0, 1, 2], seed=1, batch_size=2, forced_tokens=torch.zeros(3, 16).long(), forced_mask=mask.tolist())
+    assert not out.tokens[1, :4].any()
+    assert torch.equal(out.tokens[[0, 2]], free[[0, 2]])
+
+
+@pytest.mark.parametrize("jacobi", [0, 4])
+def test_another_default_device(pipe: Pipeline, jacobi: int) -> None:
+    wanted = pipe(["Star", 1], speculative_jacobi=jacobi, rule="apg")
+    with torch.device("meta"):
+        found = pipe(["Star", 1], speculative_jacobi=jacobi, rule="apg")
+        assert as_ids([1, 2], "labels", 4).tolist() == [1, 2]
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert np.array_equal(found.pixels, wanted.pixels)
+    assert found.labels.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda pipe, folder: Pipeline.from_pretrained(3), "a model is the name of one"),
+        (lambda pipe, folder: Pipeline.from_pretrained(None), "a model is the name of one"),
+        (lambda pipe, folder: Pipeline.with_random_weights(folder, weak=3), "a model is the name of one"),
+        (lambda pipe, folder: Pipeline.from_pretrained(folder, weak=3), "weak must be a model or the pipeline of one"),
+        (
+            lambda pipe, folder: Pipeline(pipe.generator, pipe.tokenizer, weak=pipe.generator),
+            "weak must be the pipeline of a weak model",
+        ),
+        (
+            lambda pipe, folder: pipe.save_pretrained(None),
+            "a model is saved in a folder, whose path is a text, got None",
+        ),
+        (lambda pipe, folder: Pipeline.from_pretrained(folder, dtype="float8_e4m3fn"), "dtype must be a dtype such as"),
+        (lambda pipe, folder: Pipeline.from_pretrained(folder, tokenizer_dtype="float8_e5m2"), "tokenizer_dtype must"),
+        (lambda pipe, folder: pipe.to("float8_e4m3fn"), "a generator computes in floating point, not in"),
+    ],
+)
+def test_wrong_kinds(pipe: Pipeline, model_folder: Path, make: Callable, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(pipe, model_folder)
+    assert pipe.dtype == torch.float32
 
 
 def test_halves_that_do_not_fit(pipe: Pipeline) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from recipes.fashion_mnist.data import Split
 from softcfg import SoftCFG
+from softcfg.guidance import METHODS
 from softcfg.tokenizers.base import Tokenizer
 
 BLACK = 0.02  # mean gray value up to which a patch is background
 
 
+@METHODS.register("PatchSoftCFG")  # by which the results know it
 @dataclass(frozen=True)
 class PatchSoftCFG(SoftCFG):
     """SoftCFG whose confidence is zero on all tokens but those of black patches, or but the others.

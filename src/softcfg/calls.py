@@ -16,8 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from softcfg.decoding import Sampling
-from softcfg.errors import UnexpectedArgumentError, UserError, quote
-from softcfg.guidance import CFG, all_settings, as_guidance, compose, describe, restore, settings_of
+from softcfg.decoding.randomness import check_uint64
+from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
+from softcfg.guidance import CFG, all_settings, as_guidance, compose, settings_of
+from softcfg.guidance.composition import changed
+from softcfg.models.ids import as_ids
 from softcfg.prompts import Prompt
 
 RequestT = TypeVar("RequestT")
@@ -130,7 +133,7 @@ def guidance_of(default: Callable[..., CFG], guidance: CFG | float | None, setti
             return default(compose, **settings) if settings else default()
         if settings.keys() <= {field.name for field in dataclasses.fields(guidance)}:
             return dataclasses.replace(guidance, **settings)
-        return restore({**describe(guidance), **settings})
+        return changed(guidance, settings)
     except ValueError as error:
         raise UserError(error) from error
 
@@ -147,6 +150,8 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
         raise UserError(
             f"generator must be one torch.Generator, got {quote(generator)}; image n draws from the stream (seed, n)"
         )
+    if seed is not None:
+        check_uint64(seed, "seed")
     if seed:
         raise UserError("give seed or generator, not both")
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
@@ -158,8 +163,7 @@ def repeated(requests: Sequence[RequestT], times: int) -> list[RequestT]:
     Raises:
         UserError: `times` is no number of images.
     """
-    if not isinstance(times, int) or times < 1:
-        raise UserError(f"num_images_per_prompt must be at least 1, got {quote(times)}")
+    times = require_whole(times, "num_images_per_prompt", 1)
     return [request for request in requests for _ in range(times)]
 
 
@@ -170,6 +174,41 @@ def check_output_type(output_type: str) -> None:
         raise UserError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {quote(output_type)}{hint}")
 
 
+def check_callbacks(**callbacks: object) -> None:
+    """Raise `UserError` unless each of them can be called, or is None."""
+    for name, callback in callbacks.items():
+        if callback is not None and not callable(callback):
+            raise UserError(f"{name} must be a function, got {quote(callback)}")
+
+
+def check_forced(tokens: Any, mask: Any, shape: tuple[int, int], codes: int) -> tuple[Tensor | None, Tensor | None]:
+    """The forced tokens of a call, int64, and where they are used, bool; None where none were given.
+
+    Args:
+        shape: [B, T].
+        codes: the size of the vocabulary.
+
+    Raises:
+        UserError: they are something else, or there is a mask without tokens.
+    """
+    if tokens is None:
+        if mask is not None:
+            raise UserError("forced_mask says where to use forced_tokens, which are missing")
+        return None, None
+    found = {"forced_tokens": as_ids(tokens, "forced_tokens", codes)}
+    if mask is not None:
+        try:
+            found["forced_mask"] = torch.as_tensor(mask)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"forced_mask must hold True and False, got {quote(mask)}") from error
+        if found["forced_mask"].dtype != torch.bool:
+            raise UserError(f"forced_mask must be boolean, got {found['forced_mask'].dtype}")
+    for name, values in found.items():
+        if values.shape != shape:
+            raise UserError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
+    return found["forced_tokens"], found.get("forced_mask")
+
+
 def step_callback(pipeline: object, callback: Callable[..., Any]) -> Callable[[int, Tensor], None]:
     """What calls `callback_on_step_end` after a step, with the number of steps done and the tokens so far.
 
@@ -178,7 +217,7 @@ def step_callback(pipeline: object, callback: Callable[..., Any]) -> Callable[[i
     """
     try:
         inspect.signature(callback).bind(pipeline, 0, 0, {})
-    except TypeError:
+    except (TypeError, ValueError):  # some functions of C do not say what they take
         return lambda done, tokens: callback(done)
     return lambda done, tokens: callback(pipeline, done - 1, done - 1, {"tokens": tokens})
 

@@ -19,19 +19,20 @@ from softcfg.calls import PipelineOutput as PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.weak import check_weak
-from softcfg.errors import UnexpectedArgumentError, UserError, require_whole
-from softcfg.guidance import CFG, SoftCFG
+from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
+from softcfg.guidance import CFG, SoftCFG, settings_of
 from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
 from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
+from softcfg.nn.linear import parameter_count, weights_at_rest, weights_in_use
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, own_dtype, wanted_dtype
 from softcfg.tokenizers.base import Tokenizer, checked_size
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
 from softcfg.zoo.files import require_files
 from softcfg.zoo.loading import load_conditioning, load_generator, load_tokenizer, random_weights
-from softcfg.zoo.registry import ModelEntry, is_repository, resolve
+from softcfg.zoo.registry import GUIDANCE_DEFAULTS, ModelEntry, check_defaults, is_repository, resolve
 from softcfg.zoo.source import ModelSource, hash_files
 
 
@@ -42,8 +43,7 @@ class Pipeline:
         generator, tokenizer: the two halves of the model.
         name: the name of the model.
         classes: names of the classes, where the model has them.
-        sampling_defaults: temperature, guidance_scale, guidance_scale_pow, schedule, rule and top_k that suit the
-            model.
+        sampling_defaults: settings that suit the model, by name (see `zoo.registry.default_settings`).
         conditioning: turns labels or prompts into what the generator is conditioned on; by default that of the
             generator's family, without the files that reading texts may need.
         source: where the model was loaded from, which runs write down; None if it was made in memory.
@@ -52,7 +52,8 @@ class Pipeline:
 
     Raises:
         UserError: the tokenizer does not decode what the generator draws, the generator does not say what it is
-            conditioned on, or the weak model does not draw what this one draws.
+            conditioned on, a default setting is not known or out of its range, or the weak model does not draw what
+            this one draws.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Pipeline:
         self.name = name
         self.classes = tuple(classes) or conditioning.classes
         self.sampling_defaults = dict(sampling_defaults or {})
+        check_defaults(self.sampling_defaults, "sampling_defaults: ")
         self.conditioning = conditioning
         self.source = source
         self.weak = weak
@@ -100,7 +102,7 @@ class Pipeline:
     def __repr__(self) -> str:
         what = "texts" if self.conditioning.takes_prompts else f"{self.generator.num_classes} classes"
         width, height = self.conditioning.image_size()
-        millions = sum(parameter.numel() for parameter in self.generator.parameters()) / 1e6
+        millions = parameter_count(self.generator) / 1e6
         halves = type(self.generator).__name__, type(self.tokenizer).__name__
         return (
             f"<Pipeline {self.name or 'without a name'}: {halves[0]} of {millions:,.3g} M parameters "
@@ -158,6 +160,8 @@ class Pipeline:
             raise UnexpectedArgumentError("from_pretrained", name, known)
         if dtype is not None and torch_dtype is not None:
             raise UserError("dtype and torch_dtype are one setting: give one of them")
+        if not isinstance(weak, (str, Path, Pipeline, type(None))):
+            raise UserError(f"weak must be a model or the pipeline of one, got {quote(weak)}")
         dtype = wanted_dtype(torch_dtype, "torch_dtype") if dtype is None else wanted_dtype(dtype)
         kv_cache_dtype, tokenizer_dtype = _cache_dtype(kv_cache_dtype), as_dtype(tokenizer_dtype, "tokenizer_dtype")
         if isinstance(model, str) and is_repository(model):
@@ -261,12 +265,14 @@ class Pipeline:
         Returns the pipeline itself. The tokenizer keeps its dtype.
 
         Raises:
-            UserError: there is no such device or dtype, or the generator is quantized or spread over several devices.
+            UserError: there is no such device or dtype, or the generator is quantized, spread over several devices, or
+                draws at the moment.
         """
         quantized = None if self.source is None else self.source.quantize
-        placement.move(self.generator, self.tokenizer, where, device, dtype, quantized)
-        if self.weak is not None:
-            self.weak.to(*where, device=device, dtype=dtype)
+        with weights_at_rest(*self._generators):
+            placement.move(self.generator, self.tokenizer, where, device, dtype, quantized)
+            if self.weak is not None:
+                self.weak.to(*where, device=device, dtype=dtype)
         return self
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -348,9 +354,7 @@ class Pipeline:
         Where there is a weak model, it takes the place of the unconditional branch (`weak_share` 1).
         """
         suited: dict[str, Any] = {
-            name: self.sampling_defaults[name]
-            for name in ("guidance_scale", "guidance_scale_pow", "schedule", "rule")
-            if name in self.sampling_defaults
+            name: self.sampling_defaults[name] for name in GUIDANCE_DEFAULTS if name in self.sampling_defaults
         }
         if self.weak is not None:
             suited["weak_share"] = 1.0
@@ -369,15 +373,22 @@ class Pipeline:
         """The generator of the weak model; None where there is none."""
         return None if self.weak is None else self.weak.generator
 
+    @property
+    def _generators(self) -> list[Generator]:
+        return [self.generator] if self.weak is None else [self.generator, self.weak.generator]
+
     def sampling(
-        self, temperature: float | None = None, top_k: int | None = None, top_p: float = 1.0, **settings: Any
+        self,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **settings: Any,
     ) -> Sampling:
-        """Sampling settings, with the model's temperature and top-k by default; `settings` are those of `Sampling`."""
-        if temperature is None:
-            temperature = self.sampling_defaults.get("temperature", 1.0)
-        if top_k is None:
-            top_k = self.sampling_defaults.get("top_k", 0)
-        return Sampling(temperature, top_k, top_p, **settings)
+        """Sampling settings, those of the model where they are not given; `settings` are further ones of `Sampling`."""
+        suited = {name: value for name, value in self.sampling_defaults.items() if name in settings_of(Sampling)}
+        loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {name: value for name, value in loose.items() if value is not None}
+        return Sampling(**{**suited, **settings, **given})
 
     def num_tokens(self, width: int | None = None, height: int | None = None) -> int:
         """T, the tokens drawn for an image; of text-to-image models for one of this size, by default the model's.
@@ -461,6 +472,7 @@ class Pipeline:
         """
         of_guidance, of_sampling = calls.sorted_settings(self.__call__, settings)
         calls.check_output_type(output_type)
+        calls.check_callbacks(on_step=on_step, on_tokens=on_tokens, callback_on_step_end=callback_on_step_end)
         guidance = calls.guidance_of(self.default_guidance, guidance, of_guidance)
         self.check_guidance(guidance)
         if sampling is not None and of_sampling:
@@ -487,21 +499,19 @@ class Pipeline:
         batch_size = count if batch_size is None else batch_size
         require_whole(batch_size, "batch_size", 1)
         require_whole(speculative_jacobi, "speculative_jacobi", 0)
-        if forced_tokens is not None:
-            forced_tokens = as_ids(forced_tokens, "forced_tokens", self.generator.vocab_size)
-            if forced_tokens.dim() != 2 or len(forced_tokens) != count:
-                raise UserError(f"forced_tokens must have shape [{count}, T], got {list(forced_tokens.shape)}")
         if speculative_jacobi and forced_tokens is not None:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         condition = self.generator.condition(inputs, guided=False)
         total = condition.num_tokens
+        forced = calls.check_forced(forced_tokens, forced_mask, (count, total), self.generator.vocab_size)
         self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
         after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)
         shown = (on_step is None and on_tokens is None) if progress is None else progress
 
         batches: list[list[Tensor]] = []
         passes = 0
-        with calls.progress_bar(-(-count // batch_size) * total, self._bar, shown) as bar:
+        bar = calls.progress_bar(-(-count // batch_size) * total, self._bar, shown)
+        with weights_in_use(*self._generators), bar:
 
             def step(done: int) -> None:
                 before = len(batches) * total
@@ -524,7 +534,7 @@ class Pipeline:
                     guidance,
                     ImageStreams(seed, [indices[row] for row in rows]),
                     speculative_jacobi,
-                    (_rows(forced_tokens, rows), _rows(forced_mask, rows)),
+                    (_rows(forced[0], rows), _rows(forced[1], rows)),
                     sampling=sampling,
                     on_step=step,
                     on_tokens=None if on_tokens is None and after_step is None else look,
@@ -576,6 +586,8 @@ class Pipeline:
 
     def _check_weak(self, weak: Pipeline) -> None:
         """Raise `UserError` unless the weak model draws the same codes under the same conditions."""
+        if not isinstance(weak, Pipeline):
+            raise UserError(f"weak must be the pipeline of a weak model, got {quote(weak)}")
         check_weak(self.generator, weak.generator)
         one, other = self.tokenizer, weak.tokenizer
         if one is not other and not (type(one) is type(other) and _same_weights(one, other)):
@@ -616,5 +628,5 @@ def _device(device: torch.device | str | None) -> torch.device:
     return as_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
-def _rows(values: Any, rows: list[int]) -> Tensor | None:
-    return None if values is None else torch.as_tensor(values)[rows]
+def _rows(values: Tensor | None, rows: list[int]) -> Tensor | None:
+    return None if values is None else values[rows]

@@ -291,6 +291,9 @@ def test_captions_are_encoded_once(fetched: ModelEntry, tmp_path: Path, monkeypa
     assert len(encoded) == 5
     monkeypatch.setenv("SOFTCFG_CAPTIONS", os.devnull)  # where nothing can be kept
     assert np.array_equal(draw("five"), first)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOFTCFG_CAPTIONS", "~nobody-of-this-name/captions")  # a folder, as for a shell
+    assert np.array_equal(draw("six"), first)
 
 
 @pytest.mark.slow

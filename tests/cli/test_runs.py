@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -181,6 +182,67 @@ def test_signals_end_a_run_cleanly(
     assert drawn == [6, 7, 8, 9, 10]
 
 
+def test_the_command_that_continues_does_not_begin_anew(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    drawn: list[int],
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patch:
+        end_after(patch, 2, signal.SIGTERM)
+        assert sample(model_folder, tmp_path / "out", "--overwrite", "--no-compare") == 143
+    printed = capsys.readouterr().err.partition("continue with: ")[2].strip()
+    assert main(["runs", "status", str(tmp_path / "out")]) == 0
+    assert f"continue with: {printed}\n" in capsys.readouterr().out
+    drawn.clear()
+    assert main(shlex.split(printed)[1:]) == 0
+    assert drawn == [6, 7, 8, 9, 10]
+    assert sample(model_folder, tmp_path / "out", "--overwrite", "--no-compare") == 0
+    assert drawn == [6, 7, 8, 9, 10, *range(11)]
+
+
+def test_older_runs_kept_the_flag_that_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, shown in {
+        "softcfg sample 'made up' --overwrite --seed 1": "softcfg sample 'made up' --seed 1",
+        "python draw.py  it's --overwrite": "python draw.py  it's --overwrite",  # not words of a shell
+    }.items():
+        complete(tmp_path / shown, command=command).shard_path(1).unlink()
+        assert main(["runs", "status", str(tmp_path / shown)]) == 0
+        assert f"continue with: {shown}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SOFTCFG_PRODUCT", "nonsense", "SOFTCFG_PRODUCT: there is no matrix product 'nonsense'; there are plain, "),
+        ("WORLD_SIZE", "x", "WORLD_SIZE must be the number of processes, got 'x'"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE must be the number of processes, got '0'"),
+        ("WORLD_SIZE", "9" * 5000, "WORLD_SIZE must be the number of processes, got '999"),
+        (
+            "WORLD_SIZE",
+            "2",
+            "WORLD_SIZE is 2, but no launcher said where these processes meet: start them with torchrun ",
+        ),
+    ],
+)
+def test_variables_that_say_nothing_leave_nothing(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    variable: str, value: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(variable, value)
+    assert sample(model_folder, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"softcfg: error: {message}")
+    assert len(error.splitlines()) == 1
+    assert "continue with" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_number_of_processes_is_one(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert sample(model_folder, tmp_path / "out", "--no-compare") == 0
+
+
 def test_a_full_disk_ends_a_run_cleanly(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +360,11 @@ def test_decode_gives_the_same_images_again(out: Path, tmp_path: Path, drawn: li
     assert (again / "000010.png").read_bytes() == (out / "000010.png").read_bytes()
     run = json.loads((again / "run.json").read_text())
     assert run["decoded_from"] == str(out)
+
+
+def test_the_command_that_decodes_on_does_not_begin_anew(out: Path, tmp_path: Path) -> None:
+    assert main(["decode", str(out), "--output-dir", str(tmp_path / "again"), "--overwrite"]) == 0
+    assert "--overwrite" not in RunFolder.open(tmp_path / "again").settings["command"]
 
 
 def test_decode_with_another_tokenizer(

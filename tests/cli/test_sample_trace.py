@@ -136,6 +136,10 @@ def test_the_same_run_may_be_repeated_but_not_replaced(
         (["--guidance-scale", "-1"], "guidance_scale must be a finite number >= 0, got -1.0"),
         (["--guidance-scale", "nan"], "guidance_scale must be a finite number"),
         (["--softcfg-strength", "-2"], "strength must be"),
+        (
+            ["--perturbation", "none", "--perturbation-scale", "1"],
+            "perturbation_scale 1 takes a perturbation, and there",
+        ),
         (["--softcfg-floor", "1.5"], "floor must be a number in [0, 1], got 1.5"),
         (["--confidence", "mean"], "margin, unsure, uniform, random, got 'mean'"),
         (["--temperature", "0"], "temperature must be"),
@@ -238,6 +242,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert exit_.value.code == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+def test_help_says_what_the_defaults_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "1: in place of the unconditional branch (default: 0, or 1 with --weak-model)" in words
 
 
 def test_quantized_weights_are_recorded(model_folder: Path, tmp_path: Path) -> None:

@@ -28,12 +28,14 @@ from softcfg.guidance import (
     ConfidenceWeights,
     Perturbation,
     Rule,
+    compose,
     describe,
     register_perturbation,
     register_rule,
     restore,
     setting,
 )
+from softcfg.guidance import METHODS as CLASSES
 from softcfg.inspection import measures, plots
 from softcfg.runs.folder import RunFolder
 from softcfg.tuning import SETTINGS, Range, Space, parse_search
@@ -270,6 +272,35 @@ def test_a_class_with_a_guide_of_its_own(pipe: Pipeline) -> None:
     traces = [softcfg.trace(pipe.generator, labels=[0], guidance=method) for method in (doubled, expected)]
     assert torch.equal(traces[0].guided_logits, traces[1].guided_logits)
     assert not doubled.is_plain
+    twice = pipe([0, 1], Doubled(3.0, schedule="constant", rule="cfg"), guidance_scale=2.0, progress=False)
+    assert torch.equal(twice.tokens, pipe([0, 1], CFG(4.0, schedule="constant")).tokens)
+    with pytest.raises(UserError, match="strength is a setting of the perturbation softcfg, which is not chosen"):
+        pipe([0], doubled, strength=0.5)
+    chosen = pipe([0, 1], CFG(6.0, schedule="constant"), perturbation="softcfg", strength=0.5)
+    assert torch.equal(pipe([0, 1], doubled, perturbation="softcfg", strength=0.5).tokens, chosen.tokens)
+
+
+def test_guidance_is_known_by_its_class_not_by_its_name() -> None:
+    mine = type("SoftCFG", (CFG,), {})
+    with pytest.raises(ValueError, match=r"the method .*SoftCFG has no name; register it"):
+        describe(mine())
+    CLASSES.register("mine")(mine)
+    try:
+        assert describe(mine(2.0))["method"] == "mine"
+        assert type(restore(json.loads(json.dumps(describe(mine(2.0)))))) is mine
+    finally:
+        del CLASSES["mine"]
+
+
+def test_a_scale_of_no_perturbation(pipe: Pipeline) -> None:
+    message = "perturbation_scale 1 takes a perturbation, and there is none"
+    with pytest.raises(ValueError, match=message):
+        compose(perturbation="none", perturbation_scale=1.0)
+    with pytest.raises(UserError, match=message):
+        pipe([0], perturbation="none", perturbation_scale=1.0)
+    searched = {"perturbation": "none", "perturbation_scale": 1.0}
+    assert compose(drop_unused=True, **searched) == CFG()  # a trial has what acts in it
+    assert compose(drop_unused=True, **{**searched, "perturbation": "pag"}).perturbation_scale == 1
 
 
 def test_what_cannot_be_registered() -> None:
@@ -361,7 +392,7 @@ def test_help_names_them(capsys: pytest.CaptureFixture[str]) -> None:
         main(["sample", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "how the logits of the branches are combined: cfg, rescale" in said
-    assert ", heavy or late (default: cfg)" in said
+    assert ", heavy or late (default: the model's own)" in said
     assert (
         "--heavy-decay HEAVY_DECAY of the rule heavy: what is left of the momentum after a step (default: 0.5)" in said
     )

@@ -1,16 +1,33 @@
 import dataclasses
 import math
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from softcfg import CFG, SoftCFG
 from softcfg.guidance import describe
 
 
+@pytest.mark.parametrize("number", [np.float32(1.5), np.float16(1.5), Fraction(3, 2), np.int64(2), np.uint8(2)])
+def test_numbers_become_those_of_python(number: Any) -> None:
+    guidance, kind = SoftCFG(number, strength=number), type(number.item()) if isinstance(number, np.generic) else float
+    assert (guidance.guidance_scale, guidance.strength) == (number, number)
+    assert {type(guidance.guidance_scale), type(guidance.strength)} == {kind}
+    assert torch.equal(guidance.scales(9), SoftCFG(float(number)).scales(9))
+    steps = CFG(interval=[np.int64(1), np.int64(3)]).interval  # type: ignore[arg-type]
+    assert steps == (1, 3)
+    assert {type(step) for step in steps} == {int}
+    with pytest.raises(ValueError, match="guidance_scale must be at most 3"):
+        CFG(10**400 * number if isinstance(number, Fraction) else np.float64(1e39))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("interval", (False, True)),
         ("guidance_scale", -1.0),
         ("guidance_scale", math.nan),
         ("guidance_scale", math.inf),

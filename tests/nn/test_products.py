@@ -360,13 +360,21 @@ class TestChoice:
         monkeypatch.setenv(choices.FOLDER_VARIABLE, str(tmp_path / "file" / "products"))
         assert choose([torch.randn(64, 64)], None, 8) is both[1]
 
+    def test_a_home_of_nobody(
+        self, both: tuple[Counted, Counted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv(choices.FOLDER_VARIABLE, "~nobody-of-this-name/products")  # a folder, as for a shell
+        assert choose([torch.randn(64, 64)], None, 8) is both[1]
+        assert choices._kept(WHICH) == "other"
+
     def test_the_variable_and_the_context(self, both: tuple[Counted, Counted], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(products.PRODUCT_VARIABLE, "plain")
         assert choose([torch.randn(64, 64)], None, 8) is both[0]
         with use_product("other"):
             assert choose([torch.randn(64, 64)], None, 8) is both[1]
         monkeypatch.setenv(products.PRODUCT_VARIABLE, "fastest")
-        with pytest.raises(UserError, match="no matrix product 'fastest'; there are plain, other"):
+        with pytest.raises(UserError, match="PRODUCT: there is no matrix product 'fastest'; there are plain, other"):
             choose([torch.randn(64, 64)], None, 8)
 
 
@@ -442,7 +450,7 @@ def test_the_fastest_dtype_is_what_the_machine_multiplies_faster(
 
 
 def test_a_product_that_is_new_is_measured_although_there_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(64, 64)
+    weight = torch.randn(512, 512)
     assert choose([weight], None, 2).name != "instant"
     monkeypatch.setitem(PRODUCTS, "instant", Instant())
     choices.MADE.clear()  # as in a process that starts with it
@@ -451,7 +459,7 @@ def test_a_product_that_is_new_is_measured_although_there_is_a_choice(monkeypatc
 
 def test_weights_that_are_no_numbers_decide_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRODUCTS, "instant", Instant())
-    assert choose([torch.full((64, 64), torch.nan)], None, 2).name == "instant"
+    assert choose([torch.full((512, 512), torch.nan)], None, 2).name == "instant"
 
 
 def test_without_instructions_for_bfloat16_float32_is_the_fastest_and_bfloat16_warns(

@@ -5,7 +5,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
+from torch.nn.utils import prune
 
 from launching import Job, python_call
 from made_runs import complete
 from softcfg import CFG, Pipeline, RunRequest, Sampling, SoftCFG, UserError, draw_run
 from softcfg.cli.main import main
+from softcfg.files import hash_file
+from softcfg.nn.linear import prepared_linear_layers
+from softcfg.nn.products import PRODUCTS, use_product
 from softcfg.runs import (
     DrawnRun,
     Progress,
@@ -31,6 +38,7 @@ from softcfg.runs import (
 )  # fmt: skip
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.signals import Terminated
+from softcfg.zoo.source import describe_module
 
 IMAGES, BATCH = 11, 3
 
@@ -216,6 +224,112 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
 ) -> None:
     with pytest.raises(UserError, match=message):
         draw_run(request_of(**fields), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_that_is_no_json_leaves_nothing(
+    request_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampling, "describe", lambda _: {"temperature": {1.0}})
+    with pytest.raises(UserError, match="the settings of the run cannot be written as JSON: Object of type set"):
+        draw_run(request_of(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_any_kind_are_those_of_python(pipe: Pipeline, tmp_path: Path) -> None:
+    def request(whole: Callable[[int], Any], real: Callable[[int], Any], interval: Any) -> RunRequest:
+        return RunRequest(
+            pipe,
+            [whole(1)],
+            num_samples=whole(2),
+            guidance=SoftCFG(whole(3), real(2), interval=interval, strength=real(4)),
+            sampling=Sampling(real(2), whole(4)),
+            batch_size=whole(2),
+            seed=whole(7),
+            speculative_jacobi=whole(4),
+        )
+
+    run = draw_run(request(int, lambda n: 1 / n, (0, 9)), tmp_path)
+    for whole, real in ((np.int64, lambda n: np.float32(1 / n)), (np.uint8, lambda n: Fraction(1, n))):
+        again = draw_run(request(whole, real, [whole(0), whole(9)]), tmp_path)
+        assert (again.fingerprint, again.missing()) == (run.fingerprint, [])
+
+
+def rounded(pipe: Pipeline) -> None:
+    pipe.to("bfloat16").to("float32")
+
+
+def scaled(pipe: Pipeline) -> None:
+    next(pipe.generator.parameters()).data.mul_(0.5)  # which no counter of PyTorch's tells
+
+
+def pruned(pipe: Pipeline) -> None:
+    prune.random_unstructured(pipe.generator.get_submodule("norm"), "weight", 0.5)
+
+
+def tuned(pipe: Pipeline) -> None:
+    state = {name: weight + 1 for name, weight in pipe.tokenizer.state_dict().items()}
+    pipe.tokenizer.load_state_dict(state)
+
+
+def partly_rounded(pipe: Pipeline) -> None:
+    pipe.generator.get_submodule("norm").bfloat16()  # of values that bfloat16 has
+
+
+@pytest.mark.parametrize("change", [rounded, scaled, pruned, tuned, partly_rounded])
+@pytest.mark.filterwarnings("ignore:this processor has no instructions for bfloat16")
+def test_weights_that_were_changed_are_another_run(
+    model_folder: Path, tmp_path: Path, change: Callable[[Pipeline], None]
+) -> None:
+    pipe = Pipeline.from_pretrained(model_folder)
+    request = RunRequest(pipe, num_samples=1)
+    before = draw_run(request, tmp_path).settings
+    assert draw_run(request, tmp_path).missing() == []  # what steps did to the weights has been undone
+    change(pipe)
+    changed, kept = ("tokenizer", "generator") if change is tuned else ("generator", "tokenizer")
+    with pytest.raises(UserError, match=rf"holds a run with another {changed}\.sha256; give another") as refused:
+        draw_run(request, tmp_path)
+    assert kept not in str(refused.value)
+    after = request.settings(pipe)
+    assert (after["model"], after[kept]) == (before["model"], before[kept])
+    assert after[changed]["sha256"] == describe_module(getattr(pipe, changed))["sha256"]
+
+
+@pytest.mark.filterwarnings("ignore:this processor has no instructions for bfloat16")
+def test_weights_of_the_file_are_those_of_the_file(model_folder: Path, pipe: Pipeline) -> None:
+    """In whatever dtype, on whichever way, and while layers keep their weights laid out."""
+    loaded, moved = Pipeline.from_pretrained(model_folder, dtype="bfloat16"), Pipeline.from_pretrained(model_folder)
+    assert RunRequest(moved.to("bfloat16")).settings(moved) == RunRequest(loaded).settings(loaded)
+    settings = RunRequest(pipe).settings(pipe)
+    assert settings["generator"]["sha256"] == hash_file(model_folder / "generator.safetensors")
+    for product in PRODUCTS.values():
+        with use_product(product.name), prepared_linear_layers(pipe.generator, 4):
+            assert RunRequest(pipe).settings(pipe) == settings
+
+
+def test_integers_that_were_changed_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    pipe = Pipeline.from_pretrained(model_folder, quantize="int8")
+    request = RunRequest(pipe, num_samples=1)
+    assert request.settings(pipe)["generator"]["sha256"] == hash_file(model_folder / "generator.safetensors")
+    pipe.generator.get_parameter("norm.weight").data.mul_(2)
+    with pytest.raises(UserError, match=r"the weights of the generator are not those of .* load the model anew"):
+        draw_run(request, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_guidance_without_a_name_or_an_effect(request_of: Any, tmp_path: Path) -> None:
+    class Mine(CFG):
+        def guide(self, cond: Tensor, uncond: Tensor, scale: Tensor | float) -> Tensor:
+            return cond
+
+    for guidance, message in (
+        (Mine(), r"the method .*Mine has no name; register it"),
+        (type("SoftCFG", (CFG,), {})(), r"the method .*SoftCFG has no name; register it"),
+        (CFG(perturbation_scale=1.0), "perturbation_scale 1 takes a perturbation, and there is none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw_run(request_of(guidance=guidance), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

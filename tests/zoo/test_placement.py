@@ -92,6 +92,7 @@ def test_what_is_refused(prompt_model_folder: Path, monkeypatch: pytest.MonkeyPa
         (lambda: placement.quantize(lumina(), "int2", CPU), "one of int8, int4, got 'int2'"),
         (lambda: placement.quantize(lumina(), "int4", torch.device("cuda")), "need bfloat16, not float32"),
         (lambda: placement.spread(lumina(), "balanced"), "'auto' or a mapping"),
+        (lambda: placement.spread(lumina(), 3), "'auto' or a mapping of modules to devices, got 3"),  # type: ignore[arg-type]
         (lambda: placement.spread(lumina(), {"model.embed_tokens": "disk"}), "device_map does not fit"),
         (lambda: placement.spread(module(ON_DRIVE.generator), "auto"), "AliTok generators fit on one device"),
         (

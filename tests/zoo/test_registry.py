@@ -170,6 +170,17 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
         resolve(tmp_path)
 
 
+@pytest.mark.parametrize("model", [3, None, b"fashion", ["fashion"]])
+def test_what_is_no_name_of_a_model(model: object) -> None:
+    with pytest.raises(UserError, match="a model is the name of one or the path of a model folder, got"):
+        resolve(model)  # type: ignore[arg-type]
+
+
+def test_examples_of_classes_that_there_are(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text(MODEL_YAML + "examples: {0: 7, square: 18446744073709551615}")
+    assert resolve(tmp_path).examples == {"0": 7, "square": 2**64 - 1}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
@@ -179,7 +190,38 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
         ("guidance_scale: 3", "guidance_scale: big", "sampling.guidance_scale must be a number, got 'big'"),
         ("guidance_scale: 3", "schedule: 3", "sampling.schedule must be a text, got 3"),
         ("classes: [square, 0]", "classes: square", "classes must be a list, got 'square'"),
-        ("generator: {", "generators: {", "generator must be a mapping, got None"),
+        ("generator: {", "generators: {", "generators is not known, but name, .*; did you mean generator"),
+        ("description: two shapes", "foo: 1", "foo is not known, but name, description, .*examples"),
+        (
+            "parameters: 123",
+            "parameter: 123",
+            "tokenizer.parameter is not known, but family, .*did you mean parameters",
+        ),
+        ("parameters: 123", "parameters: true", "parameters must be a whole number, got True"),
+        (
+            "guidance_scale: 3",
+            "temprature: 1",
+            "sampling.temprature is not known, but .*top_p.*; did you mean temperatu",
+        ),
+        ("guidance_scale: 3", "strength: 0", "sampling.strength is not known, but temperature, .*, rule, seed"),
+        ("guidance_scale: 3", "weak_share: 0.5", "sampling.weak_share is not known"),
+        ("temperature: 0.9", "temperature: 0", "sampling.temperature must be a finite number > 0, got 0"),
+        ("temperature: 0.9", "temperature: true", "sampling.temperature must be a number, got True"),
+        ("temperature: 0.9", "top_k: 1.5", "sampling.top_k must be an integer >= 0 .*, got 1.5"),
+        ("temperature: 0.9", "top_p: 2", "sampling.top_p must be in"),
+        ("temperature: 0.9", "seed: -1", "sampling.seed must be a whole number in 0..2.64-1, got -1"),
+        ("temperature: 0.9", "rule: agp", "sampling.rule must be one of cfg, .*got 'agp'"),
+        ("description: two", "fid: true #", "fid must be a number, got True"),
+        (
+            "description: two",
+            "examples: {sqare: 1} #",
+            "the example 'sqare' is none of the classes; did you mean square",
+        ),
+        (
+            "description: two",
+            "examples: {square: -1} #",
+            "seed of the example 'square' must be a whole number .* got -1",
+        ),
         ("name: shapes", "name: [", "not valid YAML"),
     ],
 )

@@ -197,7 +197,9 @@ def _listed(names: Iterable[str]) -> str:
 
 def _usual(setting: Setting) -> str:
     """The default of a setting, as help says it."""
-    if setting.of_model:
+    if setting.name == "weak_share":
+        return f"{setting.default:g}, or 1 with --weak-model"
+    if setting.of_model or setting.name == "rule":
         return "the model's own"
     values = {getattr(preset(), setting.name, setting.default) for preset in PRESETS.values()}
     if len(values) > 1:

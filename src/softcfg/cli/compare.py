@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
-from softcfg.cli import arguments, sample
+from softcfg.cli import arguments, drawing, sample
 from softcfg.errors import UserError, how_to_install
 from softcfg.runs.signals import termination_raises
 
@@ -94,7 +93,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
         **sample.subjects(args, pipeline),
         sampling=sampling,
         batch_size=args.batch_size,
-        command=shlex.join(["softcfg", *args.words]),
+        command=drawing.command_of(args),
     )
 
     def tell(entry: Entry) -> None:

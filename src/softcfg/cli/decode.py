@@ -18,7 +18,7 @@ DESCRIPTION = """\
 Decode the tokens of a run again, for example with another tokenizer, into the folder of a new run.
 
 Nothing is drawn: the new run has the same tokens and labels, and other pixels. Like 'softcfg sample' it can
-be stopped and continued, and shared by many processes."""
+be stopped and continued (without --overwrite), and shared by many processes."""
 
 EXAMPLES = """\
 examples:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"
     )
     parser.add_argument("--npz", action=argparse.BooleanOptionalAction, help="all images in one file, NEW.npz")
-    parser.add_argument("--overwrite", action="store_true", help="discard the run in NEW and begin anew")
+    parser.add_argument("--overwrite", action="store_true", help="discard the run in NEW and begin anew, each time")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """The command line, as it is written into run.json."""
-    return shlex.join(["softcfg", *args.words])
+    """The command line that continues what this one draws, as it is written into run.json."""
+    return shlex.join(["softcfg", *without_overwrite(args.words)])
+
+
+def without_overwrite(words: Sequence[str]) -> list[str]:
+    """The words of a command without the flag by which it would begin anew each time."""
+    return [word for word in words if word != "--overwrite"]
 
 
 def draw(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,13 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _command(run: RunFolder) -> str:
-    return run.settings.get("command") or "the same call of softcfg.draw_run"
+    command: str = run.settings.get("command") or "the same call of softcfg.draw_run"
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of another program, or altered
+        return command
+    kept = drawing.without_overwrite(words)  # with which older runs keep it
+    return command if kept == words else shlex.join(kept)
 
 
 def _shards(run: RunFolder) -> str:

@@ -36,8 +36,8 @@ The folder receives 000000.png, 000001.png, ... (image n shows the n-th label or
 grid.png (one row per label or prompt), comparison.png (the same seeds without guidance, with CFG and with
 SoftCFG), run.json (the settings) and shards/ (codes, labels and pixels, from which the rest is made).
 
-The same command continues a run that was stopped; what is there is not drawn again. Started by torchrun
-or 'accelerate launch', all processes share the work; see docs/cluster.md."""
+The same command, without --overwrite, continues a run that was stopped; what is there is not drawn again.
+Started by torchrun or 'accelerate launch', all processes share the work; see docs/cluster.md."""
 
 EXAMPLES = """\
 examples:
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="discard the run in that folder and begin anew",
+        help="discard the run in that folder and begin anew, each time",
     )
     group.add_argument(
         "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"

@@ -29,7 +29,8 @@ Draw four images for every prompt of a benchmark, laid out as its own scorer exp
            first line, and so on
 
 DIR holds nothing else. The run itself, its settings and all images, is in the folder DIR.run beside it.
-The same command continues a run that was stopped, and can be shared by many processes, as 'softcfg sample'."""
+The same command, without --overwrite, continues a run that was stopped, and can be shared by many processes, as
+'softcfg sample'."""
 
 EXAMPLES = """\
 examples:
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("results")
     group.add_argument("--output-dir", metavar="DIR", required=True, help="folder for the pictures")
-    group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew")
+    group.add_argument("--overwrite", action="store_true", help="discard the run in DIR.run and begin anew, each time")
     arguments.add_guidance_arguments(parser)
     arguments.add_speed_arguments(parser)
 

@@ -48,17 +48,38 @@ class Sampling:
     )
     top_k: int = setting(0, low=0, off=0, help="keep the K most likely codes; 0: all", metavar="K", of_model=True)
     top_p: float = setting(
-        1.0, low=0, above=True, high=1, off=1, help="keep codes up to this total probability; 1: all", metavar="P"
+        1.0,
+        low=0,
+        above=True,
+        high=1,
+        off=1,
+        help="keep codes up to this total probability; 1: all",
+        metavar="P",
+        of_model=True,
     )
     entropy_gain: float = setting(
-        0.0, low=0, off=0, help="temperature by entropy H: times GAIN exp(-H / DECAY) + BASE; 0: off", metavar="GAIN"
+        0.0,
+        low=0,
+        off=0,
+        help="temperature by entropy H: times GAIN exp(-H / DECAY) + BASE; 0: off",
+        metavar="GAIN",
+        of_model=True,
     )
-    entropy_decay: float = setting(3.0, low=0, above=True, help="see --entropy-gain, in nats", metavar="DECAY")
-    entropy_base: float = setting(0.6, low=0, above=True, help="see --entropy-gain", metavar="BASE")
+    entropy_decay: float = setting(
+        3.0, low=0, above=True, help="see --entropy-gain, in nats", metavar="DECAY", of_model=True
+    )
+    entropy_base: float = setting(0.6, low=0, above=True, help="see --entropy-gain", metavar="BASE", of_model=True)
     entropy_top_p: float = setting(
-        1.0, low=0, above=True, high=1, off=1, help="P of --top-p at no entropy, more with more; 1: off", metavar="P"
+        1.0,
+        low=0,
+        above=True,
+        high=1,
+        off=1,
+        help="P of --top-p at no entropy, more with more; 1: off",
+        metavar="P",
+        of_model=True,
     )
-    min_candidates: int = setting(1, low=1, off=1, help="codes that --top-p keeps at least", metavar="K")
+    min_candidates: int = setting(1, low=1, off=1, help="codes that --top-p keeps at least", metavar="K", of_model=True)
 
     def __post_init__(self) -> None:
         check(self)
@@ -127,14 +148,17 @@ def one_sampling(
         default: fills in what was not given.
 
     Raises:
-        UserError: both forms are given, or something else than `Sampling`.
+        UserError: both forms are given, something else than `Sampling`, or a setting that is out of its range.
     """
     if sampling is not None and not isinstance(sampling, Sampling):
         raise UserError(f"sampling must be Sampling(...), got {quote(sampling)}")
     loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     given = {name: value for name, value in loose.items() if value is not None}
     if sampling is None:
-        return default(**given)
+        try:
+            return default(**given)
+        except ValueError as error:
+            raise UserError(error) from error
     if given:
         raise UserError(f"give sampling or {', '.join(given)}, not both")
     return sampling

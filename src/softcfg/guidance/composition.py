@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG
-from softcfg.guidance.perturbation import PERTURBATIONS, ConfidenceWeights, Perturbation
+from softcfg.guidance.perturbation import PERTURBATIONS, ConfidenceWeights, NoPerturbation, Perturbation
 from softcfg.guidance.registry import Registry
 from softcfg.guidance.rules import RULES, Rule
 from softcfg.guidance.settings import Setting, settings_of
@@ -66,11 +66,25 @@ def describe(guidance: CFG) -> dict[str, Any]:
     Rule, perturbation and its scale are left out where they are those of plain CFG.
 
     Raises:
-        ValueError: its rule or its perturbation is not registered.
+        ValueError: its class, its rule or its perturbation is not registered (in `METHODS`, `RULES`, `PERTURBATIONS`).
     """
+    return {"method": METHODS.name_of(type(guidance)), **_named(guidance)}
+
+
+def changed(guidance: CFG, settings: Mapping[str, Any]) -> CFG:
+    """Guidance of the same class with `settings` by name in place of its own; the class need not be registered.
+
+    Raises:
+        ValueError: as `restore`.
+    """
+    return _make(type(guidance), type(guidance), {**_named(guidance), **settings})
+
+
+def _named(guidance: CFG) -> dict[str, Any]:
+    """The settings of guidance by name, without that of its class; see `describe`."""
     fields = [field for field in dataclasses.fields(guidance) if field.name not in PARTS]
     names = [field.name for field in fields if not (field.kw_only and getattr(guidance, field.name) == field.default)]
-    found: dict[str, Any] = {"method": type(guidance).__name__, **{name: getattr(guidance, name) for name in names}}
+    found: dict[str, Any] = {name: getattr(guidance, name) for name in names}
     for kind, registry in PARTS.items():
         part = getattr(guidance, kind)
         if part != getattr(CFG, kind):
@@ -131,7 +145,24 @@ def _make(make: Callable[..., CFG], method: type[CFG], settings: Mapping[str, An
         if kind in settings:
             value = settings[kind]
             fields[kind] = registry.require(value, kind)(**parts[kind]) if isinstance(value, str) else value
-    return make(**fields)
+    made = make(**fields)
+    if drop_unused and _scales_nothing(made):
+        return dataclasses.replace(made, perturbation_scale=0.0)
+    check_scale(made)
+    return made
+
+
+def check_scale(guidance: CFG) -> None:
+    """Raise `ValueError` for a `perturbation_scale` where nothing is perturbed, so that it would change nothing."""
+    if _scales_nothing(guidance):
+        raise ValueError(
+            f"perturbation_scale {guidance.perturbation_scale:g} takes a perturbation, and there is none: give one, "
+            "such as pag, or a perturbation_scale of 0"
+        )
+
+
+def _scales_nothing(guidance: CFG) -> bool:
+    return guidance.perturbation_scale > 0 and isinstance(guidance.weak_branch, NoPerturbation)
 
 
 def _registering(kind: str, base: type, name: str, label: str, description: str) -> Callable[[KindT], KindT]:

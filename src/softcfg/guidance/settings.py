@@ -63,11 +63,22 @@ class Setting:
 
     def check(self, value: Any) -> None:
         """Raise `ValueError` unless `value` is of the kind and in the range; it says what it must be."""
-        if isinstance(value, (int, float)) and LARGEST < abs(value) < math.inf:
+        if isinstance(value, numbers.Real) and _is_too_large(value):
             raise ValueError(f"{self.name} must be at most {LARGEST:g}, the most that float32 holds")
         if not self._fits(value):
             off = "" if self.off is None else f" ({self.off}: off)"
             raise ValueError(f"{self.name} must be {self._wanted()}{off}, got {value!r}")
+
+    def plain(self, value: Any) -> Any:
+        """A value that `check` has passed, such as a fraction or one of NumPy's, as a number of Python.
+
+        Whole numbers stay whole where others are allowed: 2 and 2.0 are not one text in the settings of a run.
+        """
+        if self.kind is tuple:
+            return None if value is None else tuple(map(int, value))
+        if self.kind in (int, float):
+            return int(value) if isinstance(value, numbers.Integral) else float(value)
+        return value
 
     def _fits(self, value: Any) -> bool:
         if self.kind is tuple:
@@ -120,12 +131,23 @@ def _settings_of(owner: type) -> Mapping[str, Setting]:
 
 
 def check(owner: Any) -> None:
-    """Raise `ValueError` for the first setting of a dataclass that is out of its range."""
+    """Raise `ValueError` for the first setting of a dataclass that is out of its range, and make numbers Python's."""
     for name, known in settings_of(type(owner)).items():
-        known.check(getattr(owner, name))
+        value = getattr(owner, name)
+        known.check(value)
+        object.__setattr__(owner, name, known.plain(value))  # of a frozen dataclass
+
+
+def _is_too_large(value: numbers.Real) -> bool:
+    """Whether it is finite and float32 does not hold it."""
+    try:
+        return LARGEST < abs(float(value)) < math.inf
+    except OverflowError:  # of whole numbers and fractions
+        return True
 
 
 def _is_interval(value: Any) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
-    return all(isinstance(step, int) for step in value) and 0 <= value[0] <= value[1] <= MOST_STEPS
+    whole = all(isinstance(step, numbers.Integral) and not isinstance(step, bool) for step in value)
+    return whole and 0 <= value[0] <= value[1] <= MOST_STEPS

@@ -14,9 +14,8 @@ from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids as as_ids
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
-from softcfg.nn.linear import PROGRAMS
+from softcfg.nn.linear import PROGRAMS, Preparable
 from softcfg.nn.position import Position
-from softcfg.nn.precision import KeepsTables
 from softcfg.nn.replay import replayed
 from softcfg.nn.rotary import Rotary
 
@@ -79,7 +78,7 @@ class ClassCondition(Condition):
         return ClassCondition(self.classes[rows], self.slots, self.num_tokens)
 
 
-class Generator(KeepsTables, ABC):
+class Generator(Preparable, ABC):
     """A decoder-only transformer that predicts image tokens under a condition.
 
     A family implements `condition`, `embed_condition`, `embed_tokens`, `logits` and, as its positions need,

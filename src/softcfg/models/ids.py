@@ -18,7 +18,7 @@ def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -
         UserError: a value is not such an id; `name` and the value are named.
     """
     try:
-        ids = torch.as_tensor(values)
+        ids = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} must be integers in 0..{count - 1}, got {quote(values)}") from error
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 
 from softcfg.errors import UserError
-from softcfg.files import make_folder, read_text
+from softcfg.files import as_path, make_folder, read_text
 
 FOLDER_VARIABLE = "SOFTCFG_PRODUCTS"
 FEWEST, TURNS = 3, 20
@@ -123,7 +123,7 @@ def cores() -> int:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/products").expanduser()
+    return as_path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/products")
 
 
 def _machine_key() -> str:

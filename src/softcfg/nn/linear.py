@@ -9,20 +9,71 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softcfg.errors import UserError
 from softcfg.nn.backends import triton_decode
 from softcfg.nn.memory import is_out_of_memory, replace_contents
-from softcfg.nn.precision import has_bfloat16
+from softcfg.nn.precision import KeepsTables, has_bfloat16
 from softcfg.nn.products import Product, choose, faster_dtype, keeps_bits
 
 GUIDED_ROWS = 16
 PROGRAMS = "step_programs"  # attribute of a prepared module: what `nn.replay` keeps of its steps
+OF_PREPARED = ("product", "laid_out", "keeps_bits", "_multiply")  # attributes of a prepared layer
 _preparing = threading.RLock()
+_used: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by how many who draw
+
+
+@contextmanager
+def weights_at_rest(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the weights of modules may change: no thread lays them out.
+
+    Raises:
+        UserError: they are laid out, as a batch is drawn. Its end is not waited for: a callback of it would for ever.
+    """
+    with _preparing:
+        for part in (part for module in modules for part in module.modules()):
+            if part in _used or (isinstance(part, Linear) and part.is_prepared):
+                raise UserError(
+                    "the weights of the model are in use, as it draws at the moment: change them once it is done"
+                )
+        yield
+
+
+@contextmanager
+def weights_in_use(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the weights of modules must not change, and `weights_at_rest` refuses it."""
+    with _preparing:
+        for module in modules:
+            _used[module] = _used.get(module, 0) + 1
+    try:
+        yield
+    finally:
+        with _preparing:
+            for module in modules:
+                _used[module] -= 1
+                if not _used[module]:
+                    del _used[module]
+
+
+class Preparable(KeepsTables):
+    """A module to prepare as a whole: meanwhile its weights cannot change, and copies of it are not prepared."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        with weights_at_rest(self):
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with weights_at_rest(self):
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != PROGRAMS}
 
 
 class Linear(nn.Linear):
@@ -31,7 +82,8 @@ class Linear(nn.Linear):
     Attributes:
         usual_rows: of its inputs, if they are not those of a step.
         product: with which it multiplies; None: plainly.
-        laid_out: the weights for it. Where it serves any number of rows, `weight` is empty meanwhile.
+        laid_out: the weights for it. Where it serves any number of rows, `weight` is empty meanwhile; state dicts and
+            copies hold the weights all the same.
         keeps_bits: whether `rows` rows are known to give the same bits on one thread and on all of them.
     """
 
@@ -61,10 +113,53 @@ class Linear(nn.Linear):
         self.product = self.laid_out = self._multiply = None
         self.keeps_bits = False
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it multiplies with weights, or a view of them, that were taken from the layer before."""
+        return self._multiply is not None
+
+    def unpacked(self) -> Tensor | None:
+        """The weights [out, in] again, without gradients, while `weight` is empty; None while it is not."""
+        with _preparing, torch.inference_mode(False), torch.no_grad():
+            product, laid_out = self.product, self.laid_out
+            if product is None or laid_out is None or self.weight.numel():
+                return None
+            return product.restore(laid_out)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        with _preparing:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            if (weight := self.unpacked()) is not None:
+                destination[f"{prefix}weight"] = weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with weights_at_rest(self):
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        with weights_at_rest(self):
+            return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with _preparing, torch.inference_mode(False):
+            state = {name: value for name, value in vars(self).items() if name not in OF_PREPARED}
+            if (weight := self.unpacked()) is not None:
+                parameter = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+                state["_parameters"] = {**self._parameters, "weight": parameter}
+            return state
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         multiply = self._multiply
         return F.linear(x, self.weight, self.bias) if multiply is None else multiply(x)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers the parameters of a module hold, also while they are laid out."""
+    with _preparing:
+        layers = [layer for layer in module.modules() if isinstance(layer, Linear) and not layer.weight.numel()]
+        laid_out = sum(layer.out_features * layer.in_features for layer in layers)
+        return laid_out + sum(parameter.numel() for parameter in module.parameters())
 
 
 def fastest_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
@@ -112,7 +207,8 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
         if first:
             vars(module)[PROGRAMS] = WeakKeyDictionary()
     try:
-        yield
+        with weights_in_use(module):
+            yield
     finally:
         if first:
             del vars(module)[PROGRAMS]

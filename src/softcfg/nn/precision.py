@@ -36,7 +36,7 @@ def as_dtype(value: torch.dtype | str | None, name: str = "dtype", *, floating: 
     if not isinstance(found, torch.dtype):
         hint = suggestion({"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(str(value), str(value)), known)
         raise UserError(f"{name} must be a dtype of torch or its name, got {quote(value)}{hint and '; '}{hint}")
-    if floating and not found.is_floating_point:
+    if floating and not (found.is_floating_point and found.itemsize > 1):  # no products of eight bits
         raise UserError(f"{name} must be a dtype such as float32 or bfloat16, got {quote(value)}")
     return found
 
@@ -106,8 +106,10 @@ def as_device(device: torch.device | str | int) -> torch.device:
 
 @contextlib.contextmanager
 def own_dtype() -> Iterator[None]:
-    """Context (or decorator) in which no autocast is on."""
+    """Context (or decorator) in which no autocast is on, and the default device is the CPU."""
     with contextlib.ExitStack() as stack:
+        if torch.empty(0).device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         for device in AUTOCAST:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.nn.backends import numba_decode
 from softcfg.nn.choices import choose_once, on_threads, time_sides
 from softcfg.nn.launches import recorded
@@ -289,8 +289,17 @@ def use_product(name: str | None) -> Iterator[None]:
     Raises:
         UserError: there is no product of this name.
     """
-    with holding(_forced, None if name is None else _known(name)):
+    with holding(_forced, _known(name)):
         yield
+
+
+def forced_product() -> str | None:
+    """The product that `use_product` or the variable `SOFTCFG_PRODUCT` asks for; None for the fastest.
+
+    Raises:
+        UserError: the variable names no product.
+    """
+    return _forced.get() or _known(os.environ.get(PRODUCT_VARIABLE) or None, f"{PRODUCT_VARIABLE}: ")
 
 
 def choose(
@@ -317,9 +326,9 @@ def choose(
     plain = PRODUCTS["plain"]
     if weight.device.type != "cpu" or type(weight.data) is not Tensor:  # elsewhere, or quantized
         return plain
-    wanted = _forced.get() or os.environ.get(PRODUCT_VARIABLE)
+    wanted = forced_product()
     if wanted:
-        product = PRODUCTS[_known(wanted)]
+        product = PRODUCTS[wanted]
         return product if product.can_serve(weight) else plain
     able = _able(weight)
     if len(able) == 1:
@@ -365,9 +374,9 @@ def _shape(weight: Tensor, bias: Tensor | None, rows: int) -> str:
     return f"{dtype}-{rows}x{weight.shape[1]}x{weight.shape[0]}{'' if bias is None else '+bias'}"
 
 
-def _known(name: str) -> str:
-    if name not in PRODUCTS:
-        raise UserError(f"there is no matrix product {name!r}; there are {', '.join(PRODUCTS)}")
+def _known(name: str | None, where: str = "") -> str | None:
+    if name is not None and name not in PRODUCTS:
+        raise UserError(f"{where}there is no matrix product {quote(name)}; there are {', '.join(PRODUCTS)}")
     return name
 
 

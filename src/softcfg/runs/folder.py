@@ -69,7 +69,7 @@ class RunFolder:
 
         Args:
             settings: the run's settings. A `batch_size` of None takes that of the run that goes on.
-            overwrite: discard what another run left there.
+            overwrite: discard the run that is there, another one or this one itself.
 
         Raises:
             UserError: the folder holds a run with other settings, which are named; or it cannot be written.

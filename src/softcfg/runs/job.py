@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from softcfg.files import as_path, make_folder
 from softcfg.guidance import CFG, as_guidance
 from softcfg.models.base import as_ids
 from softcfg.nn.precision import as_dtype
+from softcfg.nn.products import forced_product
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import SETTINGS, RunFolder
 from softcfg.runs.lock import Lock, holder
@@ -84,32 +86,28 @@ class RunRequest:
             pipeline: what `load` returned.
 
         Raises:
-            UserError: a setting is out of its range or does not fit the model.
+            UserError: a setting is out of its range or does not fit the model, or `SOFTCFG_PRODUCT` names no product.
         """
-        for name, value, least in (
-            ("num_samples", self.num_samples, 1),
-            ("batch_size", self.batch_size, 1),
-            ("speculative_jacobi", self.speculative_jacobi, 0),
-        ):
-            given = value is not None or name == "speculative_jacobi"
-            if given and require_whole(value, name, least) > MOST_IMAGES:
-                raise UserError(f"{name} must be at most {MOST_IMAGES:,}, got {quote(value)}")
+        num_samples = None if self.num_samples is None else _count(self.num_samples, "num_samples", 1)
+        batch_size = None if self.batch_size is None else _count(self.batch_size, "batch_size", 1)
+        window = _count(self.speculative_jacobi, "speculative_jacobi", 0)
         check_uint64(self.seed, "seed")
+        forced_product()  # before anything is written
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)
         labels = self._labels(pipeline, count)
-        if self.num_samples is None and isinstance(labels, str):
+        if num_samples is None and isinstance(labels, str):
             raise UserError("random labels need num_samples")
         return run_settings(
             pipeline,
             self._guidance(pipeline),
             self._sampling(pipeline),
             labels=labels,
-            num_samples=self.num_samples or len(labels),
+            num_samples=num_samples or len(labels),
             prompts=prompts,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            speculative_jacobi=self.speculative_jacobi,
+            batch_size=batch_size,
+            seed=int(self.seed),
+            speculative_jacobi=window,
             command=self.command,
         )
 
@@ -119,9 +117,9 @@ class RunRequest:
             pipeline,
             self._guidance(pipeline),
             self._sampling(pipeline),
-            self.seed,
+            int(self.seed),
             run.plan.batch_size,
-            self.speculative_jacobi,
+            int(self.speculative_jacobi),
             Prompts.of(run.settings),
         )
 
@@ -194,13 +192,14 @@ def draw_run(
     """Draw a run into a folder, from the start or from where it was left.
 
     The folder receives run.json and one file per shard; `softcfg.runs.export` and `softcfg.runs.pictures` make images
-    of them. Whatever ends the call, the shards that were finished are kept, and the same call continues the run.
+    of them. Whatever ends the call, the shards that were finished are kept, and the same call, without `overwrite`,
+    continues the run.
 
     Args:
         folder: of the run. It is locked while the run is drawn.
         processes: those that share the work; by default those of the launch (torchrun, `accelerate launch`), or this
             process alone. Each returns when its own part is done, and the first one when all images are there.
-        overwrite: discard what another run left in the folder.
+        overwrite: discard the run that is in the folder, another one or this one itself.
         lock: the lock of the folder, if the caller holds it already.
         on_start: called in every process with the run and the numbers of its missing shards.
         on_shard: called with every shard that this process wrote, off the main thread.
@@ -314,6 +313,22 @@ def decode_run(
         )
 
 
+def _count(value: object, name: str, least: int) -> int:
+    number = require_whole(value, name, least)
+    if number > MOST_IMAGES:
+        raise UserError(f"{name} must be at most {MOST_IMAGES:,}, got {quote(value)}")
+    return number
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run as run.json will hold them, before anything is written."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(settings))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings of the run cannot be written as JSON: {error}") from error
+    return found
+
+
 def refuse_if_busy(folder: Path, processes: Processes) -> None:
     """Raise `UserError` in every process if another job works in the folder."""
 
@@ -341,7 +356,7 @@ def _make_run(
     with contextlib.ExitStack() as held:
 
         def claim() -> tuple[dict[str, Any], list[int]]:
-            wanted = dict(settings())
+            wanted = _as_json(settings())
             if lock is None:
                 held.enter_context(Lock(make_folder(folder)))
             run = RunFolder.claim(folder, wanted, overwrite=overwrite)

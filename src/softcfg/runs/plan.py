@@ -72,7 +72,11 @@ class Prompts:
 
     def facts(self) -> dict[str, Any]:
         """The prompts as fields of the settings of a run."""
-        facts: dict[str, Any] = {"prompts": list(self.texts), "width": self.width, "height": self.height}
+        facts: dict[str, Any] = {
+            "prompts": list(self.texts),
+            "width": int(self.width),
+            "height": int(self.height),
+        }
         if self.task is not None:
             facts["task"] = self.task
         if self.image is not None:

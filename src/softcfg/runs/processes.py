@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from softcfg.errors import UserError, needing
+from softcfg.errors import UserError, needing, quote
 
 T = TypeVar("T")
 
@@ -31,12 +31,13 @@ class Processes:
             alone: join nobody; this process has work of its own.
 
         Raises:
-            UserError: Accelerate is missing, or a single device was named for several processes.
+            UserError: Accelerate is missing or cannot join the processes, a single device was named for several of
+                them, or `WORLD_SIZE` is no number.
         """
         self.rank, self.world = 0, 1
         self.device: torch.device | str | None = device
         self._state: Any = None
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = _launched()
         if alone or launched == 1:
             return
         if device not in (None, "cpu", "cuda"):
@@ -44,8 +45,16 @@ class Processes:
         with needing("several processes need Accelerate", "runs"):
             from accelerate import PartialState
         wants_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        advice = "start them with torchrun or 'accelerate launch', or unset WORLD_SIZE for a single one"
+        if "MASTER_ADDR" not in os.environ:  # before Accelerate fills the environment
+            raise UserError(f"WORLD_SIZE is {launched}, but no launcher said where these processes meet: {advice}")
         # Accelerate takes a launch without GPUs for a single process unless it is told.
-        self._state = PartialState(cpu=wants_cpu or not torch.cuda.is_available())
+        try:
+            self._state = PartialState(cpu=wants_cpu or not torch.cuda.is_available())
+        except (ValueError, RuntimeError, OSError) as error:
+            PartialState._reset_state()  # of which half is there
+            problem = " ".join(str(error).split())
+            raise UserError(f"these {launched} processes cannot be joined: {advice} ({problem})") from error
         self.rank, self.world = self._state.process_index, self._state.num_processes
         if self.world != launched:
             raise UserError(f"{launched} processes were launched, but Accelerate joined {self.world}; see its set-up")
@@ -86,3 +95,13 @@ class Processes:
         """Leave the group of processes; a process that ends does so by itself."""
         if self._state is not None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _launched() -> int:
+    """How many processes the launcher says that it started; 1 without one."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal() or len(text) > 9 or not int(text):
+        raise UserError(
+            f"WORLD_SIZE must be the number of processes, got {quote(text)}; launchers set it, else unset it"
+        )
+    return int(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from softcfg.errors import UserError, needing
+from softcfg.errors import UserError, needing, quote
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def quantize(module: ModuleT, kind: str, device: torch.device) -> ModuleT:
     from softcfg.nn.precision import dtype_name
 
     if kind not in QUANTIZATIONS:
-        raise UserError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
+        raise UserError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {quote(kind)}")
     with needing(f"{kind} weights need torchao", "quantize"):
         from torchao.quantization import quantize_
     dtype = next(module.parameters()).dtype
@@ -87,12 +87,12 @@ def spread(
         raise UserError(f"{type(generator).__name__} generators fit on one device: leave out device_map")
     with needing("device_map needs Accelerate", "runs"):
         from accelerate import dispatch_model, infer_auto_device_map
-    if not isinstance(device_map, str):
+    if isinstance(device_map, Mapping):
         placed = dict(device_map)
     elif device_map == "auto":
         placed = infer_auto_device_map(generator, max_memory, no_split_module_classes=list(generator.no_split_modules))
     else:
-        raise UserError(f"device_map must be 'auto' or a mapping of modules to devices, got {device_map!r}")
+        raise UserError(f"device_map must be 'auto' or a mapping of modules to devices, got {quote(device_map)}")
     if set(placed.values()) == {"cpu"}:
         return generator
     try:
@@ -121,10 +121,12 @@ def move(
         quantized: the integers that the generator's weights were rounded to, if any.
 
     Raises:
-        UserError: there is no such device or dtype, or the generator is quantized or spread over several devices.
+        UserError: there is no such device or dtype, or the generator is quantized, spread over several devices, or
+            draws at the moment.
     """
     import torch
 
+    from softcfg.nn.linear import weights_at_rest
     from softcfg.nn.precision import as_device, as_dtype, tell_of_slow_dtype
 
     for what in where:
@@ -137,15 +139,16 @@ def move(
         raise UserError("the generator is spread over several devices and stays there: load the model anew")
     if dtype is not None and quantized is not None:
         raise UserError(f"the weights of the generator are {quantized}: load the model anew")
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
         raise UserError(f"a generator computes in floating point, not in {dtype}; see quantize of from_pretrained")
-    if device is not None:
-        device = as_device(device)  # before anything is moved
-        tokenizer.to(device)
-        generator.to(device)
-    if dtype is not None:
-        tell_of_slow_dtype(dtype, generator.device)
-        generator.to(dtype)
+    device = None if device is None else as_device(device)
+    with weights_at_rest(generator):  # before anything is moved
+        if device is not None:
+            tokenizer.to(device)
+            generator.to(device)
+        if dtype is not None:
+            tell_of_slow_dtype(dtype, generator.device)
+            generator.to(dtype)
 
 
 def _is_device(name: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from softcfg.configuration import read_yaml
-from softcfg.errors import UserError, quote, suggestion
+from softcfg.decoding.filtering import Sampling
+from softcfg.errors import UserError, clean, quote, suggestion
 from softcfg.files import as_path, is_file, is_folder
+from softcfg.guidance.composition import all_settings
+from softcfg.guidance.settings import Setting, settings_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +32,11 @@ PUBLISHED = Path(__file__).parent / "published"
 
 DTYPES = {name: name for name in ("float32", "float16", "bfloat16")}
 LARGEST_SETTING = 1e9  # of the default sampling
+GUIDANCE_DEFAULTS = ("guidance_scale", "guidance_scale_pow", "schedule", "rule")  # of which a model may have its own
+FIELDS = (  # of a model.yaml, and of one of its components
+    "name", "description", "generator", "tokenizer", "sampling", "fid", "classes", "text", "licence", "examples",
+)  # fmt: skip
+COMPONENT_FIELDS = ("family", "config", "checkpoint", "parameters", "config_file", "dtype")
 
 Named = TypeVar("Named")
 ModuleClass = TypeVar("ModuleClass", bound=type)
@@ -152,8 +160,7 @@ class ModelEntry:
 
     Attributes:
         text: how it reads prompts; None for models that draw classes.
-        sampling: default settings, as far as known: temperature, top_k, guidance_scale, guidance_scale_pow, schedule,
-            rule, seed.
+        sampling: default settings, as far as known: those of `default_settings`, and the seed of the released sampler.
         fid: the FID its authors report for 50,000 samples with plain guidance.
         classes: names of the classes; empty for ImageNet's thousand.
         licence: under which its weights are published, in words.
@@ -277,6 +284,41 @@ def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
     raise UserError(f"{problem} {quote(name)}; {suggestion(name, table) or 'known: ' + ', '.join(table)}")
 
 
+def default_settings() -> dict[str, Setting]:
+    """The settings of which a model may have values that suit it, by name: of guidance, and all of `Sampling`."""
+    guidance = all_settings()
+    return {**settings_of(Sampling), **{name: guidance[name] for name in GUIDANCE_DEFAULTS}}
+
+
+def check_defaults(sampling: Mapping[str, Any], where: str) -> None:
+    """Raise `UserError` unless these are `default_settings`, or a seed, with values in their range.
+
+    Args:
+        where: they stand, in front of their names.
+    """
+    known = default_settings()
+    for name, value in sampling.items():
+        if name == "seed":
+            _check_seed(value, f"{where}{name}")
+            continue
+        if name not in known:
+            raise UserError(_unknown(name, [*known, "seed"], where))
+        try:
+            known[name].check(value)
+        except ValueError as error:
+            raise UserError(f"{where}{clean(error, 400)}") from error
+
+
+def _check_seed(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise UserError(f"{name} must be a whole number in 0..2^64-1, got {quote(value)}")
+
+
+def _unknown(name: object, known: Collection[str], where: str) -> str:
+    hint = suggestion(str(name), known, most=1, cutoff=0.6)
+    return f"{where}{clean(name, 100)} is not known, but {', '.join(known)}{hint and '; '}{hint}"
+
+
 def read_model_folder(folder: Path) -> ModelEntry:
     """Read `model.yaml` of a model folder; the files it names lie beside it.
 
@@ -304,12 +346,17 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
 
     def expect(kind: type, where: Mapping[str, Any], key: str, default: Any = None) -> Any:
         value = where.get(key, default)
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"{path}: {key} must be {kinds[kind]}, got {quote(value)}")
         return value
 
+    def fields(where: Mapping[str, Any], known: Sequence[str], section: str = "") -> None:
+        for key in where:
+            if key not in known:
+                raise UserError(_unknown(key, known, f"{path}: {section}"))
+
     def number(key: str, value: Any) -> Any:
-        if not isinstance(value, (int, float)) or not abs(value) <= LARGEST_SETTING:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_SETTING:
             raise UserError(f"{path}: {key} must be a number, got {quote(value)}")
         return value
 
@@ -320,6 +367,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
 
     def component(key: str, families: Mapping[str, Family]) -> Component:
         section = expect(dict, content, key)
+        fields(section, COMPONENT_FIELDS, f"{key}.")
         return Component(
             find(families, expect(str, section, "family"), f"{path}: unknown {key} family"),
             expect(dict, section, "config", {}),
@@ -338,7 +386,8 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             expect(str, settings, "template")
         return TextComponent(files, {key: settings[key] for key in settings if key not in ("files", "tokenizer")})
 
-    examples = expect(dict, content, "examples", {})
+    fields(content, FIELDS)
+    examples = {str(name): seed for name, seed in expect(dict, content, "examples", {}).items()}
     classes = expect(list, content, "classes", [])
     for name in classes:
         if isinstance(name, bool) or not isinstance(name, (str, int)):  # YAML reads no, on and null as something else
@@ -347,8 +396,14 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
     for key, value in sampling.items():
         if key in ("schedule", "rule"):
             expect(str, {f"sampling.{key}": value}, f"sampling.{key}")
-        else:
+        elif key in settings_of(Sampling) or key in GUIDANCE_DEFAULTS:
             number(f"sampling.{key}", value)
+    check_defaults(sampling, f"{path}: sampling.")
+    for name, seed in examples.items():
+        _check_seed(seed, f"{path}: the seed of the example {quote(name)}")
+        if classes and name not in map(str, classes):
+            hint = suggestion(name, map(str, classes))
+            raise UserError(f"{path}: the example {quote(name)} is none of the classes{hint and '; '}{hint}")
     return ModelEntry(
         expect(str, content, "name"),
         component("generator", GENERATORS),
@@ -359,7 +414,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         tuple(map(str, classes)),
         text() if "text" in content else None,
         expect(str, content, "licence", ""),
-        {str(name): expect(int, examples, name) for name in examples},
+        examples,
     )
 
 
@@ -384,6 +439,8 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
     """
     if isinstance(model, ModelEntry):
         return model
+    if not isinstance(model, (str, Path)):
+        raise UserError(f"a model is the name of one or the path of a model folder, got {quote(model)}")
     path = as_path(model)
     if str(model) not in MODELS:
         if path.name == "model.yaml" and is_file(path):

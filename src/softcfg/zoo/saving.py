@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.files import TEMPORARY, make_folder, open_atomically, open_regular, write_atomically
+from softcfg.nn.linear import parameter_count
 from softcfg.nn.precision import dtype_name
 from softcfg.zoo.reading import is_index, shards_of
 from softcfg.zoo.registry import DTYPES, GENERATORS, TOKENIZERS, Family
@@ -61,6 +62,8 @@ def write_model_folder(
         UserError: a family is not registered, weights are quantized or not in memory, the files that texts are read
             with are missing, or the folder cannot be written.
     """
+    if not isinstance(folder, (str, Path)):
+        raise UserError(f"a model is saved in a folder, whose path is a text, got {quote(folder)}")
     content: dict[str, Any] = {
         "name": name or Path(folder).resolve().name,
         "description": description,
@@ -74,6 +77,7 @@ def write_model_folder(
             raise UserError(f"{conditioning.name} lacks the files that it reads texts with; load it by from_pretrained")
         names = _file_names(conditioning.files)
         content["text"] = {**conditioning.settings, "files": names}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     folder = make_folder(folder)
     _write_weights(generator, folder / "generator.safetensors")
     _write_weights(tokenizer, folder / "tokenizer.safetensors")
@@ -82,7 +86,6 @@ def write_model_folder(
             _copy(path, folder / names[role])
             for shard in shards_of(path) if is_index(path) else ():
                 _copy(shard, folder / shard.name)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_atomically(folder / "model.yaml", text.encode())
     return folder
 
@@ -139,7 +142,7 @@ def _describe(module: nn.Module, families: Mapping[str, Family], kind: str) -> d
         "family": family,
         "config": _plain(dataclasses.asdict(config)),
         "checkpoint": f"{kind}.safetensors",
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": parameter_count(module),
         "dtype": dtype if dtype in DTYPES else "float32",
     }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.errors import CheckpointError, UserError, needing
-from softcfg.files import is_file, read_bounded, read_text, reading, write_atomically
+from softcfg.files import as_path, is_file, read_bounded, read_text, reading, write_atomically
 from softcfg.models.conditioning import TextEncoderLoader
 from softcfg.models.text import plain_tokenizer
 from softcfg.nn.precision import own_dtype
@@ -83,7 +83,7 @@ class KeptFeatures:
     def __init__(self, encoder: Path, how: Sequence[object]) -> None:
         found = [(path.name, path.stat()) for path in sorted(encoder.iterdir()) if is_file(path)]
         files = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
-        home = Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/captions").expanduser()
+        home = as_path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/captions")
         self.folder = home / hashlib.sha256(repr((files, *how)).encode()).hexdigest()[:16]
 
     def _path(self, caption: str) -> Path:
