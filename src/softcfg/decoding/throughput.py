@@ -59,7 +59,7 @@ def decoding_step(
     batch = decoder.batch
     decoder.confidence[:, :position].uniform_()
     tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
-    uniforms = on_device(torch.rand(batch, condition.num_tokens, dtype=torch.float32), generator.device)
+    uniforms = on_device(torch.rand(batch, condition.num_tokens, dtype=torch.float64), generator.device)
 
     static = all(steps_are_static(each) for each in decoder.generators)
     at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)
