@@ -235,7 +235,7 @@ def test_settings_of_plain_methods_are_as_before() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "PAG"}, "method must be one of CFG, SoftCFG.*, got 'PAG'"),
+        ({"method": "PAG"}, "method must be one of CFG, SoftCFG(, PatchSoftCFG)?, got 'PAG'"),
         ({"method": "CFG", "rule": "hvy"}, "rule must be one of cfg, .*, heavy, late, got 'hvy'"),
         ({"method": "CFG", "rule": "heavy", "heavy_mass": 3}, "no setting named 'heavy_mass'"),
         ({"method": "CFG", "rule": "late", "heavy_decay": 0.5}, "heavy_decay is a setting of the rule heavy"),

@@ -7,57 +7,34 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+import plug_models  # noqa: E402
+from plug_models import PROMPTS, SHORT, WINDOW, with_large_weights  # noqa: E402
 from softcfg import CFG, SoftCFG, UserError  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
-
-TEXT = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-PROMPTS = torch.tensor([[0, 0, 7, 8, 9], [10, 11, 12, 13, 14]])
-SHORT = torch.tensor([[1, 3]])
-WINDOW = 5
-
-
-def with_large_weights(model: Any) -> Any:
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.25)
-    model.set_attn_implementation("softcfg")
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    torch.manual_seed(7)
-    return with_large_weights(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)))
+    return made(plug_models.llama)
 
 
 @pytest.fixture(scope="module")
 def mistral() -> Any:
-    torch.manual_seed(7)
-    config = transformers.MistralConfig(**TEXT, sliding_window=WINDOW)
-    return with_large_weights(transformers.MistralForCausalLM(config))
+    return made(plug_models.mistral)
 
 
 @pytest.fixture(scope="module")
 def janus() -> Any:
+    return made(plug_models.janus)
+
+
+def made(make: Callable[[], Any]) -> Any:
     torch.manual_seed(7)
-    vision = {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
-        "num_image_tokens": 4, "projection_dim": 32,
-    }  # fmt: skip
-    vq = {
-        "num_embeddings": 24, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1],
-        "num_res_blocks": 1, "projection_dim": 32, "image_token_embed_dim": 32,
-    }  # fmt: skip
-    text = transformers.LlamaConfig(**TEXT)
-    config = transformers.JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=5)
-    return with_large_weights(transformers.JanusForConditionalGeneration(config))
+    return with_large_weights(make())
 
 
 def decode(model: Any, guidance: Any = SoftCFG(), prompts: Any = PROMPTS, **settings: Any) -> Tensor:  # noqa: B008

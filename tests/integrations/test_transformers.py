@@ -16,26 +16,13 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import softcfg  # noqa: E402
+from plug_models import PROMPTS, SHORT, TEXT, janus, llama, mistral, with_large_weights  # noqa: E402
 from softcfg import CFG, Sampling, SoftCFG, UserError  # noqa: E402
 from softcfg.decoding import decode, draw, image_uniforms, sequential  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
 
 T = 9
-TEXT = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-PROMPTS = torch.tensor([[0, 0, 7, 8, 9], [10, 11, 12, 13, 14]])  # id 0 is padding
-SHORT, LONG = torch.tensor([[1, 3]]), torch.tensor([[1, 0, 0, 0, 0, 4, 3], [1, 5, 5, 5, 5, 5, 3]])
-
-
-def llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
-
-
-def mistral() -> Any:
-    """Every layer sees the last five slots alone."""
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT, sliding_window=5))
+LONG = torch.tensor([[1, 0, 0, 0, 0, 4, 3], [1, 5, 5, 5, 5, 5, 3]])
 
 
 def gpt2() -> Any:
@@ -56,20 +43,6 @@ def emu3() -> Any:
     return transformers.Emu3ForConditionalGeneration(config)
 
 
-def janus() -> Any:
-    vision = {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
-        "num_image_tokens": 4, "projection_dim": 32,
-    }  # fmt: skip
-    vq = {
-        "num_embeddings": 24, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1],
-        "num_res_blocks": 1, "projection_dim": 32, "image_token_embed_dim": 32,
-    }  # fmt: skip
-    text = transformers.LlamaConfig(**TEXT)
-    config = transformers.JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=5)
-    return transformers.JanusForConditionalGeneration(config)
-
-
 MODELS = {"llama": llama, "mistral": mistral, "gpt2": gpt2, "emu3": emu3, "janus": janus}
 
 
@@ -79,12 +52,7 @@ def models() -> dict[str, Any]:
     made = {}
     for name, make in MODELS.items():
         torch.manual_seed(7)
-        model = make().eval()
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.25)
-        model.set_attn_implementation("softcfg")
-        made[name] = model
+        made[name] = with_large_weights(make())
     return made
 
 

@@ -19,6 +19,11 @@ WITHOUT_FLOAT64 = {"mps"}  # types of devices
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # types of devices that have it
 
 
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether models compute in a dtype: floats, but those of eight bits, of which there are no products."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def as_dtype(value: torch.dtype | str | None, name: str = "dtype", *, floating: bool = True) -> torch.dtype | None:
     """A dtype from itself or its name, such as "bfloat16"; None, and "auto", for the default.
 
@@ -36,7 +41,7 @@ def as_dtype(value: torch.dtype | str | None, name: str = "dtype", *, floating: 
     if not isinstance(found, torch.dtype):
         hint = suggestion({"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(str(value), str(value)), known)
         raise UserError(f"{name} must be a dtype of torch or its name, got {quote(value)}{hint and '; '}{hint}")
-    if floating and not (found.is_floating_point and found.itemsize > 1):  # no products of eight bits
+    if floating and not computes_in(found):
         raise UserError(f"{name} must be a dtype such as float32 or bfloat16, got {quote(value)}")
     return found
 

@@ -127,7 +127,7 @@ def move(
     import torch
 
     from softcfg.nn.linear import weights_at_rest
-    from softcfg.nn.precision import as_device, as_dtype, tell_of_slow_dtype
+    from softcfg.nn.precision import as_device, as_dtype, computes_in, tell_of_slow_dtype
 
     for what in where:
         if isinstance(what, torch.dtype) or (isinstance(what, str) and not _is_device(what)):
@@ -139,7 +139,7 @@ def move(
         raise UserError("the generator is spread over several devices and stays there: load the model anew")
     if dtype is not None and quantized is not None:
         raise UserError(f"the weights of the generator are {quantized}: load the model anew")
-    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+    if dtype is not None and not computes_in(dtype):
         raise UserError(f"a generator computes in floating point, not in {dtype}; see quantize of from_pretrained")
     device = None if device is None else as_device(device)
     with weights_at_rest(generator):  # before anything is moved
