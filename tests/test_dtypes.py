@@ -70,8 +70,12 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cast_after_loading_is_a_dtype_at_loading(family: str) -> None:
     assert set(FAMILIES) == set(GENERATORS)
+    assert equal(drawn(load(family).to(torch.bfloat16)), expected_of(family, torch.bfloat16))
+
+
+@pytest.mark.parametrize("family", ["rar", *(pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES)])
+def test_other_ways_to_cast(family: str) -> None:
     expected = expected_of(family, torch.bfloat16)
-    assert equal(drawn(load(family).to(torch.bfloat16)), expected)
     assert equal(drawn(load(family).bfloat16()), expected)
     whole = nn.ModuleDict({"generator": load(family)}).to(torch.bfloat16)
     assert equal(drawn(whole["generator"]), expected)

@@ -25,6 +25,16 @@ def test_what_needs_no_torch_does_not_import_it(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_drawing_does_not_import_a_compiler_of_graphs() -> None:
+    """It takes a second, and a function of PyTorch's that looks harmless may need it."""
+    code = (
+        "import sys, softcfg; softcfg.Pipeline.from_pretrained('fashion-small')([0]); "
+        "print(sorted({'sympy', 'torch._dynamo', 'torch._inductor', 'pandas', 'matplotlib'} & sys.modules.keys()))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "[]"
+
+
 def test_guidance_imports_nothing_of_the_rest() -> None:
     code = (
         "import sys, softcfg.guidance; "

@@ -120,7 +120,11 @@ def test_errors_that_go_nowhere(
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 @pytest.mark.parametrize(
     ("redirected", "code"),
-    [("| head -n 1", 0), pytest.param("<&- >&- 2>&-", 0, marks=pytest.mark.slow), ("> /dev/full 2> /dev/full", 2)],
+    [
+        ("| head -n 1", 0),
+        pytest.param("<&- >&- 2>&-", 0, marks=pytest.mark.slow),
+        pytest.param("> /dev/full 2> /dev/full", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_in_a_shell(places: dict[str, Path], redirected: str, code: int, tmp_path: Path) -> None:
     words = COMMANDS["sample"][0].format(new=tmp_path / "new", **places)

@@ -1029,7 +1029,7 @@ print("numba" in sys.modules, products.PRODUCTS["panels"].can_serve(torch.empty(
 """
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
+@pytest.mark.parametrize("value", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_variable_turns_all_of_it_off(value: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", numba_decode.VARIABLE: value}
     environment[choices.FOLDER_VARIABLE] = str(tmp_path)

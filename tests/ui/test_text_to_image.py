@@ -156,7 +156,9 @@ def another(other_server: TestClient) -> Visitor:
     return Visitor(other_server)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("emu3-gen", "words") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_family(visitor: Visitor, another: Visitor, pipelines: dict[str, Pipeline], name: str) -> None:
     """Methods, seeds, sizes, the schedule and the link: as the pipeline draws them."""
     pipe = pipelines[name]

@@ -75,6 +75,7 @@ def test_the_commands(entry: ModelEntry, folder: Path, downloads: Path, capsys: 
         load_generator(entry)
 
 
+@pytest.mark.slow
 def test_the_hub(entry: ModelEntry, downloads: Path, tmp_path: Path) -> None:
     hub = Hub()
     for path in downloads.iterdir():

@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -363,10 +364,10 @@ def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
         if function is torch.arange:
             return max((int(arg) for arg in args if isinstance(arg, (int, float))), default=0)
         shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor) and not arg.is_meta]
-        try:
-            return math.prod(torch.broadcast_shapes(*shapes)) if len(shapes) > 1 else 0
-        except RuntimeError:  # not elementwise
-            return 0
+        # `torch.broadcast_shapes` imports a part of the compiler, which takes a second.
+        sizes = list(zip_longest(*map(reversed, shapes), fillvalue=1))
+        is_elementwise = len(shapes) > 1 and all(len({*each, 1}) <= 2 for each in sizes)
+        return math.prod(map(max, sizes)) if is_elementwise else 0
 
     try:
         with torch.device("meta"), SkippingInit():
