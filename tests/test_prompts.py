@@ -231,13 +231,3 @@ def test_model_folders_say_how_prompts_are_read(prompt_model_folder: Path) -> No
     assert text is not None
     file = text.files["tokenizer"]
     assert (file.name, file.folder, text.settings) == ("tokenizer.json", prompt_model_folder, {"template": "{prompt}"})
-
-
-def test_prompt_reader_is_deprecated(pipe: Pipeline, prompt_model_folder: Path) -> None:
-    file = prompt_model_folder / "tokenizer.json"
-    with pytest.warns(DeprecationWarning, match="prompt_reader is deprecated"):
-        old = Pipeline(pipe.generator, pipe.tokenizer, prompt_reader=PromptReader(file))
-    new = LuminaPrompts(pipe.generator, pipe.tokenizer, files={"tokenizer": file})
-    assert old.conditioning.inputs([Prompt("star", 8, 8)]) == new.inputs([Prompt("star", 8, 8)])
-    with pytest.warns(DeprecationWarning, match="deprecated: ask conditioning"):
-        assert pipe.prompt_reader is pipe.conditioning

@@ -136,17 +136,20 @@ def bounds(evidence: Evidence) -> str:
 
 
 def best(evidence: Evidence) -> str:
-    """Each method at the scales that the tuning chose."""
+    """Each method at the scales that the tuning chose, where these were drawn."""
     if not evidence.best:
         return ""
     head = ["method", "best in", "scale", "seeds", *(METRICS[m][0] for m in DISTANCES)]
-    head += [f"{words}: all right, %" for words, _ in SHOWN.values()] + ["FID less that of CFG"]
+    head += [f"{words}: all right, %" for words, _ in SHOWN.values()] + ["FID minus that of CFG"]
     lines = []
     for name, found in {"no guidance": {MISSING: NONE}, **evidence.best}.items():
         for what, guidance in found.items():
+            seeds = len(evidence.values(guidance, "seen", "all"))
+            if not seeds:
+                continue
             reference = evidence.best.get("CFG", {}).get("FID" if what == MISSING else what)
             scale = MISSING if guidance == NONE else f"{guidance.guidance_scale:g}"
-            line = [name, what, scale, str(len(evidence.values(guidance, "seen", "all")))]
+            line = [name, what, scale, str(seeds)]
             line += [evidence.text(guidance, "seen", metric) for metric in DISTANCES]
             line += [evidence.text(guidance, kind, "all") for kind in SHOWN]
             other = "" if reference in (None, guidance) else evidence.fid_less(guidance, reference)
@@ -156,7 +159,7 @@ def best(evidence: Evidence) -> str:
 
 def over_scales(evidence: Evidence) -> str:
     """A line a method and scale, of prompts of seen pictures."""
-    head = ["method, scale", "seeds", *(METRICS[m][0] for m in DISTANCES), "FID less that of CFG"]
+    head = ["method, scale", "seeds", *(METRICS[m][0] for m in DISTANCES), "FID minus that of CFG"]
     head += [f"{metric} right, %" for metric in SHOWN["seen"][1]]
     lines = []
     for guidance in every(evidence, ["seen"]):

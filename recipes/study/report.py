@@ -117,7 +117,7 @@ class Measured:
         `setting` is the title of another second column, and what it says of a setting.
         """
         title, says = setting or ("scale, power", _scale)
-        head = [first, title, "seeds", *(title for title, _, _ in METRICS.values()), f"FID less that of {name}"]
+        head = [first, title, "seeds", *(title for title, _, _ in METRICS.values()), f"FID minus that of {name}"]
         lines = []
         for title, guidance in settings.items():
             count = len(self.of_seeds(guidance, "fid"))
@@ -500,7 +500,7 @@ def plot_methods(study: Study) -> Figure:
         colour = COLOURS["SoftCFG" in name]
         axis.errorbar(difference, row, xerr=2 * error, color=colour, marker="o", markersize=4, capsize=2)
     axis.set_yticks(range(len(drawn)), [name for name, _, _ in drawn])
-    axis.set(xlabel="FID less that of CFG")
+    axis.set(xlabel="FID minus that of CFG")
     return figure
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softcfg.decoding import Sampling
 from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
+from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole, user_errors
 from softcfg.guidance import CFG, all_settings, as_guidance, compose, settings_of
 from softcfg.guidance.composition import changed
 from softcfg.models.ids import as_ids
@@ -60,7 +60,7 @@ class PipelineOutput:
         labels: int64 [B]; None where prompts were given.
         indices: the index n of each image; with the seed it fixes the image's random numbers.
         tokens: int64 [B, T], as the generator drew them.
-        codes: int64 [B, h w], what the tokenizer decoded: the same, or what is left of them without structure.
+        codes: int64 [B, h w], what the tokenizer decoded: the tokens without line ends and other structure.
         pixels: uint8 [B, H, W, 3].
         prompts: the B prompts, with the size that was drawn; None where labels were given.
         passes: of the generator, over all batches: T per batch, fewer with speculative Jacobi decoding.
@@ -127,15 +127,13 @@ def guidance_of(default: Callable[..., CFG], guidance: CFG | float | None, setti
     Raises:
         UserError: a setting is out of its range or of something that is not chosen, or `guidance` is none.
     """
-    try:
+    with user_errors():
         guidance = None if guidance is None else as_guidance(guidance, default)
         if guidance is None:
             return default(compose, **settings) if settings else default()
         if settings.keys() <= {field.name for field in dataclasses.fields(guidance)}:
             return dataclasses.replace(guidance, **settings)
         return changed(guidance, settings)
-    except ValueError as error:
-        raise UserError(error) from error
 
 
 def seed_of(seed: int | None, generator: torch.Generator | None) -> int:

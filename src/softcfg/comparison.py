@@ -105,10 +105,7 @@ def method_named(name: str, pipeline: Pipeline, scale: float | None, settings: M
     share = settings.get("weak_share", 1.0) if parts.pop(WEAK, None) else 0.0
     if scale is not None:
         settings = {**settings, "guidance_scale": scale}
-    try:
-        made = pipeline.default_guidance(compose, drop_unused=True, **{**settings, **parts, "weak_share": share})
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    made = pipeline.default_guidance(compose, drop_unused=True, **{**settings, **parts, "weak_share": share})
     pipeline.check_guidance(made)
     return made
 

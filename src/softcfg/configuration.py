@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from softcfg.errors import UserError, clean, quote, suggestion
+from softcfg.errors import UserError, clean, quote, suggestion, user_errors
 from softcfg.files import read_text, reading
 from softcfg.interpolation import interpolated
 
@@ -140,10 +140,8 @@ def load_config(
         )
     given = {name: interpolated(*values[name]) for name in fields if name in values}
     checked = {name: _coerce(name, value, types_of[name]) for name, value in given.items()}
-    try:
+    with user_errors():
         return config_type(**checked)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -73,6 +73,17 @@ class UserError(ValueError):
         super().__init__(clean(text))
 
 
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a `ValueError`, with which `softcfg.guidance` and settings refuse a value, into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(error) from error
+
+
 class UnexpectedArgumentError(UserError, TypeError):
     """A keyword that a function does not take.
 

@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from softcfg.calls import PipelineOutput as PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.weak import check_weak
-from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
+from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole, user_errors
 from softcfg.guidance import CFG, SoftCFG, settings_of
 from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
@@ -67,25 +66,11 @@ class Pipeline:
         conditioning: Conditioning | None = None,
         source: ModelSource | None = None,
         weak: Pipeline | None = None,
-        prompt_reader: Any = None,
     ) -> None:
         if conditioning is None:
             if generator.conditioning_type is None:
                 raise UserError(f"{type(generator).__name__} does not say what it is conditioned on: give conditioning")
-            read: dict[str, Any] = {}
-            if prompt_reader is not None:
-                warnings.warn(
-                    "prompt_reader is deprecated: give conditioning, such as softcfg.models.lumina.LuminaPrompts",
-                    DeprecationWarning,
-                    stacklevel=2,
-                )
-                read = {
-                    "files": {"tokenizer": prompt_reader.path},
-                    "settings": {"template": prompt_reader.template},
-                }
-            conditioning = generator.conditioning_type(
-                generator, tokenizer, name=name or "this model", classes=classes, **read
-            )
+            conditioning = generator.conditioning_type(generator, tokenizer, name=name or "this model", classes=classes)
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
@@ -328,12 +313,6 @@ class Pipeline:
         """The entry of the zoo that the model was loaded from; None if it was made in memory."""
         return None if self.source is None else self.source.entry
 
-    @property
-    def prompt_reader(self) -> Conditioning | None:
-        """Deprecated: `conditioning`, which says whether it takes prompts; None for models that draw classes."""
-        warnings.warn("prompt_reader is deprecated: ask conditioning", DeprecationWarning, stacklevel=2)
-        return self.conditioning if self.conditioning.takes_prompts else None
-
     def with_image_size(self, size: int) -> Pipeline:
         """The same pipeline, whose images are resized to `size` x `size` pixels before they are clamped and rounded.
 
@@ -352,13 +331,17 @@ class Pipeline:
         """`method` with the scale, power, schedule and rule that suit the model, and `settings` on top.
 
         Where there is a weak model, it takes the place of the unconditional branch (`weak_share` 1).
+
+        Raises:
+            UserError: a setting is out of its range.
         """
         suited: dict[str, Any] = {
             name: self.sampling_defaults[name] for name in GUIDANCE_DEFAULTS if name in self.sampling_defaults
         }
         if self.weak is not None:
             suited["weak_share"] = 1.0
-        return method(**{**suited, **settings})
+        with user_errors():
+            return method(**{**suited, **settings})
 
     def check_guidance(self, guidance: CFG) -> None:
         """Raise `UserError` for guidance away from a weak model where there is none."""
@@ -384,11 +367,16 @@ class Pipeline:
         top_p: float | None = None,
         **settings: Any,
     ) -> Sampling:
-        """Sampling settings, those of the model where they are not given; `settings` are further ones of `Sampling`."""
+        """Sampling settings, those of the model where they are not given; `settings` are further ones of `Sampling`.
+
+        Raises:
+            UserError: a setting is out of its range.
+        """
         suited = {name: value for name, value in self.sampling_defaults.items() if name in settings_of(Sampling)}
         loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {name: value for name, value in loose.items() if value is not None}
-        return Sampling(**{**suited, **settings, **given})
+        with user_errors():
+            return Sampling(**{**suited, **settings, **given})
 
     def num_tokens(self, width: int | None = None, height: int | None = None) -> int:
         """T, the tokens drawn for an image; of text-to-image models for one of this size, by default the model's.

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import unicodedata
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from softcfg.errors import CheckpointError
 from softcfg.models.emu3 import prompts as emu3
 from softcfg.models.janus import prompts as janus
 from softcfg.models.llamagen_t2i.captions import clean_caption
-from softcfg.models.text import Special, TextTokenizer, text_of
+from softcfg.models.text import Piece, Special, TextTokenizer
 
 MARKS = ["<|User|>", "<begin_of_image>", "<|extra_203|>", "<|image start|>", "<|image token|>"]
 
@@ -42,6 +43,11 @@ def text_tokenizer(tmp_path: Path) -> TextTokenizer:
     tokenizer.add_tokens(MARKS[:1])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return TextTokenizer(tmp_path / "tokenizer.json")
+
+
+def text_of(pieces: Iterable[Piece]) -> str:
+    """A prompt as one string, special tokens by their names."""
+    return "".join(piece if isinstance(piece, str) else piece.name for piece in pieces)
 
 
 @pytest.mark.parametrize("pair", read("janus/golden-prompts-a.json")["pairs"], ids=lambda pair: pair["caption"][:12])

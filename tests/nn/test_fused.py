@@ -173,7 +173,11 @@ def check_few_rows(every: int = 1) -> None:
     """Products of few rows, with all that may stand before and behind them, and the others, which are PyTorch's."""
     shapes = {torch.float32: ((1, 48, 30), (5, 48, 7)), torch.bfloat16: ((2, 768, 9),), torch.float16: ((3, 2100, 5),)}
     if every > 1:  # the interpreter takes long for each program
-        shapes = {torch.float32: ((1, 48, 5), (5, 48, 7)), torch.bfloat16: ((2, 80, 3),), torch.float16: ((3, 2100, 3),)}
+        shapes = {
+            torch.float32: ((1, 48, 5), (5, 48, 7)),
+            torch.bfloat16: ((2, 80, 3),),
+            torch.float16: ((3, 2100, 3),),
+        }
     kinds = list(enumerate((None, nn.RMSNorm, RMSNorm, "bare", nn.LayerNorm)))
     each = [(dtype, *shape) for dtype, those in shapes.items() for shape in those]
     for first, (dtype, rows, width, count) in enumerate(each):

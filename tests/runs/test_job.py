@@ -214,7 +214,7 @@ def test_another_request_needs_another_folder_or_overwrite(request_of: Any, tmp_
         ({"seed": -1}, "seed must be in"),
         ({"labels": [0, 4]}, r"labels holds 4, which is outside of 0\.\.3"),
         ({"labels": []}, "labels must name at least one class"),
-        ({"labels": "Circle"}, "labels must be class ids or 'random', got 'Circle'"),
+        ({"labels": "Circel"}, r"'Circel' is no class.* did you mean Circle\?; 'random' stands for random classes"),
         ({"labels": "random", "num_samples": None}, "random labels need num_samples"),
         ({"prompts": ["red apple"]}, "tiny draws classes: give labels, it does not read prompts"),
     ],

@@ -72,8 +72,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument(
         "--weak-model",
         metavar="NAME",
-        help="a model of the same codes that guidance leads away from (autoguidance), in place of the unconditional "
-        "branch or, with a --weak-share below 1, beside it",
+        help="a weaker model with the same image tokenizer, which guidance leads away from (autoguidance): in place of "
+        "the unconditional branch or, with a --weak-share below 1, together with it",
     )
 
 
@@ -83,8 +83,8 @@ def add_memory_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "fastest"),
-        help="of the generator; fastest is what this machine multiplies faster (default: the model's own, float32 for "
-        "all but the largest)",
+        help="of the generator; fastest: float32 or bfloat16, whichever a measurement finds faster here (default: the "
+        "model's own, float32 for all but the largest)",
     )
     group.add_argument(
         "--quantize",
@@ -278,10 +278,7 @@ def _given(args: argparse.Namespace, settings: Iterable[Setting]) -> dict[str, A
 
 def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
     """The guidance that the arguments ask for, with the model's scale, power and schedule as defaults."""
-    try:
-        return pipeline.default_guidance(compose, preset=args.preset, **guidance_settings(args))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return pipeline.default_guidance(compose, preset=args.preset, **guidance_settings(args))
 
 
 def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
@@ -290,10 +287,7 @@ def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
 
     args.seed = 0 if args.seed is None else args.seed
     check_uint64(args.seed, "seed")
-    try:
-        return pipeline.sampling(**sampling_settings(args))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return pipeline.sampling(**sampling_settings(args))
 
 
 def add_prompt_arguments(group: argparse._ArgumentGroup) -> None:

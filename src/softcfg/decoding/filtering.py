@@ -12,7 +12,7 @@ from softcfg.guidance.settings import check, setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, user_errors
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,8 @@ def one_sampling(
     loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     given = {name: value for name, value in loose.items() if value is not None}
     if sampling is None:
-        try:
+        with user_errors():
             return default(**given)
-        except ValueError as error:
-            raise UserError(error) from error
     if given:
         raise UserError(f"give sampling or {', '.join(given)}, not both")
     return sampling

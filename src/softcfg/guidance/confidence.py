@@ -32,7 +32,7 @@ def sampled_probability(probabilities: Tensor, tokens: Tensor) -> Tensor:
     return probabilities.gather(-1, tokens[..., None]).squeeze(-1)
 
 
-@register_confidence("entropy", label="1 - H / log V", description="one less the normalised entropy")
+@register_confidence("entropy", label="1 - H / log V", description="one minus the normalised entropy")
 def negentropy(probabilities: Tensor, tokens: Tensor) -> Tensor:
     """1 - H(p) / log V: 0 for the uniform distribution, 1 for a certain token."""
     import torch
@@ -55,7 +55,7 @@ def margin(probabilities: Tensor, tokens: Tensor) -> Tensor:
     return first - second
 
 
-@register_confidence("unsure", label="1 - p_max", description="one less the largest probability: the unsure first")
+@register_confidence("unsure", label="1 - p_max", description="one minus the largest probability: least sure first")
 def unsureness(probabilities: Tensor, tokens: Tensor) -> Tensor:
     """1 - p_max, for perturbing the tokens of which the model is least sure (as A-CFG does, arXiv 2505.20199)."""
     return 1 - max_probability(probabilities, tokens)

@@ -80,7 +80,8 @@ class CFG:
         kw_only=True,
         low=0,
         off=0,
-        help="perturb the conditional branch instead, as a third one, and guide away from it by this scale; 0: off",
+        help="guide away from a perturbed conditional branch, a third one, by this scale, as in PAG; 0: perturb the "
+        "unconditional branch instead",
         metavar="Q",
     )
     weak_share: float = setting(

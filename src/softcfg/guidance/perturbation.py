@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("value", "key", "both")
 ALIGNMENTS = ("own", "successor")
-SMALLEST = 2.0**-126  # sum of confidences that a float32 holds in full
+SMALLEST = 2.0**-126  # normal float32: what an empty sum of confidences is divided by
 
 
 @dataclass(frozen=True)

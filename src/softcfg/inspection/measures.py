@@ -32,7 +32,7 @@ def branch_distance(trace: Trace) -> Tensor:
 
 
 def entropy_gap(trace: Trace) -> Tensor:
-    """Normalised entropy of the unconditional less that of the conditional branch, [B, T] (the paper's Fig. 3)."""
+    """Normalised entropy of the unconditional minus that of the conditional branch, [B, T] (the paper's Fig. 3)."""
     cond = normalised_entropy(trace.cond_logits, trace.temperature)
     return normalised_entropy(trace.uncond_logits, trace.temperature) - cond
 

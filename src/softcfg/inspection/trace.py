@@ -24,7 +24,7 @@ from softcfg.decoding.sequential import (
     weak_inputs,
 )
 from softcfg.decoding.weak import weak_model
-from softcfg.errors import UserError, require_whole
+from softcfg.errors import UserError, require_whole, user_errors
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, as_guidance, describe
 from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
@@ -90,10 +90,8 @@ class Trace:
         """
         from safetensors.torch import save
 
-        try:
+        with user_errors():
             guidance = describe(self.guidance)
-        except ValueError as error:
-            raise UserError(str(error)) from error
         settings: dict[str, Any] = {
             "version": __version__,
             "method": guidance.pop("method"),
@@ -139,7 +137,8 @@ def trace(
         weak: the weak model of guidance with a `weak_share`; it is conditioned on the same labels.
 
     Raises:
-        UserError: labels, tokens or the weak model do not fit the generator, or the logits hold NaN or infinity.
+        UserError: labels, tokens or the weak model do not fit the generator, `guidance` is none, or the logits hold NaN
+            or infinity.
     """
     if not callable(getattr(generator, "condition", None)):
         raise UserError(
@@ -148,7 +147,8 @@ def trace(
     if isinstance(labels, Sized) and not len(labels):
         raise UserError("labels must name at least one class or prompt")
     require_whole(steps_per_pass, "steps_per_pass", 1)
-    guidance = as_guidance(guidance)
+    with user_errors():
+        guidance = as_guidance(guidance)
     sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
     batch, total = condition.rows // 2, condition.num_tokens

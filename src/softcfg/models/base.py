@@ -224,8 +224,8 @@ class Generator(Preparable, ABC):
         """Make ready what the blocks of a pass read beside their inputs and context; by default nothing.
 
         Returns:
-            What holds it, an object that can be weakly referenced. Of two steps that get the same one, the second finds
-            everything in the memory of the first.
+            What holds the prepared tensors, an object that can be weakly referenced; None for nothing. To return the
+            same one again promises that the tensors were updated in place.
         """
         return None
 

@@ -37,11 +37,6 @@ class Special:
 Piece = str | Special
 
 
-def text_of(pieces: Iterable[Piece]) -> str:
-    """Return a prompt as one string, special tokens by their names."""
-    return "".join(piece if isinstance(piece, str) else piece.name for piece in pieces)
-
-
 def plain_tokenizer(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the content of a `tokenizer.json` for text: its special tokens get names that nobody can write.
 

@@ -14,7 +14,7 @@ import torch
 from softcfg.decoding import Sampling
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UserError, quote, require_whole
+from softcfg.errors import UserError, quote, require_whole, user_errors
 from softcfg.files import as_path, make_folder
 from softcfg.guidance import CFG, as_guidance
 from softcfg.models.base import as_ids
@@ -61,7 +61,7 @@ class RunRequest:
     """
 
     model: str | Path | Pipeline
-    labels: Sequence[int] | str | None = None
+    labels: Sequence[int | str] | str | None = None
     prompts: str | Sequence[str] | Prompts | None = None
     num_samples: int | None = None
     guidance: CFG | float | None = None
@@ -124,17 +124,16 @@ class RunRequest:
         )
 
     def _guidance(self, pipeline: Pipeline) -> CFG:
-        return as_guidance(self.guidance, pipeline.default_guidance)
+        with user_errors():
+            return as_guidance(self.guidance, pipeline.default_guidance)
 
     def _sampling(self, pipeline: Pipeline) -> Sampling:
         return one_sampling(self.sampling, None, None, None, pipeline.sampling)
 
     def _labels(self, pipeline: Pipeline, count: int) -> list[int] | str:
         if isinstance(self.labels, str):
-            if self.labels != RANDOM:
-                raise UserError(f"labels must be class ids or {RANDOM!r}, got {self.labels!r}")
-            return RANDOM
-        labels = range(count) if self.labels is None else self.labels
+            return RANDOM if self.labels == RANDOM else self._class_named(self.labels, pipeline)
+        labels: Any = range(count) if self.labels is None else self.labels
         if not hasattr(labels, "__len__"):
             raise UserError(f"labels must be a list of class ids or {RANDOM!r}, got {quote(labels)}")
         if not len(labels):
@@ -142,6 +141,12 @@ class RunRequest:
         if pipeline.conditioning.takes_prompts:
             return as_ids(list(labels), "labels", count).tolist()
         return pipeline.conditioning.requests(labels)
+
+    def _class_named(self, name: str, pipeline: Pipeline) -> list[int]:
+        try:
+            return pipeline.conditioning.requests(name)
+        except UserError as error:
+            raise UserError(f"{error}; {RANDOM!r} stands for random classes") from error
 
     def _prompts(self, pipeline: Pipeline) -> Prompts | None:
         prompts = self.prompts
@@ -274,7 +279,7 @@ def decode_run(
     """
     folder = as_path(folder)
     if folder.resolve() == source.path.resolve():
-        raise UserError(f"--output-dir {folder} is the run itself; give another folder")
+        raise UserError(f"{folder} is the run itself; give another folder (--output-dir)")
     processes = processes or Processes()
     with termination_raises():
         refuse_if_busy(folder, processes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding import Sampling
-from softcfg.errors import UserError
+from softcfg.errors import UserError, user_errors
 from softcfg.guidance import CFG, describe
 from softcfg.guidance.composition import check_scale
 from softcfg.models.base import Generator
@@ -171,11 +171,9 @@ def resizing(tokenizer: Tokenizer, prompts: Prompts | None) -> dict[str, int]:
 
 def guidance_settings(guidance: CFG) -> dict[str, Any]:
     """The settings of guidance as run.json holds them; raises `UserError` if a part of it has no name or no effect."""
-    try:
+    with user_errors():
         check_scale(guidance)
         return describe(guidance)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _read_with(conditioning: Conditioning) -> dict[str, Any]:

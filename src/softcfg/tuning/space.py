@@ -142,13 +142,10 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
     preset = str(chosen.pop("preset", PRESET.default))
     find(PRESETS, preset, "there is no preset named")
     sampling = {name: chosen.pop(name) for name in settings_of(Sampling) if name in chosen}
-    try:
-        # A search over rules has settings of each; a trial has those of its own.
-        guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
-        pipeline.check_guidance(guidance)
-        return guidance, pipeline.sampling(**sampling)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    # A search over rules has settings of each; a trial has those of its own.
+    guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
+    pipeline.check_guidance(guidance)
+    return guidance, pipeline.sampling(**sampling)
 
 
 def sample_flags(guidance: CFG, sampling: Sampling) -> list[str]:

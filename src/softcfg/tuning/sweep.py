@@ -95,7 +95,7 @@ class SweepConfig:
         reference, extractor: as in `evaluate`; so are `cache` and `feature_batch_size`, there `batch_size`.
         num_samples: images per trial.
         batch_size: images drawn at once; at most 100 by default.
-        labels: class ids that the images take in turn, all by default, or "random".
+        labels: class ids or names that the images take in turn, all by default, or "random".
         seed: all trials draw image n from the same random stream (seed, n).
         sampler: "tpe", "random" or "grid"; `sampler_seed` decides the proposals.
         early_stop: stop a trial at a rung unless it is among the best of this share of the trials that came as far,
@@ -113,7 +113,7 @@ class SweepConfig:
     extractor: str | Extractor = "inception"
     num_samples: int = 1000
     batch_size: int | None = None
-    labels: Sequence[int] | str | None = None
+    labels: Sequence[int | str] | str | None = None
     seed: int = 0
     sampler: str = "tpe"
     sampler_seed: int = 0
@@ -511,17 +511,20 @@ def _words_of(pipeline: Pipeline, request: RunRequest) -> list[str]:
     words += ["--dtype", kind] if kind != "float32" else []
     size = resizing(pipeline.tokenizer, None).get("image_size_eval")
     words += ["--image-size-eval", str(size)] if size is not None else []
-    words += ["--labels", _labels_text(request.labels), "--num-samples", str(request.num_samples)]
+    words += ["--labels", _labels_text(request.labels, pipeline), "--num-samples", str(request.num_samples)]
     return [*words, "--batch-size", str(request.batch_size), "--seed", str(request.seed), "--no-png", "--no-compare"]
 
 
-def _labels_text(labels: Sequence[int] | str | None) -> str:
+def _labels_text(labels: Sequence[int | str] | str | None, pipeline: Pipeline) -> str:
     """The labels as `softcfg sample` takes them."""
     if labels is None:
         return "all"
-    text = RANDOM if isinstance(labels, str) else ",".join(map(str, labels))
+    if isinstance(labels, str) and labels == RANDOM:
+        return RANDOM
+    ids = pipeline.conditioning.requests(labels)
+    text = ",".join(map(str, ids))
     if len(text) > LONGEST_LABELS:
-        raise UserError(f"{len(labels)} labels do not fit into the command of a row; take all in turn, or random ones")
+        raise UserError(f"{len(ids)} labels do not fit into the command of a row; take all in turn, or random ones")
     return text
 
 

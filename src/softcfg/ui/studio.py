@@ -180,7 +180,7 @@ class Session:
     shots: int = 0
 
     def picture(self, number: int) -> Picture:
-        """Raises `UserError` where it is gone."""
+        """The kept picture of that number; raises `UserError` if it was dropped."""
         if number not in self.pictures:
             raise UserError("That picture is no longer kept; draw it again with its settings link.")
         return self.pictures[number]
@@ -462,7 +462,7 @@ class Studio:
         return sum(drawing is not None and drawing.active for drawing in drawings)
 
     def model(self, name: Any) -> Model:
-        """Raises `UserError` where there is none of that name."""
+        """The model of that name; raises `UserError` if there is none."""
         if not isinstance(name, str) or name not in self.models:
             raise UserError(f"There is no model {name!r} here; there are {', '.join(self.models)}.")
         return self.models[name]

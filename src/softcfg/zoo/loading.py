@@ -46,8 +46,8 @@ def load_generator(
     """Load a generator in eval mode, its parameters without gradients.
 
     Args:
-        family: a family ("alitok", "rar", "robustok", "llamagen"); or a model of the zoo ("alitok-xl") or a model
-            folder, which then supplies what is not given.
+        family: one of `softcfg.zoo.registry.GENERATORS`, such as "alitok"; or a model of the zoo ("alitok-xl") or a
+            model folder, which then supplies what is not given.
         config: the family's configuration dataclass, a mapping (flat or as released) or a YAML file.
         checkpoint: a weights file, the index of several, or a state dict, under the released names. Tensors that need
             no conversion are used as they are, not copied.
@@ -69,7 +69,7 @@ def load_tokenizer(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Tokenizer:
-    """Load an image tokenizer, of a family ("alitok", "maskgit-vq", "robustok", "llamagen-vq") or of a model.
+    """Load an image tokenizer, of a family of `softcfg.zoo.registry.TOKENIZERS`, such as "maskgit-vq", or of a model.
 
     See `load_generator`.
     """
