@@ -115,6 +115,14 @@ def needing(what: str, extra: str) -> Iterator[None]:
         raise UserError(f"{what.format(error.name)}: {how_to_install(extra)}") from error
 
 
+def require_name(name: str, known: Iterable[str], problem: str) -> str:
+    """Return `name` if it is known, or raise a `UserError` that starts with `problem` and suggests near names."""
+    known = list(known)
+    if name in known:
+        return name
+    raise UserError(f"{problem} {quote(name)}; {suggestion(name, known) or 'known: ' + ', '.join(known)}")
+
+
 def require_whole(value: object, name: str, least: int) -> int:
     """Return `value`, which goes by `name`; raise `UserError` unless it is a whole number from `least` on."""
     try:

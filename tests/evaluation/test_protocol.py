@@ -351,7 +351,7 @@ def test_a_cache_that_cannot_be_written(files: dict[str, Path], tmp_path: Path) 
         ({"metrics": [None]}, "no metric named 'None'"),
         ({"labels": "abc"}, "labels must be the class of every sample"),
         ({"labels": [1.5] * 6}, "labels must be whole numbers, got float32"),
-        ({"batch_size": "64"}, "batch size must be at least 1, got '64'"),
+        ({"batch_size": "64"}, "batch size must be a whole number, got '64'"),
         ({"dtype": torch.bfloat16}, "dtype must be float32 or float64"),
         ({"device": "nonsense"}, "device 'nonsense' is not available"),
         ({"device": "meta"}, "device 'meta' is not available"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_name
 from softcfg.evaluation.emoji_judge import load_judge, shares_right
 from softcfg.evaluation.fashion_classifier import FashionClassifier, SmallNetwork
 from softcfg.evaluation.features import Extractor, Features
@@ -18,7 +18,7 @@ from softcfg.evaluation.inception import InceptionV3
 from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
 from softcfg.files import as_path
 from softcfg.nn.precision import as_device, as_dtype
-from softcfg.zoo.registry import BUNDLED, find
+from softcfg.zoo.registry import BUNDLED
 
 ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
 
@@ -48,7 +48,7 @@ def load_extractor(
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"extractor {name} cannot be imported: {error}") from error
     else:
-        factory = find(EXTRACTORS, name, "there is no feature extractor named")
+        factory = EXTRACTORS[require_name(name, EXTRACTORS, "there is no feature extractor named")]
     arguments = (None if weights is None else as_path(weights), as_device(device), as_dtype(dtype))
     try:
         inspect.signature(factory).bind(*arguments)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, require_name, require_whole
 from softcfg.evaluation import metrics as formulas
 from softcfg.evaluation.extractors import load_extractor
 from softcfg.evaluation.features import Extractor, Features, extract
@@ -25,10 +25,9 @@ from softcfg.evaluation.report import TITLES, Report
 from softcfg.evaluation.sources import ImageSource, ResizedSource, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
 from softcfg.files import hash_file
-from softcfg.nn.precision import dtype_name, has_float64
+from softcfg.nn.precision import as_device, as_dtype, dtype_name, has_float64
 from softcfg.tokenizers.base import checked_size
 from softcfg.version import __version__
-from softcfg.zoo.registry import find
 
 if TYPE_CHECKING:
     from softcfg.evaluation.sources import Images
@@ -90,20 +89,17 @@ def evaluate(
     metrics = [metrics] if isinstance(metrics, str) else metrics
     if not isinstance(metrics, (Sequence, set, frozenset, type(None))):
         raise UserError(f"metrics must be a list of names, got {quote(metrics)}")
-    wanted = [
-        find({name: name for name in METRICS}, str(name), "there is no metric named") for name in metrics or METRICS
-    ]
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, got {quote(batch_size)}")
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise UserError(f"dtype must be float32 or float64, got {quote(dtype)}")
+    wanted = [require_name(str(name), METRICS, "there is no metric named") for name in metrics or METRICS]
+    batch_size = require_whole(batch_size, "the batch size", 1)
+    computed_in = as_dtype(dtype) or torch.float32
+    if computed_in not in (torch.float32, torch.float64):
+        raise UserError(f"dtype must be float32 or float64, got {dtype_name(computed_in)}")
     if not isinstance(extractor, (str, Extractor)):
         raise UserError(f"the extractor must be a name or an Extractor, got {quote(extractor)}")
     for name, path in (("weights", weights), ("cache", cache), ("save_stats", save_stats)):
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise UserError(f"{name} must be a path, got {quote(path)}")
-    device = _available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     # What can be refused is refused before anything takes time.
     inputs = [_Input.open(given) for given in ((samples,) if reference is None else (samples, reference))]
@@ -118,7 +114,7 @@ def evaluate(
     if save_stats and inputs[0].source is None:
         raise UserError(f"{inputs[0].name} holds no images of which statistics could be saved")
     if not isinstance(extractor, Extractor):
-        extractor = load_extractor(extractor, weights, device, dtype)
+        extractor = load_extractor(extractor, weights, device, computed_in)
     if not metrics:
         suits = {"class_accuracy": extractor.classifies, **dict.fromkeys(AGREEMENT, extractor.agreement is not None)}
         wanted = [name for name in wanted if suits.get(name, True)]
@@ -179,15 +175,6 @@ def evaluate(
             notes.append(f"FID and sFID use the statistics in {inputs[0].name}, not its images")
         notes += [note for side in sides if (note := side.note())]
     return Report(values, settings, notes)
-
-
-def _available(device: str | torch.device) -> torch.device:
-    """The device; raises `UserError` if nothing can be computed there."""
-    try:
-        torch.zeros(1, device=device).cpu()  # "meta" has no values to bring back
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"device {quote(device)} is not available; use cpu, or cuda where there is a GPU") from error
 
 
 def _as_labels(labels: ArrayLike | Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def as_device(device: torch.device | str | int) -> torch.device:
     try:
         found = torch.device(device)
         if found.type == "meta":
-            raise UserError("the device meta holds no numbers, so nothing can be computed there; use cpu or cuda")
+            raise UserError("device 'meta' is not available here: the device meta holds no numbers; use cpu or cuda")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         shown = str(device) if isinstance(device, torch.device) else device

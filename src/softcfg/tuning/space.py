@@ -17,10 +17,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg.configuration import read_interval
 from softcfg.decoding import Sampling
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_name
 from softcfg.guidance import CFG, PRESETS, Setting, View, all_settings, compose, describe, settings_of
 from softcfg.pipeline import Pipeline
-from softcfg.zoo.registry import find
 
 SAMPLERS = ("tpe", "random", "grid")
 STARTUP = 10  # trials that TPE draws at random before it models what it has seen
@@ -97,7 +96,7 @@ def setting_named(name: str) -> str:
     """The setting called `name`, or like the flag of `softcfg sample` called `name`; raises `UserError`."""
     name = name.strip().lstrip("-").replace("-", "_")
     known = {setting.dest: setting.name for setting in SETTINGS.values()} | {name: name for name in SETTINGS}
-    return find(known, name, "there is no setting named")
+    return known[require_name(name, known, "there is no setting named")]
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -140,7 +139,7 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
         for name, value in settings.items()
     }
     preset = str(chosen.pop("preset", PRESET.default))
-    find(PRESETS, preset, "there is no preset named")
+    require_name(preset, PRESETS, "there is no preset named")
     sampling = {name: chosen.pop(name) for name in settings_of(Sampling) if name in chosen}
     # A search over rules has settings of each; a trial has those of its own.
     guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)

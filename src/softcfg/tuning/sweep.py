@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg import plugins
 from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UserError, clean, quote
+from softcfg.errors import UserError, clean, quote, require_name
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import as_path, make_folder
@@ -44,7 +44,6 @@ from softcfg.runs.processes import Processes
 from softcfg.runs.progress import ProgressBar
 from softcfg.runs.settings import resizing
 from softcfg.tuning.space import SAMPLERS, Space, Values, methods, quiet, sample_flags, setting_named
-from softcfg.zoo.registry import find
 
 # What Optuna raises where a storage holds what it did not write.
 DAMAGED = (LookupError, ValueError, TypeError, AttributeError, AssertionError)
@@ -157,7 +156,7 @@ class Sweep:
         self.config = config
         self.space = Space(config.search)
         self.fixed = {setting_named(name): value for name, value in (config.fixed or {}).items()}
-        self.objective = find({name: name for name in METRICS}, config.objective, "there is no metric named")
+        self.objective = require_name(config.objective, METRICS, "there is no metric named")
         self.minimize = self.objective in FRECHET
         if both := self.fixed.keys() & self.space.search.keys():
             raise UserError(f"{min(both)} is both fixed and searched")

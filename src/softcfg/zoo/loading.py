@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import ConfigSource, load_config
-from softcfg.errors import CheckpointError, UserError, clean, quote
+from softcfg.errors import CheckpointError, UserError, clean, quote, require_name
 from softcfg.zoo.files import find_file, require_file
 from softcfg.zoo.mapped import MappedFiles, give_back_freed
 from softcfg.zoo.reading import read_json, read_weights
-from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, find, resolve
+from softcfg.zoo.registry import GENERATORS, MODELS, TOKENIZERS, Component, Family, ModelEntry, ModelFile, resolve
 from softcfg.zoo.unwrapping import find_weights, require_plain
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _load(
             raise UserError(f"loading a {name} {kind} needs checkpoint=, a weights file or a state dict")
     else:
         if isinstance(name, str) and not os.path.exists(name):
-            find({**families, **MODELS}, name, f"there is no {kind} family or model named")
+            require_name(name, {**families, **MODELS}, f"there is no {kind} family or model named")
         entry = resolve(name)
         component = entry.generator if families is GENERATORS else entry.tokenizer
         family = component.family

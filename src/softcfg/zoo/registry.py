@@ -19,7 +19,7 @@ import yaml
 
 from softcfg.configuration import read_yaml
 from softcfg.decoding.filtering import Sampling
-from softcfg.errors import UserError, clean, quote, suggestion
+from softcfg.errors import UserError, clean, quote, require_name, suggestion
 from softcfg.files import as_path, is_file, is_folder
 from softcfg.guidance.composition import all_settings
 from softcfg.guidance.settings import Setting, settings_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parent / "bundled"
 PUBLISHED = Path(__file__).parent / "published"
 
-DTYPES = {name: name for name in ("float32", "float16", "bfloat16")}
+DTYPES = ("float32", "float16", "bfloat16")
 LARGEST_SETTING = 1e9  # of the default sampling
 GUIDANCE_DEFAULTS = ("guidance_scale", "guidance_scale_pow", "schedule", "rule")  # of which a model may have its own
 FIELDS = (  # of a model.yaml, and of one of its components
@@ -277,13 +277,6 @@ def _registering(
     return register
 
 
-def find(table: Mapping[str, Named], name: str, problem: str) -> Named:
-    """Return `table[name]`, or raise a `UserError` that starts with `problem` and suggests near names."""
-    if name in table:
-        return table[name]
-    raise UserError(f"{problem} {quote(name)}; {suggestion(name, table) or 'known: ' + ', '.join(table)}")
-
-
 def default_settings() -> dict[str, Setting]:
     """The settings of which a model may have values that suit it, by name: of guidance, and all of `Sampling`."""
     guidance = all_settings()
@@ -369,12 +362,12 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
         section = expect(dict, content, key)
         fields(section, COMPONENT_FIELDS, f"{key}.")
         return Component(
-            find(families, expect(str, section, "family"), f"{path}: unknown {key} family"),
+            families[require_name(expect(str, section, "family"), families, f"{path}: unknown {key} family")],
             expect(dict, section, "config", {}),
             file(section, "checkpoint", f"{key}.safetensors"),
             expect(int, section, "parameters", 0) or None,
             file(section, "config_file") if "config_file" in section else None,
-            find(DTYPES, expect(str, section, "dtype", "float32"), f"{path}: {key} has no dtype"),
+            require_name(expect(str, section, "dtype", "float32"), DTYPES, f"{path}: {key} has no dtype"),
         )
 
     def text() -> TextComponent:
@@ -453,7 +446,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
             return _fetched(model)
         if path.parent != Path() or isinstance(model, Path) or set(model) & set("/\\~"):
             raise UserError(f"there is no folder {model}; give the name of a model or the path of a model folder")
-    return find(MODELS, str(model), "there is no model named")
+    return MODELS[require_name(str(model), MODELS, "there is no model named")]
 
 
 def is_repository(model: str) -> bool:
