@@ -482,3 +482,19 @@ def test_a_field_that_is_declared_once_is_checked() -> None:
         assert made(size=3) != made()  # type: ignore[call-arg]
     finally:
         del RULES["sized"]
+
+
+@pytest.mark.parametrize("name", ["guide", "guide_step", "away_from"])
+def test_a_method_of_ones_own_acts_in_every_way_to_decode(pipe: Pipeline, name: str) -> None:
+    """Also where kernels would draw from CFG's formula."""
+    methods: dict[str, Any] = {
+        "guide": lambda self, cond, uncond, scale: cond - uncond,
+        "guide_step": lambda self, cond, uncond, scale, *, step, state=None: (cond - uncond, None),
+        "away_from": lambda self, uncond, weak: 0.5 * uncond,
+    }
+    guidance = type("Own", (CFG,), {name: methods[name]})(4.0, 0.0)
+    uniforms = image_uniforms(5, range(2), pipe.generator.num_tokens)
+    tokens = decode(pipe.generator, [0, 2], guidance, uniforms=uniforms)
+    trace = softcfg.trace(pipe.generator, labels=[0, 2], tokens=tokens, guidance=guidance)
+    assert torch.equal(draw(trace.guided_logits.softmax(-1), uniforms), tokens)
+    assert not torch.equal(decode(pipe.generator, [0, 2], CFG(4.0, 0.0), uniforms=uniforms), tokens)

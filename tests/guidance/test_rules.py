@@ -153,6 +153,14 @@ def test_what_is_switched_off_is_cfg(name: str, settings: dict[str, Any]) -> Non
     torch.testing.assert_close(guided, guided_by(Rule(), cond, uncond, SCALES).softmax(-1), rtol=1e-9, atol=1e-12)
 
 
+def test_an_adaptive_scale_is_none_away_from_flat_logits() -> None:
+    """The relative distance to them is endless, so it is as from logits that are nearly flat."""
+    cond, uncond = branches()
+    flat, nearly = (guided_by(RULES["adaptive"](), cond, small * uncond, SCALES) for small in (0.0, 1e-12))
+    torch.testing.assert_close(flat.softmax(-1), cond.softmax(-1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat.softmax(-1), nearly.softmax(-1), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", [name for name in VARIED if name != "cfg"])
 def test_ruled_out_tokens_are_out_of_the_norms(name: str) -> None:
     """Beside tokens at -inf in both branches, the others are guided as if there were no more of them."""

@@ -97,6 +97,27 @@ def test_plug(name: str) -> None:
     assert torch.equal(tokens, draw(sampling.probabilities(trace.guided_logits), image_uniforms(3, range(2), 9)))
 
 
+@pytest.mark.parametrize("name", ["pag", "apg+vpg", "tcfg+tpg"])
+def test_a_trace_shows_processors_the_tokens(name: str) -> None:
+    """And not those that are read in their place by the branch that is perturbed."""
+    pytest.importorskip("transformers")
+    from softcfg.integrations import transformers as plug
+
+    seen: list[list[int]] = []
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.extend(ids[:, -8:].tolist())
+        return scores
+
+    prompts = plug.Prompts(torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[1]]))
+    tokens = torch.arange(20, 38).view(2, 9)
+    generator = plug.TransformersGenerator(tiny_llama(), 9, logits_processor=[note])
+    softcfg.trace(generator, labels=prompts, tokens=tokens, guidance=GUIDANCE[name])
+    assert {tuple(row) for row in seen if len(row) == 8 and row[0] in (20, 29)} == {
+        tuple(row[:8]) for row in tokens.tolist()
+    }
+
+
 def test_settings_and_traces(pipe: Pipeline, tmp_path: Path) -> None:
     for guidance in GUIDANCE.values():
         settings = describe(guidance)

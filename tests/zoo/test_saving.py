@@ -62,6 +62,14 @@ def test_what_cannot_be_saved(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write into folder"):
         pipe.save_pretrained(tmp_path / "file")
+    config = pipe.generator.config
+    del pipe.generator.config
+    with pytest.raises(UserError, match=r"AliTok does not keep its configuration, .* set self\.config"):
+        pipe.save_pretrained(tmp_path / "none")
+    pipe.generator.config = object()
+    with pytest.raises(UserError, match="AliTok is of no family that is registered"):
+        pipe.save_pretrained(tmp_path / "other")
+    pipe.generator.config = config
     pytest.importorskip("torchao")
     rounded = Pipeline.from_pretrained(model_folder, quantize="int8")
     with pytest.raises(UserError, match="the weights of the generator are quantized or offloaded"):

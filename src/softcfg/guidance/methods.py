@@ -149,8 +149,7 @@ class CFG:
     @property
     def is_linear(self) -> bool:
         """Whether the guided logits are uncond + scale * (cond - uncond)."""
-        kind = type(self)
-        return type(self.rule) is Rule and (kind.guide, kind.guide_step, kind.guide_steps) == _LINEAR
+        return type(self.rule) is Rule and all(getattr(type(self), name) is own for name, own in _LINEAR.items())
 
     @property
     def is_plain(self) -> bool:
@@ -247,7 +246,8 @@ class CFG:
         return torch.stack(guided, dim=1), torch.stack(known, dim=1)
 
 
-_LINEAR = CFG.guide, CFG.guide_step, CFG.guide_steps  # as they are here, whatever may be put in their place
+# As they are here, whatever may be put in their place.
+_LINEAR = {name: getattr(CFG, name) for name in ("guide", "guide_step", "guide_steps", "away_from")}
 
 
 @dataclass(frozen=True, repr=False)

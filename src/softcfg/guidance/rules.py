@@ -214,7 +214,7 @@ class AdaptiveScale(Centred):
     def combine(self, cond: Tensor, uncond: Tensor, scale: Scale, *, step: Step, state: State) -> Guided:
         """See `Centred.combine`."""
         push = cond - uncond
-        ratio = _divided(_norm(push), _norm(uncond))
+        ratio = (_norm(push) / _norm(uncond)).nan_to_num(0.0)  # endless from flat logits; none where both are flat
         return cond + (scale - 1) * (-self.alpha * ratio).exp() * push, None
 
 

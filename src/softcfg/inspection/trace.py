@@ -170,7 +170,7 @@ def trace(
     if (weaker := weak_model(guidance, generator, cond, weak, labels)) is not None:
         rows["weak"] = weaker
     if guidance.has_third_branch:
-        rows["perturbed"] = (generator, cond)
+        rows["perturbed"] = (generator, condition[:batch])  # of its own: a condition may keep what it is fed
     perturbed = {"perturbed"} if guidance.has_third_branch else {"uncond", "weak"}
     logits: dict[str, list[Tensor]] = {name: [] for name in rows}
     caches = {name: each.new_cache(part) for name, (each, part) in rows.items()}

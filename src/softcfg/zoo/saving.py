@@ -132,7 +132,10 @@ def _describe(module: nn.Module, families: Mapping[str, Family], kind: str) -> d
     classes = (type(module), type(config))
     family = next((name for name, family in families.items() if family.classes() == classes), None)
     if family is None:
-        raise UserError(f"{type(module).__name__} is of no family that is registered: see softcfg.zoo.register_{kind}")
+        name = type(module).__name__
+        if config is None and any(family.classes()[0] is type(module) for family in families.values()):
+            raise UserError(f"{name} does not keep its configuration, which is saved with it: set self.config")
+        raise UserError(f"{name} is of no family that is registered: see softcfg.zoo.register_{kind}")
     parameters = list(module.parameters())
     plain = all(type(parameter.data) is torch.Tensor and not parameter.is_meta for parameter in parameters)
     if not plain:
