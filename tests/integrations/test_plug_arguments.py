@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import plug_models  # noqa: E402
 from plug_models import PROMPTS, SHORT, WINDOW, with_large_weights  # noqa: E402
-from softcfg import CFG, SoftCFG, UserError  # noqa: E402
+from softcfg import CFG, Sampling, SoftCFG, UserError  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
 
 
@@ -274,6 +274,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "codes of text": ({"image_codes": "all"}, "image_codes must be ids of tokens, or one bool per step, got 'all'"),
     "no sampling": ({"sampling": 0}, r"sampling must be Sampling\(\.\.\.\), got 0"),
     "settings of sampling": ({"sampling": {}}, r"sampling must be Sampling\(\.\.\.\), got {}"),
+    "sampling twice": (
+        {"sampling": Sampling(), "temperature": 0.9, "top_p": 0.5},
+        "give sampling or temperature, top_p, not both",
+    ),
+    "no temperature": ({"temperature": 0.0}, "temperature must be"),
     "no head": ({"head": plug.ImageHead.janus}, r"head must be ImageHead\(\.\.\.\), got <bound method"),
     "name of a model": ({"model": "gpt2"}, "model must be a model of transformers, got 'gpt2'"),
     "no cache": ({"cache": None}, "cache must be 'dynamic' or 'static', got None"),
@@ -306,6 +311,17 @@ def test_decode_refuses(llama: Any, what: str) -> None:
     settings, sentence = REFUSED[what]
     with pytest.raises(UserError, match=sentence):
         decode(**{"model": llama, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.4}, {"temperature": 2.0, "top_k": 9, "top_p": 0.7}],
+    ids=str,
+)
+def test_decode_takes_the_settings_of_sampling_one_by_one(llama: Any, settings: dict[str, Any]) -> None:
+    drawn = decode(llama, num_tokens=8, **settings)
+    assert torch.equal(drawn, decode(llama, num_tokens=8, sampling=Sampling(**settings)))
+    assert not torch.equal(drawn, decode(llama, num_tokens=8))
 
 
 @pytest.mark.parametrize("ended", [True, torch.tensor(True)], ids=["bool", "tensor"])

@@ -37,6 +37,9 @@ def decode(
     image_codes: Tensor | Sequence[int] | None = None,
     head: ImageHead | None = None,
     sampling: Sampling | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
@@ -56,6 +59,7 @@ def decode(
         image_codes: which tokens get a confidence: their ids, or bool [T], the steps that draw one. None: all.
             The slots of other tokens (line ends, end of image) are never weighted.
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
+        temperature, top_k, top_p: the same one by one, in place of `sampling`.
         seed, indices: row b is image `indices[b]` (by default b) of `seed`, one index per row; see `image_uniforms`.
         stopping_criteria: called with the prompts and tokens so far and None after every step; rows for which one
             returns True (bool [B], or one for all) get `pad_token_id` from then on, and decoding ends when all rows are
@@ -74,7 +78,7 @@ def decode(
     guidance = checked_guidance(guidance)
     if guidance.has_weak_model:
         raise UserError("a weak model is not for this function: leave out weak_share, or use a Pipeline with weak=")
-    sampling = one_sampling(sampling, None, None, None)
+    sampling = one_sampling(sampling, temperature, top_k, top_p)
     criteria = as_functions("stopping_criteria", stopping_criteria)
     codes = None if image_codes is None else as_codes(image_codes)
     by_step = codes is not None and codes.dtype == torch.bool
