@@ -22,7 +22,7 @@ from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_wh
 from softcfg.guidance import CFG, SoftCFG, settings_of
 from softcfg.models.base import Generator, LabelsLike
 from softcfg.models.conditioning import Conditioning
-from softcfg.models.ids import as_ids
+from softcfg.models.ids import LARGEST_ID, as_ids
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.linear import parameter_count, weights_at_rest, weights_in_use
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, own_dtype, wanted_dtype
@@ -477,7 +477,7 @@ class Pipeline:
         requests = calls.repeated(requests, num_images_per_prompt)
         from_prompts = self.conditioning.takes_prompts
         count = len(inputs)
-        indices = list(range(count)) if indices is None else as_ids(indices, "indices", (1 << 63) - 1).tolist()
+        indices = list(range(count)) if indices is None else as_ids(indices, "indices", LARGEST_ID).tolist()
         if not isinstance(indices, list):
             raise UserError(f"indices must be a list, got {indices}")
         if len(indices) != count:

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import plug_models  # noqa: E402
 from plug_models import PROMPTS, SHORT, WINDOW, with_large_weights  # noqa: E402
-from softcfg import CFG, SoftCFG, UserError  # noqa: E402
+from softcfg import CFG, Sampling, SoftCFG, UserError  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
 
 
@@ -207,7 +207,7 @@ def test_weights_of_another_shape(llama: Any, weights: Any) -> None:
 
 def test_a_generator_needs_weights_of_all_its_slots(llama: Any) -> None:
     generator = plug.TransformersGenerator(llama, 4)
-    condition = generator.condition(plug.Prompts(PROMPTS[1:]), guided=False)
+    condition = generator.condition(plug.PromptTokens(PROMPTS[1:]), guided=False)
     with pytest.raises(UserError, match="value_weights must be of at least the 7 slots filled so far, got 6"):
         generator(condition, torch.tensor([[20, 21]]), value_weights=torch.ones(1, 6))
 
@@ -274,6 +274,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "codes of text": ({"image_codes": "all"}, "image_codes must be ids of tokens, or one bool per step, got 'all'"),
     "no sampling": ({"sampling": 0}, r"sampling must be Sampling\(\.\.\.\), got 0"),
     "settings of sampling": ({"sampling": {}}, r"sampling must be Sampling\(\.\.\.\), got {}"),
+    "sampling twice": (
+        {"sampling": Sampling(), "temperature": 0.9, "top_p": 0.5},
+        "give sampling or temperature, top_p, not both",
+    ),
+    "no temperature": ({"temperature": 0.0}, "temperature must be"),
     "no head": ({"head": plug.ImageHead.janus}, r"head must be ImageHead\(\.\.\.\), got <bound method"),
     "name of a model": ({"model": "gpt2"}, "model must be a model of transformers, got 'gpt2'"),
     "no cache": ({"cache": None}, "cache must be 'dynamic' or 'static', got None"),
@@ -306,6 +311,17 @@ def test_decode_refuses(llama: Any, what: str) -> None:
     settings, sentence = REFUSED[what]
     with pytest.raises(UserError, match=sentence):
         decode(**{"model": llama, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.4}, {"temperature": 2.0, "top_k": 9, "top_p": 0.7}],
+    ids=str,
+)
+def test_decode_takes_the_settings_of_sampling_one_by_one(llama: Any, settings: dict[str, Any]) -> None:
+    drawn = decode(llama, num_tokens=8, **settings)
+    assert torch.equal(drawn, decode(llama, num_tokens=8, sampling=Sampling(**settings)))
+    assert not torch.equal(drawn, decode(llama, num_tokens=8))
 
 
 @pytest.mark.parametrize("ended", [True, torch.tensor(True)], ids=["bool", "tensor"])
@@ -358,8 +374,8 @@ def test_image_tokens_are_a_grid(fields: tuple[Any, ...], sentence: str) -> None
         plug.ImageTokens(*fields)
 
 
-def prompts_of(ids: Any, mask: Any = None) -> Callable[..., plug.Prompts]:
-    return lambda prompt: plug.Prompts(ids, attention_mask=mask)
+def prompts_of(ids: Any, mask: Any = None) -> Callable[..., plug.PromptTokens]:
+    return lambda prompt: plug.PromptTokens(ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -380,11 +396,11 @@ def test_an_image_generator_refuses(llama: Any, changes: dict[str, Any], sentenc
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        (plug.Prompts(SHORT), r"prompts must be a list of Prompts\(input_ids, \.\.\.\), got Prompts"),
-        ([SHORT], r"a prompt must be Prompts\(input_ids, \.\.\.\) of one row, got tensor"),
-        ([plug.Prompts(PROMPTS)], r"must be one row, \[L\] or \[1, L\], got \[2, 5\] and \[2, 5\]"),
-        ([plug.Prompts(SHORT, attention_mask=torch.ones(1, 3))], r"must be one row, .* got \[1, 2\] and \[1, 3\]"),
-        ([plug.Prompts("a star")], "input_ids must be integers in"),
+        (plug.PromptTokens(SHORT), r"prompts must be a list of PromptTokens\(input_ids, \.\.\.\), got PromptTokens"),
+        ([SHORT], r"a prompt must be PromptTokens\(input_ids, \.\.\.\) of one row, got tensor"),
+        ([plug.PromptTokens(PROMPTS)], r"must be one row, \[L\] or \[1, L\], got \[2, 5\] and \[2, 5\]"),
+        ([plug.PromptTokens(SHORT, attention_mask=torch.ones(1, 3))], r"must be one row, .* got \[1, 2\] and \[1, 3\]"),
+        ([plug.PromptTokens("a star")], "input_ids must be integers in"),
     ],
     ids=["alone", "tensor", "two rows", "longer mask", "text"],
 )
@@ -395,7 +411,7 @@ def test_prompts_of_an_image_generator_are_rows(llama: Any, inputs: Any, sentenc
 
 
 def test_a_generator_takes_prompts_and_steps(llama: Any) -> None:
-    with pytest.raises(UserError, match=r"prompts must be Prompts\(input_ids, \.\.\.\), got tensor"):
+    with pytest.raises(UserError, match=r"prompts must be PromptTokens\(input_ids, \.\.\.\), got tensor"):
         plug.TransformersGenerator(llama, 4).condition(PROMPTS, guided=False)
     steps = [True, False, True, True]
     assert plug.TransformersGenerator(llama, 4, code_steps=steps).code_steps.tolist() == steps  # type: ignore[arg-type, union-attr]

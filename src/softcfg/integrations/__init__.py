@@ -1,1 +1,1 @@
-"""SoftCFG inside other libraries' models: one module a library, imported by its name."""
+"""SoftCFG inside other libraries' models: one package a library, imported by its name."""

@@ -1,0 +1,250 @@
+"""A causal language model of transformers as a generator of this library."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from softcfg.errors import UserError, quote, require_whole
+from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
+from softcfg.integrations.transformers.image_head import ImageHead
+from softcfg.integrations.transformers.prompts import PromptCondition, PromptTokens, as_mask
+from softcfg.models.base import Condition, Generator
+from softcfg.models.geometry import Geometry
+from softcfg.models.ids import as_ids
+from softcfg.nn.position import Position
+from softcfg.nn.settings import holding
+
+
+class TransformersGenerator(Generator):
+    """A causal language model of transformers as a generator, for `softcfg.trace` and for `decode`.
+
+    Args:
+        model: of transformers; for SoftCFG with `model.set_attn_implementation("softcfg")`.
+        num_tokens: T, tokens to draw after a prompt.
+        head: for models whose image tokens have an embedding and a head of their own; that of Janus is found by
+            itself. Without one, token ids go in and `logits` come out.
+        code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
+            end of image) are never weighted.
+        logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
+            before temperature, top-k and top-p; returns what takes their place.
+        cache: "dynamic" or "static".
+        pad_token_id: fills the shorter prompts on the left; no query sees it.
+
+    Raises:
+        UserError: an argument is none of these, or the model has an image head that is not known here.
+    """
+
+    supports_row_positions = False
+    geometry: Geometry | None = None
+
+    def __init__(
+        self,
+        model: Any,
+        num_tokens: int,
+        *,
+        head: ImageHead | None = None,
+        code_steps: Tensor | None = None,
+        logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+        cache: str = "dynamic",
+        pad_token_id: int = 0,
+    ) -> None:
+        super().__init__()
+        num_tokens = require_whole(num_tokens, "num_tokens", 1)
+        if cache not in ("dynamic", "static"):
+            raise UserError(f"cache must be 'dynamic' or 'static', got {quote(cache)}")
+        if code_steps is not None:
+            code_steps = torch.as_tensor(code_steps)
+            if code_steps.dtype != torch.bool or code_steps.shape != (num_tokens,):
+                raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
+        if not (hasattr(model, "config") and hasattr(model, "forward")):
+            raise UserError(f"model must be a model of transformers, got {quote(model)}")
+        head = ImageHead.of(model) if head is None else head
+        if head is not None and not isinstance(head, ImageHead):
+            raise UserError(f"head must be ImageHead(...), got {quote(head)}")
+        self.model = model
+        self.num_tokens = num_tokens
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size if head is None else head.vocab_size
+        self.head = head
+        self.code_steps = code_steps
+        self.logits_processor = as_functions("logits_processor", logits_processor)
+        self.cache = cache
+        self.pad_token_id = require_whole(pad_token_id, "pad_token_id", 0)
+        module = model if head is None else head.backbone
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._arguments = {parameter.name for parameter in parameters}
+        self._takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
+        """See `Generator.condition`; `inputs` are `PromptTokens`, of all rows.
+
+        Raises:
+            UserError: ids or masks do not fit, or the unconditional prompts are missing.
+        """
+        if not isinstance(inputs, PromptTokens):
+            raise UserError(f"prompts must be PromptTokens(input_ids, ...), got {quote(inputs)}")
+        if inputs.unconditional_ids is None and inputs.unconditional_mask is not None:
+            raise UserError("unconditional_mask says what is padding in unconditional_ids, which are missing")
+        branches = [self._prompts("input_ids", inputs.input_ids, inputs.attention_mask)]
+        batch, prompt_slots = branches[0][0].shape
+        if guided:
+            if inputs.unconditional_ids is None:
+                raise UserError("guidance needs unconditional_ids")
+            branches.append(self._prompts("unconditional_ids", inputs.unconditional_ids, inputs.unconditional_mask))
+            if len(branches[1][0]) not in (1, batch):
+                raise UserError(
+                    f"unconditional_ids must have 1 row or {batch}, one per prompt, got {len(branches[1][0])}"
+                )
+        slots = max(ids.shape[1] for ids, _ in branches)
+        if any(ids.shape[1] < slots for ids, _ in branches):
+            as_ids([self.pad_token_id], "pad_token_id", self.model.get_input_embeddings().num_embeddings)
+        rows, padding = [], []
+        for ids, leading in branches:
+            short = slots - ids.shape[1]
+            rows.append(F.pad(ids, (short, 0), value=self.pad_token_id).expand(batch, -1))
+            padding.append((leading + short).expand(batch))
+        return PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens, self.geometry)
+
+    def forward(
+        self,
+        condition: Condition,
+        tokens: Tensor,
+        *,
+        cache: Any = None,
+        slot: Position | int = 0,
+        value_weights: Tensor | None = None,
+        key_weights: Tensor | None = None,
+        attention_weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `Generator.forward`. A pass goes on where the cache ends.
+
+        Raises:
+            UserError: no attention layer sees the weights, they are not of all slots, or rows have slots of their own.
+        """
+        assert isinstance(condition, PromptCondition)
+        position = Position.of(slot)
+        start = position.slot
+        if start is None:
+            raise UserError(
+                "caches of transformers have one length for all rows: steps cannot be static or speculative"
+            )
+        first = max(start, condition.slots)  # slot of the first token
+        filled = first + tokens.shape[1]
+        condition.sequence[:, first:filled] = tokens
+        weights = {}
+        if tokens.shape[1]:  # prompts are never weighted
+            given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
+            weights = {name: weight[..., :filled] for name, weight in given.items() if weight is not None}
+        for name, weight in weights.items():
+            if weight.shape[-1] < filled:
+                raise UserError(f"{name} must be of at least the {filled} slots filled so far, got {weight.shape[-1]}")
+
+        inputs: dict[str, Any] = dict(weights) if self._takes_weights else {}
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        if condition.padded:
+            slots = torch.arange(filled, device=tokens.device)
+            inputs["attention_mask"] = (slots >= condition.padding[:, None]).long()
+        if "position_ids" in self._arguments:
+            inputs["position_ids"] = position.index(filled - start, condition.padding)
+        predicting = position.first_predicting(condition.slots)
+        calls: list[bool] = []
+        with holding(brought_weights, calls):
+            logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
+        if weights:
+            self._require_weighted(calls, cache)
+        return logits.to(tokens.device)
+
+    def _require_weighted(self, calls: list[bool], cache: Any) -> None:
+        """Raise a `UserError` unless every attention layer took the weights: all calls, and as many as keep keys."""
+        cached = sum(getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", ()))
+        layers = max(len(calls), cached)
+        if not any(calls):
+            raise UserError(
+                f"no attention layer of {type(self.model).__name__} saw the weights of SoftCFG: call "
+                f"model.set_attn_implementation({ATTENTION!r}) first; if that was done, its layers do not hand "
+                "keyword arguments to transformers' AttentionInterface"
+            )
+        if sum(calls) < layers:
+            raise UserError(
+                f"{layers - sum(calls)} of the {layers} attention layers of {type(self.model).__name__} did not see "
+                "the weights of SoftCFG: they do not hand keyword arguments to transformers' AttentionInterface"
+            )
+
+    def new_cache(self, condition: Condition) -> Any:
+        """An empty cache of transformers for the rows of `condition`."""
+        if self.cache == "static":
+            return StaticCache(config=self.model.config, max_cache_len=condition.cache_slots)
+        return DynamicCache(config=self.model.config)
+
+    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], after the tokens that were fed."""
+        assert isinstance(condition, PromptCondition)
+        logits = super().constrain(logits, steps, condition)
+        if not self.logits_processor:
+            return logits
+        processed = []
+        for step, scores in zip(steps.tolist(), logits.unbind(1), strict=True):
+            for processor in self.logits_processor:
+                scores = processor(condition.conditional(len(logits), step), scores)
+            if not isinstance(scores, Tensor) or scores.shape != (len(logits), logits.shape[-1]):
+                got = list(scores.shape) if isinstance(scores, Tensor) else quote(scores)
+                raise UserError(
+                    f"logits_processor must return logits [{len(logits)}, {logits.shape[-1]}], as they came, got {got}"
+                )
+            processed.append(scores)
+        return torch.stack(processed, dim=1)
+
+    def is_code(self, steps: Tensor, condition: Condition) -> Tensor | None:
+        """See `Generator.is_code`."""
+        if self.code_steps is None:
+            return super().is_code(steps, condition)
+        return self.code_steps.to(steps.device)[steps]
+
+    def _prompts(self, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        """Checked ids [B, L] on the device of the model, and the number of leading slots [B] that are padding."""
+        ids = as_ids(ids, name, self.model.get_input_embeddings().num_embeddings).to(self.device)
+        visible = self._behind_padding(ids) if mask is None else as_mask(name, mask).to(self.device)
+        if ids.dim() != 2 or not ids.numel() or visible.shape != ids.shape:
+            raise UserError(f"{name} and their mask must be [B, L], got {list(ids.shape)} and {list(visible.shape)}")
+        if not visible[:, -1].all() or (visible.diff(dim=1) < 0).any():
+            raise UserError(f"{name} must be padded on the left")
+        return ids, (visible == 0).sum(dim=1)
+
+    def _behind_padding(self, ids: Tensor) -> Tensor:
+        """The mask of prompts that came without: 0 for padding tokens in front of others."""
+        configs = (getattr(self.model, "generation_config", None), self.model.config.get_text_config(decoder=True))
+        pad, end = (
+            next((found for c in configs if (found := getattr(c, name, None)) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        if ids.dim() != 2 or pad is None or pad in (end if isinstance(end, list) else [end]):
+            return torch.ones_like(ids)
+        text = ids != pad
+        return ((text.cumsum(dim=1) > 0) | ~text.any(dim=1, keepdim=True)).long()
+
+    def _logits(self, prompt: Tensor, tokens: Tensor, first: int, inputs: dict[str, Any]) -> Tensor:
+        """Logits after the inputs from index `first` on; `prompt` is [rows, 0] if it was fed before."""
+        if self.head is None:
+            ids = torch.cat((prompt, tokens), dim=1)
+            if "logits_to_keep" in self._arguments:
+                inputs["logits_to_keep"] = ids.shape[1] - first
+                return self.model(input_ids=ids, **inputs).logits
+            return self.model(input_ids=ids, **inputs).logits[:, first:]
+        parts = [self.model.get_input_embeddings()(prompt)] if prompt.shape[1] else []
+        parts += [self.head.embed(tokens)] if tokens.shape[1] else []
+        hidden = self.head.backbone(inputs_embeds=torch.cat(parts, dim=1), **inputs).last_hidden_state
+        return self.head.logits(hidden[:, first:])
+
+
+def as_functions(name: str, given: Iterable[Any] | None) -> list[Any]:
+    """The functions of a list, such as those of transformers; raise a `UserError` for anything else."""
+    functions = list(given) if isinstance(given, Iterable) else [None] * (given is not None)
+    if not all(map(callable, functions)):
+        raise UserError(f"{name} must be a list of functions, got {quote(given)}")
+    return functions
