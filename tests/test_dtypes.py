@@ -172,7 +172,7 @@ def test_the_plug(around: str) -> None:
             max_new_tokens=8, attention_mask=torch.ones_like(ids), eos_token_id=None,
         )  # fmt: skip
         generator = plug.TransformersGenerator(model, 8)
-        trace = softcfg.trace(generator, labels=plug.PromptTokens(ids, other), tokens=made, guidance=guidance)
+        trace = softcfg.trace(generator, labels=plug.Prompts(ids, other), tokens=made, guidance=guidance)
         return [made, greedy, trace.guided_logits]
 
     for guidance in (CFG(3.0), SoftCFG(3.0)):

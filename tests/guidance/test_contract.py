@@ -202,7 +202,7 @@ def test_plug(name: str) -> None:
     prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "unconditional_ids": torch.tensor([[1]])}
     tokens = plug.decode(model, guidance=guidance, num_tokens=9, sampling=sampling, seed=3, **prompts)
     trace = softcfg.trace(
-        plug.TransformersGenerator(model, 9), labels=plug.PromptTokens(**prompts), tokens=tokens, guidance=guidance
+        plug.TransformersGenerator(model, 9), labels=plug.Prompts(**prompts), tokens=tokens, guidance=guidance
     )
     guided = guided_by_hand(guidance, trace.cond_logits, trace.uncond_logits)
     torch.testing.assert_close(trace.guided_logits, guided, rtol=0, atol=1e-4)

@@ -112,7 +112,7 @@ def test_plug(llama: torch.nn.Module, name: str) -> None:
     prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "unconditional_ids": torch.tensor([[1]])}
     tokens = plug.decode(llama, guidance=guidance, num_tokens=9, sampling=sampling, seed=3, **prompts)
     generator = plug.TransformersGenerator(llama, 9)
-    trace = softcfg.trace(generator, labels=plug.PromptTokens(**prompts), tokens=tokens, guidance=guidance)
+    trace = softcfg.trace(generator, labels=plug.Prompts(**prompts), tokens=tokens, guidance=guidance)
     assert torch.equal(tokens, draw(sampling.probabilities(trace.guided_logits), image_uniforms(3, range(2), 9)))
 
 

@@ -92,7 +92,7 @@ def test_plug(name: str) -> None:
     prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "unconditional_ids": torch.tensor([[1]])}
     tokens = plug.decode(model, guidance=guidance, num_tokens=9, sampling=sampling, seed=3, **prompts)
     trace = softcfg.trace(
-        plug.TransformersGenerator(model, 9), labels=plug.PromptTokens(**prompts), tokens=tokens, guidance=guidance
+        plug.TransformersGenerator(model, 9), labels=plug.Prompts(**prompts), tokens=tokens, guidance=guidance
     )
     assert torch.equal(tokens, draw(sampling.probabilities(trace.guided_logits), image_uniforms(3, range(2), 9)))
 

@@ -28,11 +28,11 @@ END_OF_LINE, END_OF_IMAGE, FIRST_CODE = 30, 31, 8
 TOKENS = plug.ImageTokens(4, 4, 20, FIRST_CODE, row_end=(END_OF_LINE,), tail=(END_OF_IMAGE,))
 
 
-def encode(prompt: Prompt) -> plug.PromptTokens:
+def encode(prompt: Prompt) -> plug.Prompts:
     def ids(text: str) -> Tensor:
         return torch.tensor([[WORDS.index(word) for word in text.split()]])
 
-    return plug.PromptTokens(ids(prompt.text), ids(prompt.negative_text or "[UNK]"))
+    return plug.Prompts(ids(prompt.text), ids(prompt.negative_text or "[UNK]"))
 
 
 def language_model(seed: int = 7) -> Any:

@@ -207,7 +207,7 @@ def test_weights_of_another_shape(llama: Any, weights: Any) -> None:
 
 def test_a_generator_needs_weights_of_all_its_slots(llama: Any) -> None:
     generator = plug.TransformersGenerator(llama, 4)
-    condition = generator.condition(plug.PromptTokens(PROMPTS[1:]), guided=False)
+    condition = generator.condition(plug.Prompts(PROMPTS[1:]), guided=False)
     with pytest.raises(UserError, match="value_weights must be of at least the 7 slots filled so far, got 6"):
         generator(condition, torch.tensor([[20, 21]]), value_weights=torch.ones(1, 6))
 
@@ -374,8 +374,8 @@ def test_image_tokens_are_a_grid(fields: tuple[Any, ...], sentence: str) -> None
         plug.ImageTokens(*fields)
 
 
-def prompts_of(ids: Any, mask: Any = None) -> Callable[..., plug.PromptTokens]:
-    return lambda prompt: plug.PromptTokens(ids, attention_mask=mask)
+def prompts_of(ids: Any, mask: Any = None) -> Callable[..., plug.Prompts]:
+    return lambda prompt: plug.Prompts(ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -396,11 +396,11 @@ def test_an_image_generator_refuses(llama: Any, changes: dict[str, Any], sentenc
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        (plug.PromptTokens(SHORT), r"prompts must be a list of PromptTokens\(input_ids, \.\.\.\), got PromptTokens"),
-        ([SHORT], r"a prompt must be PromptTokens\(input_ids, \.\.\.\) of one row, got tensor"),
-        ([plug.PromptTokens(PROMPTS)], r"must be one row, \[L\] or \[1, L\], got \[2, 5\] and \[2, 5\]"),
-        ([plug.PromptTokens(SHORT, attention_mask=torch.ones(1, 3))], r"must be one row, .* got \[1, 2\] and \[1, 3\]"),
-        ([plug.PromptTokens("a star")], "input_ids must be integers in"),
+        (plug.Prompts(SHORT), r"prompts must be a list of Prompts\(input_ids, \.\.\.\), got Prompts"),
+        ([SHORT], r"a prompt must be Prompts\(input_ids, \.\.\.\) of one row, got tensor"),
+        ([plug.Prompts(PROMPTS)], r"must be one row, \[L\] or \[1, L\], got \[2, 5\] and \[2, 5\]"),
+        ([plug.Prompts(SHORT, attention_mask=torch.ones(1, 3))], r"must be one row, .* got \[1, 2\] and \[1, 3\]"),
+        ([plug.Prompts("a star")], "input_ids must be integers in"),
     ],
     ids=["alone", "tensor", "two rows", "longer mask", "text"],
 )
@@ -411,7 +411,7 @@ def test_prompts_of_an_image_generator_are_rows(llama: Any, inputs: Any, sentenc
 
 
 def test_a_generator_takes_prompts_and_steps(llama: Any) -> None:
-    with pytest.raises(UserError, match=r"prompts must be PromptTokens\(input_ids, \.\.\.\), got tensor"):
+    with pytest.raises(UserError, match=r"prompts must be Prompts\(input_ids, \.\.\.\), got tensor"):
         plug.TransformersGenerator(llama, 4).condition(PROMPTS, guided=False)
     steps = [True, False, True, True]
     assert plug.TransformersGenerator(llama, 4, code_steps=steps).code_steps.tolist() == steps  # type: ignore[arg-type, union-attr]

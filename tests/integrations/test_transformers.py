@@ -472,7 +472,7 @@ def test_as_a_generator_it_decodes_and_traces(models: dict[str, Any], name: str,
     generator = plug.TransformersGenerator(
         model, T, head=head_of(model), code_steps=steps, logits_processor=[recorder], cache=cache
     )
-    prompts = plug.PromptTokens(PROMPTS, LONG, attention_mask=PROMPTS > 0)
+    prompts = plug.Prompts(PROMPTS, LONG, attention_mask=PROMPTS > 0)
     sampling = Sampling(temperature=0.8)
     tokens = decode(generator, prompts, SoftCFG(), uniforms=image_uniforms(3, range(2), T), sampling=sampling)
     drawn, logits = guided_logits(
@@ -700,8 +700,8 @@ def test_padding_without_a_mask_is_padding_as_in_transformers(models: dict[str, 
 
 
 def test_prompts_of_a_pipeline_keep_their_own_masks() -> None:
-    padded = plug.PromptTokens(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 0, 3]]), torch.tensor([[0, 1, 1]]), None)
-    batch = plug.PromptTokens.batch([padded, plug.PromptTokens(torch.tensor([9, 9, 9, 9]), torch.tensor([1]))], 0)
+    padded = plug.Prompts(torch.tensor([[0, 7, 8]]), torch.tensor([[0, 0, 3]]), torch.tensor([[0, 1, 1]]), None)
+    batch = plug.Prompts.batch([padded, plug.Prompts(torch.tensor([9, 9, 9, 9]), torch.tensor([1]))], 0)
     assert batch.attention_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert batch.unconditional_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 

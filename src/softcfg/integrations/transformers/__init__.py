@@ -19,7 +19,7 @@ try:
     from softcfg.integrations.transformers.generator import TransformersGenerator
     from softcfg.integrations.transformers.image_generator import ImageGenerator, ImageTokens, TextPrompts
     from softcfg.integrations.transformers.image_head import ImageHead
-    from softcfg.integrations.transformers.prompts import PromptCondition, PromptTokens
+    from softcfg.integrations.transformers.prompts import PromptCondition, Prompts
 except ImportError as error:  # there is no transformers, or one without the names that these modules import
     raise UserError(f"this needs transformers 5.6 or later: {how_to_install('transformers')}") from error
 
@@ -28,7 +28,7 @@ __all__ = [
     "ImageHead",
     "ImageTokens",
     "PromptCondition",
-    "PromptTokens",
+    "Prompts",
     "TextPrompts",
     "TransformersGenerator",
     "attention",

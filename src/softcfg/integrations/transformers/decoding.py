@@ -13,11 +13,11 @@ from softcfg.decoding import Sampling, image_uniforms
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, user_errors
 from softcfg.guidance import CFG, SoftCFG, as_guidance
 from softcfg.integrations.transformers.generator import TransformersGenerator, as_functions
 from softcfg.integrations.transformers.image_head import ImageHead
-from softcfg.integrations.transformers.prompts import PromptTokens
+from softcfg.integrations.transformers.prompts import Prompts
 from softcfg.models.base import Condition
 from softcfg.models.ids import LARGEST_ID, as_ids
 from softcfg.nn.precision import own_dtype
@@ -52,7 +52,7 @@ def decode(
 
     Args:
         model, head, logits_processor: see `TransformersGenerator`.
-        input_ids, unconditional_ids, attention_mask, unconditional_mask: see `PromptTokens`.
+        input_ids, unconditional_ids, attention_mask, unconditional_mask: see `Prompts`.
         guidance: `CFG` or `SoftCFG`; a number is `SoftCFG` at that scale, None the paper's `SoftCFG`. Inactive guidance
             (scale 0 or 1) needs no unconditional prompt.
         num_tokens: T, tokens to draw; the guidance schedule runs over them.
@@ -93,7 +93,7 @@ def decode(
     )
     if codes is not None and not by_step:
         codes = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
-    prompts = PromptTokens(input_ids, unconditional_ids, attention_mask, unconditional_mask)
+    prompts = Prompts(input_ids, unconditional_ids, attention_mask, unconditional_mask)
     num_tokens = generator.num_tokens
     condition = generator.condition(prompts, guided=guidance.is_active)
     own = None if isinstance(cache, str) else cache
@@ -141,10 +141,8 @@ def _ended(criteria: Sequence[Callable[[Tensor, None], Any]], so_far: Tensor) ->
 
 def checked_guidance(guidance: CFG | float | None, default: Callable[..., CFG] = SoftCFG) -> CFG:
     """See `as_guidance`; what is no guidance is a `UserError`."""
-    try:
+    with user_errors():
         return as_guidance(guidance, default)
-    except ValueError as error:
-        raise UserError(error) from error
 
 
 def as_codes(image_codes: Any) -> Tensor:

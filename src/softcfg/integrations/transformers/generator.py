@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from softcfg.errors import UserError, quote, require_whole
 from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
 from softcfg.integrations.transformers.image_head import ImageHead
-from softcfg.integrations.transformers.prompts import PromptCondition, PromptTokens, as_mask
+from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
@@ -82,13 +82,13 @@ class TransformersGenerator(Generator):
         self._takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
-        """See `Generator.condition`; `inputs` are `PromptTokens`, of all rows.
+        """See `Generator.condition`; `inputs` are `Prompts`, of all rows.
 
         Raises:
             UserError: ids or masks do not fit, or the unconditional prompts are missing.
         """
-        if not isinstance(inputs, PromptTokens):
-            raise UserError(f"prompts must be PromptTokens(input_ids, ...), got {quote(inputs)}")
+        if not isinstance(inputs, Prompts):
+            raise UserError(f"prompts must be Prompts(input_ids, ...), got {quote(inputs)}")
         if inputs.unconditional_ids is None and inputs.unconditional_mask is not None:
             raise UserError("unconditional_mask says what is padding in unconditional_ids, which are missing")
         branches = [self._prompts("input_ids", inputs.input_ids, inputs.attention_mask)]

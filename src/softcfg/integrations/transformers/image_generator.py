@@ -12,7 +12,7 @@ from torch import Tensor
 from softcfg.errors import UserError, quote, require_whole
 from softcfg.integrations.transformers.generator import TransformersGenerator
 from softcfg.integrations.transformers.image_head import ImageHead
-from softcfg.integrations.transformers.prompts import PromptCondition, PromptTokens
+from softcfg.integrations.transformers.prompts import PromptCondition, Prompts
 from softcfg.models.base import Condition
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
@@ -80,7 +80,7 @@ class TextPrompts(PromptConditioning):
                 f"{tokenizer.num_tokens} out of {tokenizer.codebook_size}"
             )
 
-    def inputs(self, requests: Sequence[Prompt]) -> list[PromptTokens]:
+    def inputs(self, requests: Sequence[Prompt]) -> list[Prompts]:
         """See `Conditioning.inputs`."""
         return [self.generator.encode(prompt) for prompt in requests]
 
@@ -101,14 +101,14 @@ class TextPrompts(PromptConditioning):
 class ImageGenerator(TransformersGenerator):
     """A model of transformers as the generator of a `softcfg.Pipeline`, and so of runs, traces and the web page.
 
-    Its inputs are `PromptTokens` of one row each. Codes are allowed in the rows only, structure tokens elsewhere only.
+    Its inputs are `Prompts` of one row each. Codes are allowed in the rows only, structure tokens elsewhere only.
     A run identifies it by the name of the pipeline, by `tokens` and by the hash of its weights; keeping `encode` the
     same is up to the user.
 
     Args:
         model, head, cache, pad_token_id: see `TransformersGenerator`.
         tokens: the tokens of an image.
-        encode: turns a `softcfg.prompts.Prompt` into `PromptTokens` of one row: the ids of its text, with the template
+        encode: turns a `softcfg.prompts.Prompt` into `Prompts` of one row: the ids of its text, with the template
             and the special tokens of the model, and those of the unconditional branch.
         options: which of the `softcfg.prompts.PROMPT_OPTIONS` `encode` reads; prompts with others are refused.
 
@@ -123,7 +123,7 @@ class ImageGenerator(TransformersGenerator):
         self,
         model: Any,
         tokens: ImageTokens,
-        encode: Callable[[Prompt], PromptTokens],
+        encode: Callable[[Prompt], Prompts],
         *,
         head: ImageHead | None = None,
         options: Sequence[str] = (),
@@ -146,12 +146,12 @@ class ImageGenerator(TransformersGenerator):
         self.requires_grad_(False).eval()
 
     def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
-        """See `Generator.condition`; `inputs` are `PromptTokens` of one row each."""
+        """See `Generator.condition`; `inputs` are `Prompts` of one row each."""
         if not isinstance(inputs, Sequence):
-            raise UserError(f"prompts must be a list of PromptTokens(input_ids, ...), got {quote(inputs)}")
+            raise UserError(f"prompts must be a list of Prompts(input_ids, ...), got {quote(inputs)}")
         if not inputs:
             raise UserError("there must be at least one prompt")
-        return super().condition(PromptTokens.batch(inputs, self.pad_token_id), guided=guided)
+        return super().condition(Prompts.batch(inputs, self.pad_token_id), guided=guided)
 
     def allowed(self, steps: Tensor, condition: Condition) -> Tensor:
         """See `Generator.allowed`."""

@@ -17,7 +17,7 @@ from softcfg.models.ids import LARGEST_ID, as_ids
 
 
 @dataclass(frozen=True)
-class PromptTokens:
+class Prompts:
     """The token ids of prompts: what a batch is conditioned on.
 
     Attributes:
@@ -34,15 +34,15 @@ class PromptTokens:
     unconditional_mask: Tensor | None = None
 
     @classmethod
-    def batch(cls, prompts: Sequence[PromptTokens], pad_token_id: int) -> PromptTokens:
+    def batch(cls, prompts: Sequence[Prompts], pad_token_id: int) -> Prompts:
         """One batch of prompts of one row each, padded on the left to one length; what is hidden in one is left out.
 
         Raises:
-            UserError: one is no `PromptTokens`, or of several rows, or its mask does not fit.
+            UserError: one is no `Prompts`, or of several rows, or its mask does not fit.
         """
         for p in prompts:
-            if not isinstance(p, PromptTokens):
-                raise UserError(f"a prompt must be PromptTokens(input_ids, ...) of one row, got {quote(p)}")
+            if not isinstance(p, Prompts):
+                raise UserError(f"a prompt must be Prompts(input_ids, ...) of one row, got {quote(p)}")
         conditional = [_seen("input_ids", p.input_ids, p.attention_mask) for p in prompts]
         input_ids, attention_mask = _padded(conditional, pad_token_id)
         unconditional = [
