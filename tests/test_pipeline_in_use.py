@@ -114,3 +114,24 @@ def test_changes_are_refused_until_the_call_ends(pipe: Pipeline, monkeypatch: py
             pipe([0])
         monkeypatch.undo()
     assert pipe([0]).tokens.shape == (1, 16)
+
+
+def test_threads_draw_with_one_pipeline(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever starts or ends meanwhile, and however many images each draws."""
+    if not PRODUCTS["panels"].can_serve(torch.empty(32, 32)):
+        pytest.skip("there are no kernels")
+    monkeypatch.setenv("SOFTCFG_PRODUCT", "panels")  # a context is of one thread
+    sizes = (1, 2, 3, 5)
+    expected = {size: pipe([1] * size, seed=2).tokens for size in sizes}
+    found: list[bool] = []
+
+    def draw(size: int) -> None:
+        found.extend(torch.equal(pipe([1] * size, seed=2).tokens, expected[size]) for _ in range(12))
+
+    threads = [threading.Thread(target=draw, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 12 * len(sizes)
+    assert not any(hasattr(part, "is_prepared") and part.is_prepared for part in pipe.generator.modules())

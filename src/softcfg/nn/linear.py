@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from softcfg.errors import UserError
 from softcfg.nn.backends import triton_decode
-from softcfg.nn.memory import is_out_of_memory, replace_contents
+from softcfg.nn.memory import is_out_of_memory, is_shared, replace_contents
 from softcfg.nn.precision import KeepsTables, has_bfloat16
 from softcfg.nn.products import Product, choose, faster_dtype, keeps_bits
 
@@ -26,7 +26,22 @@ GUIDED_ROWS = 16
 PROGRAMS = "step_programs"  # attribute of a prepared module: what `nn.replay` keeps of its steps
 OF_PREPARED = ("product", "laid_out", "keeps_bits", "_multiply")  # attributes of a prepared layer
 _preparing = threading.RLock()
-_used: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by how many who draw
+
+
+class _Use:
+    """Somebody draws with modules, of which nothing may change; it ends with the frame that holds it at the latest."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.modules = modules
+
+
+_uses: WeakSet[_Use] = WeakSet()
+_preparations: WeakSet[_Use] = WeakSet()  # those for which the layers are laid out
+
+
+def _parts(uses: Iterable[_Use]) -> dict[int, nn.Module]:
+    """All modules of them, and their parts, by their ids."""
+    return {id(part): part for use in list(uses) for module in use.modules for part in module.modules()}
 
 
 @contextmanager
@@ -34,14 +49,16 @@ def weights_at_rest(*modules: nn.Module) -> Iterator[None]:
     """Inside, the weights of modules may change: no thread lays them out.
 
     Raises:
-        UserError: they are laid out, as a batch is drawn. Its end is not waited for: a callback of it would for ever.
+        UserError: they are in use, as a batch is drawn. Its end is not waited for: a callback of it would for ever.
     """
     with _preparing:
-        for part in (part for module in modules for part in module.modules()):
-            if part in _used or (isinstance(part, Linear) and part.is_prepared):
+        used = _parts((*_uses, *_preparations))
+        for module in modules:
+            if any(id(part) in used for part in module.modules()):
                 raise UserError(
                     "the weights of the model are in use, as it draws at the moment: change them once it is done"
                 )
+            _give_back(module)
         yield
 
 
@@ -49,16 +66,12 @@ def weights_at_rest(*modules: nn.Module) -> Iterator[None]:
 def weights_in_use(*modules: nn.Module) -> Iterator[None]:
     """Inside, the weights of modules must not change, and `weights_at_rest` refuses it."""
     with _preparing:
-        for module in modules:
-            _used[module] = _used.get(module, 0) + 1
+        use = _Use(*modules)
+        _uses.add(use)
     try:
         yield
     finally:
-        with _preparing:
-            for module in modules:
-                _used[module] -= 1
-                if not _used[module]:
-                    del _used[module]
+        _uses.discard(use)
 
 
 class Preparable(KeepsTables):
@@ -95,7 +108,8 @@ class Linear(nn.Linear):
 
     def prepare(self, product: Product, rows: int, *, keep: bool = False) -> None:
         """Lay out the weights, as they are now, for inputs of `rows` rows; `keep` them as they are as well."""
-        weight, bias = self.weight, self.bias
+        weight = self.weight
+        bias = None if self.bias is None else self.bias.detach().contiguous()  # kernels read it as it lies
         if product.name == "plain":
             if weight.is_cpu:  # to look weights up in the module takes a twentieth of a tiny product
                 self._multiply = lambda x: F.linear(x, weight, bias)
@@ -105,11 +119,15 @@ class Linear(nn.Linear):
         if product.serves_any_rows and not keep:
             replace_contents(weight, lambda: weight.new_empty(0, self.in_features))
 
-    def restore(self) -> None:
-        """Give the memory back."""
+    def bring_back(self) -> None:
+        """Have `weight` again, beside what is laid out."""
         product, laid_out = self.product, self.laid_out
         if product is not None and laid_out is not None and not self.weight.numel():
             replace_contents(self.weight, lambda: product.restore(laid_out))
+
+    def restore(self) -> None:
+        """Give the memory back."""
+        self.bring_back()
         self.product = self.laid_out = self._multiply = None
         self.keeps_bits = False
 
@@ -185,42 +203,74 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
     they stay: one product then serves all of them.
 
     Layers for which the memory is not enough stay as they are, with a warning. Inside another such context, also of
-    another thread, all layers stay as that one has prepared them.
+    another thread, all layers stay as that one has prepared them, until nobody uses them any more.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
     with _preparing, torch.inference_mode(False), torch.no_grad():
-        mine = not any(layer.product for layer in layers)
+        _give_back(module)  # what an end that was interrupted has left
+        use = _Use(module)
+        layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
         try:
-            if mine:
-                _prepare(module, layers, rows)
+            if not any(layer.is_prepared for layer in layers):
+                _prepare(module, layers, rows, _bring_back(layers))
                 for part in module.modules():
                     if isinstance(names := getattr(part, "together", None), tuple):
                         _lay_side_by_side([getattr(part, name) for name in names])
         except BaseException as error:
             if not is_out_of_memory(error):
-                _restore(layers)
+                _give_back(module)
                 raise
             warnings.warn(
                 "there is no memory to lay out the weights, so their products are slower", RuntimeWarning, stacklevel=3
             )
-        first = PROGRAMS not in vars(module)
-        if first:
-            vars(module)[PROGRAMS] = WeakKeyDictionary()
+        vars(module).setdefault(PROGRAMS, WeakKeyDictionary())
+        _preparations.add(use)
     try:
-        with weights_in_use(module):
-            yield
+        yield
     finally:
-        if first:
-            del vars(module)[PROGRAMS]
-        if mine:
-            _restore(layers)
+        _preparations.discard(use)
+        _give_back(module)
 
 
-def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int) -> None:
+def _give_back(module: nn.Module) -> None:
+    """Restore those layers of a module, and forget its steps, that nobody uses any more."""
+    with _preparing, torch.inference_mode(False), torch.no_grad():
+        used = _parts(_preparations)
+        if id(module) not in used:
+            vars(module).pop(PROGRAMS, None)
+        idle = [layer for layer in module.modules() if isinstance(layer, Linear) and id(layer) not in used]
+        problem: BaseException | None = None
+        for layer in (*idle, *idle):  # Ctrl-C ends one of them, which is restored in the second turn
+            try:
+                if layer.is_prepared:
+                    layer.restore()
+            except BaseException as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+
+def _bring_back(layers: Iterable[Linear]) -> set[int]:
+    """Ids of the weights that layers of other modules, which are laid out, have too; they are there again after it."""
+    others = {
+        id(part.weight): part
+        for part in _parts(_preparations).values()
+        if isinstance(part, Linear) and part.laid_out is not None
+    }
+    shared = {id(layer.weight) for layer in layers} & others.keys()
+    for number in shared:
+        others[number].bring_back()
+    return shared
+
+
+def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int, kept: Collection[int]) -> None:
+    """Prepare the layers of a module; `kept` are the ids of weights that others use as they are."""
     uses = Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
     alike = defaultdict(list)
     for layer in layers:
-        kind = layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.bias is None, layer.usual_rows
+        bias = layer.bias
+        if bias is not None and (bias.dtype, bias.device) != (layer.weight.dtype, layer.weight.device):
+            continue  # PyTorch says what it thinks of that
+        kind = layer.weight.shape, layer.weight.dtype, layer.weight.device, bias is None, layer.usual_rows
         alike[kind].append(layer)
     in_all = sum(layer.weight.nbytes for layer in layers)
     replayed = getattr(module, "steps_replay", False) is True
@@ -230,7 +280,8 @@ def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int) -> None:
         product = choose(*given, in_all, replayed=replayed and usual_rows is None)
         same = keeps_bits(product, *given)
         for layer in group:
-            layer.prepare(product, usual_rows or rows, keep=uses[id(layer.weight)] > 1)
+            keep = uses[id(layer.weight)] > 1 or id(layer.weight) in kept or is_shared(layer.weight)
+            layer.prepare(product, usual_rows or rows, keep=keep)
             layer.keeps_bits = same
 
 
@@ -252,9 +303,3 @@ def _lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
         parts = torch.cat(weights).split([len(each) for each in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part
-
-
-def _restore(layers: Iterable[Linear]) -> None:
-    with _preparing, torch.inference_mode(False), torch.no_grad():
-        for layer in layers:
-            layer.restore()

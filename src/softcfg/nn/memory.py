@@ -60,6 +60,17 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """Whether other tensors, or other processes, have the same memory, as far as PyTorch tells."""
+    return tensor.is_shared() or _users(tensor) > _users(torch.empty(1, device=tensor.device))
+
+
+def _users(tensor: Tensor) -> int:
+    """How many hold the memory of a tensor."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return 0 if count is None else int(count(tensor.untyped_storage()._cdata))
+
+
 def replace_contents(parameter: Tensor, make: Callable[[], Tensor]) -> None:
     """Give a parameter other contents: an inference tensor if it is one itself, as a mixture of the two fails later."""
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
