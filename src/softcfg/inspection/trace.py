@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding.batch import guided_logits, step_scales
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.finite import BRANCHES, FiniteLogits
-from softcfg.decoding.sequential import (
-    confidence_in,
-    guided_logits,
-    query_weights,
-    require_confidence,
-    step_scales,
-    step_weights,
-    weak_inputs,
-)
+from softcfg.decoding.perturbed import confidence_in, query_weights, require_confidence, step_weights, weak_inputs
 from softcfg.decoding.weak import weak_model
 from softcfg.errors import UserError, require_whole
 from softcfg.files import write_atomically
