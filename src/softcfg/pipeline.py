@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from softcfg import calls
-from softcfg.calls import PipelineOutput as PipelineOutput
+from softcfg.calls import PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.weak import check_weak
 from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
 from softcfg.guidance import CFG, SoftCFG, settings_of
-from softcfg.models.base import Generator, LabelsLike
+from softcfg.models.base import Generator
 from softcfg.models.conditioning import Conditioning
 from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
@@ -401,7 +401,7 @@ class Pipeline:
     @own_dtype()
     def __call__(
         self,
-        labels: LabelsLike = None,
+        labels: Any = None,
         guidance: CFG | float | None = None,
         *,
         prompt: Any = None,

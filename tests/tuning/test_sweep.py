@@ -16,9 +16,9 @@ from optuna.trial import TrialState, create_trial
 import softcfg.runs.worker
 import softcfg.tuning.sweep
 from softcfg import Pipeline, UserError
+from softcfg.calls import PipelineOutput
 from softcfg.cli.main import main
 from softcfg.evaluation import evaluate
-from softcfg.pipeline import PipelineOutput
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.lock import Lock
 from softcfg.tuning import Range, Sweep, SweepConfig, write_results

@@ -20,7 +20,8 @@ from softcfg.decoding.weak import weak_model
 from softcfg.errors import UserError, require_whole
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, as_guidance, describe
-from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
+from softcfg.models.base import ClassCondition, Condition, Generator
+from softcfg.models.ids import as_ids
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
 from softcfg.version import __version__

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from softcfg.errors import UserError, quote
 
+IdsLike = Sequence[int] | np.ndarray | Tensor
 
-def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:
+
+def as_ids(values: IdsLike, name: str, count: int) -> Tensor:
     """Turn a tensor, array or list of ids into an int64 tensor and check that all lie in 0 .. count - 1.
 
     Raises:

@@ -17,7 +17,7 @@ from softcfg.decoding.randomness import check_uint64
 from softcfg.errors import UserError, quote, require_whole
 from softcfg.files import as_path, make_folder
 from softcfg.guidance import CFG, as_guidance
-from softcfg.models.base import as_ids
+from softcfg.models.ids import as_ids
 from softcfg.nn.precision import as_dtype
 from softcfg.nn.products import forced_product
 from softcfg.pipeline import Pipeline
