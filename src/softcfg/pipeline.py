@@ -18,6 +18,7 @@ from softcfg import calls
 from softcfg.calls import PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
+from softcfg.decoding.forced import check_forced
 from softcfg.decoding.weak import check_weak
 from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
 from softcfg.guidance import CFG, SoftCFG, settings_of
@@ -503,7 +504,7 @@ class Pipeline:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         condition = self.generator.condition(inputs, guided=False)
         total = condition.num_tokens
-        forced = calls.check_forced(forced_tokens, forced_mask, (count, total), self.generator.vocab_size)
+        forced = check_forced(self.generator, (count, total), forced_tokens, forced_mask)
         self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
         after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)
         shown = (on_step is None and on_tokens is None) if progress is None else progress

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softcfg.decoding.batch import GuidedBatch, guided_logits
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.forced import check_forced
 from softcfg.decoding.graphs import repeat
 from softcfg.decoding.perturbed import attention_weights, confidence_in, sources, taken, weight_settings
 from softcfg.decoding.randomness import on_device
@@ -22,7 +23,6 @@ from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator
-from softcfg.models.ids import as_ids
 from softcfg.nn import fused
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.launches import linked_launches
@@ -76,7 +76,7 @@ def decode(
     weaker = weak_model(guidance, generator, condition, weak, labels)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling(), weak=weaker)
     batch, total = decoder.batch, condition.num_tokens
-    forced, mask = _forcing(generator, (batch, total), forced_tokens, forced_mask)
+    forced, mask = check_forced(generator, (batch, total), forced_tokens, forced_mask)
     if uniforms.shape != (batch, total):
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
@@ -344,20 +344,3 @@ class _Pass:
             **named,
         )
         return logits[:, -1:].float()
-
-
-def _forcing(
-    generator: Generator, shape: tuple[int, int], tokens: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if tokens is None:
-        if mask is not None:
-            raise UserError("forced_mask says where to use forced_tokens, which are missing")
-        return None, None
-    forced = as_ids(tokens, "forced_tokens", generator.vocab_size).to(generator.device)
-    mask = torch.ones(shape, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-    for name, value in (("forced_tokens", forced), ("forced_mask", mask)):
-        if value.shape != shape:
-            raise UserError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
-    if mask.dtype != torch.bool:
-        raise UserError(f"forced_mask must be boolean, got {mask.dtype}")
-    return forced, mask.to(generator.device)
