@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from softcfg.decoding import Sampling
-from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
+from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_uint64, require_whole
 from softcfg.guidance import CFG, all_settings, as_guidance, compose, settings_of
 from softcfg.guidance.composition import changed
 from softcfg.prompts import Prompt
@@ -150,7 +149,7 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
             f"generator must be one torch.Generator, got {quote(generator)}; image n draws from the stream (seed, n)"
         )
     if seed is not None:
-        check_uint64(seed, "seed")
+        require_uint64(seed, "seed")
     if seed:
         raise UserError("give seed or generator, not both")
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))

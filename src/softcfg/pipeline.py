@@ -19,12 +19,12 @@ from softcfg.calls import PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.forced import check_forced
+from softcfg.decoding.randomness import image_indices
 from softcfg.decoding.weak import check_weak
 from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole
 from softcfg.guidance import CFG, SoftCFG, settings_of
 from softcfg.models.base import Generator
 from softcfg.models.conditioning import Conditioning
-from softcfg.models.ids import as_ids
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.linear import parameter_count, weights_at_rest, weights_in_use
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, own_dtype, wanted_dtype
@@ -490,13 +490,7 @@ class Pipeline:
         requests = calls.repeated(requests, num_images_per_prompt)
         from_prompts = self.conditioning.takes_prompts
         count = len(inputs)
-        indices = list(range(count)) if indices is None else as_ids(indices, "indices", (1 << 63) - 1).tolist()
-        if not isinstance(indices, list):
-            raise UserError(f"indices must be a list, got {indices}")
-        if len(indices) != count:
-            raise UserError(
-                f"indices must be as many as {'prompts' if from_prompts else 'labels'}, {count}, got {len(indices)}"
-            )
+        indices = image_indices(indices, count, "prompts" if from_prompts else "labels")
         batch_size = count if batch_size is None else batch_size
         require_whole(batch_size, "batch_size", 1)
         require_whole(speculative_jacobi, "speculative_jacobi", 0)
