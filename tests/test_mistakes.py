@@ -106,7 +106,7 @@ def test_messages(pipe: Pipeline) -> None:
         ({"guidance": SoftCFG}, "guidance must be CFG.* got the class SoftCFG"),
         ({"seed": 1.5}, r"seed must be a whole number in 0\.\.2\^64-1, got 1.5"),
         ({"batch_size": "32"}, "batch_size must be a whole number, got '32'"),
-        ({"indices": [0.5]}, "indices must be integers"),
+        ({"indices": [0.5]}, r"image index must be a whole number in 0\.\.2\^64-1, got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe([0], **arguments)  # type: ignore[arg-type]

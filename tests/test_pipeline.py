@@ -88,6 +88,7 @@ def test_seed_and_index_fix_an_image(pipe: Pipeline) -> None:
     again = pipe([2, 0], seed=3, indices=[2, 0])
     assert torch.equal(again.tokens, out.tokens[[2, 0]])
     assert not torch.equal(pipe([0, 1, 2, 3], seed=4).tokens, out.tokens)
+    assert pipe([0], indices=[2**64 - 1]).indices == [2**64 - 1]  # the last image of the seed
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
@@ -147,6 +148,8 @@ def test_forced_tokens_reach_their_images(pipe: Pipeline) -> None:
         ({"labels": []}, "at least one class id"),
         ({"labels": 3}, "flat list"),
         ({"labels": [0], "indices": [0, 1]}, "indices must be as many as labels"),
+        ({"labels": [0, 1], "indices": [[0], [1]]}, r"indices must be a list, got \[\[0\], \[1\]\]"),
+        ({"labels": [0], "indices": [2**64]}, r"image index must be a whole number in 0\.\.2\^64-1"),
         ({"labels": [0], "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"labels": [0], "seed": -1}, "seed must be"),
         ({"labels": [0], "temperature": 0}, "temperature must be a finite number > 0, got 0"),

@@ -29,7 +29,7 @@ from recipes.study.patches import brightness
 from recipes.study.points import NONE, TRACED, TUNING_SEED, Point, Row, key
 from recipes.study.results import Results
 from softcfg import CFG, Pipeline, SoftCFG, evaluation
-from softcfg.decoding.sequential import step_weights
+from softcfg.decoding.perturbed import step_weights
 from softcfg.errors import UserError
 from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.emoji_judge import load_judge

@@ -16,11 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from softcfg.decoding import Sampling
-from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole, user_errors
+from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_uint64, require_whole, user_errors
 from softcfg.guidance import CFG, all_settings, as_guidance, compose, settings_of
 from softcfg.guidance.composition import changed
-from softcfg.models.ids import as_ids
 from softcfg.prompts import Prompt
 
 RequestT = TypeVar("RequestT")
@@ -149,7 +147,7 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
             f"generator must be one torch.Generator, got {quote(generator)}; image n draws from the stream (seed, n)"
         )
     if seed is not None:
-        check_uint64(seed, "seed")
+        require_uint64(seed, "seed")
     if seed:
         raise UserError("give seed or generator, not both")
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
@@ -177,34 +175,6 @@ def check_callbacks(**callbacks: object) -> None:
     for name, callback in callbacks.items():
         if callback is not None and not callable(callback):
             raise UserError(f"{name} must be a function, got {quote(callback)}")
-
-
-def check_forced(tokens: Any, mask: Any, shape: tuple[int, int], codes: int) -> tuple[Tensor | None, Tensor | None]:
-    """The forced tokens of a call, int64, and where they are used, bool; None where none were given.
-
-    Args:
-        shape: [B, T].
-        codes: the size of the vocabulary.
-
-    Raises:
-        UserError: they are something else, or there is a mask without tokens.
-    """
-    if tokens is None:
-        if mask is not None:
-            raise UserError("forced_mask says where to use forced_tokens, which are missing")
-        return None, None
-    found = {"forced_tokens": as_ids(tokens, "forced_tokens", codes)}
-    if mask is not None:
-        try:
-            found["forced_mask"] = torch.as_tensor(mask)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"forced_mask must hold True and False, got {quote(mask)}") from error
-        if found["forced_mask"].dtype != torch.bool:
-            raise UserError(f"forced_mask must be boolean, got {found['forced_mask'].dtype}")
-    for name, values in found.items():
-        if values.shape != shape:
-            raise UserError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
-    return found["forced_tokens"], found.get("forced_mask")
 
 
 def step_callback(pipeline: object, callback: Callable[..., Any]) -> Callable[[int, Tensor], None]:

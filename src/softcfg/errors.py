@@ -125,15 +125,27 @@ def require_name(name: str, known: Iterable[str], problem: str) -> str:
 
 def require_whole(value: object, name: str, least: int) -> int:
     """Return `value`, which goes by `name`; raise `UserError` unless it is a whole number from `least` on."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
+    number = _whole(value)
     if number is None:
         raise UserError(f"{name} must be a whole number, got {quote(value)}")
     if number < least:
         raise UserError(f"{name} must be at least {least}, got {quote(value)}")
     return number
+
+
+def require_uint64(value: object, name: str) -> int:
+    """Return `value`, a seed or what else is 64 bits of a random stream's key; raise `UserError` if it is none."""
+    number = _whole(value)
+    if number is None or not 0 <= number < 2**64:
+        raise UserError(f"{name} must be a whole number in 0..2^64-1, got {quote(value)}")
+    return number
+
+
+def _whole(value: object) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 class CheckpointError(UserError):

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from softcfg import calls
-from softcfg.calls import PipelineOutput as PipelineOutput
+from softcfg.calls import PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
 from softcfg.decoding.filtering import one_sampling
+from softcfg.decoding.forced import check_forced
+from softcfg.decoding.randomness import image_indices
 from softcfg.decoding.weak import check_weak
 from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole, user_errors
 from softcfg.guidance import CFG, SoftCFG, settings_of
-from softcfg.models.base import Generator, LabelsLike
+from softcfg.models.base import Generator
 from softcfg.models.conditioning import Conditioning
-from softcfg.models.ids import LARGEST_ID, as_ids
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.linear import parameter_count, weights_at_rest, weights_in_use
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, own_dtype, wanted_dtype
@@ -389,7 +390,7 @@ class Pipeline:
     @own_dtype()
     def __call__(
         self,
-        labels: LabelsLike = None,
+        labels: Any = None,
         guidance: CFG | float | None = None,
         *,
         prompt: Any = None,
@@ -477,13 +478,7 @@ class Pipeline:
         requests = calls.repeated(requests, num_images_per_prompt)
         from_prompts = self.conditioning.takes_prompts
         count = len(inputs)
-        indices = list(range(count)) if indices is None else as_ids(indices, "indices", LARGEST_ID).tolist()
-        if not isinstance(indices, list):
-            raise UserError(f"indices must be a list, got {indices}")
-        if len(indices) != count:
-            raise UserError(
-                f"indices must be as many as {'prompts' if from_prompts else 'labels'}, {count}, got {len(indices)}"
-            )
+        indices = image_indices(indices, count, "prompts" if from_prompts else "labels")
         batch_size = count if batch_size is None else batch_size
         require_whole(batch_size, "batch_size", 1)
         require_whole(speculative_jacobi, "speculative_jacobi", 0)
@@ -491,7 +486,7 @@ class Pipeline:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         condition = self.generator.condition(inputs, guided=False)
         total = condition.num_tokens
-        forced = calls.check_forced(forced_tokens, forced_mask, (count, total), self.generator.vocab_size)
+        forced = check_forced(self.generator, (count, total), forced_tokens, forced_mask)
         self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
         after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)
         shown = (on_step is None and on_tokens is None) if progress is None else progress

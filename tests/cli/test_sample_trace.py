@@ -144,7 +144,7 @@ def test_the_same_run_may_be_repeated_but_not_replaced(
         (["--confidence", "mean"], "margin, unsure, uniform, random, got 'mean'"),
         (["--temperature", "0"], "temperature must be"),
         (["--top-p", "2"], "top_p must be in (0, 1]"),
-        (["--seed", "-1"], "seed must be in 0..2^64-1"),
+        (["--seed", "-1"], "seed must be a whole number in 0..2^64-1, got -1"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--device", "cuda:99"], "device 'cuda:99' is not available"),
         (["--device", "toaster"], "device 'toaster' is not available"),

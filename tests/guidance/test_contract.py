@@ -41,7 +41,8 @@ from softcfg.runs.folder import RunFolder
 from softcfg.tuning import SETTINGS, Range, Space, parse_search
 from softcfg.tuning.space import methods, sample_flags
 from softcfg.ui import fragments
-from softcfg.ui.studio import METHODS, Studio
+from softcfg.ui.settings import METHODS
+from softcfg.ui.studio import Studio
 from tiny_models import tiny_llama
 
 TOYS = '''

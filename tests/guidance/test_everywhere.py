@@ -19,7 +19,8 @@ from softcfg.decoding import ImageStreams, decode, draw, image_uniforms, jacobi_
 from softcfg.guidance import PERTURBATIONS, RULES, describe, restore
 from softcfg.runs.folder import RunFolder
 from softcfg.tuning.space import methods, sample_flags
-from softcfg.ui.studio import METHODS, Studio
+from softcfg.ui.settings import METHODS
+from softcfg.ui.studio import Studio
 from tiny_models import tiny_llama
 
 GREEDY = Sampling(top_k=1)

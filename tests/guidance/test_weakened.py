@@ -10,7 +10,7 @@ from torch import Tensor
 
 import softcfg
 from softcfg import CFG, Pipeline, SoftCFG
-from softcfg.decoding.sequential import step_weights, weak_inputs
+from softcfg.decoding.perturbed import step_weights, weak_inputs
 from softcfg.guidance import CONFIDENCES, PERTURBATIONS, OtherTokens, Perturbation, token_confidence
 from softcfg.guidance.confidence import SCRAMBLED, scrambled
 from softcfg.nn import use_backend

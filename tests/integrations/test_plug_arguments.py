@@ -66,8 +66,8 @@ def in_image_mode(janus: Any, **settings: Any) -> Tensor:
         ([0, 1, 2], "indices must be as many as rows, 2, got 3"),
         ([], "indices must be as many as rows, 2, got 0"),
         (5, "indices must be a list, got 5"),
-        ([0.5, 1.5], "indices must be integers in"),
-        ([True, False], "indices must be integers in"),
+        ([0.5, 1.5], "image index must be a whole number in .* got 0.5"),
+        ([True, False], "image index must be a whole number in .* got True"),
     ],
     ids=str,
 )

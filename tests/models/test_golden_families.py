@@ -18,7 +18,8 @@ from softcfg import CFG, UserError
 from softcfg.configuration import load_config
 from softcfg.decoding import Sampling
 from softcfg.models.base import Condition, Generator
-from softcfg.models.emu3.generator import Emu3, Emu3Prompt
+from softcfg.models.emu3.generator import Emu3
+from softcfg.models.emu3.prompts import Emu3Prompt
 from softcfg.models.janus.generator import Janus
 from softcfg.models.llamagen_t2i.generator import LlamaGenT2I
 from softcfg.zoo import GENERATORS

@@ -20,7 +20,7 @@ import softcfg
 from softcfg import CFG, Pipeline, SoftCFG, UserError, plugins
 from softcfg.cli.main import main
 from softcfg.decoding import decode, image_uniforms
-from softcfg.decoding.sequential import step_weights
+from softcfg.decoding.perturbed import step_weights
 from softcfg.nn import (
     AttentionContext,
     KVCache,

@@ -211,7 +211,7 @@ def test_another_request_needs_another_folder_or_overwrite(request_of: Any, tmp_
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
         ({"speculative_jacobi": -1}, "speculative_jacobi must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be in"),
+        ({"seed": -1}, r"seed must be a whole number in 0\.\.2"),
         ({"labels": [0, 4]}, r"labels holds 4, which is outside of 0\.\.3"),
         ({"labels": []}, "labels must name at least one class"),
         ({"labels": "Circel"}, r"'Circel' is no class.* did you mean Circle\?; 'random' stands for random classes"),

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from softcfg.decoding.filtering import Sampling
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, require_uint64
 from softcfg.files import iterate_lines, read_text
 from softcfg.guidance import CFG, PRESETS, Setting, all_settings, compose, settings_of
 
@@ -283,10 +283,8 @@ def guidance_from(args: argparse.Namespace, pipeline: Pipeline) -> CFG:
 
 def sampling_from(args: argparse.Namespace, pipeline: Pipeline) -> Sampling:
     """Temperature (the model's by default), top-k and top-p; the seed is checked, and 0 by default."""
-    from softcfg.decoding.randomness import check_uint64
-
     args.seed = 0 if args.seed is None else args.seed
-    check_uint64(args.seed, "seed")
+    require_uint64(args.seed, "seed")
     return pipeline.sampling(**sampling_settings(args))
 
 

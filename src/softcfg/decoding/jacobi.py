@@ -24,16 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcfg.decoding.batch import GuidedBatch, branches_for_rule
 from softcfg.decoding.filtering import Sampling, draw
+from softcfg.decoding.perturbed import confidence_in, query_weights, step_weights, weak_inputs
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
-from softcfg.decoding.sequential import (
-    GuidedBatch,
-    branches_for_rule,
-    confidence_in,
-    query_weights,
-    step_weights,
-    weak_inputs,
-)
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError

@@ -6,14 +6,14 @@ numbers can be made alone, on any machine, in any batch and by any number of pro
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, require_uint64
+from softcfg.models.ids import IdsLike
 from softcfg.nn.precision import has_float64
 
 BITS = 53  # of a uniform number
@@ -36,10 +36,8 @@ class ImageStreams:
     """
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
-        check_uint64(seed, "seed")
-        for index in indices:
-            check_uint64(index, "image index")
-        self._streams = [philox(seed, index) for index in indices]
+        seed = require_uint64(seed, "seed")
+        self._streams = [philox(seed, require_uint64(index, "image index")) for index in indices]
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -51,6 +49,26 @@ class ImageStreams:
             # The upper 53 bits of a word make a double.
             row[:] = (stream.random_raw(count) >> np.uint64(64 - BITS)) * 2.0**-BITS
         return torch.from_numpy(rows)
+
+
+def image_indices(indices: IdsLike | None, count: int, what: str) -> list[int]:
+    """The indices of `count` images, by default those from 0 on.
+
+    Args:
+        what: there must be as many of, "labels" for example.
+
+    Raises:
+        UserError: they are not so many, or one is not in 0 .. 2^64 - 1.
+    """
+    if indices is None:
+        return list(range(count))
+    # Objects, for no dtype of integers holds all that a list may: those of torch end at 2^63 - 1.
+    listed = np.asarray(indices.tolist() if isinstance(indices, Tensor) else indices, dtype=object)
+    if listed.ndim != 1:
+        raise UserError(f"indices must be a list, got {quote(indices)}")
+    if len(listed) != count:
+        raise UserError(f"indices must be as many as {what}, {count}, got {len(listed)}")
+    return [require_uint64(index, "image index") for index in listed]
 
 
 def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
@@ -77,11 +95,3 @@ def philox(seed: int, index: int, block: int = 0) -> np.random.Philox:
     Its raw 64-bit words are frozen by NumPy's compatibility policy.
     """
     return np.random.Philox(key=np.array([seed, index], dtype=np.uint64), counter=block)
-
-
-def check_uint64(value: object, name: str) -> None:
-    """Raise `UserError` unless `value`, half of a stream's key, is a whole number of 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise UserError(f"{name} must be a whole number in 0..2^64-1, got {quote(value)}")
-    if not 0 <= int(value) < 2**64:
-        raise UserError(f"{name} must be in 0..2^64-1, got {value}")

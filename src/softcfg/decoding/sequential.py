@@ -7,30 +7,28 @@ from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from softcfg.decoding.batch import GuidedBatch, guided_logits
 from softcfg.decoding.filtering import Sampling, draw
-from softcfg.decoding.finite import FiniteLogits, branches_of
+from softcfg.decoding.forced import check_forced
 from softcfg.decoding.graphs import repeat
+from softcfg.decoding.perturbed import attention_weights, confidence_in, sources, taken, weight_settings
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
-from softcfg.guidance import CFG, ConfidenceWeights, Perturbation
-from softcfg.guidance.confidence import CONFIDENCES, max_probability, sampled_probability
-from softcfg.models.base import Condition, Generator, as_ids
+from softcfg.guidance import CFG, Perturbation
+from softcfg.models.base import Condition, Generator
 from softcfg.nn import fused
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.launches import linked_launches
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
-
-ROUNDING = 1e-5  # by which the sum of probabilities may exceed 1
 
 
 @torch.inference_mode()
@@ -78,7 +76,7 @@ def decode(
     weaker = weak_model(guidance, generator, condition, weak, labels)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling(), weak=weaker)
     batch, total = decoder.batch, condition.num_tokens
-    forced, mask = _forcing(generator, (batch, total), forced_tokens, forced_mask)
+    forced, mask = check_forced(generator, (batch, total), forced_tokens, forced_mask)
     if uniforms.shape != (batch, total):
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
@@ -145,49 +143,6 @@ class Step:
         return Position.shared(condition.slots - 1 + self.number) if self.number else Position.start()
 
 
-class GuidedBatch:
-    """A batch that is decoded, in whatever order.
-
-    Attributes:
-        batch: B, images.
-        confidence: float32 [B, T], zero for tokens that are not drawn yet or are not image codes.
-        finite: whether the logits so far were numbers; whoever steps must call `check`, which reads it.
-    """
-
-    def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
-        self.generator = generator
-        self.condition = condition
-        self.guidance = guidance
-        self.sampling = sampling
-        self.batch = condition.rows // 2 if guidance.has_unconditional_branch else condition.rows
-        total, device = condition.num_tokens, generator.device
-        self.confidence = torch.zeros(self.batch, total, dtype=torch.float32, device=device)
-        self._away = guidance.perturbs and not guidance.has_third_branch  # what the rule guides away from is perturbed
-        self._scales = step_scales(guidance, condition).to(device)
-        self._steps = torch.arange(total, device=device)
-        codes = generator.is_code(self._steps, condition)
-        self._codes = None if codes is None else codes.bool()
-        self._probability_of = _probability_of(guidance.weak_branch)
-        self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
-
-    def check(self, step: int | None = None) -> None:
-        """Raise a `UserError` for logits that make no distribution and confidences that are none, of a step or of all.
-
-        It waits for the device.
-        """
-        self.finite.check(step)
-        if self.guidance.perturbs and self._probability_of is None:
-            require_confidence(self.guidance.weak_branch, self.confidence if step is None else self.confidence[:, step])
-
-    def sides(self, others: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """What the rule guides away from, and the third branch, of all branches but the conditional one."""
-        third = others.pop() if self.guidance.has_third_branch else None
-        if not self.guidance.is_active:
-            return None, third
-        weak = others.pop() if self.guidance.has_weak_model else None
-        return self.guidance.away_from(others.pop() if others else None, weak), third
-
-
 class Decoder(GuidedBatch):
     """A batch that is decoded token by token: its key/value cache, the guidance's state, and one step.
 
@@ -217,9 +172,9 @@ class Decoder(GuidedBatch):
             third = condition[: self.batch]
             self._passes.append(_Pass(generator, third, generator.new_cache(third), self.batch))
         branch = guidance.weak_branch
-        self._sources = _sources(branch, self._steps, self._codes) if guidance.perturbs else None
+        self._sources = sources(branch, self._steps, self._codes) if guidance.perturbs else None
         # What has a kernel of its own where kernels run.
-        self._weight_settings = _weight_settings(branch)
+        self._weight_settings = weight_settings(branch)
         self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
             len(self._passes) == 1
@@ -298,7 +253,7 @@ class Decoder(GuidedBatch):
         if self.guidance.perturbs:
             write_weights = partial(self._write_weights, step)
             if self._sources is not None and step.number != 0:
-                perturbed = _taken(tokens, self._sources[..., step.index - 1])
+                perturbed = taken(tokens, self._sources[..., step.index - 1])
         branch = self.guidance.weak_branch
         return [each.run(step, inputs, perturbed, branch, write_weights) for each in self._passes]
 
@@ -389,180 +344,3 @@ class _Pass:
             **named,
         )
         return logits[:, -1:].float()
-
-
-def guided_logits(
-    generator: Generator,
-    condition: Condition,
-    guidance: CFG,
-    cond_logits: Tensor,
-    uncond_logits: Tensor,
-    scales: Tensor,
-    steps: Tensor,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Guide n neighbouring steps and rule out tokens that are not allowed there, before or after the rule as it needs.
-
-    Args:
-        cond_logits, uncond_logits: [B, n, V].
-        scales, steps, state: as of `CFG.guide_steps`.
-
-    Returns:
-        Guided logits [B, n, V], -inf for tokens that are ruled out, and the states as of `CFG.guide_steps`.
-    """
-    branches = branches_for_rule(generator, condition, guidance, cond_logits, uncond_logits, steps)
-    guided, states = guidance.guide_steps(*branches, scales, steps, state)
-    return guided if guidance.rule.constrained else generator.constrain(guided, steps, condition), states
-
-
-def branches_for_rule(
-    generator: Generator, condition: Condition, guidance: CFG, cond_logits: Tensor, uncond_logits: Tensor, steps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The branches' logits [B, n, V] as the rule takes them, with disallowed tokens at -inf if it asks for that.
-
-    In a vocabulary of text and image codes the norm of all logits would say little about the codes.
-    """
-    if not guidance.rule.constrained:
-        return cond_logits, uncond_logits
-    cond_logits = generator.constrain(cond_logits, steps, condition)
-    return cond_logits, generator.constrain(uncond_logits, steps, condition)
-
-
-def _is_softcfg(perturbation: Perturbation, *methods: str) -> TypeGuard[ConfidenceWeights]:
-    """Whether these methods of a perturbation are those of SoftCFG: `SoftCFG` itself, and others that keep them."""
-    kind = type(perturbation)
-    return issubclass(kind, ConfidenceWeights) and all(
-        getattr(kind, name) is getattr(ConfidenceWeights, name) for name in methods
-    )
-
-
-def _weight_settings(perturbation: Perturbation) -> dict[str, Any] | None:
-    """The settings with which `fused.write_weights` writes the weights of a perturbation; None if it has others."""
-    if not _is_softcfg(perturbation, "weights", "weights_at"):
-        return None
-    settings = {name: getattr(perturbation, name) for name in ("step_norm", "strength", "floor", "eps")}
-    return {**settings, "successor": perturbation.alignment == "successor"}
-
-
-def _probability_of(perturbation: Perturbation) -> str | None:
-    """Whose probability its confidence is: that of the "largest" or of the "drawn" token; None for another."""
-    if not _is_softcfg(perturbation, "token_confidence"):
-        return None
-    return {max_probability: "largest", sampled_probability: "drawn"}.get(CONFIDENCES[perturbation.confidence])
-
-
-def step_scales(guidance: CFG, condition: Condition) -> Tensor:
-    """The guidance scale of every step, float32 [T].
-
-    Raises:
-        UserError: a schedule or guidance of somebody's own gives something else.
-    """
-    steps = condition.num_tokens
-    scales = torch.as_tensor(guidance.scales(steps, condition.num_codes)).to("cpu", torch.float32)
-    if scales.shape != (steps,):
-        raise UserError(
-            f"the schedule {guidance.schedule!r} of {type(guidance).__name__} must give {[steps]}, a guidance scale "
-            f"for each step, got {list(scales.shape)}"
-        )
-    return scales
-
-
-def confidence_in(perturbation: Perturbation, cond_logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """`Perturbation.token_confidence` in `tokens` [...] for conditional logits [..., V].
-
-    Raises:
-        UserError: a confidence of somebody's own gives another shape.
-    """
-    found = torch.as_tensor(perturbation.token_confidence(cond_logits, tokens, temperature))
-    if found.shape != tokens.shape:
-        raise UserError(
-            f"the confidence of {type(perturbation).__name__} must be {list(tokens.shape)}, one for each token, got "
-            f"{list(found.shape)}"
-        )
-    return found
-
-
-def require_confidence(perturbation: Perturbation, confidence: Tensor) -> None:
-    """Raise a `UserError` for confidences outside of [0, 1], which a function of somebody's own may give."""
-    outside = ~((confidence >= 0) & (confidence <= 1 + ROUNDING))
-    if outside.any():
-        raise UserError(
-            f"the confidence of {type(perturbation).__name__} ({perturbation.confidence!r}) must lie in [0, 1], got "
-            f"{float(confidence[outside][0])}"
-        )
-
-
-def step_weights(confidence: Tensor, perturbation: Perturbation, steps: Tensor) -> Tensor:
-    """Weights [B, n, T] that the given steps (0-based) put on every token, from those before it.
-
-    Args:
-        confidence: [B, T], of all tokens.
-        steps: int64 [n] or [B, n].
-    """
-    token = torch.arange(confidence.shape[1], device=confidence.device)
-    step = steps.to(confidence.device)[..., None]
-    return perturbation.weights_at(confidence[:, None] * (token < step), step)
-
-
-def weak_inputs(perturbation: Perturbation, tokens: Tensor, index: Tensor, codes: Tensor | None) -> Tensor:
-    """What the unconditional rows are fed in the slots of the tokens `index`, int64 [B, n].
-
-    Args:
-        tokens: int64 [B, T].
-        index: int64 [n] or [B, n].
-        codes: bool [T] or [B, T], which tokens are image codes; None: all.
-    """
-    source = _sources(perturbation, index, codes)
-    return _taken(tokens, index if source is None else source)
-
-
-def _sources(perturbation: Perturbation, index: Tensor, codes: Tensor | None) -> Tensor | None:
-    """Which tokens are fed in the slots of the tokens `index`; None for those themselves."""
-    source = perturbation.source(index)
-    if source is index:
-        return None
-    return source if codes is None else source.where(_taken(codes, index) & _taken(codes, source), index)
-
-
-def _taken(values: Tensor, index: Tensor) -> Tensor:
-    """The entries of `values` [T] or [B, T] at `index` [n] or [B, n]."""
-    if index.dim() == 1:
-        return values[..., index]
-    return values[index] if values.dim() == 1 else values.gather(1, index)
-
-
-def query_weights(
-    perturbation: Perturbation, step_weights: Tensor, condition: Condition, *, from_start: bool
-) -> dict[str, Tensor]:
-    """Keyword arguments for a pass of the unconditional rows that predicts several tokens.
-
-    Args:
-        step_weights: [rows, n, T], of the steps that the pass predicts.
-        from_start: the pass starts with the condition, whose slots, as queries and as keys, are not weighted.
-    """
-    leading = condition.slots - 1 if from_start else 0
-    return attention_weights(perturbation, F.pad(step_weights, (condition.slots, 0, leading, 0), value=1.0))
-
-
-def attention_weights(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments that hand `weights` to what the target of the perturbation names."""
-    target = perturbation.target
-    names = {"both": ("value", "key"), "none": ()}.get(target, (target,))
-    return {f"{name}_weights": weights for name in names}
-
-
-def _forcing(
-    generator: Generator, shape: tuple[int, int], tokens: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if tokens is None:
-        if mask is not None:
-            raise UserError("forced_mask says where to use forced_tokens, which are missing")
-        return None, None
-    forced = as_ids(tokens, "forced_tokens", generator.vocab_size).to(generator.device)
-    mask = torch.ones(shape, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-    for name, value in (("forced_tokens", forced), ("forced_mask", mask)):
-        if value.shape != shape:
-            raise UserError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
-    if mask.dtype != torch.bool:
-        raise UserError(f"forced_mask must be boolean, got {mask.dtype}")
-    return forced, mask.to(generator.device)

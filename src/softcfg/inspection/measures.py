@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from softcfg.decoding.sequential import step_weights
+from softcfg.decoding.perturbed import step_weights
 from softcfg.guidance import settings_of
 from softcfg.inspection.trace import Trace
 from softcfg.models.geometry import Geometry

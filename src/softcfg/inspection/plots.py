@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib import figure as matplotlib_figure
 
-from softcfg.decoding.sequential import step_weights
+from softcfg.decoding.perturbed import step_weights
 from softcfg.guidance import CONFIDENCES
 from softcfg.inspection import measures
 from softcfg.inspection.trace import Trace

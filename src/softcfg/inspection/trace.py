@@ -12,22 +12,16 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding.batch import guided_logits, step_scales
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.finite import BRANCHES, FiniteLogits
-from softcfg.decoding.sequential import (
-    confidence_in,
-    guided_logits,
-    query_weights,
-    require_confidence,
-    step_scales,
-    step_weights,
-    weak_inputs,
-)
+from softcfg.decoding.perturbed import confidence_in, query_weights, require_confidence, step_weights, weak_inputs
 from softcfg.decoding.weak import weak_model
 from softcfg.errors import UserError, require_whole, user_errors
 from softcfg.files import write_atomically
 from softcfg.guidance import CFG, Perturbation, as_guidance, describe
-from softcfg.models.base import ClassCondition, Condition, Generator, as_ids
+from softcfg.models.base import ClassCondition, Condition, Generator
+from softcfg.models.ids import as_ids
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
 from softcfg.version import __version__

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition
-from softcfg.nn.attention import AttentionContext, SelfAttention
+from softcfg.nn.attention import SelfAttention
+from softcfg.nn.context import AttentionContext
 from softcfg.nn.fused import add_product, products
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU

@@ -11,15 +11,13 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.models.conditioning import Conditioning, LabelConditioning
 from softcfg.models.geometry import Geometry
-from softcfg.models.ids import as_ids as as_ids
+from softcfg.models.ids import IdsLike, as_ids
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
 from softcfg.nn.linear import PROGRAMS, Preparable
 from softcfg.nn.position import Position
 from softcfg.nn.replay import replayed
 from softcfg.nn.rotary import Rotary
-
-LabelsLike = Any  # a tensor, array or sequence of class ids
 
 
 class Condition(ABC):
@@ -319,7 +317,7 @@ class ClassGenerator(Generator):
     conditioning_type = LabelConditioning
     condition_slots: int
 
-    def condition(self, labels: LabelsLike, *, guided: bool) -> ClassCondition:
+    def condition(self, labels: IdsLike, *, guided: bool) -> ClassCondition:
         """See `Generator.condition`.
 
         Raises:

@@ -12,8 +12,10 @@ from softcfg.errors import UserError, quote
 
 LARGEST_ID = (1 << 63) - 1  # the count of ids that nothing else bounds
 
+IdsLike = Sequence[int] | np.ndarray | Tensor
 
-def as_ids(values: Sequence[int] | np.ndarray | Tensor, name: str, count: int) -> Tensor:
+
+def as_ids(values: IdsLike, name: str, count: int) -> Tensor:
     """Turn a tensor, array or list of ids into an int64 tensor and check that all lie in 0 .. count - 1.
 
     Raises:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
 from softcfg.models.base import ClassCondition, ClassGenerator, Condition, Generator
-from softcfg.nn.attention import AttentionContext, attend, split_heads
+from softcfg.nn.attention import attend, split_heads
+from softcfg.nn.context import AttentionContext
 from softcfg.nn.fused import add_product, products
 from softcfg.nn.linear import Linear
 from softcfg.nn.mlp import SwiGLU

@@ -13,11 +13,10 @@ import torch
 
 from softcfg.decoding import Sampling
 from softcfg.decoding.filtering import one_sampling
-from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UserError, quote, require_whole, user_errors
+from softcfg.errors import UserError, quote, require_uint64, require_whole, user_errors
 from softcfg.files import as_path, make_folder
 from softcfg.guidance import CFG, as_guidance
-from softcfg.models.base import as_ids
+from softcfg.models.ids import as_ids
 from softcfg.nn.precision import as_dtype
 from softcfg.nn.products import forced_product
 from softcfg.pipeline import Pipeline
@@ -91,7 +90,7 @@ class RunRequest:
         num_samples = None if self.num_samples is None else _count(self.num_samples, "num_samples", 1)
         batch_size = None if self.batch_size is None else _count(self.batch_size, "batch_size", 1)
         window = _count(self.speculative_jacobi, "speculative_jacobi", 0)
-        check_uint64(self.seed, "seed")
+        require_uint64(self.seed, "seed")
         forced_product()  # before anything is written
         prompts = self._prompts(pipeline)
         count = pipeline.generator.num_classes if prompts is None else len(prompts.texts)

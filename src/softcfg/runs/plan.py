@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.configuration import dotted
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError, quote, require_uint64
 from softcfg.files import as_path, hash_file
 from softcfg.prompts import Prompt
 
@@ -23,7 +23,6 @@ RANDOM = "random"
 NOT_IN_IMAGES = ("model", "num_samples", "command", "environment", "decoded_from", "format", "sha256")
 MOST_IMAGES = 10_000_000  # of a run
 MOST_LABELS = 1_000_000  # that images take in turn
-LARGEST_SEED = 2**64
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ class Plan:
         for name, most in counts.items():
             if not _is_integer(value := getattr(self, name), 1, most):
                 raise UserError(f"{name} must be a whole number from 1 to {most:,}, got {quote(value)}")
-        if not _is_integer(self.seed, 0, LARGEST_SEED - 1):
-            raise UserError(f"seed must be a whole number from 0 to 2^64 - 1, got {quote(self.seed)}")
+        require_uint64(self.seed, "seed")
         if self.labels == RANDOM:
             return
         if not self.labels or len(self.labels) > MOST_LABELS:

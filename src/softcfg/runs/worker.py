@@ -21,9 +21,10 @@ from softcfg.runs.progress import ProgressWatch
 from softcfg.runs.shards import Shard, write_shard
 
 if TYPE_CHECKING:
+    from softcfg.calls import PipelineOutput
     from softcfg.decoding import Sampling
     from softcfg.guidance import CFG
-    from softcfg.pipeline import Pipeline, PipelineOutput
+    from softcfg.pipeline import Pipeline
     from softcfg.runs.processes import Processes
     from softcfg.tokenizers.base import Tokenizer
 

@@ -29,8 +29,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg import plugins
-from softcfg.decoding.randomness import check_uint64
-from softcfg.errors import UserError, clean, quote, require_name
+from softcfg.errors import UserError, clean, quote, require_name, require_uint64
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import as_path, make_folder
@@ -162,7 +161,7 @@ class Sweep:
             raise UserError(f"{min(both)} is both fixed and searched")
         if config.sampler not in SAMPLERS:
             raise UserError(f"there is no sampler named {config.sampler!r}; known: {', '.join(SAMPLERS)}")
-        check_uint64(config.sampler_seed, "the seed of the sampler")
+        require_uint64(config.sampler_seed, "the seed of the sampler")
         self.points = math.prod(map(len, self.space.grid())) if config.sampler == "grid" else None
         if config.num_samples < 1:
             raise UserError(f"num_samples must be at least 1, got {config.num_samples}")

@@ -22,10 +22,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from softcfg.decoding import Sampling
+from softcfg.decoding.perturbed import step_weights
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SCHEDULES
 from softcfg.inspection import trace
-from softcfg.inspection.trace import step_weights
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
 from softcfg.pipeline import Pipeline

@@ -19,7 +19,7 @@ import yaml
 
 from softcfg.configuration import read_yaml
 from softcfg.decoding.filtering import Sampling
-from softcfg.errors import UserError, clean, quote, require_name, suggestion
+from softcfg.errors import UserError, clean, quote, require_name, require_uint64, suggestion
 from softcfg.files import as_path, is_file, is_folder
 from softcfg.guidance.composition import all_settings
 from softcfg.guidance.settings import Setting, settings_of
@@ -292,7 +292,7 @@ def check_defaults(sampling: Mapping[str, Any], where: str) -> None:
     known = default_settings()
     for name, value in sampling.items():
         if name == "seed":
-            _check_seed(value, f"{where}{name}")
+            require_uint64(value, f"{where}{name}")
             continue
         if name not in known:
             raise UserError(_unknown(name, [*known, "seed"], where))
@@ -300,11 +300,6 @@ def check_defaults(sampling: Mapping[str, Any], where: str) -> None:
             known[name].check(value)
         except ValueError as error:
             raise UserError(f"{where}{clean(error, 400)}") from error
-
-
-def _check_seed(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        raise UserError(f"{name} must be a whole number in 0..2^64-1, got {quote(value)}")
 
 
 def _unknown(name: object, known: Collection[str], where: str) -> str:
@@ -393,7 +388,7 @@ def _read_entry(path: Path, content: Mapping[str, Any], folder: Path | None) -> 
             number(f"sampling.{key}", value)
     check_defaults(sampling, f"{path}: sampling.")
     for name, seed in examples.items():
-        _check_seed(seed, f"{path}: the seed of the example {quote(name)}")
+        require_uint64(seed, f"{path}: the seed of the example {quote(name)}")
         if classes and name not in map(str, classes):
             hint = suggestion(name, map(str, classes))
             raise UserError(f"{path}: the example {quote(name)} is none of the classes{hint and '; '}{hint}")

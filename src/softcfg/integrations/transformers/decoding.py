@@ -11,7 +11,7 @@ from transformers import Cache
 
 from softcfg.decoding import Sampling, image_uniforms
 from softcfg.decoding.filtering import one_sampling
-from softcfg.decoding.randomness import on_device
+from softcfg.decoding.randomness import image_indices, on_device
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError, quote, user_errors
 from softcfg.guidance import CFG, SoftCFG, as_guidance
@@ -19,7 +19,7 @@ from softcfg.integrations.transformers.generator import TransformersGenerator, a
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import Prompts
 from softcfg.models.base import Condition
-from softcfg.models.ids import LARGEST_ID, as_ids
+from softcfg.models.ids import as_ids
 from softcfg.nn.precision import own_dtype
 
 
@@ -102,7 +102,7 @@ def decode(
     decoder = Decoder(generator, condition, guidance, sampling, own)
 
     batch = decoder.batch
-    uniforms = on_device(image_uniforms(seed, _indices(indices, batch), num_tokens), generator.device)
+    uniforms = on_device(image_uniforms(seed, image_indices(indices, batch, "rows"), num_tokens), generator.device)
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
     for step in range(num_tokens):
@@ -154,18 +154,6 @@ def as_codes(image_codes: Any) -> Tensor:
     if not codes.numel():
         raise UserError("image_codes must name at least one token")
     return codes
-
-
-def _indices(indices: Any, rows: int) -> list[int]:
-    """The indices of images, by default those from 0 on; raise a `UserError` unless there is one for every row."""
-    if indices is None:
-        return list(range(rows))
-    listed = as_ids(indices, "indices", LARGEST_ID)
-    if listed.dim() != 1:
-        raise UserError(f"indices must be a list, got {quote(indices)}")
-    if len(listed) != rows:
-        raise UserError(f"indices must be as many as rows, {rows}, got {len(listed)}")
-    return listed.tolist()
 
 
 def _check_cache(cache: Cache, model: Any, condition: Condition) -> None:
