@@ -26,8 +26,8 @@ from softcfg.inspection import trace
 from softcfg.models.base import Generator
 from softcfg.nn import AttentionContext, KVCache, Position, products, use_backend
 from softcfg.nn.backends import BACKENDS, AttentionCall, attention
-from softcfg.nn.backends.numba_decode import has_numba
 from softcfg.nn.choices import processor
+from softcfg.nn.kernels.available import has_numba
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.memory import free_memory
 from softcfg.version import __version__

@@ -16,6 +16,7 @@ from softcfg.nn import choices as nn_choices
 from softcfg.nn import products
 from softcfg.nn.backends import BACKENDS, AttentionCall, numba_decode
 from softcfg.nn.backends.math import Math
+from softcfg.nn.kernels import available
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def test_the_attention_is_that_of_a_step(name: str, monkeypatch: pytest.MonkeyPa
     assert found["attention, float32"].startswith(f"{name}; ")
     assert ("not embedding_bag: it is slower" in found["attention, bfloat16"]) == (name == "math")
     assert ("not numba_decode: it is slower" in found["attention, float32"]) == (
-        name != "numba_decode" and numba_decode.has_numba()
+        name != "numba_decode" and available.has_numba()
     )
 
 
@@ -90,7 +91,7 @@ def test_wrong_attention_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
         out = Math.attend(BACKENDS["math"], call)  # type: ignore[arg-type]
         return out if call.query.dtype == torch.float64 else out + 1e-4
 
-    monkeypatch.setattr(numba_decode, "has_numba", lambda: False)
+    monkeypatch.setattr(available, "has_numba", lambda: False)
     monkeypatch.setattr(BACKENDS["math"], "attend", off)
     monkeypatch.setattr(doctor, "TESTS", {"attention": doctor.TESTS["attention against float64"]})
     for other in ("choices", "fitting_batches"):

@@ -18,7 +18,7 @@ from softcfg.decoding import ImageStreams, decode, jacobi, jacobi_decode, sequen
 from softcfg.decoding.randomness import image_uniforms, on_device
 from softcfg.models.base import Generator
 from softcfg.nn import precision
-from softcfg.nn.backends import numba_decode
+from softcfg.nn.kernels import available
 
 
 class NoFloat64(TorchDispatchMode):
@@ -81,7 +81,7 @@ def test_drawing_takes_no_float64_and_draws_the_same(
     generator = load(family)
     total = generator.condition(generator.example_inputs(2), guided=False).num_tokens
     uniforms = image_uniforms(0, range(2), total)
-    monkeypatch.setattr(numba_decode, "has_numba", lambda: False)  # a mode that watches sees no kernels
+    monkeypatch.setattr(available, "has_numba", lambda: False)  # a mode that watches sees no kernels
     expected = drawn(generator, GUIDANCE[guidance], uniforms)
     request.getfixturevalue("device_without_float64")
     with NoFloat64():

@@ -38,9 +38,9 @@ from softcfg.nn.backends import (
     BackendUnavailableError,
     attention,
     embedding_bag,
-    numba_decode,
 )
 from softcfg.nn.backends.triton_decode import TritonDecode
+from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache
 
 ROWS, HEADS, DIM, SLOTS = 3, 4, 8, 7
@@ -57,7 +57,7 @@ def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of the CPU have tests of their own, in test_cpu_kernels.py."""
-    monkeypatch.setattr(numba_decode, "has_numba", lambda: False)
+    monkeypatch.setattr(available, "has_numba", lambda: False)
 
 
 @pytest.fixture(autouse=True)

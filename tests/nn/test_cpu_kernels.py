@@ -28,7 +28,7 @@ from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, choices, fused, launches, use_backend
 from softcfg.nn.backends import BACKENDS, AttentionCall, attention, numba_decode
 from softcfg.nn.choices import on_threads
-from softcfg.nn.kernels import cpu
+from softcfg.nn.kernels import available, cpu
 from softcfg.nn.kv_cache import Int8KVCache
 from softcfg.nn.norm import RMSNorm
 from softcfg.nn.products import PRODUCTS, use_product
@@ -932,7 +932,7 @@ def test_decoding_goes_on_without_kernels_that_do_not_run(
     if broken == "import":
         monkeypatch.setitem(sys.modules, cpu.__name__, None)
         monkeypatch.delattr("softcfg.nn.kernels.cpu")
-        monkeypatch.setattr(numba_decode, "kernels", functools.cache(numba_decode.kernels.__wrapped__))
+        monkeypatch.setattr(available, "cpu_kernels", functools.cache(available.cpu_kernels.__wrapped__))
     else:
         monkeypatch.setattr(cpu, "launch", failing)
     with warnings.catch_warnings(record=True) as caught:
@@ -1031,7 +1031,7 @@ print("numba" in sys.modules, products.PRODUCTS["panels"].can_serve(torch.empty(
 
 @pytest.mark.parametrize("value", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_variable_turns_all_of_it_off(value: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", numba_decode.VARIABLE: value}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", available.CPU_VARIABLE: value}
     environment[choices.FOLDER_VARIABLE] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200)
@@ -1041,5 +1041,5 @@ def test_a_variable_turns_all_of_it_off(value: str, tmp_path: Path) -> None:
 
 def test_panels_are_offered_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PRODUCTS["panels"].can_serve(torch.empty(2, 2))
-    monkeypatch.setattr(numba_decode, "has_numba", lambda: False)
+    monkeypatch.setattr(available, "has_numba", lambda: False)
     assert not PRODUCTS["panels"].can_serve(torch.empty(2, 2))

@@ -28,7 +28,7 @@ from softcfg.guidance import perturbation_weights
 from softcfg.models.base import Generator
 from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, fused, kernels, launches
-from softcfg.nn.backends import triton_decode
+from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache
 from softcfg.nn.linear import are_side_by_side, prepared_linear_layers
 from softcfg.nn.norm import RMSNorm
@@ -363,7 +363,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
             setattr(module, name, kernel)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(kernels, of, module, raising=False)
-    monkeypatch.setattr(triton_decode, "runs_on", lambda x: True)
+    monkeypatch.setattr(available, "on_gpu", lambda x: True)
     monkeypatch.setattr(fused, "UNAVAILABLE", set())
 
 
@@ -395,6 +395,6 @@ def test_only_plain_layers_are_products() -> None:
 
 
 if __name__ == "__main__":
-    triton_decode.runs_on = lambda x: True  # the interpreter runs on a CPU
+    available.on_gpu = lambda x: True  # the interpreter runs on a CPU
     fused._launched = lambda device, launch: launch()  # and nothing takes the place of what fails
     check(*sys.argv[1:])

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.nn.backends import numba_decode, triton_decode
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import FEW_ROWS
 from softcfg.nn.linear import Linear, are_side_by_side
@@ -112,7 +112,7 @@ def rotate_and_cache(
             if rotary is not None:
                 more = {"cos": rotary.first_cos, "sin": rotary.first_sin, "neighbours": not rotary.halves}
             more["key_scales"], more["value_scales"] = cache.scales(layer)
-            where = context.position.row_slots if triton_decode.runs_on(query) else context.position.slot
+            where = context.position.row_slots if available.on_gpu(query) else context.position.slot
             return _kernels(query).rotate_and_cache(
                 query, key, value, where, cache.keys[layer], cache.values[layer],
                 norm=_kind(q_norm, query) or 0, query_weights=_parameters(q_norm), key_weights=_parameters(k_norm),
@@ -166,7 +166,7 @@ def products(x: Tensor, *layers: nn.Linear, norm: nn.Module | None = None) -> Se
         x: [rows, n, width].
         norm: None for none.
     """
-    if not triton_decode.runs_on(x):
+    if not available.on_gpu(x):
         inputs = x if norm is None else add_norm(x, None, norm=norm)[1]
         return [layer(inputs) for layer in layers]
     joined = _joined(layers) if _serves(x, *(layer.weight for layer in layers)) else None
@@ -193,7 +193,7 @@ def add_gated_products(
         added: what a branch adds to the stream, shaped alike; None for nothing.
         norm: None for none.
     """
-    plain = triton_decode.runs_on(x) and _is_plain(gate) and _is_plain(up) and (gate.bias is None) == (up.bias is None)
+    plain = available.on_gpu(x) and _is_plain(gate) and _is_plain(up) and (gate.bias is None) == (up.bias is None)
     alike = plain and gate.weight.shape == up.weight.shape
     if alike and _serves(x, added, gate.weight, up.weight) and _are_few(x, norm, gate.weight, up.weight):
 
@@ -231,7 +231,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
     """x + layer(inputs), the last use of `x`, whose memory the result may take: the product then adds to it."""
-    if not triton_decode.runs_on(x):
+    if not available.on_gpu(x):
         found = _add_panels(x, layer, inputs)
         return x + layer(inputs) if found is None else found
     weight, bias = layer.weight, layer.bias
@@ -394,8 +394,8 @@ def _serves(*tensors: Tensor | None) -> bool:
     x = tensors[0]
     if x is None or not _enabled.get() or torch.is_grad_enabled():
         return False
-    on_gpu = triton_decode.runs_on(x)
-    if not (on_gpu or numba_decode.runs_on(x)):
+    on_gpu = available.on_gpu(x)
+    if not (on_gpu or available.on_cpu(x)):
         return False
     dtype, device = x.dtype, x.device
     if device in UNAVAILABLE or not (dtype is torch.float32 or (dtype in DTYPES and on_gpu)):
@@ -410,11 +410,11 @@ def _serves(*tensors: Tensor | None) -> bool:
 
 def _kernels(x: Tensor) -> Any:
     """The module of the kernels on the device of `x`."""
-    if triton_decode.runs_on(x):
+    if available.on_gpu(x):
         from softcfg.nn.kernels import fused
 
         return fused
-    return numba_decode.kernels()
+    return available.cpu_kernels()
 
 
 def _launched(device: torch.device, launch: Callable[[], Result]) -> Result | None:
@@ -445,7 +445,7 @@ def _fits(
     slot, row_slots = context.position.slot, context.position.row_slots
     if type(cache).write not in (KVCache.write, Int8KVCache.write) or cache.dtype != query.dtype:
         return False
-    if triton_decode.runs_on(query):
+    if available.on_gpu(query):
         served = row_slots is not None and (rotary is None or rotary.cos.dim() == 3)
     else:
         served = slot is not None and slot < cache.slots

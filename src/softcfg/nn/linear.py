@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.errors import UserError
-from softcfg.nn.backends import triton_decode
+from softcfg.nn.kernels import available
 from softcfg.nn.memory import is_out_of_memory, is_shared, replace_contents
 from softcfg.nn.precision import KeepsTables, has_bfloat16
 from softcfg.nn.products import Product, choose, faster_dtype, keeps_bits
@@ -296,7 +296,7 @@ def are_side_by_side(weights: Sequence[Tensor]) -> bool:
 
 def _lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
     weights = [layer.weight for layer in layers]
-    if any(not triton_decode.runs_on(each) or each.is_inference() for each in weights) or are_side_by_side(weights):
+    if any(not available.on_gpu(each) or each.is_inference() for each in weights) or are_side_by_side(weights):
         return
     alike = len({(each.dtype, each.device, each.shape[1]) for each in weights}) == 1
     if alike and all(type(each.data) is Tensor for each in weights):

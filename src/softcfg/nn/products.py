@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcfg.errors import UserError, quote
-from softcfg.nn.backends import numba_decode
 from softcfg.nn.choices import choose_once, on_threads, time_sides
+from softcfg.nn.kernels import available
 from softcfg.nn.launches import recorded
 from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.precision import dtype_name
@@ -236,23 +236,23 @@ class Panels(Product):
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
-        if weight.dtype != torch.float32 or not numba_decode.has_numba() or numba_decode.kernels() is None:
+        if weight.dtype != torch.float32 or not available.has_numba() or available.cpu_kernels() is None:
             return False
-        return numba_decode.kernels().can_pack(weight)
+        return available.cpu_kernels().can_pack(weight)
 
     def lay_out(self, weight: Tensor, rows: int) -> Tensor:
         """See `Product.lay_out`."""
-        return numba_decode.kernels().pack(weight)
+        return available.cpu_kernels().pack(weight)
 
     def multiply(self, x: Tensor, laid_out: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         """See `Product.multiply`."""
-        if x.dtype is not torch.float32 or not numba_decode.runs_on(x):
+        if x.dtype is not torch.float32 or not available.on_cpu(x):
             return F.linear(x, self.restore(laid_out), bias)
-        return numba_decode.kernels().product(x, laid_out, bias)
+        return available.cpu_kernels().product(x, laid_out, bias)
 
     def restore(self, laid_out: Tensor) -> Tensor:
         """See `Product.restore`."""
-        return numba_decode.kernels().unpack(laid_out)
+        return available.cpu_kernels().unpack(laid_out)
 
     def as_in_steps(
         self, x: Tensor, laid_out: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, rows: int
@@ -261,8 +261,8 @@ class Panels(Product):
         launched: list[tuple[int, ...]] = []
         bias = None if bias is None else bias.detach()
         with holding(recorded, launched):
-            results = [numba_decode.kernels().product(x, packed, bias) for packed in laid_out]
-        program = numba_decode.kernels().Program(launched, [x, results, laid_out, bias])
+            results = [available.cpu_kernels().product(x, packed, bias) for packed in laid_out]
+        program = available.cpu_kernels().Program(launched, [x, results, laid_out, bias])
         return program.launch
 
 

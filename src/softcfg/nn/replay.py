@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from softcfg.nn import fused
 from softcfg.nn.backends import numba_decode, registry
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import recorded
 from softcfg.nn.linear import Linear
@@ -50,7 +51,7 @@ def replayed(
     if (
         cache is None or slot is None or type(cache) not in (KVCache, Int8KVCache) or not 0 < slot < cache.slots
         or x.shape[1] != 1 or x.dtype is not torch.float32 or not fused.are_enabled() or registry.is_forced()
-        or recorded.get() is not None or not numba_decode.runs_on(x) or not numba_decode.is_faster()
+        or recorded.get() is not None or not available.on_cpu(x) or not numba_decode.is_faster()
     ):  # fmt: skip
         return None
     key = cache if prepared is None else prepared
@@ -88,7 +89,7 @@ class _Program:
         self._kept += watch.made
         small = sum(each.nbytes for each in watch.made) <= MOST_BYTES
         if launches and small and not watch.others and not self._is_watched():
-            self._launches = numba_decode.kernels().Program(launches, self._kept)
+            self._launches = available.cpu_kernels().Program(launches, self._kept)
             self._output, self.serves = found, True
             return found.clone()
         return found

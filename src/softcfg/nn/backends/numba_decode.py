@@ -7,10 +7,6 @@ of the memory. Numba, an extra, compiles the kernel without a compiler on the ma
 from __future__ import annotations
 
 import functools
-import os
-import warnings
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +16,11 @@ from softcfg.nn.backends.math import Math
 from softcfg.nn.backends.registry import AttentionBackend, AttentionCall, BackendUnavailableError, register_backend
 from softcfg.nn.choices import choose_once, on_threads, time_sides
 from softcfg.nn.context import AttentionContext
+from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
-from softcfg.nn.launches import recorded
 from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.position import Position
 
-VARIABLE = "SOFTCFG_CPU_KERNELS"  # "0": PyTorch's operations instead
 GAIN = 1.1  # by which it may be slower: a step that is made of kernels alone is replayed without Python (`nn.replay`)
 COPIES, MEASURED = 8, (8, 16, 128, 64)  # of a layer's keys and values: 64 MiB, so that they come from memory
 
@@ -48,7 +43,7 @@ class NumbaDecode(AttentionBackend):
         cache = call.context.cache
         if cache is not None and (cache.stored not in (None, torch.int8) or call.context.slots > cache.slots):
             return "it reads keys and values in float32 or int8, of slots that the cache has"
-        if not runs_on(query):
+        if not available.on_cpu(query):
             return "it needs Numba, no gradient, and that nothing else watches PyTorch's operations"
         return None
 
@@ -69,7 +64,7 @@ class NumbaDecode(AttentionBackend):
         tables = tables_of(context)
         query = query if query.stride(3) == 1 else query.contiguous()
         try:
-            return kernels().attention(query, key, value, context.slots, *tables, *scales)
+            return available.cpu_kernels().attention(query, key, value, context.slots, *tables, *scales)
         except Exception as error:  # Numba and LLVM have no common type of error
             if is_out_of_memory(error):
                 raise
@@ -101,38 +96,6 @@ def tables_of(context: AttentionContext) -> list[Tensor | None]:
             for each in (*tables, None if mask is None else mask.bool())
         ]
     return context.memory[NumbaDecode.name]
-
-
-def runs_on(x: Tensor) -> bool:
-    """Whether the kernels may be tried on a tensor: one of a CPU whose operations nothing else follows."""
-    return (
-        x.is_cpu
-        and type(x) is Tensor
-        and has_numba()
-        and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == (recorded.get() is not None)
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.compiler.is_compiling()
-        and kernels() is not None
-    )
-
-
-@functools.cache
-def kernels() -> Any:
-    """The module of the kernels; None, after a warning, where they do not compile."""
-    try:
-        from softcfg.nn.kernels import cpu
-    except Exception as error:  # Numba and LLVM have no common type of error
-        message = "the kernels for the CPU do not run here, PyTorch's operations take their place"
-        warnings.warn(f"{message}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
-        return None
-    return cpu
-
-
-@functools.cache
-def has_numba() -> bool:
-    """Whether Numba is installed and its kernels are not turned off."""
-    return find_spec("numba") is not None and os.environ.get(VARIABLE) != "0"
 
 
 def is_faster() -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from softcfg.nn.backends.registry import AttentionBackend, AttentionCall, BackendUnavailableError, register_backend
+from softcfg.nn.kernels import available
 
 
 @register_backend
@@ -29,7 +27,7 @@ class TritonDecode(AttentionBackend):
             return "it needs a cache and a position by row"
         if call.context.attention_weights is not None:
             return "it has weights on values and keys alone"
-        return None if has_triton() else "Triton is not installed"
+        return None if available.has_triton() else "Triton is not installed"
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionBackend.attend`.
@@ -60,14 +58,3 @@ class TritonDecode(AttentionBackend):
             raise
         except Exception as error:  # Triton, its compiler and its driver have no common type of error
             raise BackendUnavailableError(f"{type(error).__name__}: {error}") from error
-
-
-def runs_on(x: Tensor) -> bool:
-    """Whether kernels may be tried on the device of `x`."""
-    return x.is_cuda and has_triton()
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
