@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from softcfg.models.base import Generator
 from softcfg.nn import AttentionContext, KVCache, Position, products, use_backend
 from softcfg.nn.backends import BACKENDS, AttentionCall, attention
 from softcfg.nn.choices import processor
-from softcfg.nn.kernels.available import has_numba
+from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.memory import free_memory
 from softcfg.version import __version__
@@ -98,7 +99,12 @@ def choices(device: torch.device) -> dict[str, str]:
     steps = "of constant shapes, replayed as a CUDA graph" if static else "one by one, of growing shapes"
     if device.type == "cpu":
         replayed = "replayed where all layers of a model are kernels (Numba)"
-        steps += f"; {replayed}" if has_numba() else f"; faster with Numba: {how_to_install('fast')}"
+        if available.has_numba():
+            steps += f"; {replayed}" if available.cpu_kernels() is not None else "; Numba's kernels do not run here"
+        elif find_spec("numba") is None:
+            steps += f"; faster with Numba: {how_to_install('fast')}"
+        else:
+            steps += f"; Numba's kernels are turned off by {available.CPU_VARIABLE}"
     found = {"steps": steps}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         call = _call(device, dtype, head_dim=64, groups=1, static=static, weighted=True)
@@ -114,9 +120,13 @@ def choices(device: torch.device) -> dict[str, str]:
         exact = "float32" if precision == "highest" else "TF32"
         found["matrix product"] = f"cuBLAS; float32 in {exact} (precision {precision!r})"
     elif device.type == "cpu":
+        why = "as was asked for" if products.forced_product() else "the fastest measured for a layer of 768 to 2,304"
         for rows in PRODUCT_ROWS:
             product = products.choose([torch.randn(PRODUCT_SHAPE)], None, rows, products.MEASURED, replayed=True)
-            found[f"matrix product, {rows} rows"] = f"{product.name}, the fastest measured for a layer of 768 to 2,304"
+            why = (
+                "as was asked for" if products.forced_product() else "the fastest measured for a layer of 768 to 2,304"
+            )
+            found[f"matrix product, {rows} rows"] = f"{product.name}, {why}"
     return found
 
 

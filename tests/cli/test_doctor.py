@@ -60,6 +60,18 @@ def test_the_attention_is_that_of_a_step(name: str, monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_what_is_forced_or_turned_off_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setenv("SOFTCFG_PRODUCT", "plain")
+    monkeypatch.setattr(available, "has_numba", lambda: False)
+    found = doctor.choices(CPU)
+    assert found["matrix product, 2 rows"] == "plain, as was asked for"
+    assert found["steps"].endswith("Numba's kernels are turned off by SOFTCFG_CPU_KERNELS")
+    monkeypatch.setattr(available, "has_numba", lambda: True)
+    monkeypatch.setattr(available, "cpu_kernels", lambda: None)
+    assert doctor.choices(CPU)["steps"].endswith("Numba's kernels do not run here")
+
+
 def test_a_product_is_measured_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen here is kept for the models, whose weights come from there."""
     measured: list[int] = []

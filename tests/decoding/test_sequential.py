@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import softcfg
+from small_families import FAMILIES, load
 from softcfg import CFG, Sampling, SoftCFG, UserError
 from softcfg.decoding import decode, draw, graphs, image_uniforms, throughput
 from softcfg.decoding.sequential import steps_are_static
@@ -403,3 +404,79 @@ def test_which_generators_decode_in_static_steps(
         device=torch.device(device), supports_row_positions=supports_row_positions, layer_devices=layer_devices
     )
     assert steps_are_static(generator) is static  # type: ignore[arg-type]
+
+
+class Adapted(torch.nn.Module):
+    """A layer in a module that is no linear one, as adapters put it."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)
+
+
+def drawn(generator: Generator) -> torch.Tensor:
+    inputs = generator.example_inputs(2)
+    total = generator.condition(inputs, guided=False).num_tokens
+    return decode(generator, inputs, SoftCFG(3.0), uniforms=image_uniforms(4, range(2), total))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_adapters(family: str) -> None:
+    generator = load(family)
+    expected = drawn(generator)
+    for part in list(generator.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(part, name, Adapted(child))
+    assert torch.equal(drawn(generator), expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_model(model_folder: Path) -> None:
+    generator = softcfg.load_generator(model_folder)
+    expected = drawn(generator)
+    generator.compile(backend="eager")
+    assert torch.equal(drawn(generator), expected)
+
+
+def test_what_is_set_on_an_object_or_on_all_modules_acts(model_folder: Path) -> None:
+    """Whether there are kernels or not."""
+    generator = softcfg.load_generator(model_folder)
+    plain = drawn(generator)
+
+    def constrain(logits: torch.Tensor, steps: torch.Tensor, condition: object) -> torch.Tensor:
+        return logits.masked_fill(torch.arange(logits.shape[-1]) >= 5, float("-inf"))
+
+    generator.constrain = constrain  # type: ignore[method-assign]
+    assert drawn(generator).max() < 5
+    del generator.constrain
+    norms = (torch.nn.RMSNorm, torch.nn.LayerNorm)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 3 * out if isinstance(module, norms) else None
+    )
+    try:
+        hooked = drawn(generator)
+        with fused.without_fused_kernels():
+            assert torch.equal(drawn(generator), hooked)
+    finally:
+        hook.remove()
+    assert torch.equal(drawn(generator), plain)
+    assert not torch.equal(hooked, plain)
+
+
+def test_a_pass_that_does_not_fit_its_cache_is_refused(model_folder: Path) -> None:
+    """Kernels would write beside it."""
+    generator = softcfg.load_generator(model_folder)
+    four, two = (generator.condition([0] * count, guided=False) for count in (4, 2))
+    token = torch.zeros(4, 1, dtype=torch.int64)
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="the cache is of 2 rows, and the pass of 4"):
+            generator(four, token, cache=generator.new_cache(two), slot=four.slots)
+        with pytest.raises(ValueError, match="a slot is at least 0, got -1"):
+            generator(four, token, cache=generator.new_cache(four), slot=-1)
+        weights = torch.ones(4, four.slots)
+        with pytest.raises(ValueError, match="value_weights must be"):
+            generator(four, token, cache=generator.new_cache(four), slot=four.slots, value_weights=weights)

@@ -166,3 +166,23 @@ def test_queries_that_see_nothing_are_no_concern_of_the_others() -> None:
         alone = [tensor[row : row + 1, :, blind:] for tensor in (query, key, value)]
         expected = weighted_attention(*alone, value_weights=weights[:1, blind:])
         torch.testing.assert_close(got[row : row + 1, :, blind:], expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["value_weights", "key_weights", "attention_weights", "mask"])
+@pytest.mark.parametrize("shape", [(ROWS, 8), (ROWS - 1, 9), (ROWS, 2, 9), (9,), (1, 1, 1, 9)])
+def test_tables_of_other_shapes_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    """Kernels would read what lies behind them."""
+    table = torch.ones(shape)
+    with torch.inference_mode(), pytest.raises(ValueError, match=rf"{name} must be \[3, 9\] or \[3, 1, 9\]"):
+        weighted_attention(*inputs(1, 9), **{name: table.bool() if name == "mask" else table})
+
+
+def test_keys_of_other_rows_or_heads_are_refused() -> None:
+    query, key, value = inputs(1, 9)
+    for other in (slice(None, 1), slice(None, 2)):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"queries \[3, 2, 1, 8\] do not fit keys"):
+            weighted_attention(query, key[other], value[other])
+    with pytest.raises(ValueError, match="do not fit keys"):
+        weighted_attention(query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1))
+    with pytest.raises(ValueError, match="do not fit keys"):
+        weighted_attention(key, query, query)

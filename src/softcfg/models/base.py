@@ -182,6 +182,7 @@ class Generator(Preparable, ABC):
             key_weights=key_weights,
             attention_weights=attention_weights,
             padding=condition.padding,
+            rows=x.shape[0],
         )
 
         prepared = self.prepare(condition, position, x.shape[1])

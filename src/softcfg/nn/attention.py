@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.backends import AttentionCall, attention
-from softcfg.nn.context import AttentionContext
+from softcfg.nn.context import AttentionContext, require_tables
 from softcfg.nn.fused import products, rotate_and_cache
 from softcfg.nn.linear import Linear
 from softcfg.nn.position import Position
@@ -49,12 +49,17 @@ def weighted_attention(
         [rows, heads, n, head_dim] in the dtype of `value`. The softmax is in float32 (or float64).
 
     Raises:
-        ValueError: keys and values differ in rows, heads or slots, which PyTorch's fused attention does not notice.
+        ValueError: keys and values differ in rows, heads or slots, from each other or from the queries; or weights or
+            the mask do not fit. PyTorch's fused attention and kernels would not notice.
     """
     if key.shape[:3] != value.shape[:3]:
         shapes = f"{list(key.shape)} and {list(value.shape)}"
         raise ValueError(f"keys and values must have the same rows, heads and slots, got {shapes}")
-    new, slots = query.shape[2], key.shape[2]
+    (rows, heads, new, _), slots = query.shape, key.shape[2]
+    if len(key) != rows or heads % key.shape[1] or new > slots:
+        raise ValueError(f"queries {list(query.shape)} do not fit keys {list(key.shape)}")
+    weights = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
+    require_tables(rows, new, slots, **weights, mask=mask)
     position = Position.shared(slots - new)
     context = AttentionContext(
         position,

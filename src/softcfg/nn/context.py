@@ -23,6 +23,20 @@ class Factors(NamedTuple):
     log_attention: Tensor | None
 
 
+def require_tables(rows: int, new: int, slots: int, **tables: Tensor | None) -> None:
+    """Raise `ValueError` unless weights and masks are [rows or 1, S] or [rows or 1, n or 1, S], with S or more slots.
+
+    Kernels read them as if they were.
+    """
+    for name, table in tables.items():
+        if table is None:
+            continue
+        *leading, width = table.shape
+        fits = width >= slots and len(leading) in (1, 2) and leading[0] in (1, rows)
+        if not fits or (len(leading) == 2 and leading[1] not in (1, new)):
+            raise ValueError(f"{name} must be [{rows}, {slots}] or [{rows}, {new}, {slots}], got {list(table.shape)}")
+
+
 @dataclass(frozen=True)
 class AttentionContext:
     """What all attention layers of one pass share; n is the number of slots that the pass feeds.
@@ -81,16 +95,23 @@ class AttentionContext:
         key_weights: Tensor | None = None,
         attention_weights: Tensor | None = None,
         padding: Tensor | None = None,
+        rows: int | None = None,
     ) -> AttentionContext:
         """The context of a pass that feeds `new` slots: weights are cut to the slots that it covers.
 
         Args:
             value_weights, key_weights, attention_weights: of at least these slots.
+            rows: of the pass, if the shapes of cache and weights are to be checked.
 
         Raises:
-            ValueError: the pass needs the cache of the slots before it, and there is none.
+            ValueError: the pass needs the cache of the slots before it, and there is none; or they do not fit.
         """
         slots = position.covered(new, None if cache is None else cache.slots)
+        if rows is not None:
+            if cache is not None and cache.keys[0].shape[0] != rows:
+                raise ValueError(f"the cache is of {cache.keys[0].shape[0]} rows, and the pass of {rows}")
+            weights = {"value_weights": value_weights, "key_weights": key_weights}
+            require_tables(rows, new, slots, **weights, attention_weights=attention_weights)
         return cls(
             position,
             slots,

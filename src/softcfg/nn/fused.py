@@ -35,6 +35,7 @@ MOST_BYTES = 7168  # of a row of weights that a kernel for few rows has register
 LONGEST = 16384  # row of weights
 KINDS: dict[type, int] = {type(None): 0, nn.Identity: 0, nn.RMSNorm: RMS, RMSNorm: RMS, nn.LayerNorm: LAYER}  # of norms
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
+_of_all = nn.modules.module  # holds the hooks of all modules
 _enabled: ContextVar[bool] = ContextVar("fused_kernels", default=True)
 
 
@@ -66,7 +67,10 @@ def add_norm(
         modulation: scale and shift, shaped alike; None for zeros.
         at: int64 [rows, n]. Gate, scale and shift are then tables [entries, width], and this says which entry is whose.
     """
-    kind = _kind(norm, x) if _serves(x, added, gate, *(modulation or ())) else None
+    of_rows = (gate, *(modulation or ()))
+    alike = (added, *of_rows) if at is None else (added,)
+    fit = all(each is None or each.shape == x.shape for each in alike)
+    kind = _kind(norm, x) if fit and _serves(x, added, *of_rows) else None
     if kind and x.shape[-1] <= WIDEST:
 
         def launch() -> tuple[Tensor, Tensor]:
@@ -169,7 +173,8 @@ def products(x: Tensor, *layers: nn.Linear, norm: nn.Module | None = None) -> Se
     if not available.on_gpu(x):
         inputs = x if norm is None else add_norm(x, None, norm=norm)[1]
         return [layer(inputs) for layer in layers]
-    joined = _joined(layers) if _serves(x, *(layer.weight for layer in layers)) else None
+    plain = all(map(_is_plain, layers))
+    joined = _joined(layers) if plain and _serves(x, *(layer.weight for layer in layers)) else None
     if norm is not None and (joined is None or not _are_few(x, norm, joined[0])):
         x, norm = add_norm(x, None, norm=norm)[1], None
     if joined is None:
@@ -213,7 +218,7 @@ def add_gated_products(
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if _serves(gate, up) and gate.stride(-1) == up.stride(-1) == 1:
+    if gate.shape == up.shape and _serves(gate, up) and gate.stride(-1) == up.stride(-1) == 1:
         found = _launched(gate.device, lambda: _kernels(gate).silu_product(gate, up))
         if found is not None:
             return found
@@ -234,8 +239,8 @@ def add_product(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor:
     if not available.on_gpu(x):
         found = _add_panels(x, layer, inputs)
         return x + layer(inputs) if found is None else found
-    weight, bias = layer.weight, layer.bias
-    if _serves(x, inputs, weight) and _is_plain(layer) and x.is_contiguous():
+    if _is_plain(layer) and _serves(x, inputs, layer.weight) and x.is_contiguous():
+        weight, bias = layer.weight, layer.bias
         if _are_few(inputs, None, weight):
             found = _launched(x.device, lambda: _few_rows(inputs, weight, bias, onto=x)[1])
             if found is not None:
@@ -250,17 +255,15 @@ def _add_panels(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor | None:
     """x + layer(inputs) by the kernel of a layer that is laid out for it; None where it is not."""
     if type(layer) is not Linear or layer.laid_out is None or not isinstance(layer.product, Panels):
         return None
-    if not _is_unhooked(layer) or not _serves(x, inputs):
+    packed, bias = layer.laid_out, layer.bias
+    if not _is_unhooked(layer) or not _serves(x, inputs, bias) or (bias is not None and not bias.is_contiguous()):
         return None
-    packed = layer.laid_out
-    return _launched(x.device, lambda: _kernels(x).product(inputs, packed, layer.bias, x))
+    return _launched(x.device, lambda: _kernels(x).product(inputs, packed, bias, x))
 
 
 def _joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None, list[int]] | None:
-    """Weights and bias of several layers as of one, and the outputs of each; None where they cannot be."""
+    """Weights and bias of several plain layers as of one, and the outputs of each; None where they cannot be."""
     weights = [layer.weight for layer in layers]
-    if not all(_is_plain(layer) for layer in layers):
-        return None
     if len(layers) == 1:
         return weights[0], layers[0].bias, [len(weights[0])]
     if any(layer.bias is not None for layer in layers) or not are_side_by_side(weights):
@@ -341,9 +344,13 @@ def write_confidence(
     Returns:
         Whether it was done.
     """
-    if not _are_rows(logits, confidence):
+    if not _are_rows(logits, confidence) or len(logits) != len(confidence):
         return False
     if codes is not None and (codes.dtype is not torch.bool or codes.stride(-1) != 1):
+        return False
+    if codes is not None and codes.shape not in (confidence.shape[1:], confidence.shape):
+        return False
+    if tokens is not None and (tokens.dtype is not torch.int64 or tokens.shape != logits.shape[:1]):
         return False
     tokens = None if tokens is None else tokens.contiguous()
 
@@ -376,7 +383,9 @@ def draw(
     """
     if not cond.is_cpu or uniforms.dtype is not torch.float64 or scale.dtype is not torch.float32:
         return None
-    if not (_are_rows(cond) if other is None else _are_rows(cond, other)):
+    if not (_are_rows(cond) if other is None else _are_rows(cond, other) and other.shape == cond.shape):
+        return None
+    if uniforms.shape != cond.shape[:1] or scale.numel() != 1:
         return None
     return _launched(cond.device, lambda: _kernels(cond).draw(cond, other, scale, temperature, uniforms, allowed))
 
@@ -424,6 +433,8 @@ def _launched(device: torch.device, launch: Callable[[], Result]) -> Result | No
     except Exception as error:  # Triton, Numba, their compilers and drivers have no common type of error
         if is_out_of_memory(error):  # the operations take more
             raise
+        if device.type == "cpu" and isinstance(error, (ValueError, IndexError)):  # about what it was given
+            raise
         UNAVAILABLE.add(device)
         message = f"fused kernels do not run on {device}, PyTorch's operations take their place"
         warnings.warn(f"{message}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
@@ -455,7 +466,8 @@ def _fits(
         return False
     side_by_side = all((each.stride(1), each.stride(3)) == (dim, 1) for each in (query, key, value))
     keys, values = cache.keys[layer], cache.values[layer]
-    return side_by_side and keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1)
+    fit = key.shape == value.shape and key.shape[::3] == query.shape[::3] and keys.shape[:2] == key.shape[:2]
+    return fit and side_by_side and keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1)
 
 
 def _is_table(rotary: Rotary, dim: int) -> bool:
@@ -476,7 +488,9 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _is_unhooked(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    return not (_of_all._global_forward_hooks or _of_all._global_forward_pre_hooks)
 
 
 def _kind(norm: nn.Module | None, x: Tensor) -> int | None:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -209,8 +209,10 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
         _give_back(module)  # what an end that was interrupted has left
         use = _Use(module)
         layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+        # The compiler of graphs (`nn.Module.compile`) would compile the launches of kernels, too.
+        compiled = any(part._compiled_call_impl is not None for part in module.modules())
         try:
-            if not any(layer.is_prepared for layer in layers):
+            if not compiled and not any(layer.is_prepared for layer in layers):
                 _prepare(module, layers, rows, _bring_back(layers))
                 for part in module.modules():
                     if isinstance(names := getattr(part, "together", None), tuple):
@@ -225,7 +227,8 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
         vars(module).setdefault(PROGRAMS, WeakKeyDictionary())
         _preparations.add(use)
     try:
-        yield
+        with available.without_cpu_kernels() if compiled else nullcontext():
+            yield
     finally:
         _preparations.discard(use)
         _give_back(module)
@@ -295,6 +298,8 @@ def are_side_by_side(weights: Sequence[Tensor]) -> bool:
 
 
 def _lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
+    if any(type(layer) not in (Linear, nn.Linear) for layer in layers):  # an adapter, say
+        return
     weights = [layer.weight for layer in layers]
     if any(not available.on_gpu(each) or each.is_inference() for each in weights) or are_side_by_side(weights):
         return

@@ -34,7 +34,13 @@ class Position(ABC):
 
     @staticmethod
     def shared(slot: int) -> Position:
-        """The same slot for all rows."""
+        """The same slot for all rows.
+
+        Raises:
+            ValueError: it is below 0.
+        """
+        if slot < 0:
+            raise ValueError(f"a slot is at least 0, got {slot}")
         return _SharedPosition(slot)
 
     @staticmethod
@@ -48,12 +54,13 @@ class Position(ABC):
 
         Raises:
             TypeError: it is neither.
+            ValueError: the number is below 0.
         """
         if isinstance(position, Position):
             return position
         if not isinstance(position, int):
             raise TypeError(f"a slot is an int or a Position (Position.by_row for a tensor), got {type(position)}")
-        return _SharedPosition(position)
+        return Position.shared(position)
 
     @property
     def is_start(self) -> bool:

@@ -236,7 +236,7 @@ class Panels(Product):
 
     def can_serve(self, weight: Tensor) -> bool:
         """See `Product.can_serve`."""
-        if weight.dtype != torch.float32 or not available.has_numba() or available.cpu_kernels() is None:
+        if weight.dtype != torch.float32 or not available.may_use_cpu_kernels():
             return False
         return available.cpu_kernels().can_pack(weight)
 

@@ -38,7 +38,7 @@ class NumbaDecode(AttentionBackend):
             return "it takes one query per row"
         if not query.is_cpu or not query.dtype == key.dtype == value.dtype == torch.float32:
             return "it runs on CPUs, in float32"
-        if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+        if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[::3] != key.shape[::3]:
             return "it takes keys and values of one shape, and as many queries for each head of them"
         cache = call.context.cache
         if cache is not None and (cache.stored not in (None, torch.int8) or call.context.slots > cache.slots):
@@ -66,7 +66,7 @@ class NumbaDecode(AttentionBackend):
         try:
             return available.cpu_kernels().attention(query, key, value, context.slots, *tables, *scales)
         except Exception as error:  # Numba and LLVM have no common type of error
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, ValueError):  # the latter is about what it was given
                 raise
             raise BackendUnavailableError(f"{type(error).__name__}: {error}") from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,8 +14,20 @@ import torch
 from torch import Tensor
 
 from softcfg.nn.launches import recorded
+from softcfg.nn.settings import holding
 
 CPU_VARIABLE = "SOFTCFG_CPU_KERNELS"  # "0": PyTorch's operations instead
+_cpu_kernels_off: ContextVar[bool] = ContextVar("cpu_kernels_off", default=False)
+
+
+def without_cpu_kernels() -> AbstractContextManager[None]:
+    """Use none of Numba's kernels in this thread while the context is open."""
+    return holding(_cpu_kernels_off, True)
+
+
+def may_use_cpu_kernels() -> bool:
+    """Whether there are Numba's kernels, and this thread uses them."""
+    return has_numba() and not _cpu_kernels_off.get() and cpu_kernels() is not None
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -33,6 +47,7 @@ def on_cpu(x: Tensor) -> bool:
         x.is_cpu
         and type(x) is Tensor
         and has_numba()
+        and not _cpu_kernels_off.get()
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == (recorded.get() is not None)
         and torch._C._functorch.peek_interpreter_stack() is None

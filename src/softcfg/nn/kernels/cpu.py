@@ -35,6 +35,9 @@ from torch import Tensor
 from softcfg.nn import launches
 from softcfg.nn.norm import LAYER
 
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # functions would stay Python's, and know no addresses
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
 # Sums may be taken in any order. A NaN stays one, and an infinity too: scores of -inf hide slots.
 # A division by zero gives an infinity or NaN, for a loop that could raise an error has no vector instructions.
 OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
@@ -1372,11 +1375,15 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, onto: Tensor 
         onto: [..., out]; None for zeros.
 
     Raises:
-        ValueError: the inputs are of another width.
+        ValueError: shapes or dtypes do not fit.
     """
     outputs, inputs = packed.shape
     if x.shape[-1] != inputs:
         raise ValueError(f"the layer takes inputs of width {inputs}, got {x.shape[-1]}")
+    if bias is not None and not (bias.shape == (outputs,) and bias.dtype is packed.dtype and bias.is_contiguous()):
+        raise ValueError(f"the bias must be {packed.dtype} [{outputs}] in one piece")
+    if onto is not None and onto.shape != (*x.shape[:-1], outputs):
+        raise ValueError(f"what is added to must be {[*x.shape[:-1], outputs]}, got {list(onto.shape)}")
     x, onto = x.contiguous(), None if onto is None else onto.contiguous()
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="cpu")
     launch(
