@@ -158,7 +158,9 @@ def test_dpg_bench(prompt_model_folder: Path, dpg: Path, tmp_path: Path, capsys:
         assert np.array_equal(crops, drawn[4 * number : 4 * number + 4])
 
 
-def test_bench_goes_on_where_it_was_left(prompt_model_folder: Path, dpg: Path, tmp_path: Path) -> None:
+def test_bench_goes_on_where_it_was_left(
+    prompt_model_folder: Path, dpg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "dpg"
     assert bench(prompt_model_folder, "dpg", dpg, out) == 0
     content = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -169,6 +171,12 @@ def test_bench_goes_on_where_it_was_left(prompt_model_folder: Path, dpg: Path, t
     assert bench(prompt_model_folder, "dpg", dpg, out) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == content
     assert (tmp_path / "dpg.run" / "shards" / "shard-000000.safetensors").stat().st_mtime_ns == kept
+    capsys.readouterr()
+    (out / "10.png").write_bytes(content["2.png"])  # of something else
+    (dpg / "2.txt").rename(dpg / "3.txt")
+    assert bench(prompt_model_folder, "dpg", dpg, out) == 0
+    assert (out / "10.png").read_bytes() == content["10.png"]
+    assert f"{out} also holds 2.png, which this run did not draw: remove it" in capsys.readouterr().err
 
 
 def test_geneval(prompt_model_folder: Path, tmp_path: Path) -> None:
