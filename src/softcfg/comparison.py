@@ -25,7 +25,7 @@ from softcfg.guidance import CFG, PERTURBATIONS, PRESETS, RULES, compose, descri
 from softcfg.images import grid, png_bytes
 from softcfg.pipeline import Pipeline
 from softcfg.runs.export import first_images
-from softcfg.runs.folder import RunFolder
+from softcfg.runs.folder import OTHER_FOLDER, RunFolder
 from softcfg.runs.job import DrawnRun, RunRequest, draw_run
 from softcfg.runs.pictures import label_names
 from softcfg.runs.processes import Processes
@@ -187,7 +187,9 @@ def compare(
         for seed in seeds:
             one = dataclasses.replace(request, model=pipeline, guidance=entry.guidance, seed=seed)
             place = run_folder(folder, entry, seed)
-            run = draw_run(one, place, processes=processes, on_progress=on_progress, on_finish=finish)
+            run = draw_run(
+                one, place, processes=processes, advice=OTHER_FOLDER, on_progress=on_progress, on_finish=finish
+            )
             for name, value in processes.agree(lambda run=run: measure(run.path)).items():  # type: ignore[misc]
                 entry.metrics.setdefault(name, []).append(value)
         if processes.first and on_entry is not None:

@@ -157,4 +157,5 @@ def test_other_settings_in_the_same_folder_are_refused(
 ) -> None:
     assert main(words(model_folder, tmp_path / "out", "--methods", "apg")) == 0
     assert main(words(model_folder, tmp_path / "out", "--methods", "apg", "--apg-eta", "0.5")) == 2
-    assert "another guidance.apg_eta (0.0 there, 0.5 here)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "another guidance.apg_eta (0.0 there, 0.5 here); give another folder (--output-dir)\n" in error

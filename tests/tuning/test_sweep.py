@@ -15,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 
 import softcfg.runs.worker
 import softcfg.tuning.sweep
+from made_runs import settings as made_settings
 from softcfg import Pipeline, UserError
 from softcfg.cli.main import main
 from softcfg.evaluation import evaluate
@@ -290,6 +291,13 @@ def test_a_study_is_of_one_sweep(make: Maker, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="objective"):
         make(tmp_path / "sweep", objective="recall")
     make(tmp_path / "sweep", num_samples=28, study="another")
+
+
+def test_a_foreign_run_in_the_place_of_a_trial(make: Maker, tmp_path: Path) -> None:
+    sweep = make(tmp_path / "sweep")
+    RunFolder.claim(sweep.trial_folder(0), made_settings())
+    with pytest.raises(UserError, match=r"holds a run with another .*; give another folder \(--output-dir\)$"):
+        sweep.run(1)
 
 
 @pytest.mark.parametrize(

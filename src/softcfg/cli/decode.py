@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             image_size_eval=args.image_size_eval,
             processes=processes,
             overwrite=args.overwrite,
+            advice=drawing.ADVICE,
             command=drawing.command_of(args),
             on_shard=functools.partial(write_pngs, folder=folder) if args.png else None,
             on_progress=ProgressBar(),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from softcfg.runs.progress import Progress
     from softcfg.runs.shards import Shard
 
+ADVICE = "give another --output-dir, or --overwrite to replace it"  # of a folder with another run
+
 
 def command_of(args: argparse.Namespace) -> str:
     """The command line that continues what this one draws, as it is written into run.json."""
@@ -101,6 +103,7 @@ def draw(
             folder,
             processes=processes,
             overwrite=args.overwrite,
+            advice=ADVICE,
             on_start=start,
             on_shard=on_shard,
             on_progress=report,

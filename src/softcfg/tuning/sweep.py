@@ -36,7 +36,7 @@ from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import as_path, make_folder
 from softcfg.nn.precision import dtype_name
 from softcfg.pipeline import Pipeline
-from softcfg.runs.folder import SHARDS
+from softcfg.runs.folder import OTHER_FOLDER, SHARDS
 from softcfg.runs.job import RunRequest, draw_run
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
@@ -425,6 +425,7 @@ class Sweep:
                         dataclasses.replace(request, num_samples=samples),
                         folder,
                         processes=Processes(alone=True),
+                        advice=OTHER_FOLDER,
                         lock=lock,
                         on_progress=ProgressBar(f"trial {trial.number}", keep=False) if progress else None,
                     )
