@@ -287,6 +287,7 @@ def decode_run(
     processes = processes or Processes()
     with termination_raises():
         refuse_if_busy(folder, processes)
+        processes.agree(source.require_complete)  # before anything is written
         known = source.settings.get("tokenizer", {}).get("config")
         if "model" not in source.settings or not isinstance(known, dict):
             raise UserError(f"{source.path / SETTINGS} does not say with which tokenizer the run was drawn")
