@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUNS = "runs"
+RESULTS = ("grid.png", "comparison.json", "table.md")
 SHOWN = 10  # images of a method in the picture
 PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
 FIGURES = {"recall.png": ("recall", "fid"), "front.png": ("inception_score", "fid")}  # what is on which axis

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     with termination_raises(), Processes(args.device) as processes:
         arguments.parse_device(args.device)
+        arguments.refuse_inputs_in_run(args, folder)
         decode_run(
             RunFolder.open(args.folder),
             folder,

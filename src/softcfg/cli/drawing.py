@@ -59,6 +59,7 @@ def draw(
     from softcfg.runs.job import RunRequest, draw_run, refuse_if_busy
     from softcfg.runs.progress import ProgressBar
 
+    arguments.refuse_inputs_in_run(args, folder)
     refuse_if_busy(folder, processes)  # before anything is loaded
     pipeline = arguments.load_pipeline(args, processes.device)
     guidance = arguments.guidance_from(args, pipeline)

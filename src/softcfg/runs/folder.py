@@ -40,6 +40,17 @@ def image_index(name: str) -> int | None:
     return int(match[1]) if match and image_name(int(match[1])) == name else None
 
 
+def is_own_file(folder: Path, path: Path) -> bool:
+    """Whether a path leads to a place, behind links too, where the run in a folder puts a file of its own."""
+    root = os.path.realpath(folder)
+    for place in (os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(path)):
+        if place.startswith(os.path.join(root, "")):
+            first, *rest = Path(place).relative_to(root).parts
+            if first == SHARDS or (not rest and (first in (SETTINGS, *PICTURES) or image_index(first) is not None)):
+                return True
+    return False
+
+
 class RunFolder:
     """A run on disk.
 

@@ -15,7 +15,7 @@ from softcfg.decoding import Sampling
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.randomness import check_uint64
 from softcfg.errors import UserError, quote, require_whole, user_errors
-from softcfg.files import as_path, make_folder
+from softcfg.files import as_path, is_same_file, make_folder
 from softcfg.guidance import CFG, as_guidance
 from softcfg.models.base import as_ids
 from softcfg.nn.precision import as_dtype
@@ -282,7 +282,7 @@ def decode_run(
         UserError: as `draw_run`, or a shard of `source` is missing or damaged.
     """
     folder = as_path(folder)
-    if folder.resolve() == source.path.resolve():
+    if is_same_file(folder, source.path):
         raise UserError(f"{folder} is the run itself; give another folder (--output-dir)")
     processes = processes or Processes()
     with termination_raises():
