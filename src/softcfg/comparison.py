@@ -62,12 +62,12 @@ class Entry:
     @property
     def title(self) -> str:
         """The method and its scale."""
-        return self.name if self.scale is None else f"{self.name}, {self.scale:g}"
+        return self.name if self.scale is None else f"{self.name}, {_scale_text(self.scale)}"
 
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        return self.name if self.scale is None else f"{self.name}-{self.scale:g}"
+        return self.name if self.scale is None else f"{self.name}-{_scale_text(self.scale)}"
 
     def mean(self, metric: str) -> float:
         """The mean over the seeds."""
@@ -210,7 +210,7 @@ def table(chosen: Sequence[Entry]) -> str:
     metrics = list(chosen[0].metrics)
     rows = [["method", "scale", *(TITLES[name] for name in metrics)], ["---"] * (2 + len(metrics))]
     for entry in chosen:
-        scale = "" if entry.scale is None else f"{entry.scale:g}"
+        scale = "" if entry.scale is None else _scale_text(entry.scale)
         rows.append([entry.name, scale, *(_cell(entry, name) for name in metrics)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -245,7 +245,7 @@ def plot(chosen: Sequence[Entry], x: str, y: str) -> Figure:
         axis.errorbar(at[x], at[y], xerr=errors[x], yerr=errors[y], marker="o", markersize=4, capsize=2, label=name)
         for entry in line:
             if entry.scale is not None:
-                axis.annotate(f" {entry.scale:g}", (entry.mean(x), entry.mean(y)), fontsize=7)
+                axis.annotate(f" {_scale_text(entry.scale)}", (entry.mean(x), entry.mean(y)), fontsize=7)
     axis.set(xlabel=TITLES[x], ylabel=TITLES[y])
     axis.legend(fontsize=8)
     return figure
@@ -284,6 +284,12 @@ def write_plots(folder: Path, chosen: Sequence[Entry]) -> list[Path]:
         for name, axes in wanted.items():
             write_atomically(folder / name, figure_bytes(plot(chosen, *axes)))
     return [folder / name for name in wanted]
+
+
+def _scale_text(scale: float) -> str:
+    """A scale as text: short, but of two scales two texts."""
+    short = f"{scale:g}"
+    return short if float(short) == scale else repr(float(scale))
 
 
 def _cell(entry: Entry, metric: str) -> str:

@@ -364,3 +364,8 @@ def test_switches(words: str, flags: str) -> None:
 def test_a_switch_that_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "fashion", "--step_norm=maybe"]) == 2
     assert "--step-norm takes true, false or nothing, got 'maybe'" in capsys.readouterr().err
+
+
+def test_no_images_are_not_taken_for_the_usual_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--gpt-model", "GPT-B", "--num-samples", "0"]) == 2
+    assert "--num-samples must be at least 1, got 0" in capsys.readouterr().err

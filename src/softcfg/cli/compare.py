@@ -81,6 +81,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
         other = "--scales" if given[0] == "guidance_scale" else "--methods"
         raise UserError(f"--{given[0].replace('_', '-')}: a comparison takes these from {other}")
     scales, seeds = _numbers("--scales", args.scales, float), _numbers("--seeds", args.seeds, int)
+    sample.check_counts(args)
     arguments.refuse_own_inputs(args, args.output_dir, (*RESULTS, *FIGURES))
     pipeline = arguments.load_pipeline(args, processes.device)
     sampling = arguments.sampling_from(args, pipeline)
