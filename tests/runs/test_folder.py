@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,18 @@ def test_one_job_at_a_time(tmp_path: Path) -> None:
             Lock(tmp_path)
     assert holder(tmp_path) is None
     Lock(tmp_path).release()
+
+
+def test_a_look_at_the_lock_keeps_no_job_from_starting(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    Lock(tmp_path).release()
+    with (tmp_path / "run.lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)  # as `holder` takes it
+        end = threading.Timer(0.05, looking.close)
+        end.start()
+        with Lock(tmp_path):
+            assert "process " in str(holder(tmp_path))
+        end.join()
 
 
 def hold(folder: Path, ready: Any) -> None:
