@@ -208,6 +208,8 @@ def test_wrong_benches_are_one_sentence(
         assert message in capsys.readouterr().err
     assert not out.exists()
     assert not out.with_name("out.run").exists()
+    assert bench(prompt_model_folder, "dpg", dpg, Path("/")) == 2
+    assert "--output-dir / has no name for a folder of the run beside it" in capsys.readouterr().err
 
 
 def test_pictures_in_two_halves(prompt_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
             f"--batch-size must be a multiple of {IMAGES_PER_PROMPT}, the images of a prompt, got {args.batch_size}"
         )
     pictures = Path(args.output_dir).absolute()
+    if pictures.name in ("", ".."):
+        pictures = pictures.resolve()
+    if not pictures.name:
+        raise UserError(f"--output-dir {pictures} has no name for a folder of the run beside it; give another")
 
     def subjects(pipeline: Pipeline) -> dict[str, Any]:
         if not pipeline.conditioning.takes_prompts:
