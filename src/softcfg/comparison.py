@@ -28,6 +28,7 @@ from softcfg.runs.export import first_images
 from softcfg.runs.folder import OTHER_FOLDER, RunFolder
 from softcfg.runs.job import DrawnRun, RunRequest, draw_run
 from softcfg.runs.pictures import label_names
+from softcfg.runs.plan import Prompts
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress
 
@@ -172,9 +173,13 @@ def compare(
             return {}
         return evaluate(images, reference, extractor, labels=labels, device=extractor.device, cache=cache).metrics
 
-    def probe() -> None:  # what cannot be measured is refused before anything is drawn
+    def probe() -> None:  # what cannot be measured or has no effect is refused before anything is drawn
         side = pipeline.tokenizer.decoded_size
         measure(np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8), [0] * PROBE_IMAGES)
+        prompts = request.prompts
+        size = (prompts.width, prompts.height) if isinstance(prompts, Prompts) else (None, None)
+        for entry in chosen:
+            pipeline.check_guidance(entry.guidance, pipeline.num_tokens(*size))
         make_folder(folder)
 
     names: Sequence[str] = ()  # of what is drawn

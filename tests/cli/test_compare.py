@@ -140,6 +140,7 @@ def test_methods_by_name(model_folder: Path) -> None:
         (["--scales", "2,two"], "--scales must be numbers separated by commas"),
         (["--scales", "-1"], "guidance_scale must be"),
         (["--seeds", "1,1"], "name each seed once"),
+        (["--interval", "100-200"], "the interval 100-200 holds none of the 16 steps, 0 to 15, of an image"),
         (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--images-per-prompt", "0"], "--images-per-prompt must be at least 1, got 0"),
         (["--rule", "apg"], "--rule: a comparison takes these from --methods"),

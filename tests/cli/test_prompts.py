@@ -131,6 +131,19 @@ def test_bench(prompt_model_folder: Path, capsys: pytest.CaptureFixture[str], mo
     assert "\nrecommended: --batch-size " in capsys.readouterr().out
 
 
+def test_an_interval_is_of_the_steps_of_the_size_asked_for(
+    prompt_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [Pipeline.from_pretrained(prompt_model_folder).num_tokens(*size) for size in ((8, 8), (16, 16))]
+    flags = ["--prompt", "red apple", "--num-samples", "1", "--interval", f"{steps[0]}-{steps[1]}", "--no-compare"]
+    assert sample(prompt_model_folder, tmp_path / "small", *flags) == 2
+    assert f"holds none of the {steps[0]} steps" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+    assert sample(prompt_model_folder, tmp_path / "large", *flags, "--width", "16", "--height", "16") == 0
+    more = ["--output-dir", str(tmp_path / "all"), *flags[:-1], "--width", "16", "--height", "16", "--methods", "cfg"]
+    assert main(["compare", str(prompt_model_folder), *more]) == 0
+
+
 def bench(model: Path, suite: str, prompts: Path, out: Path, *flags: str) -> int:
     command = ["t2i-bench", str(model), "--suite", suite, "--prompts", str(prompts), "--output-dir", str(out)]
     return main([*command, "--batch-size", "8", *flags])

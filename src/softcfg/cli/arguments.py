@@ -422,7 +422,7 @@ def refuse_inputs_in_run(args: argparse.Namespace, folder: str | Path) -> None:
     from softcfg.runs.folder import is_own_file
 
     for flag, path in files_read(args):
-        if is_own_file(as_path(folder), path):
+        if is_own_file(as_path(folder), as_path(path)):
             raise UserError(f"{flag}: {path} is where the run in {folder} has a file of its own; give a copy elsewhere")
 
 

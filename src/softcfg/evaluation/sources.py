@@ -118,7 +118,7 @@ def open_source(source: Images) -> ImageSource:
 def files_read(given: Images | None, written: str | Path) -> list[str | Path]:
     """The files that are read of images or statistics; of a folder only `written`, if that is one of them."""
     if isinstance(given, (str, os.PathLike)):
-        path, other = as_path(given), as_path(written)
+        path, other = as_path(os.fspath(given)), as_path(written)
         if not is_folder(path):
             return [path]
         inside = os.path.realpath(other).startswith(os.path.join(os.path.realpath(path), ""))

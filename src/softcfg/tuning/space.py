@@ -160,7 +160,7 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
     sampling = {name: chosen.pop(name) for name in settings_of(Sampling) if name in chosen}
     # A search over rules has settings of each; a trial has those of its own.
     guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
-    pipeline.check_guidance(guidance)
+    pipeline.check_guidance(guidance, pipeline.num_tokens())
     return guidance, pipeline.sampling(**sampling)
 
 
