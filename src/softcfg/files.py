@@ -11,7 +11,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -265,7 +265,7 @@ def is_same_file(one: str | Path, other: str | Path) -> bool:
 
 
 def refuse_overwriting(
-    written: Mapping[str, str | Path | None], read: Iterable[tuple[str, str | Path | None]] = ()
+    written: Mapping[str, str | Path | None], read: Sequence[tuple[str, str | Path | None]] = ()
 ) -> None:
     """Raise `UserError` if a file that is to be written is one that is read, or two that are written are one file.
 

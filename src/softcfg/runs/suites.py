@@ -64,8 +64,10 @@ class Suite(ABC):
 
     def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
         """Write the four images, uint8 [H, W, 3], of a prompt; every file whole or not at all."""
-        for path, content in zip(self.files(folder, number), self.contents(number, images), strict=True):
-            make_folder(path.parent)
+        files = self.files(folder, number)
+        for parent in {path.parent for path in files}:
+            make_folder(parent)
+        for path, content in zip(files, self.contents(number, images), strict=True):
             write_atomically(path, content if isinstance(content, bytes) else _png(content), replace=True)
 
     def write_shard(self, folder: Path, shard: Shard) -> None:
