@@ -130,7 +130,10 @@ def test_mistakes_are_one_sentence(
         (["{run}", "--output", "{run}/run.json"], "would overwrite SAMPLES, an input; give another file"),
         (["{run}", "--output", "{run}/shards/shard-000000.safetensors"], "would overwrite SAMPLES, an input"),
         (["{pngs}", "--output", "{pngs}/{first}"], "would overwrite SAMPLES, an input; give another file"),
-        (["{samples}", "--output", "new.npz", "--save-stats", "./new.npz"], "--output and --save-stats are one file"),
+        (
+            ["{samples}", "--output", "{run}/new", "--save-stats", "{run}/./new"],
+            "--output and --save-stats are one file",
+        ),
     ],
 )
 def test_nothing_overwrites_what_it_is_computed_from(
