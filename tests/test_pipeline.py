@@ -278,3 +278,20 @@ def test_an_int8_cache(pipe: Pipeline, model_folder: Path) -> None:
         Pipeline.from_pretrained(model_folder, tokenizer_dtype="fastest")
     with pytest.raises(UserError, match=r"kv_cache_dtype must be None or one of torch\.int8, got torch\.int4"):
         Pipeline.from_pretrained(model_folder, kv_cache_dtype=torch.int4)
+
+
+def test_an_interval_without_a_step_is_refused(pipe: Pipeline) -> None:
+    said = r"the interval 16-200 holds none of the 16 steps, 0 to 15, of an image, so that nothing is guided"
+    for guidance in (
+        SoftCFG(3.0, interval=(16, 200)),
+        CFG(1.0, interval=(16, 200), perturbation="pag", perturbation_scale=2.0),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipe([0], guidance=guidance)
+    with pytest.raises(UserError, match=said):
+        pipe([0], interval=(16, 200))
+    with pytest.raises(UserError, match=said):
+        trace(pipe.generator, labels=[0], guidance=SoftCFG(3.0, interval=(16, 200)))
+    last = pipe([0], guidance=SoftCFG(30.0, interval=(15, 200), schedule="constant"))
+    nothing = pipe([0], guidance=CFG(1.0, interval=(16, 200)))  # not said to guide
+    assert last.tokens[:, :15].equal(nothing.tokens[:, :15])

@@ -25,9 +25,10 @@ from softcfg.guidance import CFG, PERTURBATIONS, PRESETS, RULES, compose, descri
 from softcfg.images import grid, png_bytes
 from softcfg.pipeline import Pipeline
 from softcfg.runs.export import first_images
-from softcfg.runs.folder import RunFolder
+from softcfg.runs.folder import OTHER_FOLDER, RunFolder
 from softcfg.runs.job import DrawnRun, RunRequest, draw_run
 from softcfg.runs.pictures import label_names
+from softcfg.runs.plan import Prompts
 from softcfg.runs.processes import Processes
 from softcfg.runs.progress import Progress
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUNS = "runs"
+RESULTS = ("grid.png", "comparison.json", "table.md")
 SHOWN = 10  # images of a method in the picture
 PROBE_IMAGES = 4  # to see which metrics there are; precision needs as many
 FIGURES = {"recall.png": ("recall", "fid"), "front.png": ("inception_score", "fid")}  # what is on which axis
@@ -61,12 +63,12 @@ class Entry:
     @property
     def title(self) -> str:
         """The method and its scale."""
-        return self.name if self.scale is None else f"{self.name}, {self.scale:g}"
+        return self.name if self.scale is None else f"{self.name}, {_scale_text(self.scale)}"
 
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        return self.name if self.scale is None else f"{self.name}-{self.scale:g}"
+        return self.name if self.scale is None else f"{self.name}-{_scale_text(self.scale)}"
 
     def mean(self, metric: str) -> float:
         """The mean over the seeds."""
@@ -171,9 +173,13 @@ def compare(
             return {}
         return evaluate(images, reference, extractor, labels=labels, device=extractor.device, cache=cache).metrics
 
-    def probe() -> None:  # what cannot be measured is refused before anything is drawn
+    def probe() -> None:  # what cannot be measured or has no effect is refused before anything is drawn
         side = pipeline.tokenizer.decoded_size
         measure(np.zeros((PROBE_IMAGES, side, side, 3), dtype=np.uint8), [0] * PROBE_IMAGES)
+        prompts = request.prompts
+        size = (prompts.width, prompts.height) if isinstance(prompts, Prompts) else (None, None)
+        for entry in chosen:
+            pipeline.check_guidance(entry.guidance, pipeline.num_tokens(*size))
         make_folder(folder)
 
     names: Sequence[str] = ()  # of what is drawn
@@ -187,7 +193,9 @@ def compare(
         for seed in seeds:
             one = dataclasses.replace(request, model=pipeline, guidance=entry.guidance, seed=seed)
             place = run_folder(folder, entry, seed)
-            run = draw_run(one, place, processes=processes, on_progress=on_progress, on_finish=finish)
+            run = draw_run(
+                one, place, processes=processes, advice=OTHER_FOLDER, on_progress=on_progress, on_finish=finish
+            )
             for name, value in processes.agree(lambda run=run: measure(run.path)).items():  # type: ignore[misc]
                 entry.metrics.setdefault(name, []).append(value)
         if processes.first and on_entry is not None:
@@ -207,7 +215,7 @@ def table(chosen: Sequence[Entry]) -> str:
     metrics = list(chosen[0].metrics)
     rows = [["method", "scale", *(TITLES[name] for name in metrics)], ["---"] * (2 + len(metrics))]
     for entry in chosen:
-        scale = "" if entry.scale is None else f"{entry.scale:g}"
+        scale = "" if entry.scale is None else _scale_text(entry.scale)
         rows.append([entry.name, scale, *(_cell(entry, name) for name in metrics)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -242,7 +250,7 @@ def plot(chosen: Sequence[Entry], x: str, y: str) -> Figure:
         axis.errorbar(at[x], at[y], xerr=errors[x], yerr=errors[y], marker="o", markersize=4, capsize=2, label=name)
         for entry in line:
             if entry.scale is not None:
-                axis.annotate(f" {entry.scale:g}", (entry.mean(x), entry.mean(y)), fontsize=7)
+                axis.annotate(f" {_scale_text(entry.scale)}", (entry.mean(x), entry.mean(y)), fontsize=7)
     axis.set(xlabel=TITLES[x], ylabel=TITLES[y])
     axis.legend(fontsize=8)
     return figure
@@ -281,6 +289,12 @@ def write_plots(folder: Path, chosen: Sequence[Entry]) -> list[Path]:
         for name, axes in wanted.items():
             write_atomically(folder / name, figure_bytes(plot(chosen, *axes)))
     return [folder / name for name in wanted]
+
+
+def _scale_text(scale: float) -> str:
+    """A scale as text: short, but of two scales two texts."""
+    short = f"{scale:g}"
+    return short if float(short) == scale else repr(float(scale))
 
 
 def _cell(entry: Entry, metric: str) -> str:

@@ -11,7 +11,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -250,6 +250,39 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file, behind links too; also where it is not there yet."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.path.realpath(one) == os.path.realpath(other)
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_overwriting(
+    written: Mapping[str, str | Path | None], read: Sequence[tuple[str, str | Path | None]] = ()
+) -> None:
+    """Raise `UserError` if a file that is to be written is one that is read, or two that are written are one file.
+
+    A device or a FIFO is written to as often as one likes.
+
+    Args:
+        written: the paths by what the user calls them, such as a flag; None for what is not given.
+        read: likewise, each name as often as there are files of it.
+    """
+    files = {name: path for name, path in written.items() if path and stat.S_IFMT(_mode(path)) in (0, stat.S_IFREG)}
+    for name, path in files.items():
+        for what, source in read:
+            if source and os.path.exists(source) and is_same_file(path, source):
+                raise UserError(f"{name}: {path} would overwrite {what}, an input; give another file")
+        for other, taken in files.items():
+            if other != name and is_same_file(path, taken):
+                raise UserError(f"{name} and {other} are one file, {path}; give two")
 
 
 def make_folder(path: str | Path) -> Path:

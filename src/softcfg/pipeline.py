@@ -344,8 +344,14 @@ class Pipeline:
         with user_errors():
             return method(**{**suited, **settings})
 
-    def check_guidance(self, guidance: CFG) -> None:
-        """Raise `UserError` for guidance away from a weak model where there is none."""
+    def check_guidance(self, guidance: CFG, tokens: int | None = None) -> None:
+        """Raise `UserError` for guidance away from a weak model where there is none, or with no effect by its interval.
+
+        Args:
+            tokens: of an image, see `num_tokens`; None where they are not known yet.
+        """
+        if tokens is not None:
+            calls.check_interval(guidance, tokens)
         if guidance.has_weak_model and self.weak is None:
             raise UserError(
                 f"weak_share {guidance.weak_share:g} takes a weak model, and {self.name or 'this model'} has none: "
@@ -486,6 +492,7 @@ class Pipeline:
             raise UserError("forced_tokens are for drawing token by token: leave out speculative_jacobi")
         condition = self.generator.condition(inputs, guided=False)
         total = condition.num_tokens
+        self.check_guidance(guidance, total)
         forced = check_forced(self.generator, (count, total), forced_tokens, forced_mask)
         self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
         after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)

@@ -34,6 +34,8 @@ def test_bench_without_files(model_folder: Path, tmp_path: Path, capsys: pytest.
     assert "--quantize" in capsys.readouterr().err
     assert main([*arguments, "--batch-sizes", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
+    assert main([*arguments, "--batch-sizes", "1", "99999999999"]) == 2
+    assert "--batch-sizes must be at most 4,096, got 99999999999" in capsys.readouterr().err
 
 
 def test_bench_prints_the_memory_of_the_cache(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

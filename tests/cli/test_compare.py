@@ -14,7 +14,7 @@ from PIL import Image
 from launching import Job
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.cli.main import main
-from softcfg.comparison import entries, run_folder
+from softcfg.comparison import entries, run_folder, table
 from softcfg.evaluation import evaluate
 from softcfg.guidance import RULES, restore
 from softcfg.runs.folder import RunFolder
@@ -124,6 +124,10 @@ def test_methods_by_name(model_folder: Path) -> None:
     assert released.guidance == SoftCFG.released(guidance_scale=4.0, guidance_scale_pow=0.5, strength=0.5)
     assert both.guidance == CFG(4.0, 0.5, rule=RULES["apg"](eta=0.5), perturbation="pag")  # type: ignore[call-arg, arg-type]
     assert run_folder(Path("out"), both, 7) == Path("out/runs/apg+pag-4/seed-7")
+    near = entries(pipe, ["cfg"], [2.0, 2.0000001, 2.0000002, 1e6, 0.1 + 0.2, 0.3], {})
+    folders = ["cfg-2", "cfg-2.0000001", "cfg-2.0000002", "cfg-1e+06", "cfg-0.30000000000000004", "cfg-0.3"]
+    assert [entry.folder for entry in near] == folders
+    assert len({entry.title for entry in near}) == len({table([entry]) for entry in near}) == len(near)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +140,9 @@ def test_methods_by_name(model_folder: Path) -> None:
         (["--scales", "2,two"], "--scales must be numbers separated by commas"),
         (["--scales", "-1"], "guidance_scale must be"),
         (["--seeds", "1,1"], "name each seed once"),
+        (["--interval", "100-200"], "the interval 100-200 holds none of the 16 steps, 0 to 15, of an image"),
+        (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+        (["--images-per-prompt", "0"], "--images-per-prompt must be at least 1, got 0"),
         (["--rule", "apg"], "--rule: a comparison takes these from --methods"),
         (["--guidance-scale", "2"], "--guidance-scale: a comparison takes these from --scales"),
         (["--preset", "released"], "name the method 'released'"),
@@ -157,4 +164,5 @@ def test_other_settings_in_the_same_folder_are_refused(
 ) -> None:
     assert main(words(model_folder, tmp_path / "out", "--methods", "apg")) == 0
     assert main(words(model_folder, tmp_path / "out", "--methods", "apg", "--apg-eta", "0.5")) == 2
-    assert "another guidance.apg_eta (0.0 there, 0.5 here)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "another guidance.apg_eta (0.0 there, 0.5 here); give another folder (--output-dir)\n" in error

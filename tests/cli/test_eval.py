@@ -120,6 +120,40 @@ def test_mistakes_are_one_sentence(
     assert text in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["{samples}", "--save-stats", "{samples}"], "--save-stats: {samples} would overwrite SAMPLES, an input"),
+        (["{samples}", "--output", "{link}"], "--output: {link} would overwrite SAMPLES, an input"),
+        (["{samples}", "--reference", "{reference}", "--save-stats", "{reference}"], "would overwrite --reference, an"),
+        (["{samples}", "--extractor-weights", "{broken}", "--output", "{broken}"], "overwrite the weights of the ext"),
+        (["{run}", "--output", "{run}/run.json"], "would overwrite SAMPLES, an input; give another file"),
+        (["{run}", "--output", "{run}/shards/shard-000000.safetensors"], "would overwrite SAMPLES, an input"),
+        (["{pngs}", "--output", "{pngs}/{first}"], "would overwrite SAMPLES, an input; give another file"),
+        (
+            ["{samples}", "--output", "{run}/new", "--save-stats", "{run}/./new"],
+            "--output and --save-stats are one file",
+        ),
+    ],
+)
+def test_nothing_overwrites_what_it_is_computed_from(
+    arguments: list[str], text: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(files["samples"])
+    names = {**files, "link": str(tmp_path / "link"), "first": min(os.listdir(files["pngs"]))}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["eval", *(word.format(**names) for word in arguments)]) == 2
+    assert text.format(**names) in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_results_may_lie_beside_the_images_and_be_written_again(files: dict[str, str]) -> None:
+    output, stats = (f"{files['pngs']}/{name}" for name in ("metrics.json", "statistics.npz"))
+    for _ in range(2):
+        flags = ["--extractor", "stand_in:factory", "--metrics", "inception_score"]
+        assert main(["eval", files["pngs"], *flags, "--output", output, "--save-stats", stats]) == 0
+
+
 def test_help_is_fast_and_imports_no_torch() -> None:
     script = "import sys; from softcfg.cli.main import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -102,6 +102,20 @@ def test_fetching_a_part_says_what_is_missing(
     assert "tiny_alitok.bin of tiny-drive is missing: download" in err
 
 
+def test_files_are_not_taken_where_they_have_no_place(
+    downloads: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, text in (
+        ("fashion-small", "fashion-small is bundled with softcfg and takes no files from elsewhere: leave out --from"),
+        (str(model_folder), f"tiny is the folder {model_folder} and takes no files from elsewhere: leave out --from"),
+        ("some-user/some-name", "some-user/some-name is downloaded from Hugging Face, as a whole: leave out --from"),
+    ):
+        assert main(["fetch", model, "--from", str(downloads)]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert text in output.err
+
+
 def test_bundled_models_need_no_fetching(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,19 @@ def test_bench(prompt_model_folder: Path, capsys: pytest.CaptureFixture[str], mo
     assert "\nrecommended: --batch-size " in capsys.readouterr().out
 
 
+def test_an_interval_is_of_the_steps_of_the_size_asked_for(
+    prompt_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [Pipeline.from_pretrained(prompt_model_folder).num_tokens(*size) for size in ((8, 8), (16, 16))]
+    flags = ["--prompt", "red apple", "--num-samples", "1", "--interval", f"{steps[0]}-{steps[1]}", "--no-compare"]
+    assert sample(prompt_model_folder, tmp_path / "small", *flags) == 2
+    assert f"holds none of the {steps[0]} steps" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+    assert sample(prompt_model_folder, tmp_path / "large", *flags, "--width", "16", "--height", "16") == 0
+    more = ["--output-dir", str(tmp_path / "all"), *flags[:-1], "--width", "16", "--height", "16", "--methods", "cfg"]
+    assert main(["compare", str(prompt_model_folder), *more]) == 0
+
+
 def bench(model: Path, suite: str, prompts: Path, out: Path, *flags: str) -> int:
     command = ["t2i-bench", str(model), "--suite", suite, "--prompts", str(prompts), "--output-dir", str(out)]
     return main([*command, "--batch-size", "8", *flags])
@@ -158,7 +171,9 @@ def test_dpg_bench(prompt_model_folder: Path, dpg: Path, tmp_path: Path, capsys:
         assert np.array_equal(crops, drawn[4 * number : 4 * number + 4])
 
 
-def test_bench_goes_on_where_it_was_left(prompt_model_folder: Path, dpg: Path, tmp_path: Path) -> None:
+def test_bench_goes_on_where_it_was_left(
+    prompt_model_folder: Path, dpg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "dpg"
     assert bench(prompt_model_folder, "dpg", dpg, out) == 0
     content = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -169,6 +184,12 @@ def test_bench_goes_on_where_it_was_left(prompt_model_folder: Path, dpg: Path, t
     assert bench(prompt_model_folder, "dpg", dpg, out) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == content
     assert (tmp_path / "dpg.run" / "shards" / "shard-000000.safetensors").stat().st_mtime_ns == kept
+    capsys.readouterr()
+    (out / "10.png").write_bytes(content["2.png"])  # of something else
+    (dpg / "2.txt").rename(dpg / "3.txt")
+    assert bench(prompt_model_folder, "dpg", dpg, out) == 0
+    assert (out / "10.png").read_bytes() == content["10.png"]
+    assert f"{out} also holds 2.png, which this run did not draw: remove it" in capsys.readouterr().err
 
 
 def test_geneval(prompt_model_folder: Path, tmp_path: Path) -> None:
@@ -200,6 +221,8 @@ def test_wrong_benches_are_one_sentence(
         assert message in capsys.readouterr().err
     assert not out.exists()
     assert not out.with_name("out.run").exists()
+    assert bench(prompt_model_folder, "dpg", dpg, Path("/")) == 2
+    assert "--output-dir / has no name for a folder of the run beside it" in capsys.readouterr().err
 
 
 def test_pictures_in_two_halves(prompt_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,28 @@ def test_words_become_flags() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--prompt", "f.stop=2.8 photo", "--prompt", "config=x"], {"prompt": ["f.stop=2.8 photo", "config=x"]}),
+        (["--output-dir", "runs.lr=3"], {"output_dir": "runs.lr=3"}),
+        (["--output_dir", "runs.lr=3"], {"output_dir": "runs.lr=3"}),
+        (["--save-path", "runs.lr=3", "--cfg", "2"], {"output_dir": "runs.lr=3", "guidance_scale": 2.0}),
+        (["--plugin", "my.plug=in"], {"plugin": ["my.plug=in"]}),
+        (["--set", "a.b=c"], {"set": ["a.b=c"]}),
+        (["--speculative-jacobi", "a.b=c"], {"speculative_jacobi": 16, "set": ["a.b=c"]}),
+        (["--step-norm", "a.b=c", "--seed=3", "a.d=e"], {"step_norm": True, "set": ["a.b=c", "a.d=e"]}),
+    ],
+)
+def test_the_value_of_a_flag_is_no_override(words: list[str], expected: dict[str, Any]) -> None:
+    from softcfg.cli.main import _rewritten, build_parser
+
+    args = build_parser().parse_args(_rewritten(["sample", "fashion", *words]))
+    assert args.model == "fashion"
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert "set" in expected or args.set == []
+
+
 @pytest.mark.parametrize("style", ["config={}", "--config={}"])
 def test_a_released_command_line(xl: Path, style: str) -> None:
     args = parse(
@@ -364,3 +386,8 @@ def test_switches(words: str, flags: str) -> None:
 def test_a_switch_that_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "fashion", "--step_norm=maybe"]) == 2
     assert "--step-norm takes true, false or nothing, got 'maybe'" in capsys.readouterr().err
+
+
+def test_no_images_are_not_taken_for_the_usual_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--gpt-model", "GPT-B", "--num-samples", "0"]) == 2
+    assert "--num-samples must be at least 1, got 0" in capsys.readouterr().err

@@ -367,6 +367,14 @@ def test_the_command_that_decodes_on_does_not_begin_anew(out: Path, tmp_path: Pa
     assert "--overwrite" not in RunFolder.open(tmp_path / "again").settings["command"]
 
 
+def test_a_part_of_a_run_is_not_decoded(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = out
+    sorted((part / "shards").iterdir())[-1].unlink()
+    assert main(["decode", str(part), "--output-dir", str(tmp_path / "new")]) == 2
+    assert f"shards of {part} are missing; continue the run first" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_decode_with_another_tokenizer(
     model_folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

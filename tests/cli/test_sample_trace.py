@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from made_runs import complete
 from softcfg import Pipeline, SoftCFG
 from softcfg.cli.main import main
 
@@ -218,6 +220,59 @@ def test_trace_saves_and_replays(model_folder: Path, tmp_path: Path, capsys: pyt
     }  # fmt: skip
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert np.array_equal(a["tokens"], Pipeline.from_pretrained(model_folder)([0, 2], seed=4).tokens)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["trace", "{model}", "--tokens", "trace.safetensors"], "--output: trace.safetensors would overwrite --tokens"),
+        (
+            ["trace", "{model}", "--tokens", "{here}/trace.safetensors", "--output", "./link"],
+            "would overwrite --tokens",
+        ),
+        (["trace", "{model}", "--output", "{model}/generator.safetensors"], "would overwrite a file of the model"),
+        (["trace", "{model}", "--labels", "@labels.txt", "--output", "labels.txt"], "would overwrite --labels"),
+        (
+            ["plot", "{model}", "--image", "gap.png", "--output-dir", "."],
+            "--output-dir: gap.png would overwrite --image",
+        ),
+        (
+            ["sample", "{model}", "--output-dir", ".", "--labels", "@000001.png"],
+            "--labels: 000001.png is where the run",
+        ),
+        (
+            ["sample", "{model}", "--output-dir", ".", "--image", "grid.png", "--overwrite"],
+            "--image: grid.png is where",
+        ),
+        (["compare", "{model}", "--output-dir", ".", "--labels", "@grid.png"], "grid.png would overwrite --labels"),
+        (
+            ["sweep", "{model}", "--output-dir", ".", "--labels", "@results.csv", "--search", "top_k=1,2"],
+            "--labels, an",
+        ),
+        (["decode", "run", "--output-dir", ".", "--tokenizer-checkpoint", "000001.png"], "000001.png is where the run"),
+    ],
+)
+def test_nothing_overwrites_what_the_command_reads(
+    model_folder: Path,
+    words: list[str],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    complete(tmp_path / "run")
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    save_file({"tokens": torch.zeros(1, 16, dtype=torch.int64)}, "trace.safetensors")
+    Path("link").symlink_to("trace.safetensors")
+    for name in ("labels.txt", "gap.png", "000001.png", "grid.png", "results.csv"):
+        Path(name).write_text("0\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    more = ["--labels", "0"] if words[0] in ("trace", "plot") and "--labels" not in words else []
+    names = {"model": str(model), "here": str(tmp_path)}
+    assert main([*(word.format(**names) for word in words), *more]) == 2
+    assert text in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_trace_of_tokens_that_are_none(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

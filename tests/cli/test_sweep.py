@@ -92,6 +92,8 @@ def test_a_sweep_and_its_files(
         (["--trials", "0"], "the number of trials must be at least 1"),
         (["--sampler", "grid"], "such as guidance_scale=1.0:8.0:STEP"),
         (["--interval", "5"], "'5' is not START-STOP"),
+        (["--interval", "16-20"], "the interval 16-20 holds none of the 16 steps, 0 to 15, of an image"),
+        (["--search", "interval=0-8,16-20"], "the interval 16-20 holds none of the 16 steps"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -412,3 +412,12 @@ def test_agreement_with_prompts() -> None:
     ):
         with pytest.raises(UserError, match=message):
             evaluate(pixels, **{"extractor": judge, **settings})
+
+
+def test_statistics_do_not_overwrite_what_they_are_of(tmp_path: Path) -> None:
+    path = tmp_path / "samples.npz"
+    np.savez(path, np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"save_stats: .* would overwrite the samples, an input; give another file"):
+        evaluate(path, extractor=extractor(), save_stats=tmp_path / "." / "samples.npz")
+    assert path.read_bytes() == before

@@ -49,6 +49,34 @@ def test_pngs(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / f"{index:06d}.png")), image)
 
 
+def test_no_images_of_an_earlier_export_are_among_those_of_a_run(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    export_pngs(complete(tmp_path / "large"), images)
+    small = complete(tmp_path / "small", num_samples=6)
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    with pytest.raises(UserError, match=r"images holds 000009\.png, and the run has only 6 images; give another"):
+        export_pngs(small, images)
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+    for path in images.iterdir():
+        path.rename(path.with_name(f"1{path.stem[-3:]}.png"))  # not names of a run's images
+    export_pngs(small, images)
+    export_pngs(small, images)
+    assert len(list(images.glob("00000?.png"))) == 6
+
+
+def test_a_part_of_a_run_is_not_exported(tmp_path: Path) -> None:
+    run = complete(tmp_path / "run")
+    run.shard_path(2).unlink()
+    with pytest.raises(UserError, match=r"1 of 3 shards of .* are missing; continue the run first"):
+        export_pngs(run, tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_folder_without_a_name_has_no_npz_beside_it() -> None:
+    with pytest.raises(UserError, match=r"^/ has no name for a \.npz file beside it"):
+        npz_beside(Path("/"))
+
+
 def test_absent_and_altered_pngs_are_written_on_request(tmp_path: Path) -> None:
     run = complete(tmp_path / "run")
     export_pngs(run, run.path)

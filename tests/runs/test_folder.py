@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,43 @@ def test_overwriting_discards_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "000003.png").exists()
     assert (tmp_path / "notes.txt").exists()
     assert not run.shard_path(0).exists()
+
+
+def test_overwriting_leaves_what_no_run_of_the_folder_made(tmp_path: Path) -> None:
+    names = [
+        "1.png",
+        "0042.png",
+        "000003.png",
+        "grid.png",
+        "comparison.png",
+        "\u0663\u0663\u0663\u0663\u0663\u0663.png",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(b"mine")
+    RunFolder.claim(tmp_path, settings(), overwrite=True)  # there is no run
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in names)
+    (tmp_path / "000010.png").write_bytes(b"mine")  # the run has 10 images
+    RunFolder.claim(tmp_path, settings(seed=1), overwrite=True)
+    left = {path.name for path in tmp_path.glob("*.png")}
+    assert left == {*names, "000010.png"} - {"000003.png", "grid.png", "comparison.png"}
+
+
+def test_overwriting_a_run_without_its_settings(tmp_path: Path) -> None:
+    run = complete(tmp_path)
+    for name in ("000009.png", "000010.png"):
+        (tmp_path / name).write_bytes(b"a picture")
+    (tmp_path / "run.json").unlink()
+    assert RunFolder.claim(run.path, settings(seed=5), overwrite=True).missing() == [0, 1, 2]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["000010.png"]
+
+
+def test_nothing_is_discarded_for_settings_that_are_refused(tmp_path: Path) -> None:
+    run = complete(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for changes, message in (({"num_samples": 0}, "num_samples must be"), ({"command": "x" * (1 << 25)}, "32 MiB")):
+        with pytest.raises(UserError, match=message):
+            RunFolder.claim(run.path, settings(**changes), overwrite=True)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_environments_are_kept(tmp_path: Path) -> None:
@@ -64,6 +102,18 @@ def test_one_job_at_a_time(tmp_path: Path) -> None:
             Lock(tmp_path)
     assert holder(tmp_path) is None
     Lock(tmp_path).release()
+
+
+def test_a_look_at_the_lock_keeps_no_job_from_starting(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    Lock(tmp_path).release()
+    with (tmp_path / "run.lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)  # as `holder` takes it
+        end = threading.Timer(0.05, looking.close)
+        end.start()
+        with Lock(tmp_path):
+            assert "process " in str(holder(tmp_path))
+        end.join()
 
 
 def hold(folder: Path, ready: Any) -> None:

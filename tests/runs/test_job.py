@@ -360,7 +360,12 @@ def test_codes_are_decoded_again(request_of: Any, tmp_path: Path) -> None:
     again = decode_run(run, tmp_path / "again", on_progress=reports.append)
     assert np.array_equal(pixels(again), pixels(run))
     assert reports[-1].done == IMAGES
-    run.shard_path(1).unlink()
-    with pytest.raises(UserError, match=r"shard-000001.*cannot be read"):
+    content = run.shard_path(1).read_bytes()
+    run.shard_path(1).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"shard-000001.*its checksum is wrong"):
         decode_run(run, tmp_path / "half")
+    run.shard_path(1).unlink()
+    with pytest.raises(UserError, match=r"1 of 4 shards of .* are missing; continue the run first"):
+        decode_run(run, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     assert sorted(path.name for path in (tmp_path / "half" / "shards").iterdir()) == ["shard-000000.safetensors"]

@@ -64,6 +64,35 @@ def test_words_that_mean_nothing(word: str, text: str) -> None:
     assert text in str(caught.value)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        (
+            "guidance_scale=1:2:1e-30",
+            "a range holds at most 1,000,000 numbers, which 1.0:2.0:1e-30 exceeds; give a lar",
+        ),
+        ("guidance_scale=0:1e300:0.5", "a range holds at most 1,000,000 numbers"),
+        ("top_k=0:99999999999:2", "a range holds at most 1,000,000 numbers"),
+        (f"top_k=0:{'9' * 400}", "a range goes from a number to a greater one, got 0:9999"),
+        ("guidance_scale=1:2:1e999", "the step of a range must be greater than 0, got inf"),
+    ],
+)
+def test_no_endless_list_is_made(word: str, text: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
+        Space(parse_search([word]))
+    assert text in str(caught.value)
+
+
+@pytest.mark.timeout(20)
+def test_a_range_of_many_whole_numbers_is_no_list() -> None:
+    space = Space(parse_search(["top_k=1:99999999999"]))
+    assert 1 <= space.propose("random", 0, 0, [], minimize=True)["top_k"] <= 99_999_999_999
+    assert space.distributions["top_k"].high == 99_999_999_999  # type: ignore[attr-defined]
+    assert Space({"top_k": Range(3, 100, 10)}).distributions["top_k"].high == 93  # type: ignore[attr-defined]
+    assert Space({"strength": Range(0.5, 2.2, 0.5)}).distributions["strength"].high == 2.0  # type: ignore[attr-defined]
+
+
 def test_a_setting_is_searched_once() -> None:
     with pytest.raises(UserError, match="strength is searched twice"):
         parse_search(["strength=0:1", "softcfg-strength=0,1"])

@@ -15,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 
 import softcfg.runs.worker
 import softcfg.tuning.sweep
+from made_runs import settings as made_settings
 from softcfg import Pipeline, UserError
 from softcfg.calls import PipelineOutput
 from softcfg.cli.main import main
@@ -290,6 +291,22 @@ def test_a_study_is_of_one_sweep(make: Maker, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="objective"):
         make(tmp_path / "sweep", objective="recall")
     make(tmp_path / "sweep", num_samples=28, study="another")
+
+
+@pytest.mark.parametrize("name", ["is it good?", "p%41 a#b", "{x} ü&=@:"])
+def test_the_study_lies_in_the_folder_whatever_its_name(make: Maker, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("sqlalchemy", "2.1")  # older ones have it refused where there is a ?
+    make(tmp_path / name)
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path(name, "study.db")]
+    with pytest.raises(UserError, match="objective"):
+        make(tmp_path / name, objective="recall")
+
+
+def test_a_foreign_run_in_the_place_of_a_trial(make: Maker, tmp_path: Path) -> None:
+    sweep = make(tmp_path / "sweep")
+    RunFolder.claim(sweep.trial_folder(0), made_settings())
+    with pytest.raises(UserError, match=r"holds a run with another .*; give another folder \(--output-dir\)$"):
+        sweep.run(1)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.decoding.filtering import Sampling
 from softcfg.errors import UserError, quote, require_uint64
-from softcfg.files import iterate_lines, read_text
+from softcfg.files import as_path, is_folder, iterate_lines, read_text, refuse_overwriting
 from softcfg.guidance import CFG, PRESETS, Setting, all_settings, compose, settings_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from softcfg.pipeline import Pipeline
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 HELP_WIDTH = 80  # columns
 LARGEST_LIST = 1 << 24  # bytes of a file of labels or prompts
 MOST_PROMPTS = 100_000
+# Arguments that are files to read.
+FILES_READ = (
+    "labels", "prompts", "image", "tokens", "reference", "config", "generator_checkpoint", "tokenizer_checkpoint",
+    "extractor_weights",
+)  # fmt: skip
 WINDOW = 16  # of speculative Jacobi decoding
 
 
@@ -375,6 +382,46 @@ def image_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
         raise UserError("give --ratio, or --width and --height")
     assert isinstance(conditioning, PromptConditioning)  # others were refused
     return conditioning.image_size(*conditioning.size_of_ratio(args.ratio))
+
+
+def files_read(args: argparse.Namespace, pipeline: Pipeline | None = None) -> list[tuple[str, str | Path]]:
+    """The files that the arguments name for reading, each with its flag; and those of the loaded model."""
+    from softcfg.zoo.files import find_file
+
+    found: list[tuple[str, str | Path]] = []
+    for name in FILES_READ:
+        value = getattr(args, name, None)
+        if name == "labels" and value is not None:
+            value = value[1:] if value.startswith("@") else None
+        if value is not None and not is_folder(as_path(value)):
+            found.append((f"--{name.replace('_', '-')}", as_path(value)))
+    for each in (pipeline, None if pipeline is None else pipeline.weak):
+        if each is not None and each.entry is not None:
+            files = [find_file(file) for file in each.entry.files]
+            found += [("a file of the model", file) for file in files if file is not None]
+            if each.entry.folder is not None:
+                found.append(("a file of the model", each.entry.folder / "model.yaml"))
+    return found
+
+
+def refuse_own_inputs(
+    args: argparse.Namespace, folder: str | Path, written: Iterable[str], pipeline: Pipeline | None = None
+) -> None:
+    """Raise `UserError` if one of the files `written` into the folder of `--output-dir` is read by the command."""
+    from pathlib import Path
+
+    read = files_read(args, pipeline)
+    for name in written:
+        refuse_overwriting({"--output-dir": Path(folder, name)}, read)
+
+
+def refuse_inputs_in_run(args: argparse.Namespace, folder: str | Path) -> None:
+    """Raise `UserError` if the command reads a file that the run in `folder` replaces: one of its own."""
+    from softcfg.runs.folder import is_own_file
+
+    for flag, path in files_read(args):
+        if is_own_file(as_path(folder), as_path(path)):
+            raise UserError(f"{flag}: {path} is where the run in {folder} has a file of its own; give a copy elsewhere")
 
 
 def parse_labels(text: str, pipeline: Pipeline) -> list[int]:

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 
 if TYPE_CHECKING:
     from softcfg.models.base import Condition
@@ -46,12 +46,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     import torch
 
-    from softcfg.decoding.throughput import batch_bytes, time_steps
+    from softcfg.decoding.throughput import MOST_IMAGES, batch_bytes, time_steps
     from softcfg.nn.choices import choices, forget_choices, machine
     from softcfg.nn.memory import free_memory
 
     if min(args.batch_sizes) < 1 or args.repeats < 1:
         raise UserError("--batch-sizes and --repeats must be at least 1")
+    if max(args.batch_sizes) > MOST_IMAGES:
+        raise UserError(f"--batch-sizes must be at most {MOST_IMAGES:,}, got {quote(max(args.batch_sizes))}")
     pipeline = arguments.load_pipeline(args, random_weights=args.random_weights)
     generator = pipeline.generator
     guidance = arguments.guidance_from(args, pipeline)

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, processes: Processes) -> None:
     from pathlib import Path
 
-    from softcfg.comparison import compare, entries, table, write_plots
+    from softcfg.comparison import FIGURES, RESULTS, compare, entries, table, write_plots
     from softcfg.evaluation import load_extractor
     from softcfg.evaluation.features import cache_folder
     from softcfg.runs.job import RunRequest
@@ -81,6 +81,8 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
         other = "--scales" if given[0] == "guidance_scale" else "--methods"
         raise UserError(f"--{given[0].replace('_', '-')}: a comparison takes these from {other}")
     scales, seeds = _numbers("--scales", args.scales, float), _numbers("--seeds", args.seeds, int)
+    sample.check_counts(args)
+    arguments.refuse_own_inputs(args, args.output_dir, (*RESULTS, *FIGURES))
     pipeline = arguments.load_pipeline(args, processes.device)
     sampling = arguments.sampling_from(args, pipeline)
     chosen = entries(pipeline, [name.strip() for name in args.methods.split(",")], scales, settings)

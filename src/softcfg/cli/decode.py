@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     with termination_raises(), Processes(args.device) as processes:
         arguments.parse_device(args.device)
+        arguments.refuse_inputs_in_run(args, folder)
         decode_run(
             RunFolder.open(args.folder),
             folder,
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             image_size_eval=args.image_size_eval,
             processes=processes,
             overwrite=args.overwrite,
+            advice=drawing.ADVICE,
             command=drawing.command_of(args),
             on_shard=functools.partial(write_pngs, folder=folder) if args.png else None,
             on_progress=ProgressBar(),

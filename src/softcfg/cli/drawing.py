@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from softcfg.runs.progress import Progress
     from softcfg.runs.shards import Shard
 
+ADVICE = "give another --output-dir, or --overwrite to replace it"  # of a folder with another run
+
 
 def command_of(args: argparse.Namespace) -> str:
     """The command line that continues what this one draws, as it is written into run.json."""
@@ -57,6 +59,7 @@ def draw(
     from softcfg.runs.job import RunRequest, draw_run, refuse_if_busy
     from softcfg.runs.progress import ProgressBar
 
+    arguments.refuse_inputs_in_run(args, folder)
     refuse_if_busy(folder, processes)  # before anything is loaded
     pipeline = arguments.load_pipeline(args, processes.device)
     guidance = arguments.guidance_from(args, pipeline)
@@ -101,6 +104,7 @@ def draw(
             folder,
             processes=processes,
             overwrite=args.overwrite,
+            advice=ADVICE,
             on_start=start,
             on_shard=on_shard,
             on_progress=report,

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     from softcfg.evaluation import evaluate
     from softcfg.evaluation.features import cache_folder
+    from softcfg.evaluation.protocol import refuse_overwriting_images
     from softcfg.files import write_atomically
 
     if args.no_cache and args.cache_dir:
@@ -73,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
     for flag, path in (("--output", args.output), ("--save-stats", args.save_stats)):
         if path and not Path(path).parent.is_dir():
             raise UserError(f"{flag}: the folder {Path(path).parent} does not exist")
+    refuse_overwriting_images(
+        {"--output": args.output, "--save-stats": args.save_stats},
+        {"SAMPLES": args.samples, "--reference": args.reference},
+        args.extractor_weights,
+    )
     report = evaluate(
         args.samples,
         args.reference,

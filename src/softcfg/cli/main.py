@@ -209,8 +209,16 @@ def _run(words: list[str]) -> int:
 def _rewritten(words: Sequence[str]) -> list[str]:
     """Flags may be written with underscores, and `sample` takes the released code's overrides."""
     if words and words[0] == "sample":
-        words = released.as_flags(words)
+        words = released.as_flags(words, _flags_with_a_value())
     return [_hyphenated(word) for word in words]
+
+
+def _flags_with_a_value() -> set[str]:
+    """The flags of `sample` after which there is always a value."""
+    parser = argparse.ArgumentParser(add_help=False)
+    sample.add_arguments(parser)
+    flags = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
+    return {plugins.OPTION, *flags}
 
 
 def _hyphenated(word: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from softcfg.inspection import trace
 
     pipeline = arguments.load_pipeline(args)
+    paths = {name: Path(args.output_dir, f"{name}.{args.format}") for name in figures}
+    arguments.refuse_own_inputs(args, args.output_dir, [path.name for path in paths.values()], pipeline)
     guidance = arguments.guidance_from(args, pipeline)
     sampling = arguments.sampling_from(args, pipeline)
     inputs, names = arguments.parse_inputs(args, pipeline)
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if not 0 <= value < total:
             raise UserError(f"{name} must be in 0..{total - 1}, got {value}")
     tokens = None if args.image is None else _encode(args.image, pipeline, len(inputs))
-    folder = make_folder(args.output_dir)
+    make_folder(args.output_dir)
 
     def traced(method: CFG) -> Trace:
         return trace(
@@ -116,9 +119,8 @@ def run(args: argparse.Namespace) -> int:
             figure = plots.plot_weights(main, step=step, pixels=pixels[0], geometry=geometry)
         else:
             figure = plots.plot_candidates(main, token=token)
-        path = folder / f"{name}.{args.format}"
-        write_atomically(path, plots.figure_bytes(figure, args.format))
-        print(path)
+        write_atomically(paths[name], plots.figure_bytes(figure, args.format))
+        print(paths[name])
     return 0
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,22 @@ LLAMAGEN_LABELS = "207,360,387,974,88,979,417,279"  # of its demo
 _OVERRIDE = re.compile(r"(--)?([A-Za-z]\w*(?:\.[A-Za-z][\w-]*)+)(?:=(.*))?", re.DOTALL)
 
 
-def as_flags(words: Iterable[str]) -> list[str]:
+def as_flags(words: Iterable[str], with_value: Collection[str] = ()) -> list[str]:
     """Write the words of the released command lines as those of `softcfg sample`.
 
     `config=FILE` becomes `--config FILE`; `a.b=c`, `--a.b=c` and `--a.b c` become `--set a.b=c`. The flags of
     `SYNONYMS` get their names here, and those of `SWITCHES` take true, false or nothing.
+
+    Args:
+        with_value: flags that take a value: what follows one is that value, whatever it looks like.
     """
     result: list[str] = []
     waiting = deque(words)
     while waiting:
         word = waiting.popleft()
+        if result and result[-1].replace("_", "-") in with_value and not word.startswith("-"):
+            result.append(word)
+            continue
         found = _OVERRIDE.fullmatch(word)
         flag, equals, text = word.partition("=")
         flag = flag.replace("_", "-")

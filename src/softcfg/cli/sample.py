@@ -109,14 +109,11 @@ def run(args: argparse.Namespace) -> int:
     from softcfg.runs.processes import Processes
 
     with termination_raises():
+        check_counts(args)
         if released.is_used(args):
             released.apply(args)
         elif args.model is None:
             raise UserError("MODEL is missing: give a name that 'softcfg models' lists, or the path of a model folder")
-        for name in ("num_samples", "batch_size", "images_per_prompt"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if args.speculative_jacobi < 0:
             raise UserError(f"--speculative-jacobi must be at least 1 (0: off), got {args.speculative_jacobi}")
         with Processes(args.device) as processes:
@@ -162,6 +159,14 @@ def _passes(drawer: BatchDrawer) -> str:
     if drawer.passes > WORTH_IT * drawer.steps:
         return f"{said}; that is too many to save time with this model, leave out --speculative-jacobi"
     return said
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a number of images below 1, of the arguments of `add_subject_arguments`."""
+    for name in ("num_samples", "batch_size", "images_per_prompt"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:

@@ -136,7 +136,9 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
     from softcfg.evaluation.features import cache_folder
     from softcfg.runs.plan import RANDOM
     from softcfg.tuning import Sweep, SweepConfig, parse_search
+    from softcfg.tuning.report import FILES
 
+    arguments.refuse_own_inputs(args, args.output_dir, FILES)
     search = parse_search(args.search)
     try:
         rungs = None if args.rungs is None else [int(rung) for rung in args.rungs.split(",")]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments, drawing
-from softcfg.errors import UserError
+from softcfg.errors import UserError, clean
 from softcfg.files import make_folder, remove_temporary
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES
@@ -16,6 +17,8 @@ from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES
 if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
     from softcfg.runs.job import DrawnRun
+
+SHOWN = 3  # names of files that are not of the run
 
 HELP = "draw the prompts of DPG-Bench or GenEval for their scorers"
 USAGE = "softcfg t2i-bench MODEL --suite SUITE --prompts PATH [options]"
@@ -71,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
             f"--batch-size must be a multiple of {IMAGES_PER_PROMPT}, the images of a prompt, got {args.batch_size}"
         )
     pictures = Path(args.output_dir).absolute()
+    if pictures.name in ("", ".."):
+        pictures = pictures.resolve()
+    if not pictures.name:
+        raise UserError(f"--output-dir {pictures} has no name for a folder of the run beside it; give another")
 
     def subjects(pipeline: Pipeline) -> dict[str, Any]:
         if not pipeline.conditioning.takes_prompts:
@@ -88,6 +95,10 @@ def run(args: argparse.Namespace) -> int:
 
     def finish(drawn: DrawnRun) -> None:
         suite.write_missing(pictures, drawn.run)
+        if strangers := suite.strangers(pictures):
+            shown = ", ".join([*strangers[:SHOWN], *(["..."] if len(strangers) > SHOWN else [])])
+            said = clean(f"{pictures} also holds {shown}, which this run did not draw: remove it")
+            print(f"softcfg: {said}", file=sys.stderr)
         print(f"{drawn.images} images in {drawn.seconds:.1f} s; all of {len(suite.prompts)} prompts are in {pictures}")
         print(f"score them with: {suite.scorer.format(folder=pictures, size=drawn.run.settings['width'])}")
 

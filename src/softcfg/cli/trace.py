@@ -7,7 +7,7 @@ from pathlib import Path
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError
-from softcfg.files import make_folder
+from softcfg.files import make_folder, refuse_overwriting
 
 HELP = "save what guidance did at every step"
 USAGE = "softcfg trace MODEL (--labels LABELS | --prompt TEXT) [options]"
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from softcfg.zoo.reading import read_state_dict
 
     pipeline = arguments.load_pipeline(args)
+    refuse_overwriting({"--output": args.output}, arguments.files_read(args, pipeline))
     sampling = arguments.sampling_from(args, pipeline)
     guidance = arguments.guidance_from(args, pipeline)
     inputs, names = arguments.parse_inputs(args, pipeline)

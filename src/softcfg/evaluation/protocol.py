@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,9 @@ from softcfg.evaluation.extractors import load_extractor
 from softcfg.evaluation.features import Extractor, Features, extract
 from softcfg.evaluation.metrics import Statistics
 from softcfg.evaluation.report import TITLES, Report
-from softcfg.evaluation.sources import ImageSource, ResizedSource, open_source
+from softcfg.evaluation.sources import ImageSource, ResizedSource, files_read, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
-from softcfg.files import hash_file
+from softcfg.files import hash_file, refuse_overwriting
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, has_float64
 from softcfg.tokenizers.base import checked_size
 from softcfg.version import __version__
@@ -99,6 +99,7 @@ def evaluate(
     for name, path in (("weights", weights), ("cache", cache), ("save_stats", save_stats)):
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise UserError(f"{name} must be a path, got {quote(path)}")
+    refuse_overwriting_images({"save_stats": save_stats}, {"the samples": samples, "the reference": reference}, weights)
     device = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     # What can be refused is refused before anything takes time.
@@ -175,6 +176,17 @@ def evaluate(
             notes.append(f"FID and sFID use the statistics in {inputs[0].name}, not its images")
         notes += [note for side in sides if (note := side.note())]
     return Report(values, settings, notes)
+
+
+def refuse_overwriting_images(
+    written: Mapping[str, str | Path | None], images: Mapping[str, Images | None], weights: str | Path | None = None
+) -> None:
+    """Raise `UserError` if a file to be written is one of `images`, or `weights`; see `softcfg.files`."""
+    for name, path in written.items():
+        if path:
+            read = [(what, file) for what, given in images.items() for file in files_read(given, path)]
+            refuse_overwriting({name: path}, [*read, ("the weights of the extractor", weights)])
+    refuse_overwriting(written)
 
 
 def _as_labels(labels: ArrayLike | Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -112,6 +113,20 @@ def open_source(source: Images) -> ImageSource:
     if not is_npz(path):
         raise UserError(f"{path} is no .npz file, or a truncated one; give an .npz file or a folder of images")
     return NpzSource(path)
+
+
+def files_read(given: Images | None, written: str | Path) -> list[str | Path]:
+    """The files that are read of images or statistics; of a folder only `written`, if that is one of them."""
+    if isinstance(given, (str, os.PathLike)):
+        path, other = as_path(os.fspath(given)), as_path(written)
+        if not is_folder(path):
+            return [path]
+        inside = os.path.realpath(other).startswith(os.path.join(os.path.realpath(path), ""))
+        of_run = other.name == SETTINGS or re.fullmatch(r"shard-\d+\.safetensors", other.name)
+        return [other] if inside and is_file(other) and (of_run or other.name.lower().endswith(SUFFIXES)) else []
+    if isinstance(given, (list, tuple)):
+        return [Path(os.path.expanduser(each)) for each in given if isinstance(each, (str, os.PathLike))]
+    return []
 
 
 def _open_folder(path: Path) -> ImageSource:

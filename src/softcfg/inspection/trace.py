@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcfg.calls import check_interval
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.batch import guided_logits, step_scales
 from softcfg.decoding.filtering import one_sampling
@@ -131,8 +132,8 @@ def trace(
         weak: the weak model of guidance with a `weak_share`; it is conditioned on the same labels.
 
     Raises:
-        UserError: labels, tokens or the weak model do not fit the generator, `guidance` is none, or the logits hold NaN
-            or infinity.
+        UserError: labels, tokens or the weak model do not fit the generator, `guidance` is none or acts in no step, or
+            the logits hold NaN or infinity.
     """
     if not callable(getattr(generator, "condition", None)):
         raise UserError(
@@ -146,6 +147,7 @@ def trace(
     sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
     batch, total = condition.rows // 2, condition.num_tokens
+    check_interval(guidance, total)
     cond, uncond = condition[:batch], condition[batch:]
     steps = torch.arange(total, device=generator.device)
     codes = generator.is_code(steps, cond)

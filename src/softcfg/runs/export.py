@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from softcfg.errors import UserError
-from softcfg.files import make_folder, open_atomically, write_atomically
+from softcfg.files import is_same_file, make_folder, open_atomically, write_atomically
 from softcfg.images import png_bytes, read_picture
-from softcfg.runs.folder import RunFolder, image_name
+from softcfg.runs.folder import RunFolder, image_index, image_name
 from softcfg.runs.shards import Shard
 
 
@@ -43,9 +43,18 @@ def export_pngs(run: RunFolder, folder: str | Path, *, absent_only: bool = False
     """Write all images as PNG files; with `absent_only`, those of shards of which one is absent or altered.
 
     Raises:
-        UserError: a shard is missing or damaged, or a file cannot be written.
+        UserError: a shard is missing or damaged, a file cannot be written, or a folder that is not the run's own has
+            numbered files which the run does not replace, so that it would be taken for more images.
     """
+    run.require_complete()
     folder = make_folder(folder)
+    if not is_same_file(folder, run.path):
+        numbers = [index for path in folder.glob("*.png") if (index := image_index(path.name)) is not None]
+        if (last := max(numbers, default=-1)) >= run.plan.num_samples:
+            raise UserError(
+                f"{folder} holds {image_name(last)}, and the run has only {run.plan.num_samples} images; give another "
+                "folder, or remove the images that are there"
+            )
     there = {path.name for path in folder.glob("*.png")} if absent_only else set()
     for number in range(run.plan.num_shards):
         shard = run.require(number)
@@ -54,8 +63,12 @@ def export_pngs(run: RunFolder, folder: str | Path, *, absent_only: bool = False
 
 
 def npz_beside(folder: Path) -> Path:
-    """Where the released samplers put the .npz of a folder: DIR.npz beside DIR."""
+    """Where the released samplers put the .npz of DIR: DIR.npz beside it; raises `UserError` if DIR has no name."""
     folder = folder.resolve()
+    if not folder.name:
+        raise UserError(
+            f"{folder} has no name for a .npz file beside it; write one with 'softcfg runs export --npz FILE'"
+        )
     return folder.with_name(f"{folder.name}.npz")
 
 

@@ -23,12 +23,32 @@ SETTINGS = "run.json"
 SHARDS = "shards"
 PICTURES = ("grid.png", "comparison.png")  # besides one PNG per image
 FORMAT = 1  # of the folder; a version that changes what is in it counts up
+# What to do about a folder that holds another run.
+ADVICE = "give another folder, or overwrite=True to replace it"
+OTHER_FOLDER = "give another folder (--output-dir)"  # where nothing replaces it
 LARGEST_SETTINGS = 1 << 25  # bytes of run.json
 
 
 def image_name(index: int) -> str:
     """The PNG file of an image."""
     return f"{index:06d}.png"
+
+
+def image_index(name: str) -> int | None:
+    """The index of the image whose PNG file has this name, None for the name of another file."""
+    match = re.fullmatch(r"([0-9]{6,20})\.png", name)
+    return int(match[1]) if match and image_name(int(match[1])) == name else None
+
+
+def is_own_file(folder: Path, path: Path) -> bool:
+    """Whether a path leads to a place, behind links too, where the run in a folder puts a file of its own."""
+    root = os.path.realpath(folder)
+    for place in (os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(path)):
+        if place.startswith(os.path.join(root, "")):
+            first, *rest = Path(place).relative_to(root).parts
+            if first == SHARDS or (not rest and (first in (SETTINGS, *PICTURES) or image_index(first) is not None)):
+                return True
+    return False
 
 
 class RunFolder:
@@ -64,24 +84,24 @@ class RunFolder:
         return cls(path, settings)
 
     @classmethod
-    def claim(cls, path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> RunFolder:
+    def claim(cls, path: Path, settings: dict[str, Any], *, overwrite: bool = False, advice: str = ADVICE) -> RunFolder:
         """Make the folder ready for a run: a new one, or one that goes on.
 
         Args:
             settings: the run's settings. A `batch_size` of None takes that of the run that goes on.
-            overwrite: discard the run that is there, another one or this one itself.
+            overwrite: discard the run that is there, another one or this one itself. Where there is none, nothing is
+                removed.
+            advice: what to do about a run with other settings, for the message.
 
         Raises:
-            UserError: the folder holds a run with other settings, which are named; or it cannot be written.
+            UserError: the folder holds a run with other settings, which are named; or it cannot be written. Nothing
+                was discarded.
         """
         make_folder(path / SHARDS)
         remove_temporary(path)
         remove_temporary(path / SHARDS)
-        if overwrite:
-            _discard_run(path)
-        advice = "give another --output-dir, or --overwrite to replace it"
         try:
-            found = _read_settings(path)
+            found = None if overwrite else _read_settings(path)
             before = None if found is None else cls(path, found)
         except UserError as error:
             raise UserError(f"{error}; {advice}") from error
@@ -90,7 +110,7 @@ class RunFolder:
             settings["batch_size"] = found["batch_size"] if found else min(settings["num_samples"], 100)
         settings = json.loads(json.dumps(settings))
         run = cls(path, settings)
-        if found is None and run._has_only_foreign_shards():
+        if found is None and not overwrite and run._has_only_foreign_shards():
             raise UserError(f"{path} holds shards of a run with other settings, and no {SETTINGS}; {advice}")
         if found is not None and before is not None:
             before.require_own_shards()
@@ -102,7 +122,10 @@ class RunFolder:
                 *environments,
                 *(environment for environment in settings["environment"] if environment not in environments),
             ]
-        _write_settings(path, settings)
+        content = _settings_text(settings)
+        if overwrite:
+            _discard_run(path)
+        write_atomically(path / SETTINGS, content, replace=True)
         return cls(path, settings)
 
     def require_own_shards(self) -> None:
@@ -274,14 +297,14 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write one line per field, so that a list of a thousand labels takes one line."""
+def _settings_text(settings: Mapping[str, Any]) -> bytes:
+    """The content of run.json: one line per field, so that a list of a thousand labels takes one line."""
     content = {**settings, "format": FORMAT, "sha256": _checksum(settings)}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
     text = f"{{\n{lines}\n}}\n".encode()
     if len(text) > LARGEST_SETTINGS:
         raise UserError(f"the settings of the run have {len(text):,} bytes; the limit is 32 MiB: take fewer prompts")
-    write_atomically(folder / SETTINGS, text, replace=True)
+    return text
 
 
 def _checksum(settings: Mapping[str, Any]) -> str:
@@ -305,11 +328,29 @@ def _order(version: str) -> list[int]:
 
 
 def _discard_run(folder: Path) -> None:
-    """Remove the run's own files, also if the folder of shards is a link; others stay."""
-    for path in (folder / SHARDS).glob("shard-*.safetensors"):
+    """Remove the run's own files, also if the folder of shards is a link; others stay, and all where there is no run.
+
+    run.json goes last, so that what is left when this is interrupted is still known as a run's.
+    """
+    shards = list((folder / SHARDS).glob("shard-*.safetensors"))
+    if not shards and not os.path.lexists(folder / SETTINGS):
+        return
+    images = _images_of(folder)
+    for path in shards:
         _remove(path)
     for path in folder.glob("*.png"):
-        if path.stem.isdigit():
+        if (index := image_index(path.name)) is not None and index < images:
             _remove(path)
-    for name in (SETTINGS, *PICTURES):
+    for name in (*PICTURES, SETTINGS):
         _remove(folder / name)
+
+
+def _images_of(folder: Path) -> int:
+    """How many images the run in a folder can have: as run.json plans, or, where it is unreadable, as shards show."""
+    try:
+        return RunFolder.open(folder).plan.num_samples
+    except UserError:
+        for path in sorted((folder / SHARDS).glob("shard-*.safetensors"), reverse=True):
+            with contextlib.suppress(DamagedShardError):
+                return int(read_shard(path).indices.max(initial=-1)) + 1
+        return 0

@@ -14,13 +14,13 @@ import torch
 from softcfg.decoding import Sampling
 from softcfg.decoding.filtering import one_sampling
 from softcfg.errors import UserError, quote, require_uint64, require_whole, user_errors
-from softcfg.files import as_path, make_folder
+from softcfg.files import as_path, is_same_file, make_folder
 from softcfg.guidance import CFG, as_guidance
 from softcfg.models.ids import as_ids
 from softcfg.nn.precision import as_dtype
 from softcfg.nn.products import forced_product
 from softcfg.pipeline import Pipeline
-from softcfg.runs.folder import SETTINGS, RunFolder
+from softcfg.runs.folder import ADVICE, SETTINGS, RunFolder
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import MOST_IMAGES, RANDOM, Prompts
 from softcfg.runs.processes import Processes
@@ -187,6 +187,7 @@ def draw_run(
     *,
     processes: Processes | None = None,
     overwrite: bool = False,
+    advice: str = ADVICE,
     lock: Lock | None = None,
     on_start: Callable[[RunFolder, Sequence[int]], None] | None = None,
     on_shard: Callable[[Shard], None] | None = None,
@@ -204,6 +205,7 @@ def draw_run(
         processes: those that share the work; by default those of the launch (torchrun, `accelerate launch`), or this
             process alone. Each returns when its own part is done, and the first one when all images are there.
         overwrite: discard the run that is in the folder, another one or this one itself.
+        advice: what the message about a run with other settings in the folder says to do.
         lock: the lock of the folder, if the caller holds it already.
         on_start: called in every process with the run and the numbers of its missing shards.
         on_shard: called with every shard that this process wrote, off the main thread.
@@ -240,6 +242,7 @@ def draw_run(
             maker,
             processes,
             overwrite=overwrite,
+            advice=advice,
             lock=lock,
             on_start=on_start,
             on_shard=on_shard,
@@ -258,6 +261,7 @@ def decode_run(
     image_size_eval: int | None = None,
     processes: Processes | None = None,
     overwrite: bool = False,
+    advice: str = ADVICE,
     command: str = "",
     on_shard: Callable[[Shard], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -271,17 +275,18 @@ def decode_run(
         tokenizer_checkpoint: weights in place of that tokenizer's own.
         tokenizer_dtype: of the tokenizer, float32 by default, see `Pipeline.from_pretrained`.
         image_size_eval: H and W that images are resized to, see `Pipeline.with_image_size`; by default as in the run.
-        folder, processes, overwrite, on_shard, on_progress, on_finish: as in `draw_run`.
+        folder, processes, overwrite, advice, on_shard, on_progress, on_finish: as in `draw_run`.
 
     Raises:
         UserError: as `draw_run`, or a shard of `source` is missing or damaged.
     """
     folder = as_path(folder)
-    if folder.resolve() == source.path.resolve():
+    if is_same_file(folder, source.path):
         raise UserError(f"{folder} is the run itself; give another folder (--output-dir)")
     processes = processes or Processes()
     with termination_raises():
         refuse_if_busy(folder, processes)
+        processes.agree(source.require_complete)  # before anything is written
         known = source.settings.get("tokenizer", {}).get("config")
         if "model" not in source.settings or not isinstance(known, dict):
             raise UserError(f"{source.path / SETTINGS} does not say with which tokenizer the run was drawn")
@@ -311,6 +316,7 @@ def decode_run(
             lambda run: decoded_shards(source, tokenizer, run),
             processes,
             overwrite=overwrite,
+            advice=advice,
             on_shard=on_shard,
             on_progress=on_progress,
             on_finish=None if on_finish is None else lambda run, images, seconds: on_finish(run),
@@ -350,6 +356,7 @@ def _make_run(
     processes: Processes,
     *,
     overwrite: bool,
+    advice: str,
     lock: Lock | None = None,
     on_start: Callable[[RunFolder, Sequence[int]], None] | None = None,
     on_shard: Callable[[Shard], None] | None = None,
@@ -363,7 +370,7 @@ def _make_run(
             wanted = _as_json(settings())
             if lock is None:
                 held.enter_context(Lock(make_folder(folder)))
-            run = RunFolder.claim(folder, wanted, overwrite=overwrite)
+            run = RunFolder.claim(folder, wanted, overwrite=overwrite, advice=advice)
             return run.settings, run.missing()
 
         found, todo = processes.agree(claim)

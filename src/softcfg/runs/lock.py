@@ -17,6 +17,7 @@ from softcfg.files import open_own, open_regular
 
 NAME = "run.lock"
 LONGEST = 1000  # bytes that say who holds the lock
+PATIENCE = 0.2  # seconds; a look at the lock holds it for far less
 LOCKED_BYTE = 1 << 30  # Windows locks bytes, which nobody else can then read: one far past the text
 
 
@@ -40,6 +41,10 @@ class Lock:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
             free = _lock(self._file)
+            until = time.monotonic() + PATIENCE
+            while not free and time.monotonic() < until:  # somebody may only be looking, see `holder`
+                time.sleep(PATIENCE / 10)
+                free = _lock(self._file)
         except OSError as error:
             print(f"softcfg: {path} cannot be locked ({error.strerror}): start no second job on it", file=sys.stderr)
             return

@@ -60,7 +60,8 @@ def run_settings(
         UserError: a file of the model is missing, there is no weak model where guidance takes one, or a part of the
             guidance has no name or no effect.
     """
-    pipeline.check_guidance(guidance)
+    size = (None, None) if prompts is None else (prompts.width, prompts.height)
+    pipeline.check_guidance(guidance, pipeline.num_tokens(*size))
     generator, weak = pipeline.generator, pipeline.weak if guidance.has_weak_model else None
     return {
         **_model_settings(pipeline),

@@ -8,13 +8,14 @@ under the name of the prompt's file. GenEval (https://github.com/djghosh13/genev
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.errors import UserError
-from softcfg.files import as_path, iterate_lines, make_folder, read_text, write_atomically
+from softcfg.files import as_path, iterate_lines, make_folder, read_bounded, read_text, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,23 +55,48 @@ class Suite(ABC):
         """Where the pictures of a prompt go."""
 
     @abstractmethod
+    def contents(self, number: int, images: Sequence[np.ndarray]) -> list[np.ndarray | bytes]:
+        """What is in the files of a prompt, in the order of `files`: pictures, uint8 [H, W, 3], or bytes.
+
+        Args:
+            images: the four images, uint8 [H, W, 3].
+        """
+
     def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
         """Write the four images, uint8 [H, W, 3], of a prompt; every file whole or not at all."""
+        files = self.files(folder, number)
+        for parent in {path.parent for path in files}:
+            make_folder(parent)
+        for path, content in zip(files, self.contents(number, images), strict=True):
+            write_atomically(path, content if isinstance(content, bytes) else _png(content), replace=True)
 
     def write_shard(self, folder: Path, shard: Shard) -> None:
         """Write the pictures of a shard, which holds all images of its prompts."""
-        for start in range(0, len(shard.labels), IMAGES_PER_PROMPT):
-            self.write(folder, int(shard.labels[start]), list(shard.pixels[start : start + IMAGES_PER_PROMPT]))
+        for number, images in _prompts_of(shard):
+            self.write(folder, number, images)
 
     def write_missing(self, folder: Path, run: RunFolder) -> None:
-        """Write the pictures of a complete run that are not there yet."""
-        for number in range(run.plan.num_shards):
-            if not all(self.is_written(folder, label) for label in run.plan.labels_of(run.plan.indices(number))):
-                self.write_shard(folder, run.require(number))
+        """Write the pictures of a complete run that are not there yet, are damaged or show something else."""
+        for shard in run.shards():
+            for number, images in _prompts_of(shard):
+                if not self.is_written(folder, number, images):
+                    self.write(folder, number, images)
 
-    def is_written(self, folder: Path, number: int) -> bool:
-        """Whether all files of a prompt are there."""
-        return all(path.is_file() for path in self.files(folder, number))
+    def strangers(self, folder: Path) -> list[str]:
+        """The names of what is in the folder and is no place of these prompts; hidden files do not count.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        own = {path.relative_to(folder).parts[0] for n in range(len(self.prompts)) for path in self.files(folder, n)}
+        try:
+            return sorted(name for name in os.listdir(folder) if name not in own and not name.startswith("."))
+        except OSError as error:
+            raise UserError(f"cannot read {folder}: {error.strerror}") from error
+
+    def is_written(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> bool:
+        """Whether all files of a prompt are there and hold its four images, uint8 [H, W, 3]."""
+        return all(map(_holds, self.files(folder, number), self.contents(number, images)))
 
 
 class DPGBench(Suite):
@@ -93,12 +119,11 @@ class DPGBench(Suite):
         """See `Suite.files`."""
         return [folder / f"{self.names[number]}.png"]
 
-    def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
-        """See `Suite.write`."""
+    def contents(self, number: int, images: Sequence[np.ndarray]) -> list[np.ndarray | bytes]:
+        """See `Suite.contents`."""
         import numpy as np
 
-        rows = [np.concatenate(images[i : i + 2], axis=1) for i in (0, 2)]
-        write_atomically(self.files(folder, number)[0], _png(np.concatenate(rows)), replace=True)
+        return [np.concatenate([np.concatenate(images[i : i + 2], axis=1) for i in (0, 2)])]
 
 
 class GenEval(Suite):
@@ -123,13 +148,9 @@ class GenEval(Suite):
         samples = [place / "samples" / f"{i:04d}.png" for i in range(IMAGES_PER_PROMPT)]
         return [*samples, place / "metadata.jsonl"]
 
-    def write(self, folder: Path, number: int, images: Sequence[np.ndarray]) -> None:
-        """See `Suite.write`."""
-        *samples, metadata = self.files(folder, number)
-        make_folder(samples[0].parent)
-        for path, image in zip(samples, images, strict=True):
-            write_atomically(path, _png(image), replace=True)
-        write_atomically(metadata, f"{self.lines[number]}\n".encode(), replace=True)
+    def contents(self, number: int, images: Sequence[np.ndarray]) -> list[np.ndarray | bytes]:
+        """See `Suite.contents`."""
+        return [*images, f"{self.lines[number]}\n".encode()]
 
 
 SUITES: dict[str, type[Suite]] = {"dpg": DPGBench, "geneval": GenEval}
@@ -156,3 +177,23 @@ def _png(image: np.ndarray) -> bytes:
     from softcfg.images import png_bytes
 
     return png_bytes(Image.fromarray(image))
+
+
+def _prompts_of(shard: Shard) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """The number of every prompt of a shard and its four images."""
+    for start in range(0, len(shard.labels), IMAGES_PER_PROMPT):
+        yield int(shard.labels[start]), list(shard.pixels[start : start + IMAGES_PER_PROMPT])
+
+
+def _holds(path: Path, content: np.ndarray | bytes) -> bool:
+    """Whether a file is there and holds just that; however a picture is compressed."""
+    import numpy as np
+
+    from softcfg.images import read_picture
+
+    try:
+        if isinstance(content, bytes):
+            return read_bounded(path, LARGEST_TEXT) == content
+        return np.array_equal(np.asarray(read_picture(path)), content)
+    except (OSError, UserError):
+        return False

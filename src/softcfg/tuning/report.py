@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from softcfg.evaluation.report import DECIMALS, TITLES
 from softcfg.files import write_atomically
 from softcfg.tuning.space import format_value
-from softcfg.tuning.sweep import Row, Sweep
+from softcfg.tuning.sweep import DATABASE, Row, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = "results"  # .csv and .json
+FILES = (f"{RESULTS}.csv", f"{RESULTS}.json", "settings.png", "front.png", DATABASE)  # in the folder of a sweep
 WIDTH = 9
 
 

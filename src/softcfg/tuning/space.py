@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg.configuration import read_interval
 from softcfg.decoding import Sampling
-from softcfg.errors import UserError, require_name
+from softcfg.errors import UserError, quote, require_name
 from softcfg.guidance import CFG, PRESETS, Setting, View, all_settings, compose, describe, settings_of
 from softcfg.pipeline import Pipeline
 
+MOST_NUMBERS = 1_000_000  # of a range with a step
 SAMPLERS = ("tpe", "random", "grid")
 STARTUP = 10  # trials that TPE draws at random before it models what it has seen
 
@@ -49,18 +51,33 @@ class Range:
     log: bool = False
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(bound) for bound in (self.low, self.high)) or self.low > self.high:
-            raise UserError(f"a range goes from a number to a greater one, got {self.low:g}:{self.high:g}")
-        if self.step is not None and not (math.isfinite(self.step) and self.step > 0):
-            raise UserError(f"the step of a range must be greater than 0, got {self.step:g}")
+        if not all(abs(bound) <= sys.float_info.max for bound in (self.low, self.high)) or self.low > self.high:
+            raise UserError(f"a range goes from a number to a greater one, got {_short(self.low)}:{_short(self.high)}")
+        if self.step is not None and not 0 < self.step <= sys.float_info.max:
+            raise UserError(f"the step of a range must be greater than 0, got {_short(self.step)}")
         if self.log and (self.low <= 0 or self.step is not None):
             raise UserError("a logarithmic range starts above 0 and has no step")
+
+        if self.step is not None and (self.high - self.low) / self.step >= MOST_NUMBERS:
+            raise UserError(
+                f"a range holds at most {MOST_NUMBERS:,} numbers, which {_text(self)} exceeds; give a larger step, or "
+                "none for all numbers between"
+            )
 
     def numbers(self) -> list[float]:
         """The numbers of a range with a step."""
         assert self.step is not None
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return [round(self.low + i * self.step, 12) for i in range(count)]
+        return [self._number(i, self.step) for i in range(self._steps(self.step) + 1)]
+
+    def last(self, step: float) -> float:
+        """The greatest number of the range that is a multiple of `step` away from its start."""
+        return self._number(self._steps(step), step)
+
+    def _steps(self, step: float) -> int:
+        return math.floor((self.high - self.low) / step + 1e-9)
+
+    def _number(self, place: int, step: float) -> float:
+        return round(self.low + place * step, 12)
 
 
 Values = Range | Sequence[Any]
@@ -143,7 +160,7 @@ def methods(pipeline: Pipeline, settings: Mapping[str, Any]) -> tuple[CFG, Sampl
     sampling = {name: chosen.pop(name) for name in settings_of(Sampling) if name in chosen}
     # A search over rules has settings of each; a trial has those of its own.
     guidance = pipeline.default_guidance(compose, preset=preset, drop_unused=True, **chosen)
-    pipeline.check_guidance(guidance)
+    pipeline.check_guidance(guidance, pipeline.num_tokens())
     return guidance, pipeline.sampling(**sampling)
 
 
@@ -284,16 +301,15 @@ def quiet() -> Iterator[None]:
 def _distribution(name: str, values: Values) -> BaseDistribution:
     if isinstance(values, Range):
         if SETTINGS[name].kind is float:
-            high = values.high if values.step is None else values.numbers()[-1]
+            high = values.high if values.step is None else values.last(values.step)
             return FloatDistribution(values.low, high, log=values.log, step=values.step)
         if SETTINGS[name].kind is not int:
             raise UserError(f"{name} is not a number; list its values, such as {name}=A,B")
         if any(int(number) != number for number in (values.low, values.high, values.step or 1)):
             raise UserError(f"{name} takes whole numbers, got the range {_text(values)}")
         step = int(values.step or 1)
-        return IntDistribution(
-            int(values.low), int(Range(values.low, values.high, step).numbers()[-1]), values.log, step
-        )
+        low, high = int(values.low), int(values.high)
+        return IntDistribution(low, high - (high - low) % step, values.log, step)
     if isinstance(values, str) or not values:
         raise UserError(f"the values of {name} must be a Range or a list, got {values!r}")
     stored = [format_value(value) if SETTINGS[name].kind is tuple else value for value in values]
@@ -307,6 +323,11 @@ def _text(values: Values) -> str:
         return ",".join(map(format_value, values))
     end = ":log" if values.log else "" if values.step is None else f":{values.step}"
     return f"{values.low}:{values.high}{end}"
+
+
+def _short(number: float) -> str:
+    """A number for a message, however large."""
+    return f"{number:g}" if abs(number) <= sys.float_info.max else quote(number)
 
 
 def _copy(trial: FrozenTrial) -> FrozenTrial:

@@ -35,7 +35,7 @@ from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import as_path, make_folder
 from softcfg.nn.precision import dtype_name
 from softcfg.pipeline import Pipeline
-from softcfg.runs.folder import SHARDS
+from softcfg.runs.folder import OTHER_FOLDER, SHARDS
 from softcfg.runs.job import RunRequest, draw_run
 from softcfg.runs.lock import Lock, holder
 from softcfg.runs.plan import NOT_IN_IMAGES, RANDOM, differences
@@ -200,7 +200,7 @@ class Sweep:
         make_folder(self.folder)
         self.settings = self._describe(run, report.settings)
         self.study = _open_study(
-            storage or f"sqlite:///{(self.folder / DATABASE).resolve()}",
+            storage or _url_of((self.folder / DATABASE).resolve()),
             study or self.folder.resolve().name,
             self.minimize,
             self.settings,
@@ -424,6 +424,7 @@ class Sweep:
                         dataclasses.replace(request, num_samples=samples),
                         folder,
                         processes=Processes(alone=True),
+                        advice=OTHER_FOLDER,
                         lock=lock,
                         on_progress=ProgressBar(f"trial {trial.number}", keep=False) if progress else None,
                     )
@@ -524,6 +525,22 @@ def _labels_text(labels: Sequence[int | str] | str | None, pipeline: Pipeline) -
     if len(text) > LONGEST_LABELS:
         raise UserError(f"{len(ids)} labels do not fit into the command of a row; take all in turn, or random ones")
     return text
+
+
+def _url_of(database: Path) -> str:
+    """The storage URL of an SQLite file, whatever is in its path.
+
+    Raises:
+        UserError: the installed SQLAlchemy cannot write the path in a URL.
+    """
+    from sqlalchemy.engine import URL, make_url
+
+    url = URL.create("sqlite", database=str(database)).render_as_string(hide_password=False)
+    if make_url(url).database != str(database):  # before SQLAlchemy 2.1
+        raise UserError(
+            f"{database.parent} cannot be the folder of a sweep with this SQLAlchemy: it has a ? in its path"
+        )
+    return url.replace("{", "{{").replace("}", "}}")  # Optuna fills in a template
 
 
 def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, Any]) -> optuna.Study:

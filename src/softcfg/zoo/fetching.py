@@ -33,10 +33,16 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
 
     Raises:
         CheckpointError: a file cannot be had, is damaged or does not fit; nothing is left half-written.
+        UserError: a `source` for a model whose files are in its own folder or repository.
     """
     if isinstance(model, str) and is_repository(model):
+        if source is not None:
+            raise UserError(f"{model} is downloaded from Hugging Face, as a whole: leave out --from (source)")
         return _fetch_repository(model)
     entry = resolve(model)
+    if entry.folder and source is not None:
+        where = "bundled with softcfg" if entry.bundled else f"the folder {entry.folder}"
+        raise UserError(f"{entry.name} is {where} and takes no files from elsewhere: leave out --from (source)")
     if entry.folder:
         return [require_file(file, entry) for file in entry.files]
     if source is not None:
