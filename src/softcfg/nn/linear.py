@@ -29,7 +29,7 @@ _preparing = threading.RLock()
 
 
 class _Use:
-    """Somebody draws with modules, of which nothing may change; it ends with the frame that holds it at the latest."""
+    """That somebody draws with modules, of which nothing may change; it ends at the latest with the frame it is in."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.modules = modules
@@ -71,7 +71,8 @@ def weights_in_use(*modules: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _uses.discard(use)
+        with _preparing:
+            _uses.discard(use)
 
 
 class Preparable(KeepsTables):
@@ -230,8 +231,9 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
         with available.without_cpu_kernels() if compiled else nullcontext():
             yield
     finally:
-        _preparations.discard(use)
-        _give_back(module)
+        with _preparing:
+            _preparations.discard(use)
+            _give_back(module)
 
 
 def _give_back(module: nn.Module) -> None:
