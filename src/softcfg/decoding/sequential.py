@@ -178,6 +178,7 @@ class Decoder(GuidedBatch):
         self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
             len(self._passes) == 1
+            and getattr(generator.processed, "__func__", None) is Generator.processed
             and guidance.is_linear
             and sampling == Sampling(sampling.temperature)
             and type(generator).constrain is Generator.constrain
@@ -259,17 +260,17 @@ class Decoder(GuidedBatch):
 
     def _guided(self, step: Step, cond: Tensor, others: list[Tensor]) -> Tensor:
         """The guided logits [B, V] from those of the branches, [B, 1, V]."""
-        index, guidance = step.index, self.guidance
-        other, third = self.sides(others)
-        if other is not None:
-            guided, states = guided_logits(
-                self.generator, self.condition, guidance, cond, other, self._scales[step.at], index, self.rule_state
-            )
-            self._keep(None if states is None else states[:, -1])
-        else:
-            guided = self.generator.constrain(cond, index, self.condition)
-        if third is not None:
-            guided = guidance.push_away(guided, cond, third, index)
+        guided, states = guided_logits(
+            self.generator,
+            self.condition,
+            self.guidance,
+            cond,
+            *self.sides(others),
+            self._scales[step.at],
+            step.index,
+            self.rule_state,
+        )
+        self._keep(None if states is None else states[:, -1])
         return guided[:, 0]
 
     def record(self, step: Step, tokens: Tensor) -> None:

@@ -32,8 +32,9 @@ class TransformersGenerator(Generator):
             itself. Without one, token ids go in and `logits` come out.
         code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
             end of image) are never weighted.
-        logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
-            before temperature, top-k and top-p; returns what takes their place.
+        logits_processor: called in turn, once a step, with the prompts and tokens so far [B, L + t] and the guided
+            logits [B, V] before temperature, top-k and top-p; returns what takes their place. What they rule out is not
+            known to the guidance's rule.
         cache: "dynamic" or "static".
         pad_token_id: fills the shorter prompts on the left; no query sees it.
 
@@ -182,14 +183,13 @@ class TransformersGenerator(Generator):
             return StaticCache(config=self.model.config, max_cache_len=condition.cache_slots)
         return DynamicCache(config=self.model.config)
 
-    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+    def processed(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], after the tokens that were fed."""
         assert isinstance(condition, PromptCondition)
-        logits = super().constrain(logits, steps, condition)
         if not self.logits_processor:
             return logits
         processed = []
-        for step, scores in zip(steps.tolist(), logits.unbind(1), strict=True):
+        for step, scores in zip(steps.tolist(), logits.clone().unbind(1), strict=True):  # some write into what they get
             for processor in self.logits_processor:
                 scores = processor(condition.conditional(len(logits), step), scores)
             if not isinstance(scores, Tensor) or scores.shape != (len(logits), logits.shape[-1]):
