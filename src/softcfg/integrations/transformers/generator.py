@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,11 +14,16 @@ from softcfg.errors import UserError, quote, require_whole
 from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask
+from softcfg.integrations.transformers.wrapped import arguments, unwrapped
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
 from softcfg.nn.position import Position
 from softcfg.nn.settings import holding
+
+# Models without position_ids whose biases by distance do not count the padding: those of Bloom come from the mask, and
+# those of MPT are the same after the softmax.
+COUNT_FROM_THE_MASK = ("bloom", "mpt")
 
 
 class TransformersGenerator(Generator):
@@ -78,15 +82,16 @@ class TransformersGenerator(Generator):
         self.cache = cache
         self.pad_token_id = require_whole(pad_token_id, "pad_token_id", 0)
         module = model if head is None else head.backbone
-        parameters = inspect.signature(module.forward).parameters.values()
-        self._arguments = {parameter.name for parameter in parameters}
-        self._takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        self._arguments, self._takes_weights = arguments(module)
+        kind = getattr(getattr(unwrapped(module), "config", None), "model_type", None)
+        self._may_be_padded = "position_ids" in self._arguments or kind in COUNT_FROM_THE_MASK
 
     def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
         """See `Generator.condition`; `inputs` are `Prompts`, of all rows.
 
         Raises:
-            UserError: ids or masks do not fit, or the unconditional prompts are missing.
+            UserError: ids or masks do not fit, the unconditional prompts are missing, or rows are padded and the model
+                does not take positions.
         """
         if not isinstance(inputs, Prompts):
             raise UserError(f"prompts must be Prompts(input_ids, ...), got {quote(inputs)}")
@@ -110,7 +115,13 @@ class TransformersGenerator(Generator):
             short = slots - ids.shape[1]
             rows.append(F.pad(ids, (short, 0), value=self.pad_token_id).expand(batch, -1))
             padding.append((leading + short).expand(batch))
-        return PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens, self.geometry)
+        made = PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens, self.geometry)
+        if made.padded and not self._may_be_padded:
+            raise UserError(
+                f"{type(unwrapped(self.model)).__name__} does not say that it takes position_ids, and without them "
+                "padding counts as text: give prompts of one length, the unconditional ones too"
+            )
+        return made
 
     def forward(
         self,

@@ -1,0 +1,157 @@
+"""Models inside of other modules, models without positions, and passes or caches that lose what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+from plug_models import PROMPTS, SHORT, TEXT, llama, with_large_weights  # noqa: E402
+from softcfg import CFG, SoftCFG, UserError  # noqa: E402
+from softcfg.integrations import transformers as plug  # noqa: E402
+
+T, SIZE = 9, {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(**SIZE, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bart() -> Any:
+    return transformers.BartForCausalLM(
+        transformers.BartConfig(**SIZE, **SMALL, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False)
+    )
+
+
+def roformer() -> Any:
+    """Rotary positions, which count the padding too."""
+    config = transformers.RoFormerConfig(
+        **SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, is_decoder=True
+    )
+    return transformers.RoFormerForCausalLM(config)
+
+
+def bloom() -> Any:
+    return transformers.BloomForCausalLM(transformers.BloomConfig(**SIZE, hidden_size=32, n_layer=2, n_head=4))
+
+
+def mpt() -> Any:
+    config = transformers.MptConfig(vocab_size=60, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)
+    return transformers.MptForCausalLM(config)
+
+
+def gpt_neo() -> Any:
+    kinds = [[["global", "local"], 1]]
+    return transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            **SIZE, hidden_size=32, num_layers=2, attention_types=kinds, num_heads=4, window_size=4,
+            max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+def minimax() -> Any:
+    kinds = ["linear_attention", "full_attention"]
+    return transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(**TEXT, head_dim=8, num_local_experts=2, layer_types=kinds, block_size=4)
+    )
+
+
+def made(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(7)
+    return with_large_weights(make())
+
+
+def decode(model: Any, guidance: Any, **settings: Any) -> Tensor:
+    usual = {"num_tokens": T, "unconditional_ids": SHORT, "attention_mask": PROMPTS > 0, "seed": 3}
+    return plug.decode(model, settings.pop("prompts", PROMPTS), guidance, **{**usual, **settings})
+
+
+class Outside(nn.Module):
+    """Hands everything on."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class Adapted(Outside):
+    """As PEFT: some arguments by name, and a module between it and the model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(Outside(model))
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Derived(transformers.GPT2LMHeadModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def derived(model: Any) -> Any:
+    if not isinstance(model, transformers.GPT2LMHeadModel):
+        pytest.skip("derives from GPT-2")
+    other = Derived(model.config)
+    other.load_state_dict(model.state_dict())
+    other.set_attn_implementation("softcfg")
+    return other.eval()
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "module": Outside,
+    "adapter": Adapted,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled adapter": lambda model: torch.compile(Adapted(model), backend="eager"),
+    "data parallel": lambda model: Outside(nn.DataParallel(Outside(model)).module),
+    "subclass": derived,
+}
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_draws_what_its_model_draws(make: Callable[[], Any], wrapper: str) -> None:
+    """With prompts of unequal lengths, whose positions count from the padding on."""
+    model = made(make)
+    inside = WRAPPERS[wrapper](model)
+    for guidance in (CFG(3.0, schedule="constant"), SoftCFG(3.0, schedule="constant")):
+        assert torch.equal(decode(inside, guidance), decode(model, guidance))
+
+
+@pytest.mark.parametrize("make", [bart, roformer], ids=["bart", "roformer"])
+def test_padding_without_positions_is_refused(make: Callable[[], Any]) -> None:
+    model, longer = made(make), torch.tensor([[1, 3, 4, 5, 6]])
+    sentence = rf"{type(model).__name__} does not say that it takes position_ids"
+    cases: list[dict[str, Any]] = [
+        {},
+        {"unconditional_ids": longer},
+        {"prompts": PROMPTS[1:], "attention_mask": None},
+    ]
+    for settings in cases:
+        for inside in (model, Outside(model)):
+            with pytest.raises(UserError, match=sentence):
+                decode(inside, CFG(3.0), **settings)
+    settings = {"prompts": PROMPTS[1:], "attention_mask": None, "unconditional_ids": longer}
+    assert decode(model, CFG(3.0), **settings).shape == (1, T)
+
+
+@pytest.mark.parametrize("make", [bloom, mpt], ids=["bloom", "mpt"])
+def test_models_that_count_from_the_mask(make: Callable[[], Any]) -> None:
+    model, settings = made(make), {"unconditional_ids": torch.tensor([[1, 3, 4]])}
+    both = decode(model, CFG(3.0), **settings)
+    assert torch.equal(both[:1], decode(model, CFG(3.0), prompts=PROMPTS[:1, 2:], attention_mask=None, **settings))
