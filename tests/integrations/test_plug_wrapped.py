@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from plug_models import PROMPTS, SHORT, TEXT, llama, with_large_weights  # noqa: E402
+from plug_models import PROMPTS, SHORT, TEXT, janus, llama, with_large_weights  # noqa: E402
 from softcfg import CFG, SoftCFG, UserError  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
 
@@ -130,7 +130,9 @@ def test_a_wrapper_draws_what_its_model_draws(make: Callable[[], Any], wrapper: 
     model = made(make)
     inside = WRAPPERS[wrapper](model)
     for guidance in (CFG(3.0, schedule="constant"), SoftCFG(3.0, schedule="constant")):
-        assert torch.equal(decode(inside, guidance), decode(model, guidance))
+        with torch.compiler.set_stance("force_eager"):  # compiling takes long
+            tokens = decode(inside, guidance)
+        assert torch.equal(tokens, decode(model, guidance))
 
 
 @pytest.mark.parametrize("make", [bart, roformer], ids=["bart", "roformer"])
@@ -155,3 +157,52 @@ def test_models_that_count_from_the_mask(make: Callable[[], Any]) -> None:
     model, settings = made(make), {"unconditional_ids": torch.tensor([[1, 3, 4]])}
     both = decode(model, CFG(3.0), **settings)
     assert torch.equal(both[:1], decode(model, CFG(3.0), prompts=PROMPTS[:1, 2:], attention_mask=None, **settings))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("make", [llama, gpt2, janus], ids=["llama", "gpt2", "janus"])
+def test_a_pass_that_drops_the_cache_is_refused(make: Callable[[], Any], cache: str) -> None:
+    """As gradient checkpointing does in training mode. Training mode alone does not, nor does checkpointing alone."""
+    model = made(make)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = {guidance: decode(model, guidance, cache=cache) for guidance in (CFG(3.0), SoftCFG(3.0))}
+    model.gradient_checkpointing_enable()
+    sentence = r"kept 0 of 5 slots in its cache: call model\.eval\(\)"
+    if cache == "static":
+        sentence += r"|failed with a StaticCache: .* call model\.eval\(\)"
+    for guidance, tokens in expected.items():
+        assert torch.equal(decode(model.eval(), guidance, cache=cache), tokens)
+        with pytest.raises(UserError, match=sentence):
+            decode(model.train(), guidance, cache=cache)
+    model.gradient_checkpointing_disable()
+    for guidance, tokens in expected.items():
+        assert torch.equal(decode(model.train(), guidance, cache=cache), tokens)
+
+
+def generate(model: Any, **settings: Any) -> Tensor:
+    usual = {"guidance": CFG(3.0), "unconditional_ids": SHORT, "max_new_tokens": T, "attention_mask": PROMPTS > 0}
+    return model.generate(PROMPTS, custom_generate=plug.generate, **{**usual, **settings})
+
+
+def test_static_caches_are_for_models_that_support_them() -> None:
+    """GPT-Neo would attend to slots that are empty."""
+    model = made(gpt_neo)
+    given = transformers.StaticCache(config=model.config, max_cache_len=30)
+    for call in (
+        lambda: decode(model, CFG(3.0), cache="static"),
+        lambda: decode(Outside(model), CFG(3.0), cache="static"),
+        lambda: decode(model, CFG(3.0), cache=given),
+        lambda: generate(model, cache_implementation="static"),
+    ):
+        with pytest.raises(UserError, match="GPTNeoForCausalLM does not say that it supports static caches"):
+            call()
+    assert decode(model, CFG(3.0)).shape == (2, T)
+
+
+def test_a_model_that_fails_with_a_cache_is_named() -> None:
+    with pytest.raises(UserError, match="BloomForCausalLM failed with a StaticCache: leave it dynamic"):
+        decode(made(bloom), CFG(3.0), cache="static")
+    with pytest.raises(UserError, match=r"MiniMaxForCausalLM failed with a DynamicCache .*cache of its own"):
+        decode(made(minimax), CFG(3.0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, StaticCache
 
 from softcfg.decoding import Sampling, image_uniforms
 from softcfg.decoding.filtering import one_sampling
@@ -15,7 +15,7 @@ from softcfg.decoding.randomness import image_indices, on_device
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError, quote, user_errors
 from softcfg.guidance import CFG, SoftCFG, as_guidance
-from softcfg.integrations.transformers.generator import TransformersGenerator, as_functions
+from softcfg.integrations.transformers.generator import TransformersGenerator, as_functions, require_static_caches
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import Prompts
 from softcfg.models.base import Condition
@@ -158,6 +158,8 @@ def as_codes(image_codes: Any) -> Tensor:
 
 def _check_cache(cache: Cache, model: Any, condition: Condition) -> None:
     """Raise a `UserError` unless the cache is empty and has room for the rows and the slots of `condition`."""
+    if isinstance(cache, StaticCache):
+        require_static_caches(model)
     if cache.get_seq_length():
         raise UserError("the cache must be empty")
     config, slots = model.config.get_text_config(decoder=True), condition.cache_slots

@@ -18,6 +18,7 @@ from softcfg.integrations.transformers.wrapped import arguments, unwrapped
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.position import Position
 from softcfg.nn.settings import holding
 
@@ -39,7 +40,7 @@ class TransformersGenerator(Generator):
         logits_processor: called in turn, once a step, with the prompts and tokens so far [B, L + t] and the guided
             logits [B, V] before temperature, top-k and top-p; returns what takes their place. What they rule out is not
             known to the guidance's rule.
-        cache: "dynamic" or "static".
+        cache: "dynamic" or "static", for models that say that they support static caches.
         pad_token_id: fills the shorter prompts on the left; no query sees it.
 
     Raises:
@@ -137,7 +138,8 @@ class TransformersGenerator(Generator):
         """See `Generator.forward`. A pass goes on where the cache ends.
 
         Raises:
-            UserError: no attention layer sees the weights, they are not of all slots, or rows have slots of their own.
+            UserError: no attention layer sees the weights, they are not of all slots, rows have slots of their own, or
+                the model did not keep the slots of the pass in the cache.
         """
         assert isinstance(condition, PromptCondition)
         position = Position.of(slot)
@@ -167,10 +169,41 @@ class TransformersGenerator(Generator):
         predicting = position.first_predicting(condition.slots)
         calls: list[bool] = []
         with holding(brought_weights, calls):
-            logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
+            try:
+                logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
+            except (ValueError, RuntimeError) as error:
+                if not start:
+                    self._blame_cache(cache, error)
+                raise
+        if cache is not None:
+            self._require_cached(cache, filled, is_first=not start)
         if weights:
             self._require_weighted(calls, cache)
         return logits.to(tokens.device)
+
+    def _blame_cache(self, cache: Any, error: Exception) -> None:
+        """Raise a `UserError` for an error of the first pass that comes of the kind of cache."""
+        is_static = isinstance(cache, StaticCache)
+        if cache is None or isinstance(error, UserError) or is_out_of_memory(error):
+            return
+        if is_static or (isinstance(error, ValueError) and "cache" in str(error)):
+            name, kind = type(unwrapped(self.model)).__name__, type(cache).__name__
+            advice = ": leave it dynamic, or call model.eval() if the model is in training mode" if is_static else ""
+            raise UserError(f"{name} failed with a {kind}{advice} ({str(error).partition(chr(10))[0]})") from error
+
+    def _require_cached(self, cache: Any, filled: int, is_first: bool) -> None:
+        """Raise a `UserError` unless the cache holds the slots so far: a model may go on without it and say nothing."""
+        try:
+            kept = cache.get_seq_length()
+        except ValueError:  # there are no layers that keep keys
+            return
+        if isinstance(kept, Tensor) and not is_first:
+            return  # a static cache counts on the device: wait for it once
+        if int(kept) != filled:
+            raise UserError(
+                f"{type(unwrapped(self.model)).__name__} kept {int(kept)} of {filled} slots in its cache: call "
+                "model.eval() if it is in training mode, where gradient checkpointing does without a cache"
+            )
 
     def _require_weighted(self, calls: list[bool], cache: Any) -> None:
         """Raise a `UserError` unless every attention layer took the weights: all calls, and as many as keep keys."""
@@ -189,8 +222,13 @@ class TransformersGenerator(Generator):
             )
 
     def new_cache(self, condition: Condition) -> Any:
-        """An empty cache of transformers for the rows of `condition`."""
+        """An empty cache of transformers for the rows of `condition`.
+
+        Raises:
+            UserError: it is to be static, and the model does not say that it supports that.
+        """
         if self.cache == "static":
+            require_static_caches(self.model)
             return StaticCache(config=self.model.config, max_cache_len=condition.cache_slots)
         return DynamicCache(config=self.model.config)
 
@@ -251,6 +289,19 @@ class TransformersGenerator(Generator):
         parts += [self.head.embed(tokens)] if tokens.shape[1] else []
         hidden = self.head.backbone(inputs_embeds=torch.cat(parts, dim=1), **inputs).last_hidden_state
         return self.head.logits(hidden[:, first:])
+
+
+def require_static_caches(model: Any) -> None:
+    """Raise a `UserError` for a model that does not say that it supports static caches: it may draw from what is empty.
+
+    What transformers calls compiling the whole graph is done with static caches alone.
+    """
+    found = unwrapped(model)
+    if not getattr(found, "_can_compile_fullgraph", True):
+        raise UserError(
+            f"{type(found).__name__} does not say that it supports static caches (_can_compile_fullgraph): use a "
+            "dynamic one"
+        )
 
 
 def as_functions(name: str, given: Iterable[Any] | None) -> list[Any]:
