@@ -16,7 +16,15 @@ from softcfg.decoding.batch import GuidedBatch, guided_logits
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.forced import check_forced
 from softcfg.decoding.graphs import repeat
-from softcfg.decoding.perturbed import attention_weights, confidence_in, sources, taken, weak_inputs, weight_settings
+from softcfg.decoding.perturbed import (
+    above_zero,
+    attention_weights,
+    confidence_in,
+    sources,
+    taken,
+    weak_inputs,
+    weight_settings,
+)
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
@@ -302,8 +310,12 @@ class Decoder(GuidedBatch):
             logits, confidence, step.index, temperature, self._codes, of
         ):
             found = confidence_in(self.guidance.weak_branch, logits, tokens, temperature)
-            found = found if self._codes is None else found * self._codes[..., step.at].squeeze(-1)
-            confidence[:, step.at] = found[:, None]
+        elif self._weight_settings is None:
+            found = above_zero(confidence[:, step.at].squeeze(1))
+        else:
+            return
+        found = found if self._codes is None else found * self._codes[..., step.at].squeeze(-1)
+        confidence[:, step.at] = found[:, None]
 
     def _write_weights(self, step: Step, weights: Tensor) -> None:
         """Write `Perturbation.weights_at` into `weights` [B, T]."""
