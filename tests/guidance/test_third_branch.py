@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import softcfg
+from prompt_model import PromptGenerator, prompt_generator
 from softcfg import CFG, Pipeline, Sampling, SoftCFG
 from softcfg.decoding import ImageStreams, decode, draw, image_uniforms, jacobi_decode
 from softcfg.guidance import PERTURBATIONS, describe, restore
@@ -162,3 +163,30 @@ def test_logits_that_are_no_numbers(pipe: Pipeline) -> None:
                 pipe([0, 1], GUIDANCE[name])
             with pytest.raises(softcfg.UserError, match=f"the {branch} logits of row 0 at step"):
                 softcfg.trace(pipe.generator, labels=[0], tokens=[[0] * 16], guidance=GUIDANCE[name])
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_what_a_generator_makes_of_guided_logits_comes_last(name: str) -> None:
+    """After the rule and the third branch, in every loop, and without what is not allowed."""
+
+    class UpsideDown(PromptGenerator):
+        def processed(self, logits: torch.Tensor, steps: torch.Tensor, condition: object) -> torch.Tensor:
+            return logits.where(logits.isneginf(), -logits)
+
+    guidance, greedy, labels = GUIDANCE[name], Sampling(top_k=1), [[5, 1, 2], [6, 3]]
+    plain, turned = prompt_generator(16), UpsideDown(16).requires_grad_(False).eval()
+    turned.load_state_dict(plain.state_dict())
+    uniforms = image_uniforms(5, range(2), 16)
+    tokens = decode(turned, labels, guidance, uniforms=uniforms)
+    of = {
+        each: softcfg.trace(each, labels=labels, tokens=tokens, guidance=guidance).guided_logits
+        for each in (plain, turned)
+    }
+    ruled_out = of[plain].isneginf()
+    assert ruled_out.any()
+    torch.testing.assert_close(of[turned], -of[plain].masked_fill(ruled_out, torch.inf))
+    assert torch.equal(tokens, draw(of[turned].softmax(-1), uniforms))
+    expected = decode(turned, labels, guidance, uniforms=uniforms, sampling=greedy)
+    streams = ImageStreams(0, range(2))
+    drafted, _ = jacobi_decode(turned, labels, guidance, streams=streams, window=5, sampling=greedy)
+    assert torch.equal(drafted, expected)

@@ -61,36 +61,59 @@ def guided_logits(
     condition: Condition,
     guidance: CFG,
     cond_logits: Tensor,
-    uncond_logits: Tensor,
+    other: Tensor | None,
+    third: Tensor | None,
     scales: Tensor,
     steps: Tensor,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Guide n neighbouring steps and rule out tokens that are not allowed there, before or after the rule as it needs.
-
-    Args:
-        cond_logits, uncond_logits: [B, n, V].
-        scales, steps, state: as of `CFG.guide_steps`.
+    """What the tokens of n neighbouring steps are drawn from: `ruled_logits`, finished by `finished_logits`.
 
     Returns:
         Guided logits [B, n, V], -inf for tokens that are ruled out, and the states as of `CFG.guide_steps`.
     """
-    branches = branches_for_rule(generator, condition, guidance, cond_logits, uncond_logits, steps)
-    guided, states = guidance.guide_steps(*branches, scales, steps, state)
-    return guided if guidance.rule.constrained else generator.constrain(guided, steps, condition), states
+    guided, states = ruled_logits(generator, condition, guidance, cond_logits, other, third, scales, steps, state)
+    return finished_logits(generator, condition, guided, steps), states
 
 
-def branches_for_rule(
-    generator: Generator, condition: Condition, guidance: CFG, cond_logits: Tensor, uncond_logits: Tensor, steps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The branches' logits [B, n, V] as the rule takes them, with disallowed tokens at -inf if it asks for that.
+def ruled_logits(
+    generator: Generator,
+    condition: Condition,
+    guidance: CFG,
+    cond_logits: Tensor,
+    other: Tensor | None,
+    third: Tensor | None,
+    scales: Tensor,
+    steps: Tensor,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the rule and the third branch make of the logits of n neighbouring steps, before `finished_logits`.
 
-    In a vocabulary of text and image codes the norm of all logits would say little about the codes.
+    A rule that is `constrained` knows which tokens are not allowed: in a vocabulary of text and image codes the norm of
+    all logits would say little about the codes.
+
+    Args:
+        cond_logits, other, third: [B, n, V], of the conditional branch, of what the rule guides away from and of the
+            third branch; None for none.
+        scales, steps, state: as of `CFG.guide_steps`.
+
+    Returns:
+        Logits [B, n, V], and the states as of `CFG.guide_steps`.
     """
-    if not guidance.rule.constrained:
-        return cond_logits, uncond_logits
-    cond_logits = generator.constrain(cond_logits, steps, condition)
-    return cond_logits, generator.constrain(uncond_logits, steps, condition)
+    guided, states = cond_logits, None
+    if other is not None:
+        cond = cond_logits
+        if guidance.rule.constrained:
+            cond, other = (generator.constrain(logits, steps, condition) for logits in (cond, other))
+        guided, states = guidance.guide_steps(cond, other, scales, steps, state)
+    if third is not None:
+        guided = guidance.push_away(guided, cond_logits, third, steps)
+    return guided, states
+
+
+def finished_logits(generator: Generator, condition: Condition, guided: Tensor, steps: Tensor) -> Tensor:
+    """Guided logits [B, n, V] of `steps` without the tokens that are not allowed there, and processed."""
+    return generator.processed(generator.constrain(guided, steps, condition), steps, condition)
 
 
 def step_scales(guidance: CFG, condition: Condition) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcfg.decoding.batch import GuidedBatch, branches_for_rule
+from softcfg.decoding.batch import GuidedBatch, finished_logits, ruled_logits
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.perturbed import confidence_in, query_weights, step_weights, weak_inputs
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
@@ -165,7 +165,7 @@ class JacobiDecoder(GuidedBatch):
         self.tokens.scatter_(1, steps, drafts)
 
         branches, guided = self._logits(steps, state)
-        probabilities = self._distribution(guided, steps)
+        probabilities = self.sampling.probabilities(finished_logits(self.generator, self.condition, guided, steps))
         self.finite.note(steps, branches, probabilities[..., 0])
         kept, redrawn = keep_or_redraw(drafts, drawn_from, probabilities, keeping, redrawing)
         kept |= steps < self.settled[:, None]
@@ -202,13 +202,11 @@ class JacobiDecoder(GuidedBatch):
         """
         before = self._offsets + (start - self._start)[:, None]  # the same positions in the last window
         is_new = before >= self.window
-        new = self._distribution(self._last_logits.expand(-1, self.window, -1), steps)
+        last = self._last_logits.expand(-1, self.window, -1)
+        new = self.sampling.probabilities(self.generator.constrain(last, steps, self.condition))
         index = before.clamp(max=self.window - 1)[..., None].expand_as(new)
         drawn_from = torch.where(is_new[..., None], new, self._probabilities.gather(1, index))
         return drawn_from, torch.where(is_new, draw(new, uniforms), self.tokens.gather(1, steps))
-
-    def _distribution(self, guided: Tensor, steps: Tensor) -> Tensor:
-        return self.sampling.probabilities(self.generator.constrain(guided, steps, self.condition))
 
     def _logits(self, steps: Tensor, state: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Logits [B, n, V] of the branches and guided ones of the window; `state` is the rule's before it."""
@@ -225,13 +223,17 @@ class JacobiDecoder(GuidedBatch):
             others.append(
                 self._forward(part, perturbed, steps, weights) if part.perturbed else self._forward(part, inputs, steps)
             )
-        branches, guided = (cond, *others), cond
-        other, third = self.sides(others)
-        if other is not None:
-            ruled = branches_for_rule(self.generator, self.condition, self.guidance, cond, other, steps)
-            guided, self._rule_states = self.guidance.guide_steps(*ruled, self._scales[steps], steps, state)
-        if third is not None:
-            guided = self.guidance.push_away(guided, cond, third, steps)
+        branches = (cond, *others)
+        guided, self._rule_states = ruled_logits(
+            self.generator,
+            self.condition,
+            self.guidance,
+            cond,
+            *self.sides(others),
+            self._scales[steps],
+            steps,
+            state,
+        )
         return branches, guided
 
     def _forward(self, part: _Part, inputs: Tensor, steps: Tensor, weights: Tensor | None = None) -> Tensor:

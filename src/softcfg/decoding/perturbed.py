@@ -11,6 +11,7 @@ from torch import Tensor
 from softcfg.errors import UserError
 from softcfg.guidance import ConfidenceWeights, Perturbation
 from softcfg.guidance.confidence import CONFIDENCES, max_probability, sampled_probability
+from softcfg.guidance.perturbation import SMALLEST
 from softcfg.models.base import Condition
 
 ROUNDING = 1e-5  # by which the sum of probabilities may exceed 1
@@ -18,6 +19,8 @@ ROUNDING = 1e-5  # by which the sum of probabilities may exceed 1
 
 def confidence_in(perturbation: Perturbation, cond_logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """`Perturbation.token_confidence` in `tokens` [...] for conditional logits [..., V].
+
+    Above 0 but for SoftCFG's own weights, see `above_zero`.
 
     Raises:
         UserError: a confidence of somebody's own gives another shape.
@@ -28,7 +31,16 @@ def confidence_in(perturbation: Perturbation, cond_logits: Tensor, tokens: Tenso
             f"the confidence of {type(perturbation).__name__} must be {list(tokens.shape)}, one for each token, got "
             f"{list(found.shape)}"
         )
-    return found
+    return found if _is_softcfg(perturbation, "weights", "weights_at") else above_zero(found)
+
+
+def above_zero(confidence: Tensor) -> Tensor:
+    """Confidences in tokens that were drawn, with a least number for 0, which says that nothing was drawn.
+
+    SoftCFG's own weights are continuous and take a 0 as it is.
+    """
+    confidence = confidence.to(torch.promote_types(confidence.dtype, torch.float32))
+    return confidence.masked_fill((confidence >= 0) & (confidence < SMALLEST), SMALLEST)
 
 
 def require_confidence(perturbation: Perturbation, confidence: Tensor) -> None:

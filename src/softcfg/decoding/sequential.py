@@ -16,7 +16,15 @@ from softcfg.decoding.batch import GuidedBatch, guided_logits
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.forced import check_forced
 from softcfg.decoding.graphs import repeat
-from softcfg.decoding.perturbed import attention_weights, confidence_in, sources, taken, weight_settings
+from softcfg.decoding.perturbed import (
+    above_zero,
+    attention_weights,
+    confidence_in,
+    sources,
+    taken,
+    weak_inputs,
+    weight_settings,
+)
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
@@ -146,6 +154,11 @@ class Step:
 class Decoder(GuidedBatch):
     """A batch that is decoded token by token: its key/value cache, the guidance's state, and one step.
 
+    Args:
+        cache: keys and values of all rows; None for a new one.
+        code_ids: int64 [n], the ids of the tokens that are image codes, wherever they are drawn; None: the steps that
+            draw one are known beforehand, from the generator.
+
     Attributes:
         cache: keys and values of all rows.
         rule_state: what the guidance's rule keeps over the steps, [B, *]; None before the first step, and for rules
@@ -160,8 +173,12 @@ class Decoder(GuidedBatch):
         sampling: Sampling,
         cache: KVCache | None = None,
         weak: WeakModel | None = None,
+        code_ids: Tensor | None = None,
     ) -> None:
         super().__init__(generator, condition, guidance, sampling)
+        self._code_ids = code_ids
+        if code_ids is not None:  # of the tokens that are drawn, filled in by `record`
+            self._codes = torch.zeros(self.batch, condition.num_tokens, dtype=torch.bool, device=generator.device)
         self.cache = generator.new_cache(condition) if cache is None else cache
         self.rule_state: Tensor | None = None
         perturbs_rows = self._away and guidance.has_unconditional_branch
@@ -172,12 +189,15 @@ class Decoder(GuidedBatch):
             third = condition[: self.batch]
             self._passes.append(_Pass(generator, third, generator.new_cache(third), self.batch))
         branch = guidance.weak_branch
-        self._sources = sources(branch, self._steps, self._codes) if guidance.perturbs else None
+        self._sources = None  # of all steps, where they do not depend on what is drawn
+        if guidance.perturbs and code_ids is None:
+            self._sources = sources(branch, self._steps, self._codes)
         # What has a kernel of its own where kernels run.
         self._weight_settings = weight_settings(branch)
         self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
             len(self._passes) == 1
+            and getattr(generator.processed, "__func__", None) is Generator.processed
             and guidance.is_linear
             and sampling == Sampling(sampling.temperature)
             and getattr(generator.constrain, "__func__", None) is Generator.constrain
@@ -252,38 +272,50 @@ class Decoder(GuidedBatch):
         write_weights = None
         if self.guidance.perturbs:
             write_weights = partial(self._write_weights, step)
-            if self._sources is not None and step.number != 0:
-                perturbed = taken(tokens, self._sources[..., step.index - 1])
+            if step.number != 0:
+                perturbed = self._perturbed(inputs, tokens, step.index - 1)
         branch = self.guidance.weak_branch
         return [each.run(step, inputs, perturbed, branch, write_weights) for each in self._passes]
 
+    def _perturbed(self, inputs: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+        """What perturbed rows are fed in the place of `inputs`, the tokens `index` int64 [1] of `tokens`."""
+        if self._code_ids is not None:
+            return weak_inputs(self.guidance.weak_branch, tokens, index, self._codes)
+        return inputs if self._sources is None else taken(tokens, self._sources[..., index])
+
     def _guided(self, step: Step, cond: Tensor, others: list[Tensor]) -> Tensor:
         """The guided logits [B, V] from those of the branches, [B, 1, V]."""
-        index, guidance = step.index, self.guidance
-        other, third = self.sides(others)
-        if other is not None:
-            guided, states = guided_logits(
-                self.generator, self.condition, guidance, cond, other, self._scales[step.at], index, self.rule_state
-            )
-            self._keep(None if states is None else states[:, -1])
-        else:
-            guided = self.generator.constrain(cond, index, self.condition)
-        if third is not None:
-            guided = guidance.push_away(guided, cond, third, index)
+        guided, states = guided_logits(
+            self.generator,
+            self.condition,
+            self.guidance,
+            cond,
+            *self.sides(others),
+            self._scales[step.at],
+            step.index,
+            self.rule_state,
+        )
+        self._keep(None if states is None else states[:, -1])
         return guided[:, 0]
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""
         if not self.guidance.perturbs:
             return
+        if self._code_ids is not None and self._codes is not None:
+            self._codes[:, step.at] = torch.isin(tokens, self._code_ids)[:, None]
         logits, temperature, confidence = self._cond_logits, self.sampling.temperature, self.confidence
         of = tokens if self._probability_of == "drawn" else None
         if self._probability_of is None or not fused.write_confidence(
             logits, confidence, step.index, temperature, self._codes, of
         ):
             found = confidence_in(self.guidance.weak_branch, logits, tokens, temperature)
-            found = found if self._codes is None else found * self._codes[..., step.at].squeeze(-1)
-            confidence[:, step.at] = found[:, None]
+        elif self._weight_settings is None:
+            found = above_zero(confidence[:, step.at].squeeze(1))
+        else:
+            return
+        found = found if self._codes is None else found * self._codes[..., step.at].squeeze(-1)
+        confidence[:, step.at] = found[:, None]
 
     def _write_weights(self, step: Step, weights: Tensor) -> None:
         """Write `Perturbation.weights_at` into `weights` [B, T]."""

@@ -59,6 +59,8 @@ class Perturbation:
     def weights(self, confidence: Tensor) -> Tensor:
         """Weights [..., T] of the generated tokens' slots for the confidences [..., T] so far (0: not generated).
 
+        What draws and traces gives every generated image code a confidence above 0, if only by 2^-126.
+
         A step sees the slots generated before it, so the weights of the others, where the confidence is 0, do not
         matter for `target` "value" and must be 1 for "key" and "both".
         """

@@ -36,7 +36,8 @@ class Rule:
         stateful: whether the rule has a state. One without is a function of a step's logits alone, and many steps can
             be computed at once.
         constrained: whether tokens that the generator rules out at a step are at -inf in the logits that the rule
-            gets. By default they are ruled out after the rule, which need not know of them.
+            gets. By default they are ruled out after the rule, which need not know of them. Filters and processors of
+            logits always come after it.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.

@@ -191,13 +191,10 @@ def trace(
     of = {name: torch.cat(parts, dim=1) for name, parts in logits.items()}
     cond_logits, uncond_logits = of["cond"], of["uncond"]
     scales = step_scales(guidance, condition).to(generator.device)
+    other, third = None, of.get("perturbed")
     if guidance.is_active:
         other = guidance.away_from(uncond_logits if guidance.has_unconditional_branch else None, of.get("weak"))
-        guided, _ = guided_logits(generator, cond, guidance, cond_logits, other, scales, steps)
-    else:
-        guided = generator.constrain(cond_logits, steps, cond)
-    if "perturbed" in of:
-        guided = guidance.push_away(guided, cond_logits, of["perturbed"], steps)
+    guided, _ = guided_logits(generator, cond, guidance, cond_logits, other, third, scales, steps)
     names = [BRANCHES[name] for name in rows]
     finite = FiniteLogits(batch, names, total, generator.dtype, generator.device)
     finite.note(steps, tuple(of.values()), guided.amax(dim=-1))

@@ -285,8 +285,10 @@ class Generator(Preparable, ABC):
     def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Rule out the tokens that are not allowed at a position, by logits of -inf.
 
+        It acts on the branches too, before a rule that is `constrained`, and so must not depend on the logits.
+
         Args:
-            logits: guided logits [B, n, V].
+            logits: [B, n, V], guided ones or those of a branch.
             steps: int64 [n] or [B, n], the index of the image token that each position predicts.
             condition: of the batch, with or without its unconditional rows.
         """
@@ -295,6 +297,14 @@ class Generator(Preparable, ABC):
             return logits
         token, (first, stop) = torch.arange(logits.shape[-1], device=logits.device), allowed[..., None, :].unbind(-1)
         return logits.masked_fill((token < first) | (token >= stop), float("-inf"))
+
+    def processed(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+        """What tokens are drawn from, in the place of guided logits; by default these as they are.
+
+        It is called once for every step that is decoded, after the rule, the third branch and `constrain`, so it may
+        depend on the logits and on the tokens that were fed. Arguments as of `constrain`.
+        """
+        return logits
 
     def is_code(self, steps: Tensor, condition: Condition) -> Tensor | None:
         """Which image tokens are image codes (bool like `steps`), not structure like the ends of lines; None: all.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, StaticCache
 
 from softcfg.decoding import Sampling, image_uniforms
 from softcfg.decoding.filtering import one_sampling
@@ -15,7 +15,7 @@ from softcfg.decoding.randomness import image_indices, on_device
 from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError, quote, user_errors
 from softcfg.guidance import CFG, SoftCFG, as_guidance
-from softcfg.integrations.transformers.generator import TransformersGenerator, as_functions
+from softcfg.integrations.transformers.generator import TransformersGenerator, as_functions, require_static_caches
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import Prompts
 from softcfg.models.base import Condition
@@ -56,8 +56,9 @@ def decode(
         guidance: `CFG` or `SoftCFG`; a number is `SoftCFG` at that scale, None the paper's `SoftCFG`. Inactive guidance
             (scale 0 or 1) needs no unconditional prompt.
         num_tokens: T, tokens to draw; the guidance schedule runs over them.
-        image_codes: which tokens get a confidence: their ids, or bool [T], the steps that draw one. None: all.
-            The slots of other tokens (line ends, end of image) are never weighted.
+        image_codes: which tokens are image codes: their ids, or bool [T], the steps that draw one. None: all. Other
+            tokens (line ends, end of image) get no confidence, so their slots are never weighted, and no perturbation
+            replaces them or puts them in the place of others.
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         temperature, top_k, top_p: the same one by one, in place of `sampling`.
         seed, indices: row b is image `indices[b]` (by default b) of `seed`, one index per row; see `image_uniforms`.
@@ -91,15 +92,16 @@ def decode(
         cache="dynamic" if isinstance(cache, Cache) else cache,
         pad_token_id=pad_token_id,
     )
+    code_ids = None
     if codes is not None and not by_step:
-        codes = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
+        code_ids = as_ids(codes, "image_codes", generator.vocab_size).to(generator.device)
     prompts = Prompts(input_ids, unconditional_ids, attention_mask, unconditional_mask)
     num_tokens = generator.num_tokens
     condition = generator.condition(prompts, guided=guidance.is_active)
     own = None if isinstance(cache, str) else cache
     if own is not None:
         _check_cache(own, model, condition)
-    decoder = Decoder(generator, condition, guidance, sampling, own)
+    decoder = Decoder(generator, condition, guidance, sampling, own, code_ids=code_ids)
 
     batch = decoder.batch
     uniforms = on_device(image_uniforms(seed, image_indices(indices, batch, "rows"), num_tokens), generator.device)
@@ -111,8 +113,6 @@ def decode(
         if generator.device.type == "cpu":
             decoder.check(step)
         decoder.record(at, drawn)
-        if codes is not None and not by_step:
-            decoder.confidence[:, step] *= torch.isin(drawn, codes)
         tokens[:, step] = drawn
         if on_tokens is not None:
             on_tokens(tokens[:, : step + 1])
@@ -158,6 +158,8 @@ def as_codes(image_codes: Any) -> Tensor:
 
 def _check_cache(cache: Cache, model: Any, condition: Condition) -> None:
     """Raise a `UserError` unless the cache is empty and has room for the rows and the slots of `condition`."""
+    if isinstance(cache, StaticCache):
+        require_static_caches(model)
     if cache.get_seq_length():
         raise UserError("the cache must be empty")
     config, slots = model.config.get_text_config(decoder=True), condition.cache_slots

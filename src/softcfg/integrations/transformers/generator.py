@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,11 +14,17 @@ from softcfg.errors import UserError, quote, require_whole
 from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask
+from softcfg.integrations.transformers.wrapped import arguments, unwrapped
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.position import Position
 from softcfg.nn.settings import holding
+
+# Models without position_ids whose biases by distance do not count the padding: those of Bloom come from the mask, and
+# those of MPT are the same after the softmax.
+COUNT_FROM_THE_MASK = ("bloom", "mpt")
 
 
 class TransformersGenerator(Generator):
@@ -32,9 +37,10 @@ class TransformersGenerator(Generator):
             itself. Without one, token ids go in and `logits` come out.
         code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
             end of image) are never weighted.
-        logits_processor: called in turn with the prompts and tokens so far [B, L + t] and the guided logits [B, V]
-            before temperature, top-k and top-p; returns what takes their place.
-        cache: "dynamic" or "static".
+        logits_processor: called in turn, once a step, with the prompts and tokens so far [B, L + t] and the guided
+            logits [B, V] before temperature, top-k and top-p; returns what takes their place. What they rule out is not
+            known to the guidance's rule.
+        cache: "dynamic" or "static", for models that say that they support static caches.
         pad_token_id: fills the shorter prompts on the left; no query sees it.
 
     Raises:
@@ -77,15 +83,16 @@ class TransformersGenerator(Generator):
         self.cache = cache
         self.pad_token_id = require_whole(pad_token_id, "pad_token_id", 0)
         module = model if head is None else head.backbone
-        parameters = inspect.signature(module.forward).parameters.values()
-        self._arguments = {parameter.name for parameter in parameters}
-        self._takes_weights = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        self._arguments, self._takes_weights = arguments(module)
+        kind = getattr(getattr(unwrapped(module), "config", None), "model_type", None)
+        self._may_be_padded = "position_ids" in self._arguments or kind in COUNT_FROM_THE_MASK
 
     def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
         """See `Generator.condition`; `inputs` are `Prompts`, of all rows.
 
         Raises:
-            UserError: ids or masks do not fit, or the unconditional prompts are missing.
+            UserError: ids or masks do not fit, the unconditional prompts are missing, or rows are padded and the model
+                does not take positions.
         """
         if not isinstance(inputs, Prompts):
             raise UserError(f"prompts must be Prompts(input_ids, ...), got {quote(inputs)}")
@@ -109,7 +116,13 @@ class TransformersGenerator(Generator):
             short = slots - ids.shape[1]
             rows.append(F.pad(ids, (short, 0), value=self.pad_token_id).expand(batch, -1))
             padding.append((leading + short).expand(batch))
-        return PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens, self.geometry)
+        made = PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens, self.geometry)
+        if made.padded and not self._may_be_padded:
+            raise UserError(
+                f"{type(unwrapped(self.model)).__name__} does not say that it takes position_ids, and without them "
+                "padding counts as text: give prompts of one length, the unconditional ones too"
+            )
+        return made
 
     def forward(
         self,
@@ -125,7 +138,8 @@ class TransformersGenerator(Generator):
         """See `Generator.forward`. A pass goes on where the cache ends.
 
         Raises:
-            UserError: no attention layer sees the weights, they are not of all slots, or rows have slots of their own.
+            UserError: no attention layer sees the weights, they are not of all slots, rows have slots of their own, or
+                the model did not keep the slots of the pass in the cache.
         """
         assert isinstance(condition, PromptCondition)
         position = Position.of(slot)
@@ -155,10 +169,41 @@ class TransformersGenerator(Generator):
         predicting = position.first_predicting(condition.slots)
         calls: list[bool] = []
         with holding(brought_weights, calls):
-            logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
+            try:
+                logits = self._logits(condition.sequence[:, start:first], tokens, predicting, inputs)
+            except (ValueError, RuntimeError) as error:
+                if not start:
+                    self._blame_cache(cache, error)
+                raise
+        if cache is not None:
+            self._require_cached(cache, filled, is_first=not start)
         if weights:
             self._require_weighted(calls, cache)
         return logits.to(tokens.device)
+
+    def _blame_cache(self, cache: Any, error: Exception) -> None:
+        """Raise a `UserError` for an error of the first pass that comes of the kind of cache."""
+        is_static = isinstance(cache, StaticCache)
+        if cache is None or isinstance(error, UserError) or is_out_of_memory(error):
+            return
+        if is_static or (isinstance(error, ValueError) and "cache" in str(error)):
+            name, kind = type(unwrapped(self.model)).__name__, type(cache).__name__
+            advice = ": leave it dynamic, or call model.eval() if the model is in training mode" if is_static else ""
+            raise UserError(f"{name} failed with a {kind}{advice} ({str(error).partition(chr(10))[0]})") from error
+
+    def _require_cached(self, cache: Any, filled: int, is_first: bool) -> None:
+        """Raise a `UserError` unless the cache holds the slots so far: a model may go on without it and say nothing."""
+        try:
+            kept = cache.get_seq_length()
+        except ValueError:  # there are no layers that keep keys
+            return
+        if isinstance(kept, Tensor) and not is_first:
+            return  # a static cache counts on the device: wait for it once
+        if int(kept) != filled:
+            raise UserError(
+                f"{type(unwrapped(self.model)).__name__} kept {int(kept)} of {filled} slots in its cache: call "
+                "model.eval() if it is in training mode, where gradient checkpointing does without a cache"
+            )
 
     def _require_weighted(self, calls: list[bool], cache: Any) -> None:
         """Raise a `UserError` unless every attention layer took the weights: all calls, and as many as keep keys."""
@@ -177,19 +222,23 @@ class TransformersGenerator(Generator):
             )
 
     def new_cache(self, condition: Condition) -> Any:
-        """An empty cache of transformers for the rows of `condition`."""
+        """An empty cache of transformers for the rows of `condition`.
+
+        Raises:
+            UserError: it is to be static, and the model does not say that it supports that.
+        """
         if self.cache == "static":
+            require_static_caches(self.model)
             return StaticCache(config=self.model.config, max_cache_len=condition.cache_slots)
         return DynamicCache(config=self.model.config)
 
-    def constrain(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
+    def processed(self, logits: Tensor, steps: Tensor, condition: Condition) -> Tensor:
         """Let `logits_processor` act on guided logits [B, n, V] of `steps` [n], after the tokens that were fed."""
         assert isinstance(condition, PromptCondition)
-        logits = super().constrain(logits, steps, condition)
         if not self.logits_processor:
             return logits
         processed = []
-        for step, scores in zip(steps.tolist(), logits.unbind(1), strict=True):
+        for step, scores in zip(steps.tolist(), logits.clone().unbind(1), strict=True):  # some write into what they get
             for processor in self.logits_processor:
                 scores = processor(condition.conditional(len(logits), step), scores)
             if not isinstance(scores, Tensor) or scores.shape != (len(logits), logits.shape[-1]):
@@ -240,6 +289,19 @@ class TransformersGenerator(Generator):
         parts += [self.head.embed(tokens)] if tokens.shape[1] else []
         hidden = self.head.backbone(inputs_embeds=torch.cat(parts, dim=1), **inputs).last_hidden_state
         return self.head.logits(hidden[:, first:])
+
+
+def require_static_caches(model: Any) -> None:
+    """Raise a `UserError` for a model that does not say that it supports static caches: it may draw from what is empty.
+
+    What transformers calls compiling the whole graph is done with static caches alone.
+    """
+    found = unwrapped(model)
+    if not getattr(found, "_can_compile_fullgraph", True):
+        raise UserError(
+            f"{type(found).__name__} does not say that it supports static caches (_can_compile_fullgraph): use a "
+            "dynamic one"
+        )
 
 
 def as_functions(name: str, given: Iterable[Any] | None) -> list[Any]:

@@ -1,0 +1,208 @@
+"""Models inside of other modules, models without positions, and passes or caches that lose what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+from plug_models import PROMPTS, SHORT, TEXT, janus, llama, with_large_weights  # noqa: E402
+from softcfg import CFG, SoftCFG, UserError  # noqa: E402
+from softcfg.integrations import transformers as plug  # noqa: E402
+
+T, SIZE = 9, {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(**SIZE, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bart() -> Any:
+    return transformers.BartForCausalLM(
+        transformers.BartConfig(**SIZE, **SMALL, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False)
+    )
+
+
+def roformer() -> Any:
+    """Rotary positions, which count the padding too."""
+    config = transformers.RoFormerConfig(
+        **SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, is_decoder=True
+    )
+    return transformers.RoFormerForCausalLM(config)
+
+
+def bloom() -> Any:
+    return transformers.BloomForCausalLM(transformers.BloomConfig(**SIZE, hidden_size=32, n_layer=2, n_head=4))
+
+
+def mpt() -> Any:
+    config = transformers.MptConfig(vocab_size=60, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)
+    return transformers.MptForCausalLM(config)
+
+
+def gpt_neo() -> Any:
+    kinds = [[["global", "local"], 1]]
+    return transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            **SIZE, hidden_size=32, num_layers=2, attention_types=kinds, num_heads=4, window_size=4,
+            max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+def minimax() -> Any:
+    kinds = ["linear_attention", "full_attention"]
+    return transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(**TEXT, head_dim=8, num_local_experts=2, layer_types=kinds, block_size=4)
+    )
+
+
+def made(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(7)
+    return with_large_weights(make())
+
+
+def decode(model: Any, guidance: Any, **settings: Any) -> Tensor:
+    usual = {"num_tokens": T, "unconditional_ids": SHORT, "attention_mask": PROMPTS > 0, "seed": 3}
+    return plug.decode(model, settings.pop("prompts", PROMPTS), guidance, **{**usual, **settings})
+
+
+class Outside(nn.Module):
+    """Hands everything on."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class Adapted(Outside):
+    """As PEFT: some arguments by name, and a module between it and the model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(Outside(model))
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Derived(transformers.GPT2LMHeadModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def derived(model: Any) -> Any:
+    if not isinstance(model, transformers.GPT2LMHeadModel):
+        pytest.skip("derives from GPT-2")
+    other = Derived(model.config)
+    other.load_state_dict(model.state_dict())
+    other.set_attn_implementation("softcfg")
+    return other.eval()
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "module": Outside,
+    "adapter": Adapted,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled adapter": lambda model: torch.compile(Adapted(model), backend="eager"),
+    "data parallel": lambda model: Outside(nn.DataParallel(Outside(model)).module),
+    "subclass": derived,
+}
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_draws_what_its_model_draws(make: Callable[[], Any], wrapper: str) -> None:
+    """With prompts of unequal lengths, whose positions count from the padding on."""
+    model = made(make)
+    inside = WRAPPERS[wrapper](model)
+    for guidance in (CFG(3.0, schedule="constant"), SoftCFG(3.0, schedule="constant")):
+        with torch.compiler.set_stance("force_eager"):  # compiling takes long
+            tokens = decode(inside, guidance)
+        assert torch.equal(tokens, decode(model, guidance))
+
+
+@pytest.mark.parametrize("make", [bart, roformer], ids=["bart", "roformer"])
+def test_padding_without_positions_is_refused(make: Callable[[], Any]) -> None:
+    model, longer = made(make), torch.tensor([[1, 3, 4, 5, 6]])
+    sentence = rf"{type(model).__name__} does not say that it takes position_ids"
+    cases: list[dict[str, Any]] = [
+        {},
+        {"unconditional_ids": longer},
+        {"prompts": PROMPTS[1:], "attention_mask": None},
+    ]
+    for settings in cases:
+        for inside in (model, Outside(model)):
+            with pytest.raises(UserError, match=sentence):
+                decode(inside, CFG(3.0), **settings)
+    settings = {"prompts": PROMPTS[1:], "attention_mask": None, "unconditional_ids": longer}
+    assert decode(model, CFG(3.0), **settings).shape == (1, T)
+
+
+@pytest.mark.parametrize("make", [bloom, mpt], ids=["bloom", "mpt"])
+def test_models_that_count_from_the_mask(make: Callable[[], Any]) -> None:
+    model, settings = made(make), {"unconditional_ids": torch.tensor([[1, 3, 4]])}
+    both = decode(model, CFG(3.0), **settings)
+    assert torch.equal(both[:1], decode(model, CFG(3.0), prompts=PROMPTS[:1, 2:], attention_mask=None, **settings))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("make", [llama, gpt2, janus], ids=["llama", "gpt2", "janus"])
+def test_a_pass_that_drops_the_cache_is_refused(make: Callable[[], Any], cache: str) -> None:
+    """As gradient checkpointing does in training mode. Training mode alone does not, nor does checkpointing alone."""
+    model = made(make)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = {guidance: decode(model, guidance, cache=cache) for guidance in (CFG(3.0), SoftCFG(3.0))}
+    model.gradient_checkpointing_enable()
+    sentence = r"kept 0 of 5 slots in its cache: call model\.eval\(\)"
+    if cache == "static":
+        sentence += r"|failed with a StaticCache: .* call model\.eval\(\)"
+    for guidance, tokens in expected.items():
+        assert torch.equal(decode(model.eval(), guidance, cache=cache), tokens)
+        with pytest.raises(UserError, match=sentence):
+            decode(model.train(), guidance, cache=cache)
+    model.gradient_checkpointing_disable()
+    for guidance, tokens in expected.items():
+        assert torch.equal(decode(model.train(), guidance, cache=cache), tokens)
+
+
+def generate(model: Any, **settings: Any) -> Tensor:
+    usual = {"guidance": CFG(3.0), "unconditional_ids": SHORT, "max_new_tokens": T, "attention_mask": PROMPTS > 0}
+    return model.generate(PROMPTS, custom_generate=plug.generate, **{**usual, **settings})
+
+
+def test_static_caches_are_for_models_that_support_them() -> None:
+    """GPT-Neo would attend to slots that are empty."""
+    model = made(gpt_neo)
+    given = transformers.StaticCache(config=model.config, max_cache_len=30)
+    for call in (
+        lambda: decode(model, CFG(3.0), cache="static"),
+        lambda: decode(Outside(model), CFG(3.0), cache="static"),
+        lambda: decode(model, CFG(3.0), cache=given),
+        lambda: generate(model, cache_implementation="static"),
+    ):
+        with pytest.raises(UserError, match="GPTNeoForCausalLM does not say that it supports static caches"):
+            call()
+    assert decode(model, CFG(3.0)).shape == (2, T)
+
+
+def test_a_model_that_fails_with_a_cache_is_named() -> None:
+    with pytest.raises(UserError, match="BloomForCausalLM failed with a StaticCache: leave it dynamic"):
+        decode(made(bloom), CFG(3.0), cache="static")
+    with pytest.raises(UserError, match=r"MiniMaxForCausalLM failed with a DynamicCache .*cache of its own"):
+        decode(made(minimax), CFG(3.0))
