@@ -159,6 +159,7 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_nothing_else_is_needed(files: dict[str, str]) -> None:
     """Neither SciPy nor torchvision nor TensorFlow, which a user may not have."""
     script = (

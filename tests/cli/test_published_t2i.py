@@ -37,7 +37,11 @@ NAMES = [
     "llamagen-t2i-xl-256",
 ]
 ONE_EACH = ["janus-pro-7b", "emu3-gen", "llamagen-t2i-xl-256"]
-AS_OTHERS = {"janus-pro-1b", "janus-pro-7b-original"}  # whose size and layout are those of two others
+AS_OTHERS = {
+    "janus-pro-1b",
+    "janus-pro-7b-original",
+    "emu3-gen-original",
+}  # whose size and layout are those of two others
 PROMPTS = ("a red fox", "a red fox in the snow of all colours")
 
 
@@ -243,7 +247,7 @@ def test_negative_prompts_and_ratios(fetched: ModelEntry, tmp_path: Path) -> Non
         RunRequest(words := Pipeline.from_pretrained("emoji"), prompts="cat", negative_prompt="dog").settings(words)
 
 
-@one_each
+@one_now("emu3-gen")
 @pytest.mark.parametrize("method", [SoftCFG, pytest.param(CFG, marks=pytest.mark.slow)])
 def test_a_prompt_alone_and_beside_a_long_one(fetched: ModelEntry, method: type[CFG]) -> None:
     """In float64 it draws the same tokens; and halves of other dtypes fit together."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import softcfg
+from launching import Job
 from prompt_model import prompt_generator
 from softcfg import Pipeline, UserError, plugins
 from softcfg.cli.main import main
@@ -97,9 +96,7 @@ def test_the_pipeline_and_a_trace_draw_the_same(pipe: Pipeline) -> None:
 def test_a_run_from_the_command_line(folder: Path, pipe: Pipeline, tmp_path: Path) -> None:
     flags = ["--prompt", "red apple", "--prompt", "star", "--images-per-prompt", "1", "--seed", "3", "--ratio", "2:3"]
     words = ["sample", str(folder), *flags, "--negative-prompt", NEGATIVE, "--output-dir", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "softcfg", *words, "--plugin", str(PLUGIN)]
-    environment = {**os.environ, "SOFTCFG_PRODUCT": "plain"}  # nothing is measured
-    subprocess.run(command, check=True, capture_output=True, cwd=PLUGIN.parent, env=environment)
+    assert Job(1, [*words, "--plugin", str(PLUGIN)]).join() == [0]  # where nothing has imported it yet
     run = RunFolder.open(tmp_path / "out")
     assert (run.settings["negative_text"], run.settings["height"]) == (NEGATIVE, 6)
     assert run.settings["text"]["template"] == "a {prompt}"

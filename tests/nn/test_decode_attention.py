@@ -90,7 +90,7 @@ def check(every: int = 1) -> None:
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_kernel_is_attention_over_the_visible_slots(every: int):
     # The interpreter is chosen when Triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

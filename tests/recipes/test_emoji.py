@@ -471,6 +471,7 @@ def test_mixing_styles_leaves_what_the_style_is_told_from(collection: Collection
     assert all(torch.equal(again, head) for again, head in zip(judge(pixels), before, strict=True))
 
 
+@pytest.mark.slow
 def test_killed_judge_training_continues_to_the_same_weights(
     tmp_path: Path, collection: Collection, sun: Collection
 ) -> None:

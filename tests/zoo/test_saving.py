@@ -104,6 +104,7 @@ print(json.dumps({"address": address, "same": same, "errors": errors}))
 """
 
 
+@pytest.mark.slow
 def test_push_to_hub(prompt_model_folder: Path, tmp_path: Path) -> None:
     hub = Hub()
     roaming = yaml.safe_load((prompt_model_folder / "model.yaml").read_text())
