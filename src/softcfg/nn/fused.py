@@ -227,7 +227,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """The exact GELU, x times the chance that a normal number is less; PyTorch has one kernel of it for a GPU."""
-    if x.is_cpu and _serves(x):
+    if not available.on_gpu(x) and _serves(x):
         found = _launched(x.device, lambda: _kernels(x).gelu(x))
         if found is not None:
             return found
@@ -381,7 +381,7 @@ def draw(
         int64 [B], and float32 [n, B]: the largest of the logits of each branch and of the guided ones, NaN where there
         is one among them. Where that is not finite, the token is any. None if it was not done.
     """
-    if not cond.is_cpu or uniforms.dtype is not torch.float64 or scale.dtype is not torch.float32:
+    if available.on_gpu(cond) or uniforms.dtype is not torch.float64 or scale.dtype is not torch.float32:
         return None
     if not (_are_rows(cond) if other is None else _are_rows(cond, other) and other.shape == cond.shape):
         return None
