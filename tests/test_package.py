@@ -14,6 +14,11 @@ import softcfg
 ROOT = Path(__file__).parents[1]
 
 
+def printed(code: str) -> str:
+    """What a fresh process prints that runs this code."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -34,8 +39,7 @@ def test_drawing_does_not_import_a_compiler_of_graphs() -> None:
         "import sys, softcfg; softcfg.Pipeline.from_pretrained('fashion-small')([0]); "
         "print(sorted({'sympy', 'torch._dynamo', 'torch._inductor', 'pandas', 'matplotlib'} & sys.modules.keys()))"
     )
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert found.strip() == "[]"
+    assert printed(code) == "[]"
 
 
 def test_guidance_imports_nothing_of_the_rest() -> None:
@@ -43,8 +47,7 @@ def test_guidance_imports_nothing_of_the_rest() -> None:
         "import sys, softcfg.guidance; "
         "print(sorted({n for n in sys.modules if n.startswith('softcfg.') and 'guidance' not in n}))"
     )
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert found.strip() == "['softcfg.lazy', 'softcfg.version']"
+    assert printed(code) == "['softcfg.lazy', 'softcfg.version']"
 
 
 def test_packages_do_not_need_each_other() -> None:

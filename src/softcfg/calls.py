@@ -134,17 +134,6 @@ def guidance_of(default: Callable[..., CFG], guidance: CFG | float | None, setti
         return changed(guidance, settings)
 
 
-def check_interval(guidance: CFG, tokens: int) -> None:
-    """Raise `UserError` for guidance that acts in no step of an image of so many tokens, by its interval."""
-    acts = guidance.is_active or guidance.has_third_branch
-    if acts and guidance.interval is not None and guidance.interval[0] >= tokens:
-        start, stop = guidance.interval
-        raise UserError(
-            f"the interval {start}-{stop} holds none of the {tokens} steps, 0 to {tokens - 1}, of an image, so that "
-            "nothing is guided: give one that starts earlier"
-        )
-
-
 def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
     """The seed of a call: the given one, the next number of a `torch.Generator`, or with None a new one each time.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from softcfg import calls
 from softcfg.calls import PipelineOutput
 from softcfg.decoding import ImageStreams, Sampling, decode, jacobi_decode
+from softcfg.decoding.batch import check_interval
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.forced import check_forced
 from softcfg.decoding.randomness import image_indices
@@ -351,7 +352,7 @@ class Pipeline:
             tokens: of an image, see `num_tokens`; None where they are not known yet.
         """
         if tokens is not None:
-            calls.check_interval(guidance, tokens)
+            check_interval(guidance, tokens)
         if guidance.has_weak_model and self.weak is None:
             raise UserError(
                 f"weak_share {guidance.weak_share:g} takes a weak model, and {self.name or 'this model'} has none: "

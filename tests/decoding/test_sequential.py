@@ -480,3 +480,10 @@ def test_a_pass_that_does_not_fit_its_cache_is_refused(model_folder: Path) -> No
         weights = torch.ones(4, four.slots)
         with pytest.raises(ValueError, match="value_weights must be"):
             generator(four, token, cache=generator.new_cache(four), slot=four.slots, value_weights=weights)
+
+
+def test_an_interval_in_which_no_step_lies_is_refused(model_folder: Path) -> None:
+    generator = softcfg.load_generator(model_folder)
+    uniforms = image_uniforms(0, range(1), generator.num_tokens)
+    with pytest.raises(UserError, match="the interval 16-20 holds none of the 16 steps"):
+        decode(generator, [0], SoftCFG(3.0, interval=(16, 20)), uniforms=uniforms)

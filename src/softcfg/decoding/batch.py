@@ -56,26 +56,6 @@ class GuidedBatch:
         return self.guidance.away_from(others.pop() if others else None, weak), third
 
 
-def guided_logits(
-    generator: Generator,
-    condition: Condition,
-    guidance: CFG,
-    cond_logits: Tensor,
-    other: Tensor | None,
-    third: Tensor | None,
-    scales: Tensor,
-    steps: Tensor,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """What the tokens of n neighbouring steps are drawn from: `ruled_logits`, finished by `finished_logits`.
-
-    Returns:
-        Guided logits [B, n, V], -inf for tokens that are ruled out, and the states as of `CFG.guide_steps`.
-    """
-    guided, states = ruled_logits(generator, condition, guidance, cond_logits, other, third, scales, steps, state)
-    return finished_logits(generator, condition, guided, steps), states
-
-
 def ruled_logits(
     generator: Generator,
     condition: Condition,
@@ -116,13 +96,25 @@ def finished_logits(generator: Generator, condition: Condition, guided: Tensor, 
     return generator.processed(generator.constrain(guided, steps, condition), steps, condition)
 
 
+def check_interval(guidance: CFG, tokens: int) -> None:
+    """Raise `UserError` for guidance that acts in no step of an image of so many tokens, by its interval."""
+    acts = guidance.is_active or guidance.has_third_branch
+    if acts and guidance.interval is not None and guidance.interval[0] >= tokens:
+        start, stop = guidance.interval
+        raise UserError(
+            f"the interval {start}-{stop} holds none of the {tokens} steps, 0 to {tokens - 1}, of an image, so that "
+            "nothing is guided: give one that starts earlier"
+        )
+
+
 def step_scales(guidance: CFG, condition: Condition) -> Tensor:
     """The guidance scale of every step, float32 [T].
 
     Raises:
-        UserError: a schedule or guidance of somebody's own gives something else.
+        UserError: the guidance acts in no step, or a schedule or guidance of somebody's own gives something else.
     """
     steps = condition.num_tokens
+    check_interval(guidance, steps)
     scales = torch.as_tensor(guidance.scales(steps, condition.num_codes)).to("cpu", torch.float32)
     if scales.shape != (steps,):
         raise UserError(

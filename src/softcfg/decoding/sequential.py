@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcfg.decoding.batch import GuidedBatch, guided_logits
+from softcfg.decoding.batch import GuidedBatch, finished_logits, ruled_logits
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.forced import check_forced
 from softcfg.decoding.graphs import repeat
@@ -75,8 +75,8 @@ def decode(
         int64 [B, T].
 
     Raises:
-        UserError: labels, uniforms, forced tokens or the weak model do not fit the generator; or the logits hold NaN or
-            infinity, which other devices than the CPU report after the last step.
+        UserError: labels, uniforms, forced tokens or the weak model do not fit the generator; the guidance acts in no
+            step; or the logits hold NaN or infinity, which other devices than the CPU report after the last step.
     """
     if isinstance(labels, Sized) and not len(labels):
         raise UserError("labels must name at least one class or prompt")
@@ -285,7 +285,7 @@ class Decoder(GuidedBatch):
 
     def _guided(self, step: Step, cond: Tensor, others: list[Tensor]) -> Tensor:
         """The guided logits [B, V] from those of the branches, [B, 1, V]."""
-        guided, states = guided_logits(
+        guided, states = ruled_logits(
             self.generator,
             self.condition,
             self.guidance,
@@ -296,7 +296,7 @@ class Decoder(GuidedBatch):
             self.rule_state,
         )
         self._keep(None if states is None else states[:, -1])
-        return guided[:, 0]
+        return finished_logits(self.generator, self.condition, guided, step.index)[:, 0]
 
     def record(self, step: Step, tokens: Tensor) -> None:
         """Keep the confidence in `tokens` [B], which were taken for the prediction of `step`."""

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcfg.calls import check_interval
 from softcfg.decoding import Sampling, decode, image_uniforms
-from softcfg.decoding.batch import guided_logits, step_scales
+from softcfg.decoding.batch import finished_logits, ruled_logits, step_scales
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.finite import BRANCHES, FiniteLogits
 from softcfg.decoding.perturbed import confidence_in, query_weights, require_confidence, step_weights, weak_inputs
@@ -147,7 +146,7 @@ def trace(
     sampling = one_sampling(sampling, temperature, top_k, top_p)
     condition = generator.condition(labels, guided=True)
     batch, total = condition.rows // 2, condition.num_tokens
-    check_interval(guidance, total)
+    scales = step_scales(guidance, condition).to(generator.device)
     cond, uncond = condition[:batch], condition[batch:]
     steps = torch.arange(total, device=generator.device)
     codes = generator.is_code(steps, cond)
@@ -190,11 +189,11 @@ def trace(
 
     of = {name: torch.cat(parts, dim=1) for name, parts in logits.items()}
     cond_logits, uncond_logits = of["cond"], of["uncond"]
-    scales = step_scales(guidance, condition).to(generator.device)
     other, third = None, of.get("perturbed")
     if guidance.is_active:
         other = guidance.away_from(uncond_logits if guidance.has_unconditional_branch else None, of.get("weak"))
-    guided, _ = guided_logits(generator, cond, guidance, cond_logits, other, third, scales, steps)
+    guided, _ = ruled_logits(generator, cond, guidance, cond_logits, other, third, scales, steps)
+    guided = finished_logits(generator, cond, guided, steps)
     names = [BRANCHES[name] for name in rows]
     finite = FiniteLogits(batch, names, total, generator.dtype, generator.device)
     finite.note(steps, tuple(of.values()), guided.amax(dim=-1))

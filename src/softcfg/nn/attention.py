@@ -58,8 +58,10 @@ def weighted_attention(
     (rows, heads, new, _), slots = query.shape, key.shape[2]
     if len(key) != rows or heads % key.shape[1] or new > slots:
         raise ValueError(f"queries {list(query.shape)} do not fit keys {list(key.shape)}")
-    weights = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}
-    require_tables(rows, new, slots, **weights, mask=mask)
+    require_tables(
+        rows, new, slots, value_weights=value_weights, key_weights=key_weights, attention_weights=attention_weights,
+        mask=mask,
+    )  # fmt: skip
     position = Position.shared(slots - new)
     context = AttentionContext(
         position,

@@ -110,8 +110,10 @@ class AttentionContext:
         if rows is not None:
             if cache is not None and cache.keys[0].shape[0] != rows:
                 raise ValueError(f"the cache is of {cache.keys[0].shape[0]} rows, and the pass of {rows}")
-            weights = {"value_weights": value_weights, "key_weights": key_weights}
-            require_tables(rows, new, slots, **weights, attention_weights=attention_weights)
+            require_tables(
+                rows, new, slots, value_weights=value_weights, key_weights=key_weights,
+                attention_weights=attention_weights,
+            )  # fmt: skip
         return cls(
             position,
             slots,

@@ -122,9 +122,8 @@ class Linear(nn.Linear):
 
     def bring_back(self) -> None:
         """Have `weight` again, beside what is laid out."""
-        product, laid_out = self.product, self.laid_out
-        if product is not None and laid_out is not None and not self.weight.numel():
-            replace_contents(self.weight, lambda: product.restore(laid_out))
+        if self._is_emptied:
+            replace_contents(self.weight, self._original)
 
     def restore(self) -> None:
         """Give the memory back."""
@@ -140,10 +139,16 @@ class Linear(nn.Linear):
     def unpacked(self) -> Tensor | None:
         """The weights [out, in] again, without gradients, while `weight` is empty; None while it is not."""
         with _preparing, torch.inference_mode(False), torch.no_grad():
-            product, laid_out = self.product, self.laid_out
-            if product is None or laid_out is None or self.weight.numel():
-                return None
-            return product.restore(laid_out)
+            return self._original() if self._is_emptied else None
+
+    @property
+    def _is_emptied(self) -> bool:
+        return self.laid_out is not None and not self.weight.numel()
+
+    def _original(self) -> Tensor:
+        assert self.product is not None
+        assert self.laid_out is not None
+        return self.product.restore(self.laid_out)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _preparing:

@@ -74,7 +74,8 @@ def decode(
 
     Raises:
         UserError: prompts, masks, indices, image codes or the cache do not fit, an argument is of another kind, the
-            weights do not reach every attention layer, or the logits hold NaN or infinity.
+            guidance acts in no step, the weights do not reach every attention layer, or the logits hold NaN or
+            infinity.
     """
     guidance = checked_guidance(guidance)
     if guidance.has_weak_model:

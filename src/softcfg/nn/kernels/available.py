@@ -46,13 +46,11 @@ def on_cpu(x: Tensor) -> bool:
     return (
         x.is_cpu
         and type(x) is Tensor
-        and has_numba()
-        and not _cpu_kernels_off.get()
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == (recorded.get() is not None)
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.compiler.is_compiling()
-        and cpu_kernels() is not None
+        and may_use_cpu_kernels()
     )
 
 
