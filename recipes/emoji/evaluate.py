@@ -19,7 +19,7 @@ from recipes.emoji.train_judge import wanted
 from recipes.emoji.train_tokenizer import pixels_of
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.errors import UserError
-from softcfg.evaluation.emoji_judge import EmojiJudge, Vocabulary, agreement, load_judge
+from softcfg.evaluation.emoji_judge import Vocabulary, load_judge, look, shares_right
 from softcfg.images import grid
 from softcfg.zoo import resolve
 
@@ -77,7 +77,7 @@ def measure(given: argparse.Namespace) -> None:
         real = pixels_of(collection, numbers)
         decoded = torch.cat([pipeline.tokenizer.decode(pipeline.tokenizer.encode(part)) for part in real.split(50)])
         for name, pixels in (("the pictures", real), ("through tokens", decoded)):
-            report(kind, name, right(judge, words, pixels, pictures))
+            report(kind, name, right(look(judge, pixels)[1], words, pictures))
         prompts = [picture.caption for picture in pictures]
         for name, guidance in guidances(given.scales, given.methods):
             out = pipeline(
@@ -87,7 +87,8 @@ def measure(given: argparse.Namespace) -> None:
                 batch_size=given.batch_size,
                 temperature=given.temperature,
             )
-            report(kind, name, right(judge, words, torch.from_numpy(out.pixels).permute(0, 3, 1, 2), pictures))
+            seen = look(judge, torch.from_numpy(out.pixels).permute(0, 3, 1, 2))[1]
+            report(kind, name, right(seen, words, pictures))
             if given.grids:
                 save_grid(given.grids / f"{kind}-{name}.png", out.images[:100], 10)
     if given.grids:
@@ -96,14 +97,17 @@ def measure(given: argparse.Namespace) -> None:
             save_grid(given.grids / f"shown-{name}.png", out.images, 6)
 
 
-def right(judge: EmojiJudge, words: Vocabulary, images: Tensor, pictures: Sequence[Picture]) -> dict[str, float]:
+def right(seen: Tensor, words: Vocabulary, pictures: Sequence[Picture]) -> dict[str, float]:
     """Return the shares of images that show what the captions of pictures say: "name", "style", and "all" that is said.
 
     "colour" is that of the picture, whether the caption says it or not.
+
+    Args:
+        seen: what the judge answers, see `look`.
     """
-    shares = agreement(judge, images, torch.tensor([wanted(picture) for picture in pictures]))
-    said = words.read([picture.caption for picture in pictures])
-    return {**shares, "all": agreement(judge, images, said)["all"]}
+    seen = seen.cpu()
+    shares = shares_right(seen, torch.tensor([wanted(picture) for picture in pictures]))
+    return {**shares, "all": shares_right(seen, words.read([picture.caption for picture in pictures]))["all"]}
 
 
 def report(kind: str, name: str, shares: Mapping[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 Prompts are of pictures seen in training, of pairs of name and style that were held out, and of colours that were. The
 most telling points come first, and each is kept as soon as it is measured: stop whenever you like, the same command
-goes on. `--report` prints the tables of what is there.
+goes on, and several processes share the points among them. `--report` prints the tables of what is there.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from recipes.study.patches import brightness
 from recipes.study.points import NONE, TRACED, TUNING_SEED, Point, Row, key
 from recipes.study.results import Results
 from softcfg import CFG, Pipeline, SoftCFG, evaluation
+from softcfg.decoding import decode, image_uniforms
 from softcfg.decoding.perturbed import step_weights
 from softcfg.errors import UserError
-from softcfg.evaluation.arithmetic import full_float32
-from softcfg.evaluation.emoji_judge import load_judge
+from softcfg.evaluation.emoji_judge import VIEWS, load_judge, look
 from softcfg.files import hash_file, make_folder
+from softcfg.nn.linear import weights_in_use
 from softcfg.zoo import resolve
 
 RESULTS = Path("docs/study/emoji.jsonl")
@@ -53,6 +54,7 @@ TRACED_SCALE = 3.0
 TRACED_METHODS = ("CFG", "SoftCFG", "SoftCFG without Step Normalisation")
 WHITE = 0.97  # mean of a patch's least channel from which on it is background
 JUDGED_AT_ONCE = 500
+LOOKS = VIEWS[:1]  # one, where `softcfg eval` takes five: the results that are kept were judged so
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,21 @@ def title(guidance: CFG) -> str:
 class Laboratory:
     """A model, its judge, and the pictures that images are compared with."""
 
-    def __init__(self, collection: Collection, model: str, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        model: str,
+        device: torch.device,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.collection = collection
         self.device = device
         self.batch_size = batch_size
-        self.pipeline = Pipeline.from_pretrained(model, device=device)
+        self.pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype, tokenizer_dtype=dtype)
         self.judge, self.words, _ = load_judge(folder_of(model) / "judge.safetensors", device)
+        if device.type == "cuda":
+            self.judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.reference = self.features(self.pictures(collection.where(recoloured=False)))
         self.statistics = evaluation.statistics(self.reference).to(torch.device("cpu"))
 
@@ -188,8 +199,7 @@ class Laboratory:
     def images(self, point: Drawn) -> Row:
         """What the judge sees in images drawn with the point's settings."""
         pictures = self.prompted(point.measure, point.samples)
-        pixels = torch.from_numpy(self.draw(point, pictures).pixels).permute(0, 3, 1, 2).to(self.device)
-        return self.judged(pixels, pictures, with_distances=point.measure == "seen")
+        return self.judged(self.drawn(point, pictures), pictures, with_distances=point.measure == "seen")
 
     def bound(self, point: Drawn) -> Row:
         """What the judge sees in the pictures, as they are or as the tokenizer gives them back."""
@@ -214,6 +224,38 @@ class Laboratory:
             raise UserError(f"the collection has no pictures for prompts of the kind {kind}")
         return [pictures[i % len(pictures)] for i in range(count)]
 
+    @torch.inference_mode()
+    def drawn(self, point: Drawn, pictures: Sequence[int]) -> Tensor:
+        """The images that `draw` draws, uint8 [N, 3, 96, 96], which stay on the device; prompts are read once."""
+        generator, tokenizer = self.pipeline.generator, self.pipeline.tokenizer
+        inputs, uniforms = self.inputs(tuple(pictures)), self.uniforms(point.seed, len(pictures))
+        found = []
+        with weights_in_use(generator):
+            for start in range(0, len(pictures), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                condition = generator.condition(inputs[part], guided=False)
+                tokens = decode(
+                    generator,
+                    inputs[part],
+                    point.guidance,
+                    uniforms=uniforms[part],
+                    sampling=self.pipeline.sampling(point.temperature),
+                )
+                for codes in generator.image_codes(tokens, condition).split(JUDGED_AT_ONCE):
+                    found.append(tokenizer.to_uint8(tokenizer.decode(codes, condition.grid)))
+        return torch.cat(found).permute(0, 3, 1, 2)
+
+    @functools.cache  # noqa: B019  # there is one laboratory a process
+    def inputs(self, pictures: tuple[int, ...]) -> list[object]:
+        """The captions of pictures as the generator reads them."""
+        captions = [self.collection.pictures[i].caption for i in pictures]
+        return self.pipeline.conditioning.inputs(self.pipeline.conditioning.requests(None, captions))
+
+    @functools.lru_cache(1)  # noqa: B019
+    def uniforms(self, seed: int, count: int) -> Tensor:
+        """The random numbers of a seed's first images."""
+        return image_uniforms(seed, range(count), self.pipeline.num_tokens())
+
     def draw(self, point: Drawn, pictures: Sequence[int]) -> softcfg.calls.PipelineOutput:
         """Draw an image for each picture's caption; image n has random numbers of its own."""
         return self.pipeline(
@@ -231,15 +273,11 @@ class Laboratory:
 
     def judged(self, images: Tensor, pictures: Sequence[int], *, with_distances: bool) -> Row:
         """Shares of images [N, 3, 96, 96] that are right, and their distances from the seen pictures if asked for."""
-        values: Row = {**right(self.judge, self.words, images, [self.collection.pictures[i] for i in pictures])}
-        return (
-            {**values, **distances(self.reference, self.statistics, self.features(images))}
-            if with_distances
-            else values
-        )
+        features, seen = look(self.judge, images, JUDGED_AT_ONCE, views=LOOKS, exact=self.device.type == "cpu")
+        values: Row = {**right(seen, self.words, [self.collection.pictures[i] for i in pictures])}
+        return {**values, **distances(self.reference, self.statistics, features)} if with_distances else values
 
     @torch.inference_mode()
-    @full_float32()
     def features(self, images: Tensor) -> Tensor:
         """The judge's features [N, D] of uint8 images [N, 3, 96, 96]."""
         return torch.cat([self.judge.features(part / 255) for part in images.split(JUDGED_AT_ONCE)])
@@ -309,6 +347,7 @@ def measure(
     seeds: int = 3,
     temperatures: Sequence[float] | None = None,
     batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> bool:
     """Draw and measure what is not in the results yet; return whether all points are there.
 
@@ -320,27 +359,37 @@ def measure(
         images: images per point.
         seeds, temperatures: see `Plan`; the model's temperature by default.
         batch_size: images drawn at once; 2,500 by default, 50 on a CPU.
+        dtype: of generator and image tokenizer.
     """
     begun, device, model = time.monotonic(), torch.device(device), str(model)
     file = results_of(model, Path(results))
     plan = Plan(images, seeds, temperatures_of(model, temperatures))
-    laboratory = Laboratory(collection, model, device, batch_size or (50 if device.type == "cpu" else 2500))
+    laboratory = Laboratory(collection, model, device, batch_size or (50 if device.type == "cpu" else 2500), dtype)
     took: dict[tuple[str, int], float] = {}
-    rows = file.rows()
-    while todo := [point for point in plan.points(rows) if key(point.settings()) not in rows]:
+    while todo := missing(plan, file):
         for point in todo:
             kind, spent = (point.measure, point.samples), time.monotonic() - begun
             if limit is not None and spent + took.get(kind, 0) > limit:
                 return False
-            row = laboratory.run(point)
+            with file.claim(point.settings()) as free:
+                if not free:
+                    continue
+                row = laboratory.run(point)
+                file.append(row)
             took[kind] = row["seconds"]
-            file.append(row)
-            rows[key(row)] = row
             shares = " ".join(f"{name} {row['values'][name]:.3f}" for name in ("all", "fid") if name in row["values"])
             print(f"{spent:.0f} s: {point.measure}, {title(point.guidance)}, seed {point.seed}: {shares}", flush=True)
             if point.seed == TUNING_SEED:
                 break  # a setting that was found best may come next
+        else:
+            time.sleep(1)  # others draw what is left; further points may follow from it
     return True
+
+
+def missing(plan: Plan, file: Results) -> list[Drawn]:
+    """The points that are not in the results yet."""
+    rows = file.rows()
+    return [point for point in plan.points(rows) if key(point.settings()) not in rows]
 
 
 def main() -> None:
@@ -353,6 +402,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=Plan.seeds, help="seeds per point")
     parser.add_argument("--temperatures", type=float, nargs="+", help="the main one first [the model's]")
     parser.add_argument("--batch-size", type=int, help="images at once [2500, on a CPU 50]")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of what draws")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop after this time")
     parser.add_argument("--report", action="store_true", help="draw nothing, print the tables")
@@ -369,6 +419,7 @@ def work(given: argparse.Namespace) -> None:
         print(report(results_of(given.model, given.results).rows(), plan, given.plots))
         return
     size = {"seeds": given.seeds, "temperatures": given.temperatures, "batch_size": given.batch_size}
+    size["dtype"] = getattr(torch, given.dtype)
     collection = data.load(given.pictures)
     measure(collection, given.model, given.results, given.device, given.limit, given.images, **size)
 

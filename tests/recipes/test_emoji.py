@@ -461,14 +461,14 @@ def test_mixing_styles_keeps_what_is_where() -> None:
 def test_mixing_styles_leaves_what_the_style_is_told_from(collection: Collection) -> None:
     judge = train_judge.judge_of(collection).eval()
     pixels = train_tokenizer.pixels_of(collection, [0, 9, 18])
-    before = judge(pixels)
+    before = judge.describe(pixels)[1]
     with train_judge.mixing(judge, torch.tensor([1.0, 0.2, 0.2]), torch.tensor([1, 2, 0])):
-        mixed = judge(pixels)
+        mixed = judge.describe(pixels)[1]
     assert torch.equal(mixed[1], before[1])
     for head in (0, 2):
         torch.testing.assert_close(mixed[head][0], before[head][0])
         assert all((mixed[head][i] - before[head][i]).abs().max() > 1e-4 for i in (1, 2))
-    assert all(torch.equal(again, head) for again, head in zip(judge(pixels), before, strict=True))
+    assert all(torch.equal(again, head) for again, head in zip(judge.describe(pixels)[1], before, strict=True))
 
 
 @pytest.mark.slow
@@ -530,8 +530,9 @@ def test_unknown_prompt_is_one_sentence() -> None:
 
 def test_agreement_counts_what_prompts_say() -> None:
     class Fixed(torch.nn.Module):
-        def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-            return [part[: len(pixels)] for part in (torch.eye(3)[[0, 1]], torch.eye(2)[[1, 1]], torch.eye(2)[[0, 0]])]
+        def forward(self, pixels: torch.Tensor, views: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            heads = (torch.eye(3)[[0, 1]], torch.eye(2)[[1, 1]], torch.eye(2)[[0, 0]])
+            return torch.zeros(len(pixels), 1), [part[: len(pixels)] for part in heads]
 
     wanted = torch.tensor([[0, 1, UNKNOWN], [1, 0, UNKNOWN]])
     found = agreement(Fixed(), torch.zeros(2, 3, 96, 96), wanted)

@@ -22,7 +22,7 @@ from recipes.emoji.sources import STYLES
 from recipes.emoji.train_judge import judge_of, wanted
 from recipes.study.points import NONE, TUNING_SEED, key
 from softcfg import CFG, Pipeline, UserError, evaluation
-from softcfg.evaluation.emoji_judge import agreement, load_judge
+from softcfg.evaluation.emoji_judge import agreement, load_judge, look
 from softcfg.guidance import describe
 
 SMALL = Plan(samples=20, seeds=2, temperatures=(0.7,))
@@ -224,7 +224,8 @@ def test_bounds_are_of_the_pictures(laboratory: Laboratory) -> None:
     found = {point.measure: laboratory.run(point)["values"] for point in SMALL.bounds()}
     numbers = laboratory.collection.where(held_out="style")
     pictures = [laboratory.collection.pictures[i] for i in numbers]
-    assert found["real style"] == right(laboratory.judge, laboratory.words, laboratory.pictures(numbers), pictures)
+    seen = look(laboratory.judge, laboratory.pictures(numbers))[1]
+    assert found["real style"] == right(seen, laboratory.words, pictures)
     assert "fid" in found["tokens seen"]
     assert "fid" not in found["real seen"]
 

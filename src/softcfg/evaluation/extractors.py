@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softcfg.errors import UserError, require_name
-from softcfg.evaluation.emoji_judge import load_judge, shares_right
+from softcfg.evaluation.emoji_judge import VIEWS, answers, load_judge, shares_right
 from softcfg.evaluation.fashion_classifier import FashionClassifier, SmallNetwork
 from softcfg.evaluation.features import Extractor, Features
 from softcfg.evaluation.inception import InceptionV3
@@ -84,13 +84,14 @@ def _emoji(weights: Path | None, device: torch.device, dtype: torch.dtype) -> Ex
     judge, words, digest = load_judge(weights or BUNDLED / "emoji" / "judge.safetensors", device, dtype)
 
     def describe(pixels: Tensor) -> Features:
-        pooled, logits = judge.describe(_scaled("emoji", judge, pixels, dtype))
-        return Features(pooled, logits=logits[0], answers=torch.stack([head.argmax(1) for head in logits], 1))
+        pooled, logits = judge(_scaled("emoji", judge, pixels, dtype))
+        return Features(pooled, logits=logits[0], answers=answers(logits))
 
-    def agreement(answers: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        return shares_right(answers.long(), words.read(prompts))
+    def agreement(seen: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return shares_right(seen.long(), words.read(prompts))
 
-    return Extractor("emoji", describe, digest, device, dtype, agreement=agreement)
+    # Answers that were kept are those of the same views.
+    return Extractor("emoji", describe, f"{digest}, {len(VIEWS)} views", device, dtype, agreement=agreement)
 
 
 def _scaled(name: str, network: SmallNetwork, pixels: Tensor, dtype: torch.dtype) -> Tensor:
