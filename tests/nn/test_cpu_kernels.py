@@ -23,6 +23,7 @@ pytest.importorskip("numba")
 from small_families import load
 from softcfg import CFG, Sampling, SoftCFG, UserError
 from softcfg.decoding import decode, draw, image_uniforms
+from softcfg.decoding.at_once import DrawnAtOnce
 from softcfg.guidance import perturbation_weights
 from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, choices, fused, launches, use_backend
@@ -586,7 +587,11 @@ class Half(CFG):
 
 @pytest.mark.parametrize("family", ["alitok", "emu3", "lumina-mgpt-2"])
 @pytest.mark.parametrize("plain", [CFG(1.0), CFG(3.0), SoftCFG(3.0), CFG(3.0, perturbation="pag")])
-def test_tokens_are_drawn_by_a_kernel_and_as_without(launched: list[int], plain: CFG, family: str) -> None:
+def test_tokens_are_drawn_by_a_kernel_and_as_without(
+    launched: list[int], plain: CFG, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = DrawnAtOnce.move  # of steps that are one launch
+    monkeypatch.setattr(DrawnAtOnce, "move", lambda *given: launched.append(cpu._draw) or move(*given))
     generator, sampling = load(family), Sampling(0.8)
     inputs = generator.example_inputs(5)
     tokens = generator.condition(inputs, guided=False).num_tokens

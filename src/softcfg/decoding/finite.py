@@ -43,6 +43,11 @@ class FiniteLogits:
         # Of each branch, and last of what the tokens are drawn from.
         self._seen = torch.zeros((len(branches) + 1) * batch, steps, dtype=torch.float32, device=device)
 
+    @property
+    def seen(self) -> Tensor:
+        """What is kept, float32 [branches and the outcome, B, T], as a view."""
+        return self._seen.view(-1, self._batch, self._seen.shape[1])
+
     def note(self, steps: Tensor | slice, logits: tuple[Tensor, ...], outcome: Tensor) -> None:
         """Note the logits of some steps.
 

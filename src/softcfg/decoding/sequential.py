@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcfg.decoding.at_once import DrawnAtOnce
 from softcfg.decoding.batch import GuidedBatch, finished_logits, ruled_logits
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.forced import check_forced
@@ -34,9 +35,11 @@ from softcfg.models.base import Condition, Generator
 from softcfg.nn import fused
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.launches import linked_launches
-from softcfg.nn.linear import prepared_linear_layers
+from softcfg.nn.linear import PROGRAMS, prepared_linear_layers
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
+from softcfg.nn.replay import surroundings
+from softcfg.nn.settings import holding
 
 
 @torch.inference_mode()
@@ -193,6 +196,7 @@ class Decoder(GuidedBatch):
         if guidance.perturbs and code_ids is None:
             self._sources = sources(branch, self._steps, self._codes)
         # What has a kernel of its own where kernels run.
+        self._at_once: DrawnAtOnce | None = None
         self._weight_settings = weight_settings(branch)
         self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
@@ -202,6 +206,22 @@ class Decoder(GuidedBatch):
             and sampling == Sampling(sampling.temperature)
             and getattr(generator.constrain, "__func__", None) is Generator.constrain
         )
+        # Beside these a step is the model's own kernels, and all of it is launched at once.
+        kept = not guidance.perturbs or (
+            self._weight_settings is not None
+            and bool(self._weight_settings["strength"])
+            and self._probability_of is not None
+            and code_ids is None
+            and branch.target != "attention"  # of these the logarithm is taken
+        )
+        self._steps_at_once = (
+            self._draws_at_once
+            and kept
+            and generator.device.type == "cpu"
+            and generator.steps_replay is True
+            and type(generator).forward is Generator.forward
+        )
+        self._adds_positions = getattr(generator.add_positions, "__func__", None) is not Generator.add_positions
 
     @property
     def generators(self) -> list[Generator]:
@@ -235,9 +255,14 @@ class Decoder(GuidedBatch):
             uniforms: [B, T] in [0, 1).
             forced, forced_mask: int64 and bool [B, T], tokens that take the place of drawn ones, and where.
         """
-        at = step.at
-        with linked_launches():
-            drawn = self.draw(step, tokens, uniforms[:, at].squeeze(1))
+        at, around = step.at, self._around(step, tokens, uniforms) if forced is None else None
+        if around is not None and self._is_replayed(around, step, tokens):
+            return
+        with linked_launches(), holding(surroundings, around):
+            seen = self._feed(step, tokens)
+        if around is not None and around.served:
+            return
+        drawn = self._drawn(step, seen, uniforms[:, at].squeeze(1))
         if forced is not None and forced_mask is not None:
             drawn = torch.where(forced_mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
         self.record(step, drawn)
@@ -249,7 +274,11 @@ class Decoder(GuidedBatch):
         Args:
             uniforms: [B] in [0, 1).
         """
-        seen = self._feed(step, tokens)
+        with linked_launches():
+            return self._drawn(step, self._feed(step, tokens), uniforms)
+
+    def _drawn(self, step: Step, seen: list[Tensor], uniforms: Tensor) -> Tensor:
+        """Draw from the logits [rows, 1, V] of all passes, int64 [B]."""
         cond, *others = (branch for logits in seen for branch in logits.chunk(logits.size(0) // self.batch))
         self._cond_logits = cond[:, 0]
         if self._draws_at_once:
@@ -266,16 +295,67 @@ class Decoder(GuidedBatch):
         self.finite.note(step.at, tuple(seen), probabilities[:, :1])
         return draw(probabilities, uniforms)
 
+    def _around(self, step: Step, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
+        """What is launched with the kernels of a step, if these are all that it is; None where there is more."""
+        if not step.number or not self._steps_at_once or PROGRAMS not in vars(self.generator):
+            return None
+        known = self._at_once
+        if known is None or known.tokens is not tokens or known.uniforms is not uniforms:
+            known = self._at_once = self._drawn_at_once(tokens, uniforms)
+        if known is not None:
+            known.number, known.served = step.number, False
+        return known
+
+    def _is_replayed(self, around: DrawnAtOnce, step: Step, tokens: Tensor) -> bool:
+        """Whether a step is done by nothing but the launch of what an earlier one has launched."""
+        if around.again is None or step.number is None or self._adds_positions:
+            return False
+
+        def feed() -> Tensor:
+            return self.generator.embed_tokens(self._passes[0].rows(*self._inputs(step, tokens)))
+
+        return around.again(feed, self.condition.slots - 1 + step.number)
+
+    def _drawn_at_once(self, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
+        """See `_around`; None where the kernels do not fit."""
+        weights, codes = self._passes[0].weights, self._codes
+        given = {tokens: torch.int64, uniforms: torch.float64, self._scales: torch.float32}
+        if not all(each.is_contiguous() and each.dtype is dtype for each, dtype in given.items()):
+            return None
+        if codes is not None and (codes.dim() != 1 or not codes.is_contiguous()):
+            return None
+        return DrawnAtOnce(
+            tokens=tokens,
+            uniforms=uniforms,
+            scales=self._scales,
+            temperature=self.sampling.temperature,
+            allowed=None if self._allowed is None else list(map(tuple, self._allowed.tolist())),
+            guided=self.guidance.has_unconditional_branch,
+            seen=self.finite.seen,
+            confidence=self.confidence if self.guidance.perturbs else None,
+            codes=codes,
+            of_drawn=self._probability_of == "drawn",
+            weights=weights,
+            settings=self._weight_settings,
+            write=lambda number: None if weights is None else self._write_weights(self.step(number), weights),
+        )
+
     def _feed(self, step: Step, tokens: Tensor) -> list[Tensor]:
         """The logits [rows, 1, V] of all passes."""
-        inputs = perturbed = step.inputs(tokens)
+        inputs, perturbed = self._inputs(step, tokens)
         write_weights = None
         if self.guidance.perturbs:
-            write_weights = partial(self._write_weights, step)
-            if step.number != 0:
-                perturbed = self._perturbed(inputs, tokens, step.index - 1)
+            around = surroundings.get()  # in which the weights are written just before the blocks
+            write_weights = partial(self._write_weights, step) if around is None else _leave
         branch = self.guidance.weak_branch
         return [each.run(step, inputs, perturbed, branch, write_weights) for each in self._passes]
+
+    def _inputs(self, step: Step, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows are fed of `tokens` int64 [B, T], and what perturbed ones are fed, [B, 0 or 1]."""
+        inputs = step.inputs(tokens)
+        if not self.guidance.perturbs or step.number == 0:
+            return inputs, inputs
+        return inputs, self._perturbed(inputs, tokens, step.index - 1)
 
     def _perturbed(self, inputs: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """What perturbed rows are fed in the place of `inputs`, the tokens `index` int64 [1] of `tokens`."""
@@ -331,6 +411,10 @@ class Decoder(GuidedBatch):
             self.rule_state = state.clone()
 
 
+def _leave(weights: Tensor) -> None:
+    """Leave the weights as they are."""
+
+
 class _Pass:
     """One pass of a step through a generator, over rows with a cache of their own.
 
@@ -347,6 +431,18 @@ class _Pass:
         kind: dict[str, Any] = {"dtype": torch.float32, "device": generator.device}
         self._weights = torch.ones(condition.rows, slots, **kind) if perturbed else None
 
+    @property
+    def weights(self) -> Tensor | None:
+        """Those of the perturbed rows on the tokens, float32 [B, T], as a view; None if there are no such rows."""
+        return None if self._weights is None else self._weights[-self.perturbed :, self.condition.slots :]
+
+    def rows(self, inputs: Tensor, perturbed: Tensor) -> Tensor:
+        """What all rows are fed, int64 [rows, 0 or 1]."""
+        batch = len(inputs)
+        plain = (self.condition.rows - self.perturbed) // batch
+        rows = [inputs] * plain + [perturbed] * (self.perturbed // batch)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
     def run(
         self,
         step: Step,
@@ -362,15 +458,12 @@ class _Pass:
             write_weights: writes those of the perturbation into [B, T].
         """
         named = {}
-        if self._weights is not None and write_weights is not None:
-            write_weights(self._weights[-self.perturbed :, self.condition.slots :])
+        if self._weights is not None and self.weights is not None and write_weights is not None:
+            write_weights(self.weights)
             named = attention_weights(perturbation, self._weights)
-        batch = len(inputs)
-        plain = (self.condition.rows - self.perturbed) // batch
-        rows = [inputs] * plain + [perturbed] * (self.perturbed // batch)
         logits = self.generator(
             self.condition,
-            rows[0] if len(rows) == 1 else torch.cat(rows),
+            self.rows(inputs, perturbed),
             cache=self.cache,
             slot=step.position(self.condition),
             **named,

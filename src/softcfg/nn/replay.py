@@ -8,10 +8,14 @@ every other one launches them again, by one call, with the numbers that move fro
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,8 +30,35 @@ from softcfg.nn.launches import recorded
 from softcfg.nn.linear import Linear
 from softcfg.nn.settings import holding
 
+Launches = list[tuple[int, ...]]  # as `softcfg.nn.kernels.cpu.as_recorded` gives them
 MOST_BYTES = 64 << 20  # that results between the kernels may take: each has memory of its own
 Programs = WeakKeyDictionary[Any, "_Program | None"]
+surroundings: ContextVar[Surroundings | None] = ContextVar("surroundings", default=None)
+
+
+class Surroundings(ABC):
+    """What is launched with the kernels of a step, by the same call, where the step is replayed: before and after them.
+
+    Attributes:
+        served: whether the last step was replayed, and all of this was launched.
+        again: does the same with what a function feeds, [rows, 1, width], at a later slot, and returns whether it did;
+            None where a step depends on more, as on the padding of prompts.
+    """
+
+    served = False
+    again: Callable[[Callable[[], Tensor], int], bool] | None = None
+
+    @abstractmethod
+    def launches(self, logits: Tensor) -> tuple[Launches, Launches]:
+        """What comes before and after, for the steps whose logits [rows, 1, V] are written here."""
+
+    @abstractmethod
+    def move(self, before: list[np.ndarray], after: list[np.ndarray]) -> None:
+        """Change the parameters of the launches to those of the step that comes."""
+
+    @abstractmethod
+    def missed(self) -> None:
+        """Do what comes before a step in another way: it is not replayed."""
 
 
 def replayed(
@@ -48,24 +79,36 @@ def replayed(
         prepared: holds all else that `run` depends on, in memory that it keeps; None for nothing.
     """
     cache, slot = context.cache, context.position.slot
-    if (
-        cache is None or slot is None or type(cache) not in (KVCache, Int8KVCache) or not 0 < slot < cache.slots
-        or x.shape[1] != 1 or x.dtype is not torch.float32 or not fused.are_enabled() or registry.is_forced()
-        or recorded.get() is not None or not available.on_cpu(x) or not numba_decode.is_faster()
-    ):  # fmt: skip
-        return None
+    serves = (
+        cache is not None and slot is not None and type(cache) in (KVCache, Int8KVCache) and 0 < slot < cache.slots
+        and x.shape[1] == 1 and _may_run(x)
+    )  # fmt: skip
     key = cache if prepared is None else prepared
-    if key not in programs:
-        new = _Program(module, x, cache)
-        found = new.record(x, context, run)
-        programs[key] = new if new.serves else None
-        return found
-    known = programs[key]
-    return None if known is None or not known.fits(x, cache) else known.replay(x, context)
+    known = programs.get(key) if serves else None
+    around = surroundings.get()
+    if known is not None and cache is not None and known.fits(x, cache):
+        return known.replay(x, context, around)
+    if around is not None:
+        around.missed()
+    if not serves or key in programs:
+        return None
+    assert cache is not None
+    new = _Program(module, x, cache, prepared)
+    found = new.record(x, context, run)
+    programs[key] = new if new.serves else None
+    return found
+
+
+def _may_run(x: Tensor) -> bool:
+    """Whether steps that are fed `x` may be replayed in this thread, now."""
+    return (
+        x.dtype is torch.float32 and fused.are_enabled() and not registry.is_forced() and recorded.get() is None
+        and available.on_cpu(x) and numba_decode.is_faster()
+    )  # fmt: skip
 
 
 class _Program:
-    def __init__(self, module: nn.Module, x: Tensor, cache: KVCache) -> None:
+    def __init__(self, module: nn.Module, x: Tensor, cache: KVCache, prepared: object) -> None:
         modules = list(module.modules())
         self._hooks: list[Any] = [torch.nn.modules.module._global_forward_hooks]
         self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
@@ -75,21 +118,25 @@ class _Program:
         # The memory of what the kernels read lives as long as the program.
         self._kept: list[Any] = [each.laid_out for each in modules if isinstance(each, Linear)]
         self._cache = weakref.ref(cache)
+        self._rotations = module._buffers.get("rotary_cos"), module._buffers.get("rotary_sin")
+        self._prepared = prepared is not None
         self._input = torch.empty_like(x)
         self._output = self._input
+        # Weakly by what it is surrounded, the program with that, and the parameters of what comes before and after.
+        self._surrounded: tuple[Any, Any, list[list[np.ndarray]]] | None = None
         self.serves = False
 
     def record(self, x: Tensor, context: AttentionContext, run: Callable[[Tensor], Tensor]) -> Tensor:
         """What `run` returns; after that the program serves, if all of it was kernels."""
         self._input.copy_(x)
         numba_decode.tables_of(context)  # not a part of what is recorded, nor is the rotation
-        watch, launches = _Watch(), list[tuple[int, ...]]()
+        watch, launches = _Watch(), Launches()
         with holding(recorded, launches), watch:
             found = run(self._input)
         self._kept += watch.made
         small = sum(each.nbytes for each in watch.made) <= MOST_BYTES
         if launches and small and not watch.others and not self._is_watched():
-            self._launches = available.cpu_kernels().Program(launches, self._kept)
+            self._recorded, self._launches = launches, available.cpu_kernels().Program(launches, self._kept)
             self._output, self.serves = found, True
             return found.clone()
         return found
@@ -102,13 +149,60 @@ class _Program:
         """Whether a module has a hook or a `forward` of its own."""
         return any(self._hooks) or any("forward" in each for each in self._attributes)
 
-    def replay(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Run it."""
+    def replay(self, x: Tensor, context: AttentionContext, around: Surroundings | None = None) -> Tensor:
+        """Run it, and what is to be launched around it; what is returned then is the program's own memory."""
         self._input.copy_(x)
         rotary = context.rotary
         cos, sin = (None, None) if rotary is None else (rotary.first_cos, rotary.first_sin)
-        self._launches.run(context.slots, cos, sin, numba_decode.tables_of(context))
-        return self._output.clone()
+        launches = self._launches if around is None else self._with(around)
+        launches.run(context.slots, cos, sin, numba_decode.tables_of(context))
+        if around is None:
+            return self._output.clone()
+        around.served = True
+        if around.again is None and self._moves_evenly(context, cos, sin):
+            around.again = partial(self.again, weakref.ref(around), isinstance(cos, Tensor))
+        return self._output
+
+    def _moves_evenly(self, context: AttentionContext, cos: Tensor | None, sin: Tensor | None) -> bool:
+        """Whether from slot to slot nothing changes but the slot, and with it the row of the module's rotations."""
+        value, key, *others = numba_decode.tables_of(context)
+        if self._prepared or context.padding is not None or any(each is not None for each in others):
+            return False
+        at, tables = context.slots - 1, ((cos, self._rotations[0]), (sin, self._rotations[1]))
+        alike = [(value, context.value_weights), (key, context.key_weights)]
+        alike += [(row, None if row is None or table is None else table[at]) for row, table in tables]
+        return all(
+            one is other or (one is not None and other is not None and one.data_ptr() == other.data_ptr())
+            for one, other in alike
+        )
+
+    def again(
+        self, of: Callable[[], Surroundings | None], rotates: bool, feed: Callable[[], Tensor], slot: int
+    ) -> bool:
+        """See `Surroundings.again`."""
+        around, cache = of(), self._cache()
+        if around is None or cache is None or slot >= cache.slots or self._is_watched() or not _may_run(self._input):
+            return False
+        x = feed()
+        if x.shape != self._input.shape or x.dtype is not torch.float32:
+            return False
+        self._input.copy_(x)
+        addresses = [each[slot].data_ptr() for each in self._rotations if each is not None] if rotates else [0, 0]
+        self._with(around).run_again(slot + 1, *addresses)
+        around.served = True
+        return True
+
+    def _with(self, around: Surroundings) -> Any:
+        """The program with the launches around it, made when it is first needed, for the step that comes."""
+        if self._surrounded is None or self._surrounded[0]() is not around:
+            before, after = around.launches(self._output)
+            whole = available.cpu_kernels().Program([*before, *self._recorded, *after], self._kept)
+            outer = [[whole.parameters_of(index) for index in range(len(before))]]
+            outer.append([whole.parameters_of(index - len(after)) for index in range(len(after))])
+            self._surrounded = weakref.ref(around), whole, outer
+        _, whole, outer = self._surrounded
+        around.move(*outer)
+        return whole
 
 
 class _Watch(TorchDispatchMode):

@@ -187,6 +187,11 @@ def _launch_all(table: int, count: int, most: int, parallel: int, thread_number:
             _run(rows[row, 0], parameters)
 
 
+def as_recorded(kernel: int, items: int, numbers: int, *parameters: int) -> tuple[int, ...]:
+    """A launch as `launch` would record it."""
+    return (kernel, numbers, items, 0, 0, *parameters, *_ZEROS[FIRST + len(parameters) :])
+
+
 class Program:
     """A list of launches that is run by one call.
 
@@ -214,18 +219,32 @@ class Program:
             tables: value weights, key weights, logarithms and visible slots, as of `attention`.
         """
         table, rotations, attentions = self._table, self._rotations, self._attentions
-        table[rotations, 2 + SLOT] = slots - 1
         if cos is not None:
-            table[rotations, 2 + COS] = _address(cos)
-            table[rotations, 2 + SIN], table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)
-        table[attentions, 1] = self._per_slot * slots
-        table[attentions, 2 + SLOTS] = slots
+            table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)[1]
         of_tables = [_shared_rows(each) for each in tables]
         if of_tables != self._tables:  # mostly they stay where they are
             for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), of_tables, strict=True):
                 table[attentions, 2 + place], table[attentions, 3 + place] = each
             self._tables = of_tables
+        self.run_again(slots, _address(cos), _address(sin))
+
+    def run_again(self, slots: int, cos: int, sin: int) -> None:
+        """Run all of it for the last of so many slots, with the tables of the last `run`.
+
+        Args:
+            cos, sin: addresses of what `run` takes; 0 for None.
+        """
+        table, rotations, attentions = self._table, self._rotations, self._attentions
+        table[rotations, 2 + SLOT] = slots - 1
+        table[rotations, 2 + COS] = cos
+        table[rotations, 2 + SIN] = sin
+        table[attentions, 1] = self._per_slot * slots
+        table[attentions, 2 + SLOTS] = slots
         self.launch()
+
+    def parameters_of(self, index: int) -> np.ndarray:
+        """The parameters of a launch, int64 [MOST], to be changed before the next run."""
+        return self._table[index, 2:]
 
     def launch(self) -> None:
         """Run all of it again as it is."""
@@ -1020,7 +1039,12 @@ def _write_weights(address: int) -> None:
             weights[place] = max(weights[place], floor)
 
 
-def write_weights(
+def write_weights(confidence: Tensor, weights: Tensor, **settings: Any) -> None:
+    """As `softcfg.nn.kernels.fused.write_weights`."""
+    launch(*weights_written(confidence, weights, **settings))
+
+
+def weights_written(
     confidence: Tensor,
     weights: Tensor,
     *,
@@ -1029,10 +1053,10 @@ def write_weights(
     floor: float,
     eps: float,
     successor: bool,
-) -> None:
-    """As `softcfg.nn.kernels.fused.write_weights`."""
+) -> tuple[int, ...]:
+    """The launch of `softcfg.nn.kernels.fused.write_weights`."""
     batch, count = confidence.shape
-    launch(
+    return (
         _write_weights, batch, confidence.numel(), *_shared_rows(confidence), *_shared_rows(weights), count,
         int(successor), int(step_norm), _bits(float(strength)), _bits(float(floor)), _bits(float(eps)),
     )  # fmt: skip
@@ -1040,7 +1064,8 @@ def write_weights(
 
 (
     LOGITS, LOGITS_ROW, VOCABULARY, TEMPERATURE, PROBABILITY, PROBABILITY_ROW, COLUMN, CODES, CODES_ROW, TOKENS,
-) = range(FIRST, FIRST + 10)  # fmt: skip
+    TOKENS_ROW,
+) = range(FIRST, FIRST + 11)  # fmt: skip
 
 
 @kernel
@@ -1059,7 +1084,7 @@ def _write_confidence(address: int) -> None:
             total += exp((logits[place] - largest) * inverse)
         found = _ONE / total
         if p[TOKENS]:
-            token = carray(integers(p[TOKENS]), (p[0],))[row]
+            token = carray(integers(p[TOKENS] + 8 * row * p[TOKENS_ROW]), (1,))[0]
             found *= exp((logits[token] - largest) * inverse) if 0 <= token < count else _ZERO
         if p[CODES] and not carray(bools(p[CODES] + row * p[CODES_ROW] + column), (1,))[0]:
             found = _ZERO
@@ -1075,21 +1100,33 @@ def write_confidence(
     tokens: Tensor | None = None,
 ) -> None:
     """As `softcfg.nn.kernels.fused.write_confidence`."""
-    batch, count = logits.shape
     column = int(at)
     if not 0 <= column < confidence.shape[1]:
         raise IndexError(f"there are {confidence.shape[1]} columns, and {column} is none of them")
+    launch(*confidence_written(logits, confidence, column, temperature, codes, tokens))
+
+
+def confidence_written(
+    logits: Tensor,
+    confidence: Tensor,
+    column: int,
+    temperature: float,
+    codes: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> tuple[int, ...]:
+    """The launch of `write_confidence`; the tokens [B] may lie in equal steps."""
+    batch, count = logits.shape
     codes_row = 0 if codes is None or codes.dim() == 1 else codes.stride(0)
-    launch(
+    return (
         _write_confidence, batch, logits.numel(), *_shared_rows(logits), count, _bits(float(temperature)),
-        *_shared_rows(confidence), column, _address(codes), codes_row, _address(tokens),
+        *_shared_rows(confidence), column, _address(codes), codes_row, *_shared_rows(tokens),
     )  # fmt: skip
 
 
 (
     COND, COND_ROW, OTHER, OTHER_ROW, GUIDANCE_SCALE, DIVISOR, CHOICES, START, STOP, GUIDED, UNIFORM, UNIFORM_ROW,
-    DRAWN, SEEN,
-) = range(FIRST, FIRST + 14)  # fmt: skip
+    DRAWN, DRAWN_ROW, SEEN, SEEN_ROW, SEEN_OTHER, SEEN_LAST,
+) = range(FIRST, FIRST + 18)  # fmt: skip
 SUMMED = 64  # weights whose sum is taken at once
 
 
@@ -1147,7 +1184,7 @@ def _by_inverse(weights: Any, uniform: np.float64) -> int:
 def _draw(address: int) -> None:
     p = carray(integers(address), (MOST,))
     first, last = share(p)
-    rows, count, start, stop, divisor = p[0], p[CHOICES], p[START], p[STOP], _float(p[DIVISOR])
+    count, start, stop, divisor = p[CHOICES], p[START], p[STOP], _float(p[DIVISOR])
     scale = carray(floats(p[GUIDANCE_SCALE]), (1,))[0]
     for row in range(first, last):
         cond = carray(floats(p[COND] + 4 * row * p[COND_ROW]), (count,))
@@ -1155,12 +1192,15 @@ def _draw(address: int) -> None:
         guided = carray(floats(p[GUIDED] + 4 * row * count), (stop - start,))
         _guide(guided, cond[start:stop], other[start:stop], scale, divisor)
         largest = _largest(guided)
-        seen = carray(floats(p[SEEN] + 4 * row), (2 * rows + 1,))
-        seen[0], seen[rows], seen[2 * rows] = _largest(cond), _largest(other), largest
+        seen = carray(floats(p[SEEN] + 4 * row * p[SEEN_ROW]), (p[SEEN_LAST] + 1,))
+        seen[0] = _largest(cond)
+        if p[SEEN_OTHER]:
+            seen[p[SEEN_OTHER]] = _largest(other)
+        seen[p[SEEN_LAST]] = largest
         for place in range(len(guided)):
             guided[place] = exp(guided[place] - largest)
         uniform = carray(doubles(p[UNIFORM] + 8 * row * p[UNIFORM_ROW]), (1,))[0]
-        carray(integers(p[DRAWN] + 8 * row), (1,))[0] = start + _by_inverse(guided, uniform)
+        carray(integers(p[DRAWN] + 8 * row * p[DRAWN_ROW]), (1,))[0] = start + _by_inverse(guided, uniform)
 
 
 def draw(
@@ -1178,18 +1218,47 @@ def draw(
     """
     batch, count = cond.shape
     start, stop = (0, count) if allowed is None else allowed.flatten().tolist()
+    check_allowed(start, stop, count)
+    drawn = torch.empty(batch, dtype=torch.int64, device="cpu")
+    seen = torch.empty(2 if other is None else 3, batch, dtype=torch.float32, device="cpu")
+    guided = torch.empty_like(cond, memory_format=torch.contiguous_format)
+    launch(*drawing(cond, other, scale, temperature, uniforms, (start, stop), guided, drawn, seen))
+    return drawn, seen
+
+
+def check_allowed(start: int, stop: int, count: int) -> None:
+    """Raise `ValueError` unless tokens `start` to `stop - 1` are among those of the vocabulary."""
     if not 0 <= start < stop <= count:
         raise ValueError(f"tokens {start} to {stop - 1} are not among the {count} of the vocabulary")
-    drawn = torch.empty(batch, dtype=torch.int64, device="cpu")
-    seen = torch.empty(3, batch, dtype=torch.float32, device="cpu")
-    guided = torch.empty(batch, count, dtype=torch.float32, device="cpu")
+
+
+def drawing(
+    cond: Tensor,
+    other: Tensor | None,
+    scale: Tensor,
+    temperature: float,
+    uniforms: Tensor,
+    allowed: tuple[int, int],
+    guided: Tensor,
+    drawn: Tensor,
+    seen: Tensor,
+) -> tuple[int, ...]:
+    """The launch of `draw`.
+
+    Args:
+        allowed: the first token that may be drawn and the one after the last.
+        guided: [B, V], contiguous, to compute in.
+        drawn, seen: where the tokens are written, int64 [B], and what `draw` gives beside them, [2 or 3, B]; their
+            entries may lie in equal steps.
+    """
+    batch, count = cond.shape
     away_from = cond if other is None else other  # away from itself it stays as it is
-    launch(
+    of_other = 0 if other is None else seen.stride(0)
+    return (
         _draw, batch, 3 * cond.numel(), *_shared_rows(cond), *_shared_rows(away_from), scale.data_ptr(),
-        _bits(float(temperature)), count, start, stop, guided.data_ptr(), *_shared_rows(uniforms), drawn.data_ptr(),
-        seen.data_ptr(),
+        _bits(float(temperature)), count, *allowed, guided.data_ptr(), *_shared_rows(uniforms), drawn.data_ptr(),
+        drawn.stride(0), seen.data_ptr(), seen.stride(1), of_other, (len(seen) - 1) * seen.stride(0),
     )  # fmt: skip
-    return drawn, seen[::2] if other is None else seen
 
 
 PANEL = 16  # outputs whose weights lie side by side: a register, or two or four

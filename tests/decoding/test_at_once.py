@@ -1,0 +1,146 @@
+"""A step on a CPU that is one launch: the draw, the weights and the confidences are those of single operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+from small_families import load
+from softcfg import CFG, SoftCFG, UserError
+from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding.at_once import DrawnAtOnce
+from softcfg.models import llamagen
+from softcfg.models.base import Generator
+from softcfg.nn.backends import numba_decode
+from softcfg.nn.products import use_product
+
+IMAGES = 3
+RULES = {
+    "none": CFG(1.0),
+    "CFG": CFG(3.0),
+    "interval": CFG(3.0, interval=(1, 3)),
+    "SoftCFG": SoftCFG(3.0),
+    "SoftCFG at scale 1": SoftCFG(1.0),
+    "released": SoftCFG.released(guidance_scale=3.0),
+    "keys": SoftCFG(3.0, target="key"),
+    "without Step Normalisation": SoftCFG(3.0, step_norm=False, strength=0.5, floor=0.2),
+}
+LEFT_ALONE = {
+    "APG": CFG(3.0, rule="apg"),  # type: ignore[arg-type]
+    "third branch": SoftCFG(3.0, perturbation_scale=1.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that were one launch; attention by kernel is the fastest on any machine."""
+    monkeypatch.setattr(numba_decode, "is_faster", lambda: True)
+    found: list[int] = []
+    move = DrawnAtOnce.move
+
+    def noted(around: DrawnAtOnce, *parameters: Any) -> None:
+        found.append(around.number)
+        move(around, *parameters)
+
+    monkeypatch.setattr(DrawnAtOnce, "move", noted)
+    return found
+
+
+def drawn(generator: Generator, guidance: CFG, **more: Any) -> Tensor:
+    inputs = generator.example_inputs(IMAGES)
+    uniforms = image_uniforms(0, range(IMAGES), generator.condition(inputs, guided=False).num_tokens)
+    with use_product("panels"):
+        return decode(generator, inputs, guidance, uniforms=uniforms, **more)
+
+
+def one_by_one(run: Callable[[], Tensor]) -> Tensor:
+    """The same without the launch of all of a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softcfg.decoding.sequential.Decoder._around", lambda *_: None)
+        return run()
+
+
+@pytest.mark.parametrize("family", ["alitok", "emu3", "lumina-mgpt-2", "rar"])
+@pytest.mark.parametrize("name", RULES)
+def test_it_draws_the_tokens_of_single_operations(family: str, name: str, steps: list[int]) -> None:
+    generator = load(family)
+
+    def run() -> Tensor:
+        return drawn(generator, RULES[name], sampling=Sampling(temperature=0.8))
+
+    wanted = one_by_one(run)
+    assert not steps
+    assert torch.equal(run(), wanted)
+    assert steps == list(range(2, wanted.shape[1]))  # the first has no program, the second makes it
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_has_no_kernels_is_left_alone(name: str, steps: list[int]) -> None:
+    drawn(load("llamagen"), LEFT_ALONE[name])
+    assert not steps
+
+
+def test_filters_and_forced_tokens_are_left_alone(steps: list[int]) -> None:
+    generator = load("llamagen")
+    tokens = drawn(generator, RULES["SoftCFG"], sampling=Sampling(top_k=3))
+    drawn(generator, RULES["SoftCFG"], forced_tokens=tokens)
+    assert not steps
+
+
+def test_a_forward_of_ones_own_is_called(steps: list[int]) -> None:
+    class Own(llamagen.LlamaGen):
+        def forward(self, *arguments: Any, **named: Any) -> Tensor:
+            logits = super().forward(*arguments, **named)
+            return logits.index_fill(-1, torch.tensor([7]), 1e6)
+
+    plain = load("llamagen")
+    own = Own(plain.config)
+    own.load_state_dict(plain.state_dict())
+    assert (drawn(own.eval().requires_grad_(False), RULES["SoftCFG"]) == 7).all()
+    assert not steps
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.1", "model.embed_tokens"])
+@pytest.mark.parametrize("family", ["emu3", "lumina-mgpt-2"])  # without and with prompts of different lengths
+def test_a_hook_that_comes_and_goes_is_called(family: str, part: str, steps: list[int]) -> None:
+    generator, calls = load(family), []
+    wanted = drawn(generator, RULES["SoftCFG"])
+    steps.clear()
+    handles = []
+
+    def on_step(done: int) -> None:
+        if done == 4:
+            handles.append(generator.get_submodule(part).register_forward_hook(lambda *_: calls.append(1)))
+        elif done == 9:
+            handles[0].remove()
+
+    assert torch.equal(drawn(generator, RULES["SoftCFG"], on_step=on_step), wanted)
+    assert len(calls) == 5
+    assert steps == [2, 3, *range(9, wanted.shape[1])]
+
+
+@pytest.mark.parametrize("name", ["CFG", "SoftCFG"])
+def test_logits_that_are_no_numbers_are_found_at_their_step(name: str, steps: list[int]) -> None:
+    generator = load("emu3")
+    tokens = drawn(generator, RULES[name])
+    step = next(step for step in range(5, 12) if (tokens[:, :step] != tokens[0, step]).all())
+    generator.model.embed_tokens.weight[tokens[0, step]] = torch.nan  # type: ignore[union-attr, index, operator]
+    steps.clear()
+    with pytest.raises(UserError, match=rf"logits of row 0 at step {step + 1} hold NaN"):
+        drawn(generator, RULES[name])
+    assert steps == list(range(2, step + 2))
+
+
+def test_batches_one_after_the_other_are_apart(steps: list[int]) -> None:
+    generator = load("llamagen")
+    first = drawn(generator, RULES["SoftCFG"])
+    kept = first.clone()
+    assert not torch.equal(drawn(generator, RULES["CFG"]), first)
+    assert torch.equal(first, kept)
+    assert torch.equal(drawn(generator, RULES["SoftCFG"]), first)
