@@ -355,13 +355,11 @@ class Decoder(GuidedBatch):
         inputs = step.inputs(tokens)
         if not self.guidance.perturbs or step.number == 0:
             return inputs, inputs
-        return inputs, self._perturbed(inputs, tokens, step.index - 1)
-
-    def _perturbed(self, inputs: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        """What perturbed rows are fed in the place of `inputs`, the tokens `index` int64 [1] of `tokens`."""
         if self._code_ids is not None:
-            return weak_inputs(self.guidance.weak_branch, tokens, index, self._codes)
-        return inputs if self._sources is None else taken(tokens, self._sources[..., index])
+            return inputs, weak_inputs(self.guidance.weak_branch, tokens, step.index - 1, self._codes)
+        if self._sources is None:
+            return inputs, inputs
+        return inputs, taken(tokens, self._sources[..., step.index - 1])
 
     def _guided(self, step: Step, cond: Tensor, others: list[Tensor]) -> Tensor:
         """The guided logits [B, V] from those of the branches, [B, 1, V]."""
