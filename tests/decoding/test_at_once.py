@@ -15,6 +15,7 @@ from small_families import load
 from softcfg import CFG, SoftCFG, UserError
 from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.decoding.at_once import DrawnAtOnce
+from softcfg.decoding.sequential import Decoder
 from softcfg.models import llamagen
 from softcfg.models.base import Generator
 from softcfg.nn.backends import numba_decode
@@ -62,7 +63,7 @@ def drawn(generator: Generator, guidance: CFG, **more: Any) -> Tensor:
 def one_by_one(run: Callable[[], Tensor]) -> Tensor:
     """The same without the launch of all of a step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softcfg.decoding.sequential.Decoder._around", lambda *_: None)
+        patch.setattr(Decoder, "_around", lambda *_: None)
         return run()
 
 
@@ -144,3 +145,29 @@ def test_batches_one_after_the_other_are_apart(steps: list[int]) -> None:
     assert not torch.equal(drawn(generator, RULES["CFG"]), first)
     assert torch.equal(first, kept)
     assert torch.equal(drawn(generator, RULES["SoftCFG"]), first)
+
+
+def test_two_that_step_over_one_cache_in_turns_have_weights_of_their_own(steps: list[int]) -> None:
+    generator = load("emu3")
+    inputs = generator.example_inputs(IMAGES)
+    condition = generator.condition(inputs, guided=True)
+    total = condition.num_tokens
+    uniforms = image_uniforms(0, range(IMAGES), total)
+
+    def run() -> list[Tensor]:
+        cache = generator.new_cache(condition)
+        decoders = [Decoder(generator, condition, RULES[name], Sampling(), cache) for name in ("CFG", "SoftCFG")]
+        tokens = [torch.zeros(IMAGES, total, dtype=torch.int64) for _ in decoders]
+        with torch.inference_mode(), use_product("panels"), decoders[0].prepared_linear_layers():
+            for number in range(total):
+                for decoder, drawn in zip(decoders, tokens, strict=True):
+                    for _ in range(2):  # again, with what another one has left and with its own
+                        decoder.advance(decoder.step(number), drawn, uniforms)
+        return [*tokens, *(decoder.confidence for decoder in decoders)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "_around", lambda *_: None)
+        wanted = run()
+    assert not steps
+    assert all(map(torch.equal, run(), wanted))
+    assert len(steps) > 3 * total

@@ -181,7 +181,9 @@ class _Program:
     ) -> bool:
         """See `Surroundings.again`."""
         around, cache = of(), self._cache()
-        if around is None or cache is None or slot >= cache.slots or self._is_watched() or not _may_run(self._input):
+        if around is None or self._surrounded is None or self._surrounded[0]() is not around:
+            return False  # another batch has stepped over the same cache, with tables of its own
+        if cache is None or slot >= cache.slots or self._is_watched() or not _may_run(self._input):
             return False
         x = feed()
         if x.shape != self._input.shape or x.dtype is not torch.float32:
