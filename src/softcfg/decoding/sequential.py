@@ -38,7 +38,7 @@ from softcfg.nn.launches import linked_launches
 from softcfg.nn.linear import PROGRAMS, prepared_linear_layers
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
-from softcfg.nn.replay import surroundings
+from softcfg.nn.replay import Fed, surroundings
 from softcfg.nn.settings import holding
 
 
@@ -221,7 +221,6 @@ class Decoder(GuidedBatch):
             and generator.steps_replay is True
             and type(generator).forward is Generator.forward
         )
-        self._adds_positions = getattr(generator.add_positions, "__func__", None) is not Generator.add_positions
 
     @property
     def generators(self) -> list[Generator]:
@@ -308,13 +307,16 @@ class Decoder(GuidedBatch):
 
     def _is_replayed(self, around: DrawnAtOnce, step: Step, tokens: Tensor) -> bool:
         """Whether a step is done by nothing but the launch of what an earlier one has launched."""
-        if around.again is None or step.number is None or self._adds_positions:
+        if around.again is None or step.number is None:
             return False
+        generator, condition, position = self.generator, self.condition, step.position(self.condition)
 
-        def feed() -> Tensor:
-            return self.generator.embed_tokens(self._passes[0].rows(*self._inputs(step, tokens)))
+        def feed() -> Fed:
+            x = generator.embed_tokens(self._passes[0].rows(*self._inputs(step, tokens)))
+            x = generator.add_positions(x, condition, position)
+            return Fed(x, generator.rotary(condition, position, 1), generator.prepare(condition, position, 1))
 
-        return around.again(feed, self.condition.slots - 1 + step.number)
+        return around.again(feed, condition.slots - 1 + step.number)
 
     def _drawn_at_once(self, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
         """See `_around`; None where the kernels do not fit."""

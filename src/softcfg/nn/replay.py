@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,6 +28,7 @@ from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import recorded
 from softcfg.nn.linear import Linear
+from softcfg.nn.rotary import Rotary
 from softcfg.nn.settings import holding
 
 Launches = list[tuple[int, ...]]  # as `softcfg.nn.kernels.cpu.as_recorded` gives them
@@ -36,17 +37,26 @@ Programs = WeakKeyDictionary[Any, "_Program | None"]
 surroundings: ContextVar[Surroundings | None] = ContextVar("surroundings", default=None)
 
 
+class Fed(NamedTuple):
+    """What a step depends on beside its slot and the weights of its slots, see `softcfg.models.base.Generator`."""
+
+    x: Tensor
+    rotary: Rotary | None
+    prepared: object
+
+
 class Surroundings(ABC):
     """What is launched with the kernels of a step, by the same call, where the step is replayed: before and after them.
 
     Attributes:
         served: whether the last step was replayed, and all of this was launched.
-        again: does the same with what a function feeds, [rows, 1, width], at a later slot, and returns whether it did;
-            None where a step depends on more, as on the padding of prompts.
+        again: does the same at a later slot, and returns whether it did, with what a function gives: the inputs
+            [rows, 1, width], the rotation, and what `prepare` returns. None where a step depends on more, as on the
+            padding of prompts.
     """
 
     served = False
-    again: Callable[[Callable[[], Tensor], int], bool] | None = None
+    again: Callable[[Callable[[], Fed], int], bool] | None = None
 
     @abstractmethod
     def launches(self, logits: Tensor) -> tuple[Launches, Launches]:
@@ -93,7 +103,7 @@ def replayed(
     if not serves or key in programs:
         return None
     assert cache is not None
-    new = _Program(module, x, cache, prepared)
+    new = _Program(module, x, cache, key)
     found = new.record(x, context, run)
     programs[key] = new if new.serves else None
     return found
@@ -107,8 +117,17 @@ def _may_run(x: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _keeps_tables(context: AttentionContext) -> bool:
+    """Whether later steps find the tables of this one where they are: there is no mask, and weights are no copies."""
+    value, key, *others = numba_decode.tables_of(context)
+    pairs = ((value, context.value_weights), (key, context.key_weights))
+    return all(each is None for each in others) and all(
+        one is None or other is None or one.data_ptr() == other.data_ptr() for one, other in pairs
+    )
+
+
 class _Program:
-    def __init__(self, module: nn.Module, x: Tensor, cache: KVCache, prepared: object) -> None:
+    def __init__(self, module: nn.Module, x: Tensor, cache: KVCache, key: object) -> None:
         modules = list(module.modules())
         self._hooks: list[Any] = [torch.nn.modules.module._global_forward_hooks]
         self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
@@ -117,9 +136,7 @@ class _Program:
         self._attributes = [vars(each) for each in modules]
         # The memory of what the kernels read lives as long as the program.
         self._kept: list[Any] = [each.laid_out for each in modules if isinstance(each, Linear)]
-        self._cache = weakref.ref(cache)
-        self._rotations = module._buffers.get("rotary_cos"), module._buffers.get("rotary_sin")
-        self._prepared = prepared is not None
+        self._cache, self._key = weakref.ref(cache), weakref.ref(key)
         self._input = torch.empty_like(x)
         self._output = self._input
         # Weakly by what it is surrounded, the program with that, and the parameters of what comes before and after.
@@ -151,48 +168,37 @@ class _Program:
 
     def replay(self, x: Tensor, context: AttentionContext, around: Surroundings | None = None) -> Tensor:
         """Run it, and what is to be launched around it; what is returned then is the program's own memory."""
-        self._input.copy_(x)
-        rotary = context.rotary
-        cos, sin = (None, None) if rotary is None else (rotary.first_cos, rotary.first_sin)
-        launches = self._launches if around is None else self._with(around)
-        launches.run(context.slots, cos, sin, numba_decode.tables_of(context))
+        tables = numba_decode.tables_of(context)
         if around is None:
+            self._run(self._launches, x, context.slots, context.rotary, tables)
             return self._output.clone()
+        self._run(self._with(around), x, context.slots, context.rotary, tables)
         around.served = True
-        if around.again is None and self._moves_evenly(context, cos, sin):
-            around.again = partial(self.again, weakref.ref(around), isinstance(cos, Tensor))
+        if around.again is None and _keeps_tables(context):
+            around.again = partial(self.again, weakref.ref(around))
         return self._output
 
-    def _moves_evenly(self, context: AttentionContext, cos: Tensor | None, sin: Tensor | None) -> bool:
-        """Whether from slot to slot nothing changes but the slot, and with it the row of the module's rotations."""
-        value, key, *others = numba_decode.tables_of(context)
-        if self._prepared or context.padding is not None or any(each is not None for each in others):
-            return False
-        at, tables = context.slots - 1, ((cos, self._rotations[0]), (sin, self._rotations[1]))
-        alike = [(value, context.value_weights), (key, context.key_weights)]
-        alike += [(row, None if row is None or table is None else table[at]) for row, table in tables]
-        return all(
-            one is other or (one is not None and other is not None and one.data_ptr() == other.data_ptr())
-            for one, other in alike
-        )
-
-    def again(
-        self, of: Callable[[], Surroundings | None], rotates: bool, feed: Callable[[], Tensor], slot: int
-    ) -> bool:
+    def again(self, of: Callable[[], Surroundings | None], feed: Callable[[], Fed], slot: int) -> bool:
         """See `Surroundings.again`."""
         around, cache = of(), self._cache()
         if around is None or self._surrounded is None or self._surrounded[0]() is not around:
             return False  # another batch has stepped over the same cache, with tables of its own
         if cache is None or slot >= cache.slots or self._is_watched() or not _may_run(self._input):
             return False
-        x = feed()
-        if x.shape != self._input.shape or x.dtype is not torch.float32:
+        x, rotary, prepared = feed()
+        key = cache if prepared is None else prepared
+        if x.shape != self._input.shape or x.dtype is not torch.float32 or self._key() is not key:
             return False
-        self._input.copy_(x)
-        addresses = [each[slot].data_ptr() for each in self._rotations if each is not None] if rotates else [0, 0]
-        self._with(around).run_again(slot + 1, *addresses)
+        self._run(self._with(around), x, slot + 1, rotary)
         around.served = True
         return True
+
+    def _run(
+        self, launches: Any, x: Tensor, slots: int, rotary: Rotary | None, tables: list[Tensor | None] | None = None
+    ) -> None:
+        self._input.copy_(x)
+        cos, sin = (None, None) if rotary is None else (rotary.first_cos, rotary.first_sin)
+        launches.run(slots, cos, sin, tables)
 
     def _with(self, around: Surroundings) -> Any:
         """The program with the launches around it, made when it is first needed, for the step that comes."""

@@ -211,35 +211,29 @@ class Program:
         self._address, self._count = self._table.ctypes.data, len(self._table)
         self._tables: list[tuple[int, int]] = []
 
-    def run(self, slots: int, cos: Tensor | None, sin: Tensor | None, tables: Sequence[Tensor | None]) -> None:
+    def run(
+        self, slots: int, cos: Tensor | None, sin: Tensor | None, tables: Sequence[Tensor | None] | None = None
+    ) -> None:
         """Run all of it for the last of so many slots.
 
         Args:
             cos, sin: as of `rotate_and_cache`.
-            tables: value weights, key weights, logarithms and visible slots, as of `attention`.
-        """
-        table, rotations, attentions = self._table, self._rotations, self._attentions
-        if cos is not None:
-            table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)[1]
-        of_tables = [_shared_rows(each) for each in tables]
-        if of_tables != self._tables:  # mostly they stay where they are
-            for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), of_tables, strict=True):
-                table[attentions, 2 + place], table[attentions, 3 + place] = each
-            self._tables = of_tables
-        self.run_again(slots, _address(cos), _address(sin))
-
-    def run_again(self, slots: int, cos: int, sin: int) -> None:
-        """Run all of it for the last of so many slots, with the tables of the last `run`.
-
-        Args:
-            cos, sin: addresses of what `run` takes; 0 for None.
+            tables: value weights, key weights, logarithms and visible slots, as of `attention`; None: those of the last
+                run.
         """
         table, rotations, attentions = self._table, self._rotations, self._attentions
         table[rotations, 2 + SLOT] = slots - 1
-        table[rotations, 2 + COS] = cos
-        table[rotations, 2 + SIN] = sin
+        if cos is not None:
+            table[rotations, 2 + COS] = _address(cos)
+            table[rotations, 2 + SIN], table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)
         table[attentions, 1] = self._per_slot * slots
         table[attentions, 2 + SLOTS] = slots
+        if tables is not None:
+            of_tables = [_shared_rows(each) for each in tables]
+            if of_tables != self._tables:  # mostly they stay where they are
+                for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), of_tables, strict=True):
+                    table[attentions, 2 + place], table[attentions, 3 + place] = each
+                self._tables = of_tables
         self.launch()
 
     def parameters_of(self, index: int) -> np.ndarray:
