@@ -179,11 +179,10 @@ def joined(collection: Collection, others: Collection) -> Collection:
 
 def _gallery(folder: Path | None) -> Gallery:
     folder = pictures_folder() if folder is None else folder
-    archives = [style.package.fetch(folder) for style in STYLES]
     found = list(wanted(emoji(NAMES.fetch(folder))))
     path = folder / f"drawn-{_fingerprint()}.npz"
     if not path.is_file():
-        _draw_all(path, found, [Drawings(archive) for archive in archives])
+        _draw_all(path, found, [Drawings(style.package.fetch(folder)) for style in STYLES])
     with np.load(path) as stored:
         return Gallery(found, *(stored[name] for name in COLUMNS))
 

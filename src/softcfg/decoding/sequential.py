@@ -273,8 +273,7 @@ class Decoder(GuidedBatch):
         Args:
             uniforms: [B] in [0, 1).
         """
-        with linked_launches():
-            return self._drawn(step, self._feed(step, tokens), uniforms)
+        return self._drawn(step, self._feed(step, tokens), uniforms)
 
     def _drawn(self, step: Step, seen: list[Tensor], uniforms: Tensor) -> Tensor:
         """Draw from the logits [rows, 1, V] of all passes, int64 [B]."""
@@ -321,8 +320,8 @@ class Decoder(GuidedBatch):
     def _drawn_at_once(self, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
         """See `_around`; None where the kernels do not fit."""
         weights, codes = self._passes[0].weights, self._codes
-        given = {tokens: torch.int64, uniforms: torch.float64, self._scales: torch.float32}
-        if not all(each.is_contiguous() and each.dtype is dtype for each, dtype in given.items()):
+        given = (tokens, torch.int64), (uniforms, torch.float64), (self._scales, torch.float32)
+        if not all(each.is_contiguous() and each.dtype is dtype for each, dtype in given):
             return None
         if codes is not None and (codes.dim() != 1 or not codes.is_contiguous()):
             return None

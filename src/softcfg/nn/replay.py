@@ -174,7 +174,7 @@ class _Program:
             return self._output.clone()
         self._run(self._with(around), x, context.slots, context.rotary, tables)
         around.served = True
-        if around.again is None and _keeps_tables(context):
+        if around.again is None and context.padding is None and _keeps_tables(context):
             around.again = partial(self.again, weakref.ref(around))
         return self._output
 
