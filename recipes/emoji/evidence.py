@@ -188,7 +188,7 @@ class Laboratory:
         self.judge, self.words, _ = load_judge(folder_of(model) / "judge.safetensors", device)
         if device.type == "cuda":
             self.judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.reference = self.features(self.pictures(collection.where(recoloured=False)))
+        self.reference, _ = self.look(self.pictures(collection.where(recoloured=False)))
         self.statistics = evaluation.statistics(self.reference).to(torch.device("cpu"))
 
     def run(self, point: Drawn) -> Row:
@@ -273,14 +273,13 @@ class Laboratory:
 
     def judged(self, images: Tensor, pictures: Sequence[int], *, with_distances: bool) -> Row:
         """Shares of images [N, 3, 96, 96] that are right, and their distances from the seen pictures if asked for."""
-        features, seen = look(self.judge, images, JUDGED_AT_ONCE, views=LOOKS, exact=self.device.type == "cpu")
+        features, seen = self.look(images)
         values: Row = {**right(seen, self.words, [self.collection.pictures[i] for i in pictures])}
         return {**values, **distances(self.reference, self.statistics, features)} if with_distances else values
 
-    @torch.inference_mode()
-    def features(self, images: Tensor) -> Tensor:
-        """The judge's features [N, D] of uint8 images [N, 3, 96, 96]."""
-        return torch.cat([self.judge.features(part / 255) for part in images.split(JUDGED_AT_ONCE)])
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The judge's features [N, D] and answers [N, 3] of uint8 images [N, 3, 96, 96]; in TF32 on a GPU."""
+        return look(self.judge, images, JUDGED_AT_ONCE, views=LOOKS, exact=self.device.type == "cpu")
 
     def trace(self, point: Drawn) -> Row:
         """What guidance does while the image codes are drawn, means over the images, and where the confidence lies.

@@ -175,6 +175,7 @@ def test_steps_over_a_cache_of_integers_are_replayed(
     passes.clear()
     assert torch.equal(drawn(generator), wanted)
     assert len(replays) == tokens_of(generator) - 2
+    assert all(map(torch.equal, passes, logits))
     assert all(map(torch.equal, replays, logits[2:]))
     with fused.without_fused_kernels():
         assert torch.equal(drawn(generator), wanted)

@@ -22,7 +22,7 @@ from recipes.emoji.sources import STYLES
 from recipes.emoji.train_judge import judge_of, wanted
 from recipes.study.points import NONE, TUNING_SEED, key
 from softcfg import CFG, Pipeline, UserError, evaluation
-from softcfg.evaluation.emoji_judge import agreement, load_judge, look
+from softcfg.evaluation.emoji_judge import VIEWS, agreement, load_judge, look
 from softcfg.guidance import describe
 
 SMALL = Plan(samples=20, seeds=2, temperatures=(0.7,))
@@ -163,7 +163,10 @@ def test_chosen_pictures_are_spread_over_all_of_them(collection: Collection, cou
 # ---- measuring
 
 
-def test_a_point_is_measured_as_the_evaluation_measures(laboratory: Laboratory, model: str) -> None:
+def test_a_point_is_measured_as_the_evaluation_measures(
+    laboratory: Laboratory, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "LOOKS", VIEWS)
     collection, guidance = laboratory.collection, at("SoftCFG", 3.0)
     point = replace(SMALL.point(guidance, 1, "seen"), samples=12)
     row = laboratory.run(point)
@@ -224,7 +227,7 @@ def test_bounds_are_of_the_pictures(laboratory: Laboratory) -> None:
     found = {point.measure: laboratory.run(point)["values"] for point in SMALL.bounds()}
     numbers = laboratory.collection.where(held_out="style")
     pictures = [laboratory.collection.pictures[i] for i in numbers]
-    seen = look(laboratory.judge, laboratory.pictures(numbers))[1]
+    seen = look(laboratory.judge, laboratory.pictures(numbers), views=evidence.LOOKS)[1]
     assert found["real style"] == right(seen, laboratory.words, pictures)
     assert "fid" in found["tokens seen"]
     assert "fid" not in found["real seen"]

@@ -81,7 +81,7 @@ class DrawnAtOnce(Surroundings):
             after.append(kernels.confidence_written(cond, self.confidence, at, self.temperature, self.codes, of))
         return [kernels.as_recorded(*each) for each in before], [kernels.as_recorded(*each) for each in after]
 
-    def move(self, before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> None:
+    def move(self, after: Sequence[np.ndarray]) -> None:
         """See `Surroundings.move`."""
         kernels, at = available.cpu_kernels(), self.number
         drawn, draw = self.tokens.data_ptr() + 8 * at, after[0]

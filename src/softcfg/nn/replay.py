@@ -63,8 +63,8 @@ class Surroundings(ABC):
         """What comes before and after, for the steps whose logits [rows, 1, V] are written here."""
 
     @abstractmethod
-    def move(self, before: list[np.ndarray], after: list[np.ndarray]) -> None:
-        """Change the parameters of the launches to those of the step that comes."""
+    def move(self, after: list[np.ndarray]) -> None:
+        """Change the parameters of what comes after, the only ones that move, to those of the step that comes."""
 
     @abstractmethod
     def missed(self) -> None:
@@ -139,8 +139,8 @@ class _Program:
         self._cache, self._key = weakref.ref(cache), weakref.ref(key)
         self._input = torch.empty_like(x)
         self._output = self._input
-        # Weakly by what it is surrounded, the program with that, and the parameters of what comes before and after.
-        self._surrounded: tuple[Any, Any, list[list[np.ndarray]]] | None = None
+        # Weakly by what it is surrounded, the program with that, and the parameters of what comes after.
+        self._surrounded: tuple[Any, Any, list[np.ndarray]] | None = None
         self.serves = False
 
     def record(self, x: Tensor, context: AttentionContext, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -205,11 +205,10 @@ class _Program:
         if self._surrounded is None or self._surrounded[0]() is not around:
             before, after = around.launches(self._output)
             whole = available.cpu_kernels().Program([*before, *self._recorded, *after], self._kept)
-            outer = [[whole.parameters_of(index) for index in range(len(before))]]
-            outer.append([whole.parameters_of(index - len(after)) for index in range(len(after))])
-            self._surrounded = weakref.ref(around), whole, outer
-        _, whole, outer = self._surrounded
-        around.move(*outer)
+            moving = [whole.parameters_of(index) for index in range(-len(after), 0)]
+            self._surrounded = weakref.ref(around), whole, moving
+        _, whole, moving = self._surrounded
+        around.move(moving)
         return whole
 
 

@@ -159,9 +159,9 @@ def _launch(kernel: int, parallel: int, threads: int, given: tuple[int, ...]) ->
 def launch(kernel: int, items: int, numbers: int, *parameters: int) -> None:
     """Run a kernel on as many of PyTorch's threads as so many `numbers` are worth, at most one for each item."""
     (parallel, *queries), threads, recorded = _openmp(), 1, launches.recorded.get()
-    parameters += _ZEROS[FIRST + len(parameters) :]
     if recorded is not None:
-        recorded.append((kernel, numbers, items, 0, 0, *parameters))
+        recorded.append(as_recorded(kernel, items, numbers, *parameters))
+    parameters += _ZEROS[FIRST + len(parameters) :]
     if numbers > GRAIN and parallel:
         threads = min(torch.get_num_threads(), items, -(-numbers // GRAIN))
     if threads > 1:
