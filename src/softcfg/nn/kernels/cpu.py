@@ -347,7 +347,7 @@ LANES = 8  # numbers of a vector of channels: a register, or half of one
 SUMS = 4  # vectors whose sums are taken at once
 BLOCK = 32  # slots between which what comes next is fetched, and numbers of a turn of a compiled loop
 LINE = 64  # bytes that come from memory at once
-NEAR = 1 << 13  # bytes of keys or values of a head: longer ones the processor fetches by itself, and better
+AHEAD = 1 << 13  # bytes by which reading a cache is ahead of its use: across gaps the processor fetches little itself
 _LANES = ir.VectorType(_FLOAT, LANES)
 
 
@@ -474,10 +474,10 @@ def _ask_for(builder: Any, address: Any, locality: int) -> None:
 
 @_intrinsic
 def _fetch(typing: Any, address: Any) -> Any:
-    """Ask for the line at an address."""
+    """Ask for the line at an address, into the second level of caches: the first waits for few lines at once."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _ask_for(builder, arguments[0], 3)
+        _ask_for(builder, arguments[0], 2)
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -489,18 +489,27 @@ def _fetch_all(address: int, size: int) -> None:
         _fetch(place)
 
 
+@compiled()
+def _fetch_ahead(address: int, size: int, following: int, done: int, much: int) -> None:
+    """After the first `done` of `size` bytes, ask for as `much` as is used next, which may be of what follows them."""
+    place = done + min(size, AHEAD)
+    if place < size:
+        _fetch_all(address + place, much)
+    elif following:
+        _fetch_all(following + place - size, much)
+
+
 def _score_of(numbers: Any, size: int) -> Any:
     """The function that multiplies a query with keys of such numbers, of so many bytes."""
     of_eight = _scores_of_eight(size)
 
     @compiled()
-    def score(query: int, keys: int, scores: int, slots: int, dim: int, ahead: int) -> None:
-        """Products of a query with all keys; with those of eight slots their memory `ahead` is fetched, unless 0."""
+    def score(query: int, keys: int, scores: int, slots: int, dim: int, following: int) -> None:
+        """Products of a query with all keys; memory is fetched meanwhile, at last what follows, unless 0."""
         parts, row = dim // LANES, size * dim
         done = 0
         while parts and done + LANES <= slots:
-            if ahead:
-                _fetch_all(ahead + done * row, LANES * row)
+            _fetch_ahead(keys, slots * row, following, done * row, LANES * row)
             of_eight(query, keys + done * row, scores + 4 * done, parts, row)
             done += LANES
         found, vector, rows = floats(scores), floats(query), numbers(keys)
@@ -522,16 +531,15 @@ def _sum_weighted_of(numbers: Any, size: int) -> Any:
     add_one, add_two, add_three, add_four = (_weighted_sum(vectors, size) for vectors in range(1, SUMS + 1))
 
     @compiled()
-    def sum_weighted(out: int, factors: int, values: int, slots: int, dim: int, ahead: int) -> None:
-        """The sum of the values, each with its factor; with those of a block their memory `ahead` is fetched."""
+    def sum_weighted(out: int, factors: int, values: int, slots: int, dim: int, following: int) -> None:
+        """The sum of the values, each with its factor; memory is fetched meanwhile, at last what follows, unless 0."""
         row, parts = size * dim, dim // LANES
         vector, weights, rows = carray(floats(out), (dim,)), carray(floats(factors), (slots,)), numbers(values)
         for channel in range(dim):
             vector[channel] = _ZERO
         for block in range(0, slots, BLOCK):
             some = min(BLOCK, slots - block)
-            if ahead:
-                _fetch_all(ahead + block * row, some * row)
+            _fetch_ahead(values, slots * row, following, block * row, some * row)
             pairs = some // 2
             part = 0
             while pairs and part < parts:
@@ -623,14 +631,13 @@ def _attention(address: int) -> None:
     rounded = p[KEY_SCALES] != 0
     size = 1 if rounded else 4
     plain = not (p[KEY_WEIGHTS] or p[LOGARITHMS] or p[VISIBLE])
-    near = size * slots * dim <= NEAR
     scores = np.empty(-(-slots // BLOCK) * BLOCK, np.float32)
     for item in range(first, last):
         row, key_head = item // key_heads, item % key_heads
         place = row * p[CACHE_ROW] + key_head * p[CACHE_HEAD]
         keys, values, following = p[KEYS] + size * place, p[VALUES] + size * place, 0
         of_head = 4 * (place // dim)  # the scales are a cache of vectors of one number
-        if near and item + 1 < last:
+        if item + 1 < last:
             row_of_next, head_of_next = (item + 1) // key_heads, (item + 1) % key_heads
             following = p[KEYS] + size * (row_of_next * p[CACHE_ROW] + head_of_next * p[CACHE_HEAD])
         for head in range(key_head * group, (key_head + 1) * group):
@@ -638,10 +645,10 @@ def _attention(address: int) -> None:
             to = p[OUT] + 4 * (row * key_heads * group + head) * dim
             out = carray(floats(to), (dim,))
             if rounded:
-                _score_bytes(query, keys, scores.ctypes.data, slots, dim, values if near else 0)
+                _score_bytes(query, keys, scores.ctypes.data, slots, dim, values)
                 _multiply(scores, p[KEY_SCALES] + of_head, slots)
             else:
-                _score_floats(query, keys, scores.ctypes.data, slots, dim, values if near else 0)
+                _score_floats(query, keys, scores.ctypes.data, slots, dim, values)
             if not plain and not _prepare(p, scores, row, slots, scale):
                 for channel in range(dim):
                     out[channel] = _ZERO
