@@ -222,7 +222,7 @@ def test_what_serves_a_step_depends_on_its_size_and_on_the_machine(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["cache", "heads", "slots", "channels", "expanded"])
+@pytest.mark.parametrize("layout", ["cache", "by slot", "heads", "slots", "channels", "expanded"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_bags_are_batched_products_whatever_the_layout(dtype: torch.dtype, layout: str, weighted: bool) -> None:
     rows, heads, slots, width = 3, 4, 21, 24
@@ -230,6 +230,7 @@ def test_bags_are_batched_products_whatever_the_layout(dtype: torch.dtype, layou
     query, key = torch.randn(rows, heads, 1, width), torch.randn(rows, heads, slots, width)
     value = {
         "cache": lambda: torch.randn(2, rows, heads, slots + 5, width)[1, :, :, :slots],
+        "by slot": lambda: torch.randn(slots + 5, rows, heads, width).permute(1, 2, 0, 3)[:, :, :slots],
         "heads": lambda: torch.randn(rows, slots, heads, width).transpose(1, 2),
         "slots": lambda: torch.randn(rows, heads, slots, 2 * width)[..., :width],
         "channels": lambda: torch.randn(rows, heads, width, slots).mT,

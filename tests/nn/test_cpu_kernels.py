@@ -129,6 +129,11 @@ def tables(names: str, rows: int, slots: int) -> dict[str, Tensor]:
 ALL = "value_weights key_weights log_attention visible"
 
 
+def by_slot(contents: Tensor) -> Tensor:
+    """The same numbers [..., rows, heads, slots, width], in memory the heads of a slot side by side."""
+    return contents.movedim(-2, -4).contiguous().movedim(-4, -2)
+
+
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2), (4, 1)])
 @pytest.mark.parametrize("slots", [1, 3, 8, 33, 137])
 @pytest.mark.parametrize("dim", [6, 24, 32, 48, 80, 100])
@@ -137,13 +142,13 @@ def test_attention_is_its_definition(heads: int, key_heads: int, slots: int, dim
     query, *_ = heads_of(rows, heads, key_heads, dim=dim)
     cache = torch.randn(2, rows + 1, key_heads, slots + 5, dim)
     cache[:, :, :, slots:] = torch.nan  # is not read
-    keys, values = cache[:, 1:]
     for names in ("", *ALL.split(), ALL):
         for shared in (1, rows):
             given = tables(names, shared, slots)
-            found = cpu.attention(query, keys, values, slots, **given)
-            assert found.is_contiguous()
-            close(found, exact_attention(query, keys[:, :, :slots], values[:, :, :slots], **given))
+            for keys, values in (cache[:, 1:], by_slot(cache)[:, 1:]):
+                found = cpu.attention(query, keys, values, slots, **given)
+                assert found.is_contiguous()
+                close(found, exact_attention(query, keys[:, :, :slots], values[:, :, :slots], **given))
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2)])
@@ -152,15 +157,18 @@ def test_attention_is_its_definition(heads: int, key_heads: int, slots: int, dim
 def test_attention_over_integers_is_its_definition(heads: int, key_heads: int, slots: int, dim: int) -> None:
     rows = 3
     query, *_ = heads_of(rows, heads, key_heads, dim=dim)
-    keys, values = torch.randint(-128, 128, (2, rows + 1, key_heads, slots + 5, dim), dtype=torch.int8)[:, 1:]
+    cache = torch.randint(-128, 128, (2, rows + 1, key_heads, slots + 5, dim), dtype=torch.int8)
+    keys, values = cache[:, 1:]
     scales = torch.rand(2, rows + 1, key_heads, slots + 5, 1) / 64
     scales[:, :, :, slots:] = torch.nan  # are not read
     key_scales, value_scales = scales[:, 1:]
     wide = [(keys * key_scales)[:, :, :slots], (values * value_scales)[:, :, :slots]]
     for names in ("", "value_weights", ALL):
         given = tables(names, rows, slots)
-        found = cpu.attention(query, keys, values, slots, **given, key_scales=key_scales, value_scales=value_scales)
-        close(found, exact_attention(query, *wide, **given), 4e-6)
+        wanted = exact_attention(query, *wide, **given)
+        for contents in (cache[:, 1:], by_slot(cache)[:, 1:]):
+            found = cpu.attention(query, *contents, slots, **given, key_scales=key_scales, value_scales=value_scales)
+            close(found, wanted, 4e-6)
 
 
 def test_large_scores_do_not_overflow_in_attention() -> None:
@@ -210,14 +218,14 @@ def test_what_is_hidden_may_be_no_number() -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", [KVCache, Int8KVCache])
+@pytest.mark.parametrize(("kind", "by_slot"), [(KVCache, False), (KVCache, True), (Int8KVCache, True)])
 @pytest.mark.parametrize("names", ["", "value", "key", "attention", "value key attention"])
 def test_the_backend_computes_what_the_products_do(
-    names: str, kind: type[KVCache], padded: bool, cached: bool, launched: list[int]
+    names: str, kind: type[KVCache], by_slot: bool, padded: bool, cached: bool, launched: list[int]
 ) -> None:
     rows, slots, position = 3, 7, Position.shared(6)
     keys, values = torch.randn(2, rows, 2, slots, 48)
-    cache = kind(2, rows, 2, slots + 4, 48)
+    cache = kind(2, rows, 2, slots + 4, 48, by_slot=by_slot)
     for contents in (*cache.keys, *cache.values) if kind is KVCache else ():
         contents.fill_(torch.nan)
     cache.write(1, keys, values, Position.start())
@@ -365,7 +373,10 @@ def test_gelu_is_its_definition(shape: tuple[int, ...], launched: list[int]) -> 
 @pytest.mark.parametrize("dim", [32, 48, 80, 100])
 @pytest.mark.parametrize("turned", ["not", "neighbours", "halves"])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_rotate_and_cache_is_its_definition(dim: int, turned: str, by_row: bool, launched: list[int]) -> None:
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_rotate_and_cache_is_its_definition(
+    dim: int, turned: str, by_row: bool, by_slot: bool, launched: list[int]
+) -> None:
     rows, heads, key_heads, slots = 3, 6, 2, 7
     for number, kind in enumerate((None, nn.Identity, nn.RMSNorm, RMSNorm, nn.LayerNorm, "bare RMS", HeadNorm)):
         norms: list[nn.Module | None] = [None, None]
@@ -379,7 +390,7 @@ def test_rotate_and_cache_is_its_definition(dim: int, turned: str, by_row: bool,
         angles = torch.randn(rows, 1, dim // 2) if by_row else torch.randn(1, dim // 2)
         rotary = None if turned == "not" else Rotary(angles.cos(), angles.sin(), halves=turned == "halves")
         query, key, value = heads_of(rows, heads, key_heads, key_heads, dim=dim)
-        cache = KVCache(2, rows, key_heads, slots + 2, dim)
+        cache = KVCache(2, rows, key_heads, slots + 2, dim, by_slot=by_slot)
         for contents in (*cache.keys, *cache.values):
             contents.normal_()
         before = [each.clone() for each in (*cache.keys, *cache.values)]
@@ -401,12 +412,13 @@ def test_rotate_and_cache_is_its_definition(dim: int, turned: str, by_row: bool,
 
 
 @pytest.mark.parametrize("dim", [6, 24, 32, 100])
-def test_rotate_and_cache_rounds_as_the_cache_does(dim: int, launched: list[int]) -> None:
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_rotate_and_cache_rounds_as_the_cache_does(dim: int, by_slot: bool, launched: list[int]) -> None:
     """To the bit, and nothing else is written."""
     rows, slots = 3, 7
     query, key, value = heads_of(rows, 6, 2, 2, dim=dim)
     value[0, 1] = 0
-    found, wanted = (Int8KVCache(2, rows, 2, slots + 2, dim) for _ in range(2))
+    found, wanted = (Int8KVCache(2, rows, 2, slots + 2, dim, by_slot=each) for each in (by_slot, False))
     angles = torch.randn(1, dim // 2)
     rotary = Rotary(angles.cos(), angles.sin())
     for slot in (0, 4, 6):
@@ -755,10 +767,11 @@ def test_few_numbers_and_single_items_take_one_thread(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_program_computes_the_bits_of_its_kernels(threads: int) -> None:
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_a_program_computes_the_bits_of_its_kernels(threads: int, by_slot: bool) -> None:
     """For other slots, tables and rotations than those with which it was recorded."""
     rows, slots = 8, 150
-    caches = [KVCache(1, rows, 2, slots, 64) for _ in range(2)]
+    caches = [KVCache(1, rows, 2, slots, 64, by_slot=by_slot) for _ in range(2)]
     for one, other in zip(*(cache.keys + cache.values for cache in caches), strict=True):
         other.copy_(one.normal_())
     query, key, value = heads_of(rows, 4, 2, 2, dim=64)

@@ -17,8 +17,9 @@ def update(cache: KVCache, layer: int, keys: Tensor, values: Tensor, position: P
     return cache.read(layer, position.covered(keys.shape[2], cache.slots))
 
 
-def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
-    cache = KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM)
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_cache_returns_the_filled_part_and_keeps_what_was_written(by_slot: bool) -> None:
+    cache = KVCache(layers=2, rows=ROWS, heads=HEADS, slots=6, head_dim=DIM, by_slot=by_slot)
     key, value = torch.randn(2, ROWS, HEADS, 6, DIM)
     pointers = [part.data_ptr() for part in (*cache.keys, *cache.values)]
     for layer in range(2):
@@ -34,6 +35,8 @@ def test_cache_returns_the_filled_part_and_keeps_what_was_written() -> None:
     assert torch.equal(cache.keys[0], key)
     assert [part.data_ptr() for part in (*cache.keys, *cache.values)] == pointers
     assert cache.slots == 6
+    filled = cache.read(0, 4)[0]
+    assert filled.permute(2, 0, 1, 3).is_contiguous() == by_slot  # in one piece
 
 
 @pytest.mark.parametrize("kind", [KVCache, Int8KVCache])

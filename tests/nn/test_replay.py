@@ -26,6 +26,7 @@ from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGenBlock
 from softcfg.nn import Position, choices, fused, replay, use_backend
 from softcfg.nn.backends import BACKENDS, numba_decode
+from softcfg.nn.kernels.available import without_cpu_kernels
 from softcfg.nn.linear import PROGRAMS, Linear, prepared_linear_layers
 from softcfg.nn.norm import RMSNorm
 from softcfg.nn.products import use_product
@@ -646,3 +647,22 @@ def test_an_error_while_recording_leaves_nothing_behind(replays: list[Tensor], m
     assert torch._C._len_torch_dispatch_stack() == 0
     assert torch.equal(drawn(generator), wanted)
     assert len(replays) == tokens_of(generator) - 2
+
+
+def test_a_cache_lies_as_what_reads_it_likes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By slot where that is the kernel, so that what is filled is in one piece; by head otherwise."""
+
+    def lies_by_slot(generator: Generator) -> bool:
+        cache = generator.new_cache(generator.condition(inputs_of(generator), guided=True))
+        rows, _, slots, _ = cache.keys[1].stride()
+        assert cache.values[0].stride() == cache.keys[1].stride()
+        return slots > rows
+
+    generator = load("alitok")
+    for generator.cache_dtype in (None, torch.int8):
+        assert lies_by_slot(generator)
+        with without_cpu_kernels():
+            assert not lies_by_slot(generator)
+    assert not lies_by_slot(load("alitok", torch.bfloat16))
+    monkeypatch.setattr(numba_decode, "is_faster", lambda: False)
+    assert not lies_by_slot(generator)

@@ -12,6 +12,7 @@ from softcfg.errors import UserError
 from softcfg.models.conditioning import Conditioning, LabelConditioning
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import IdsLike, as_ids
+from softcfg.nn.backends import numba_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
 from softcfg.nn.linear import PROGRAMS, Preparable
@@ -250,8 +251,9 @@ class Generator(Preparable, ABC):
 
     def new_cache(self, condition: Condition) -> KVCache:
         """A key/value cache for the rows of `condition`, on the device of the weights and for their dtype."""
+        by_slot = numba_decode.reads_cache(self.dtype, self.device)
         return self._cache_type()(
-            *self._cache_size(condition), dtype=self.dtype, device=self.layer_devices or self.device
+            *self._cache_size(condition), dtype=self.dtype, device=self.layer_devices or self.device, by_slot=by_slot
         )
 
     def cache_bytes(self, condition: Condition) -> int:

@@ -467,7 +467,8 @@ def _fits(
     side_by_side = all((each.stride(1), each.stride(3)) == (dim, 1) for each in (query, key, value))
     keys, values = cache.keys[layer], cache.values[layer]
     fit = key.shape == value.shape and key.shape[::3] == query.shape[::3] and keys.shape[:2] == key.shape[:2]
-    return fit and side_by_side and keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1)
+    by_head = keys.stride(2) == dim or not available.on_gpu(query)
+    return fit and side_by_side and keys.stride() == values.stride() and keys.stride(3) == 1 and by_head
 
 
 def _is_table(rotary: Rotary, dim: int) -> bool:

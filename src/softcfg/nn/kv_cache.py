@@ -22,6 +22,8 @@ class KVCache:
     Args:
         dtype: of what is written and read.
         device: of all layers, or one per layer.
+        by_slot: whether, on a CPU, all heads of a slot lie side by side instead of all slots of a head: what is filled
+            is then in one piece, as the kernel there reads it (`softcfg.nn.backends.numba_decode`).
 
     Attributes:
         stored: the dtype of the contents, if it differs from that of what is written.
@@ -39,12 +41,15 @@ class KVCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | Sequence[torch.device] = "cpu",
+        by_slot: bool = False,
     ) -> None:
         self.dtype = dtype
         shape, stored = (rows, heads, slots, head_dim), self.stored or dtype
         devices = [device] * layers if isinstance(device, (torch.device, str)) else device
         if all(torch.device(each).type == "cpu" for each in devices):
-            whole = in_huge_pages(torch.empty(2, layers, *shape, dtype=stored, device="cpu")).zero_()
+            inner = (slots, rows, heads, head_dim) if by_slot else shape
+            whole = in_huge_pages(torch.empty(2, layers, *inner, dtype=stored, device="cpu")).zero_()
+            whole = whole.permute(0, 1, 3, 4, 2, 5) if by_slot else whole
             self.keys, self.values = (list(half.unbind()) for half in whole)
         else:
             self.keys = [torch.zeros(shape, dtype=stored, device=each) for each in devices]

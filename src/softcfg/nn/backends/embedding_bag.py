@@ -42,15 +42,15 @@ class EmbeddingBag(Math):
     def weighted_sum(self, call: AttentionCall, probabilities: Tensor, value: Tensor) -> Tensor:
         """See `Math.weighted_sum`."""
         rows, heads, slots, width = value.shape
-        if value.stride(3) != 1 or value.stride(2) != width or value.stride(0) % width or value.stride(1) % width:
+        if value.stride(3) != 1 or any(step % width for step in value.stride()[:3]):
             value = value.contiguous()
-        row, head = value.stride(0) // width, value.stride(1) // width
-        entries = (rows - 1) * row + (heads - 1) * head + slots
-        key = (self.name, *value.shape, row, head)
+        row, head, slot = (step // width for step in value.stride()[:3])
+        entries = (rows - 1) * row + (heads - 1) * head + (slots - 1) * slot + 1
+        key = (self.name, *value.shape, row, head, slot)
         if key not in call.context.memory:
             dtype = torch.int32 if entries < 1 << 31 else torch.int64
             starts = torch.arange(rows, dtype=dtype)[:, None] * row + torch.arange(heads, dtype=dtype) * head
-            call.context.memory[key] = starts.view(-1, 1) + torch.arange(slots, dtype=dtype)
+            call.context.memory[key] = starts.view(-1, 1) + torch.arange(slots, dtype=dtype) * slot
         table = value.as_strided((entries, width), (width, 1))
         return _bags(call.context.memory[key], table, probabilities).view(rows, heads, 1, width)
 

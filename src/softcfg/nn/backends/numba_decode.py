@@ -6,7 +6,7 @@ of the memory. Numba, an extra, compiles the kernel without a compiler on the ma
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.position import Position
 
 GAIN = 1.1  # by which it may be slower: a step that is made of kernels alone is replayed without Python (`nn.replay`)
-COPIES, MEASURED = 8, (8, 16, 128, 64)  # of a layer's keys and values: 64 MiB, so that they come from memory
+COPIES, MEASURED = 8, (8, 16, 128, 64)  # of a layer's cache: 64 MiB, so that it comes from memory
 
 
 @register_backend
@@ -59,7 +59,7 @@ class NumbaDecode(AttentionBackend):
         """
         context, query = call.context, call.query
         key, value, scales = self._contents(call)
-        if key.stride() != value.stride() or key.stride()[2:] != (key.shape[3], 1):
+        if key.stride() != value.stride() or key.stride(3) != 1:
             key, value = key.contiguous(), value.contiguous()
         tables = tables_of(context)
         query = query if query.stride(3) == 1 else query.contiguous()
@@ -98,23 +98,32 @@ def tables_of(context: AttentionContext) -> list[Tensor | None]:
     return context.memory[NumbaDecode.name]
 
 
+def reads_cache(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the steps of a model read its cache by this kernel: then the cache had better lie by slot."""
+    return device.type == "cpu" and dtype is torch.float32 and available.may_use_cpu_kernels() and is_faster()
+
+
 def is_faster() -> bool:
-    """Whether it is faster than PyTorch's operations on this machine."""
+    """Whether it is faster than PyTorch's operations on this machine, each with a cache as it likes it."""
 
     def measure() -> str:
         rows, heads, slots, width = MEASURED
         query = torch.ones(rows, heads, 1, width, dtype=torch.float32, device="cpu")
-        context = AttentionContext(Position.shared(slots - 1), slots)
-        contents = torch.ones(COPIES, 2, rows, heads, slots, width, dtype=torch.float32, device="cpu")
-        calls = [AttentionCall(query, key, value, context) for key, value in contents]
+        position = Position.shared(slots - 1)
 
-        def attend(backend: AttentionBackend) -> None:
-            for call in calls:
-                backend.attend(call)
+        def side(backend: AttentionBackend, *, by_slot: bool) -> Callable[[], None]:
+            context = AttentionContext(position, slots, KVCache(COPIES, rows, heads, slots, width, by_slot=by_slot))
+            new = query.new_zeros(()).expand(query.shape)  # what is in the cache is read in its place
+            calls = [AttentionCall(query, new, new, context, layer) for layer in range(COPIES)]
 
-        sides = {
-            backend.name: functools.partial(attend, backend) for backend in (NumbaDecode(), EmbeddingBag(), Math())
-        }
+            def attend() -> None:
+                for call in calls:
+                    backend.attend(call)
+
+            return attend
+
+        sides = {backend.name: side(backend, by_slot=False) for backend in (EmbeddingBag(), Math())}
+        sides[NumbaDecode.name] = side(NumbaDecode(), by_slot=True)
         try:
             on_threads(1, sides[NumbaDecode.name])
         except BackendUnavailableError:  # a call will say so
@@ -124,4 +133,4 @@ def is_faster() -> bool:
         return min(seconds, key=seconds.__getitem__)
 
     names = (NumbaDecode.name, EmbeddingBag.name, Math.name)
-    return choose_once("attention-step-float32", names, measure) == NumbaDecode.name
+    return choose_once("attention-by-slot-float32", names, measure) == NumbaDecode.name

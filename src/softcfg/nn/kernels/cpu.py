@@ -328,10 +328,10 @@ def exp(x: np.float32) -> np.float32:
 
 
 (
-    QUERY, KEYS, VALUES, OUT, KEY_HEADS, GROUP, SLOTS, DIM, QUERY_ROW, QUERY_HEAD, CACHE_ROW, CACHE_HEAD,
+    QUERY, KEYS, VALUES, OUT, KEY_HEADS, GROUP, SLOTS, DIM, QUERY_ROW, QUERY_HEAD, CACHE_ROW, CACHE_HEAD, CACHE_SLOT,
     VALUE_WEIGHTS, VALUE_WEIGHTS_ROW, KEY_WEIGHTS, KEY_WEIGHTS_ROW, LOGARITHMS, LOGARITHMS_ROW, VISIBLE, VISIBLE_ROW,
-    KEY_SCALES, VALUE_SCALES,
-) = range(FIRST, FIRST + 22)  # fmt: skip
+    KEY_SCALES, VALUE_SCALES, SCALES_HEAD,
+) = range(FIRST, FIRST + 24)  # fmt: skip
 _NOTHING, _NAN = np.float32(-np.inf), np.float32(np.nan)
 _LARGEST_BYTE = np.float32(127)
 
@@ -343,11 +343,10 @@ def _spread(builder: Any, number: Any, lanes: int) -> Any:
     return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
 
 
-LANES = 8  # numbers of a vector of channels: a register, or half of one
+LANES = 8  # numbers of a vector of channels, a register or half of one; and slots that are read at once
 SUMS = 4  # vectors whose sums are taken at once
-BLOCK = 32  # slots between which what comes next is fetched, and numbers of a turn of a compiled loop
-LINE = 64  # bytes that come from memory at once
-AHEAD = 1 << 13  # bytes by which reading a cache is ahead of its use: across gaps the processor fetches little itself
+RUN = 128  # slots of a head that are read at once where they lie side by side
+BLOCK = 32  # numbers of a turn of a compiled loop
 _LANES = ir.VectorType(_FLOAT, LANES)
 
 
@@ -472,55 +471,23 @@ def _ask_for(builder: Any, address: Any, locality: int) -> None:
     builder.call(fetch, [builder.inttoptr(address, pointer), number(0), number(locality), number(1)])
 
 
-@_intrinsic
-def _fetch(typing: Any, address: Any) -> Any:
-    """Ask for the line at an address, into the second level of caches: the first waits for few lines at once."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _ask_for(builder, arguments[0], 2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@compiled()
-def _fetch_all(address: int, size: int) -> None:
-    for place in range(address, address + size, LINE):
-        _fetch(place)
-
-
-@compiled()
-def _fetch_ahead(address: int, size: int, following: int, done: int, much: int) -> None:
-    """After the first `done` of `size` bytes, ask for as `much` as is used next, which may be of what follows them."""
-    place = done + min(size, AHEAD)
-    if place < size:
-        _fetch_all(address + place, much)
-    elif following:
-        _fetch_all(following + place - size, much)
-
-
 def _score_of(numbers: Any, size: int) -> Any:
     """The function that multiplies a query with keys of such numbers, of so many bytes."""
     of_eight = _scores_of_eight(size)
 
     @compiled()
-    def score(query: int, keys: int, scores: int, slots: int, dim: int, following: int) -> None:
-        """Products of a query with all keys; memory is fetched meanwhile, at last what follows, unless 0."""
-        parts, row = dim // LANES, size * dim
-        done = 0
-        while parts and done + LANES <= slots:
-            _fetch_ahead(keys, slots * row, following, done * row, LANES * row)
-            of_eight(query, keys + done * row, scores + 4 * done, parts, row)
-            done += LANES
-        found, vector, rows = floats(scores), floats(query), numbers(keys)
-        if parts * LANES < dim:
-            for slot in range(done):
-                for channel in range(parts * LANES, dim):
-                    found[slot] += vector[channel] * np.float32(rows[slot * dim + channel])
-        for slot in range(done, slots):
-            total = _ZERO
-            for channel in range(dim):
-                total += vector[channel] * np.float32(rows[slot * dim + channel])
+    def score(query: int, keys: int, scores: int, slots: int, dim: int, step: int) -> None:
+        """Products of a query with the keys of some slots, so many bytes apart."""
+        found, vector, channels = floats(scores), floats(query), dim // LANES * LANES
+        whole = slots // LANES * LANES if channels else 0
+        for slot in range(0, whole, LANES):
+            of_eight(query, keys + slot * step, scores + 4 * slot, dim // LANES, step)
+        for slot in range(whole if channels == dim else 0, slots):
+            key, done, total = numbers(keys + slot * step), 0, _ZERO
+            if slot < whole:
+                done, total = channels, found[slot]
+            for channel in range(done, dim):
+                total += vector[channel] * np.float32(key[channel])
             found[slot] = total
 
     return score
@@ -531,37 +498,27 @@ def _sum_weighted_of(numbers: Any, size: int) -> Any:
     add_one, add_two, add_three, add_four = (_weighted_sum(vectors, size) for vectors in range(1, SUMS + 1))
 
     @compiled()
-    def sum_weighted(out: int, factors: int, values: int, slots: int, dim: int, following: int) -> None:
-        """The sum of the values, each with its factor; memory is fetched meanwhile, at last what follows, unless 0."""
-        row, parts = size * dim, dim // LANES
-        vector, weights, rows = carray(floats(out), (dim,)), carray(floats(factors), (slots,)), numbers(values)
-        for channel in range(dim):
-            vector[channel] = _ZERO
-        for block in range(0, slots, BLOCK):
-            some = min(BLOCK, slots - block)
-            _fetch_ahead(values, slots * row, following, block * row, some * row)
-            pairs = some // 2
-            part = 0
-            while pairs and part < parts:
-                to, these = out + 4 * LANES * part, factors + 4 * block
-                source = values + block * row + size * LANES * part
-                left = min(parts - part, SUMS)
-                if left == 4:
-                    add_four(to, these, source, pairs, row)
-                elif left == 3:
-                    add_three(to, these, source, pairs, row)
-                elif left == 2:
-                    add_two(to, these, source, pairs, row)
-                else:
-                    add_one(to, these, source, pairs, row)
-                part += left
-            if parts * LANES < dim:
-                for slot in range(block, block + 2 * pairs):
-                    for channel in range(parts * LANES, dim):
-                        vector[channel] += weights[slot] * np.float32(rows[slot * dim + channel])
-            for slot in range(block + 2 * pairs, block + some):
-                for channel in range(dim):
-                    vector[channel] += weights[slot] * np.float32(rows[slot * dim + channel])
+    def sum_weighted(out: int, factors: int, values: int, slots: int, dim: int, step: int) -> None:
+        """Add the values of some slots, so many bytes apart, each with its factor."""
+        vector, weights = floats(out), floats(factors)
+        pairs, parts, part = slots // 2, dim // LANES, 0
+        while pairs and part < parts:
+            to, source = out + 4 * LANES * part, values + size * LANES * part
+            left = min(parts - part, SUMS)
+            if left == 4:
+                add_four(to, factors, source, pairs, step)
+            elif left == 3:
+                add_three(to, factors, source, pairs, step)
+            elif left == 2:
+                add_two(to, factors, source, pairs, step)
+            else:
+                add_one(to, factors, source, pairs, step)
+            part += left
+        done = part * LANES
+        for slot in range(2 * pairs if done == dim else 0, slots):
+            value = numbers(values + slot * step)
+            for channel in range(done if slot < 2 * pairs else 0, dim):
+                vector[channel] += weights[slot] * np.float32(value[channel])
 
     return sum_weighted
 
@@ -631,38 +588,62 @@ def _attention(address: int) -> None:
     rounded = p[KEY_SCALES] != 0
     size = 1 if rounded else 4
     plain = not (p[KEY_WEIGHTS] or p[LOGARITHMS] or p[VISIBLE])
-    scores = np.empty(-(-slots // BLOCK) * BLOCK, np.float32)
-    for item in range(first, last):
-        row, key_head = item // key_heads, item % key_heads
-        place = row * p[CACHE_ROW] + key_head * p[CACHE_HEAD]
-        keys, values, following = p[KEYS] + size * place, p[VALUES] + size * place, 0
-        of_head = 4 * (place // dim)  # the scales are a cache of vectors of one number
-        if item + 1 < last:
-            row_of_next, head_of_next = (item + 1) // key_heads, (item + 1) % key_heads
-            following = p[KEYS] + size * (row_of_next * p[CACHE_ROW] + head_of_next * p[CACHE_HEAD])
-        for head in range(key_head * group, (key_head + 1) * group):
-            query = p[QUERY] + 4 * (row * p[QUERY_ROW] + head * p[QUERY_HEAD])
-            to = p[OUT] + 4 * (row * key_heads * group + head) * dim
-            out = carray(floats(to), (dim,))
-            if rounded:
-                _score_bytes(query, keys, scores.ctypes.data, slots, dim, values)
-                _multiply(scores, p[KEY_SCALES] + of_head, slots)
-            else:
-                _score_floats(query, keys, scores.ctypes.data, slots, dim, values)
-            if not plain and not _prepare(p, scores, row, slots, scale):
-                for channel in range(dim):
-                    out[channel] = _ZERO
-                continue
-            total = _softmax(scores, slots, scale if plain else _ONE)
-            if p[VALUE_WEIGHTS]:
-                _multiply(scores, p[VALUE_WEIGHTS] + 4 * row * p[VALUE_WEIGHTS_ROW], slots)
-            if rounded:
-                _multiply(scores, p[VALUE_SCALES] + of_head, slots)
-                _sum_bytes(to, scores.ctypes.data, values, slots, dim, following)
-            else:
-                _sum_floats(to, scores.ctypes.data, values, slots, dim, following)
-            for channel in range(dim):
-                out[channel] /= total
+    items, padded, step = last - first, -(-slots // BLOCK) * BLOCK, size * p[CACHE_SLOT]
+    of_queries = items * group
+    scores, totals = np.empty((of_queries, padded), np.float32), np.empty(of_queries, np.float32)
+    queries, places = np.empty(items, np.int64), np.empty(items, np.int64)
+    for item in range(items):
+        row, key_head = (first + item) // key_heads, (first + item) % key_heads
+        queries[item] = p[QUERY] + 4 * (row * p[QUERY_ROW] + key_head * group * p[QUERY_HEAD])
+        places[item] = size * (row * p[CACHE_ROW] + key_head * p[CACHE_HEAD])
+    out = p[OUT] + 4 * first * group * dim
+    # All heads of some slots before the next slots: in a cache by slot that is from one end to the other, without the
+    # gaps that heads which are not full leave, at which the processor stops to fetch what comes next.
+    at_once = LANES if p[CACHE_SLOT] > p[CACHE_HEAD] else RUN
+    for slot in range(0, slots, at_once):
+        some = min(at_once, slots - slot)
+        for item in range(items):
+            keys = p[KEYS] + places[item] + slot * step
+            for each in range(group):
+                to = scores.ctypes.data + 4 * ((item * group + each) * padded + slot)
+                query = queries[item] + 4 * each * p[QUERY_HEAD]
+                if rounded:
+                    _score_bytes(query, keys, to, some, dim, step)
+                else:
+                    _score_floats(query, keys, to, some, dim, step)
+    for query in range(of_queries):
+        item = first + query // group
+        row, of_scales = item // key_heads, 4 * item * p[SCALES_HEAD]
+        mine = scores[query]
+        if rounded:
+            _multiply(mine, p[KEY_SCALES] + of_scales, slots)
+        if plain or _prepare(p, mine, row, slots, scale):
+            totals[query] = _softmax(mine, slots, scale if plain else _ONE)
+        else:  # it sees nothing, and gives zeros
+            totals[query] = _ONE
+            for slot in range(slots):
+                mine[slot] = _ZERO
+        if p[VALUE_WEIGHTS]:
+            _multiply(mine, p[VALUE_WEIGHTS] + 4 * row * p[VALUE_WEIGHTS_ROW], slots)
+        if rounded:
+            _multiply(mine, p[VALUE_SCALES] + of_scales, slots)
+        vector = carray(floats(out + 4 * query * dim), (dim,))
+        for channel in range(dim):
+            vector[channel] = _ZERO
+    for slot in range(0, slots, at_once):
+        some = min(at_once, slots - slot)
+        for item in range(items):
+            values = p[VALUES] + places[item] + slot * step
+            for query in range(item * group, (item + 1) * group):
+                factors = scores.ctypes.data + 4 * (query * padded + slot)
+                if rounded:
+                    _sum_bytes(out + 4 * query * dim, factors, values, some, dim, step)
+                else:
+                    _sum_floats(out + 4 * query * dim, factors, values, some, dim, step)
+    for query in range(of_queries):
+        vector = carray(floats(out + 4 * query * dim), (dim,))
+        for channel in range(dim):
+            vector[channel] /= totals[query]
 
 
 def attention(
@@ -681,14 +662,14 @@ def attention(
 
     Args:
         query: [rows, heads, 1, head_dim], the entries of a head side by side.
-        keys, values: [rows, key_heads, S or more, head_dim] of the same strides, the slots of a head side by side.
+        keys, values: [rows, key_heads, S or more, head_dim] of the same strides, the entries of a vector side by side.
         slots: S, those that are read.
         value_weights, key_weights: factors on probabilities and on scores, [rows or 1, S], the entries of a row side
             by side; None for ones.
         log_attention: is added to the scores, shaped likewise; None for zeros.
         visible: bool, shaped likewise, which slots a query sees; None: all. One that sees none gives zeros.
-        key_scales, value_scales: of keys and values in int8, [rows, key_heads, as many slots, 1], contiguous as far as
-            they are; None for float32.
+        key_scales, value_scales: of keys and values in int8, [rows, key_heads, S or more, 1], slots of a head and heads
+            in a row; None for float32.
 
     Returns:
         [rows, heads, 1, head_dim], contiguous.
@@ -701,15 +682,20 @@ def attention(
         raise ValueError(f"weights and mask must have one row, or {rows} like the queries")
     out = torch.empty((rows, heads, 1, dim), dtype=query.dtype, device="cpu")
     query_row, query_head, _, _ = query.stride()
-    cache_row, cache_head, _, _ = keys.stride()
+    cache_row, cache_head, cache_slot, _ = keys.stride()
     launch(
         _attention, rows * key_heads, 2 * rows * key_heads * slots * dim,
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), key_heads, heads // key_heads, slots, dim,
-        query_row, query_head, cache_row, cache_head,
+        query_row, query_head, cache_row, cache_head, cache_slot,
         *_shared_rows(value_weights), *_shared_rows(key_weights), *_shared_rows(log_attention), *_shared_rows(visible),
-        _address(key_scales), _address(value_scales),
+        _address(key_scales), _address(value_scales), _of_head(key_scales),
     )  # fmt: skip
     return out
+
+
+def _of_head(scales: Tensor | None) -> int:
+    """The step from head to head of the scales of an int8 cache; 0 for None."""
+    return 0 if scales is None else scales.stride(1)
 
 
 (
@@ -801,10 +787,10 @@ def add_norm(
 
 (
     NEW_QUERY, NEW_QUERY_ROW, NEW_KEY, NEW_KEY_ROW, NEW_VALUE, NEW_VALUE_ROW, NEW_HEADS, NEW_KEY_HEADS, NEW_DIM,
-    TURNED_QUERY, TURNED_KEY, COS, SIN, ROTARY_ROW, HALVES, SLOT, TO_KEYS, TO_VALUES, TO_ROW, TO_HEAD,
+    TURNED_QUERY, TURNED_KEY, COS, SIN, ROTARY_ROW, HALVES, SLOT, TO_KEYS, TO_VALUES, TO_ROW, TO_HEAD, TO_SLOT,
     NORM, QUERY_EPS, QUERY_SHARE, QUERY_WEIGHT, QUERY_BIAS, KEY_EPS, KEY_SHARE, KEY_WEIGHT, KEY_BIAS,
-    TO_KEY_SCALES, TO_VALUE_SCALES,
-) = range(FIRST, FIRST + 31)  # fmt: skip
+    TO_KEY_SCALES, TO_VALUE_SCALES, TO_SCALES_HEAD,
+) = range(FIRST, FIRST + 33)  # fmt: skip
 
 
 @compiled()
@@ -845,13 +831,7 @@ def _rotate_and_cache(address: int) -> None:
     p = carray(integers(address), (MOST,))
     start, stop = share(p)
     heads, key_heads, dim = p[NEW_HEADS], p[NEW_KEY_HEADS], p[NEW_DIM]
-    size = 1 if p[TO_KEY_SCALES] else 4
     for row in range(start, stop):
-        if row + 1 < stop:  # a line that is written comes from memory first
-            for head in range(key_heads):
-                cached = size * ((row + 1) * p[TO_ROW] + head * p[TO_HEAD] + p[SLOT] * dim)
-                _fetch_all(p[TO_KEYS] + cached, size * dim)
-                _fetch_all(p[TO_VALUES] + cached, size * dim)
         for head in range(heads + key_heads):
             which, to, source, served, weight, bias, eps = (
                 head, p[TURNED_QUERY] + 4 * (row * heads + head) * dim, p[NEW_QUERY] + 4 * row * p[NEW_QUERY_ROW],
@@ -876,10 +856,10 @@ def _rotate_and_cache(address: int) -> None:
                 sin = carray(floats(p[SIN] + place), (dim // 2,))
                 _rotate(out, cos, sin, dim // 2, p[HALVES] != 0)
             if head >= heads:
-                cached = row * p[TO_ROW] + which * p[TO_HEAD] + p[SLOT] * dim
+                cached = row * p[TO_ROW] + which * p[TO_HEAD] + p[SLOT] * p[TO_SLOT]
                 value = carray(floats(p[NEW_VALUE] + 4 * (row * p[NEW_VALUE_ROW] + which * dim)), (dim,))
                 if p[TO_KEY_SCALES]:
-                    of_slot = 4 * (cached // dim)
+                    of_slot = 4 * ((row * key_heads + which) * p[TO_SCALES_HEAD] + p[SLOT])
                     _store_rounded(out, p[TO_KEYS] + cached, p[TO_KEY_SCALES] + of_slot, dim)
                     _store_rounded(value, p[TO_VALUES] + cached, p[TO_VALUE_SCALES] + of_slot, dim)
                 else:
@@ -915,7 +895,7 @@ def rotate_and_cache(
     key_heads = key.shape[1]
     turned_query = torch.empty((rows, heads, 1, dim), dtype=query.dtype, device="cpu")
     turned_key = torch.empty((rows, key_heads, 1, dim), dtype=key.dtype, device="cpu")
-    to_row, to_head, _, _ = keys.stride()
+    to_row, to_head, to_slot, _ = keys.stride()
     norms = [
         *(_bits(eps[0]), _heads_of_weights(query_weights[0], heads, dim), *map(_address, query_weights)),
         *(_bits(eps[1]), _heads_of_weights(key_weights[0], key_heads, dim), *map(_address, key_weights)),
@@ -924,8 +904,8 @@ def rotate_and_cache(
         _rotate_and_cache, rows, turned_query.numel() + turned_key.numel(),
         query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
         heads, key_heads, dim, turned_query.data_ptr(), turned_key.data_ptr(), _address(cos), *_shared_rows(sin),
-        int(not neighbours), slot, keys.data_ptr(), values.data_ptr(), to_row, to_head, norm, *norms,
-        _address(key_scales), _address(value_scales),
+        int(not neighbours), slot, keys.data_ptr(), values.data_ptr(), to_row, to_head, to_slot, norm, *norms,
+        _address(key_scales), _address(value_scales), _of_head(key_scales),
     )  # fmt: skip
     return turned_query, turned_key
 
