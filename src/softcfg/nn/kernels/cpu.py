@@ -313,7 +313,7 @@ _TERMS = [np.float32(1 / math.factorial(power)) for power in range(8)]
 _C2, _C3, _C4, _C5, _C6, _C7 = _TERMS[2:]
 
 
-@compiled(fastmath=False)  # in another order the two parts of log 2 would become one
+@compiled(fastmath={"contract"})  # in another order the two parts of log 2 would become one
 def exp(x: np.float32) -> np.float32:
     """e^x of a float32, to a unit or two in the last place: 2^k e^r, with e^r by Taylor and r within half of log 2."""
     clipped = min(max(x, _LOWEST), _HIGHEST)
@@ -471,6 +471,46 @@ def _ask_for(builder: Any, address: Any, locality: int) -> None:
     builder.call(fetch, [builder.inttoptr(address, pointer), number(0), number(locality), number(1)])
 
 
+def _larger(builder: Any, one: Any, other: Any) -> Any:
+    """Of the lanes of two vectors the larger ones; the second's where one of them is no number."""
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
+@_intrinsic
+def _largest_of_blocks(typing: Any, numbers: Any, blocks: Any) -> Any:
+    """The largest of so many times `BLOCK` numbers, at least once, from an address on; but for those that are none.
+
+    A compiler finds no vectors for it: it would have to know that all are numbers.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        numbers, blocks = arguments
+
+        def body(turn: Any, found: list[Any]) -> list[Any]:
+            start = builder.add(numbers, builder.mul(turn, _WORD(4 * BLOCK)))
+            places = [builder.add(start, _WORD(4 * LANES * each)) for each in range(len(found))]
+            return [_larger(builder, _load(builder, place), each) for place, each in zip(places, found, strict=True)]
+
+        nothing = ir.Constant(_LANES, [-math.inf] * LANES)
+        found = _loop(builder, blocks, [nothing] * (BLOCK // LANES), body)
+        vector = functools.reduce(partial(_larger, builder), found)
+        lanes = [builder.extract_element(vector, ir.IntType(32)(lane)) for lane in range(LANES)]
+        return functools.reduce(partial(_larger, builder), lanes)
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@compiled()
+def _largest(numbers: Any) -> np.float32:
+    """The largest number of a row; -inf if there is none."""
+    blocks, largest = len(numbers) // BLOCK, _NOTHING
+    if blocks:
+        largest = _largest_of_blocks(numbers.ctypes.data, blocks)
+    for place in range(blocks * BLOCK, len(numbers)):
+        largest = max(largest, numbers[place])
+    return largest
+
+
 def _score_of(numbers: Any, size: int) -> Any:
     """The function that multiplies a query with keys of such numbers, of so many bytes."""
     of_eight = _scores_of_eight(size)
@@ -568,9 +608,7 @@ def _softmax(scores: Any, slots: int, scale: np.float32) -> np.float32:
     padded = -(-slots // BLOCK) * BLOCK
     for slot in range(slots, padded):
         scores[slot] = _NOTHING
-    largest = _NOTHING
-    for slot in range(padded):
-        largest = max(largest, scores[slot])
+    largest = _largest(scores[:padded])
     total = _ZERO
     for slot in range(padded):
         power = exp((scores[slot] - largest) * scale)
@@ -1057,9 +1095,7 @@ def _write_confidence(address: int) -> None:
     inverse = _ONE / _float(p[TEMPERATURE])
     for row in range(first, last):
         logits = carray(floats(p[LOGITS] + 4 * row * p[LOGITS_ROW]), (count,))
-        largest = _NOTHING
-        for place in range(count):
-            largest = max(largest, logits[place])
+        largest = _largest(logits)
         total = _ZERO
         for place in range(count):
             total += exp((logits[place] - largest) * inverse)
@@ -1112,13 +1148,12 @@ SUMMED = 64  # weights whose sum is taken at once
 
 
 @compiled()
-def _largest(numbers: Any) -> np.float32:
-    """The largest number of a row; NaN if one of them is, of which a maximum may know nothing."""
-    largest, strange = _NOTHING, np.int32(0)
+def _largest_or_nan(numbers: Any) -> np.float32:
+    """The same; NaN if one of them is no number."""
+    strange = False
     for place in range(len(numbers)):
-        largest = max(largest, numbers[place])
-        strange += np.int32(numbers[place] != numbers[place])
-    return _NAN if strange else largest
+        strange |= numbers[place] != numbers[place]
+    return _NAN if strange else _largest(numbers)
 
 
 @compiled(fastmath=False)  # PyTorch rounds each of the operations
@@ -1129,9 +1164,9 @@ def _guide(guided: Any, cond: Any, other: Any, scale: np.float32, divisor: np.fl
 
 
 @compiled()
-def _sum(weights: Any, first: int, last: int) -> np.float64:
+def _sum(weights: Any) -> np.float64:
     total = np.float64(0)
-    for place in range(first, last):
+    for place in range(len(weights)):
         total += np.float64(weights[place])
     return total
 
@@ -1142,12 +1177,12 @@ def _by_inverse(weights: Any, uniform: np.float64) -> int:
     count = len(weights)
     total = before = np.float64(0)
     for first in range(0, count, SUMMED):
-        total += _sum(weights, first, min(first + SUMMED, count))
+        total += _sum(weights[first : first + SUMMED])
     threshold, found = uniform * total, count - 1
     for first in range(0, count, SUMMED):
-        last = min(first + SUMMED, count)
-        after = before + _sum(weights, first, last)
+        after = before + _sum(weights[first : first + SUMMED])
         if after > threshold:
+            last = min(first + SUMMED, count)
             found = last - 1
             for place in range(first, last):
                 before += np.float64(weights[place])
@@ -1172,11 +1207,11 @@ def _draw(address: int) -> None:
         other = carray(floats(p[OTHER] + 4 * row * p[OTHER_ROW]), (count,))
         guided = carray(floats(p[GUIDED] + 4 * row * count), (stop - start,))
         _guide(guided, cond[start:stop], other[start:stop], scale, divisor)
-        largest = _largest(guided)
+        largest = _largest_or_nan(guided)
         seen = carray(floats(p[SEEN] + 4 * row * p[SEEN_ROW]), (p[SEEN_LAST] + 1,))
-        seen[0] = _largest(cond)
+        seen[0] = _largest_or_nan(cond)
         if p[SEEN_OTHER]:
-            seen[p[SEEN_OTHER]] = _largest(other)
+            seen[p[SEEN_OTHER]] = _largest_or_nan(other)
         seen[p[SEEN_LAST]] = largest
         for place in range(len(guided)):
             guided[place] = exp(guided[place] - largest)
