@@ -118,8 +118,6 @@ def main() -> None:
     print(f"largest difference of the baseline's logits from ours: {check(baseline, soft):.1e}\n")
     rows = []
     layers, heads, head_dim = generator.cache_shape
-    speed = bandwidth()
-    print(f"memory is read at {speed / 1e9:.3g} GB/s")
     for batch in args.batch_size:
         inputs = generator.example_inputs(batch)
         cache = filled_cache(generator, generator.condition(inputs, guided=True))
@@ -139,7 +137,7 @@ def main() -> None:
             mean = means_over_sequence(sides_at, generator.num_tokens, args.repeats)
             for name in ("CFG", "SoftCFG"):
                 mean[name] += seconds_ahead(generator, generator.condition(inputs, guided=True))
-        products = fastest_products(baseline, batch, args.repeats)
+        products, speed = fastest_products(baseline, batch, args.repeats), bandwidth()
         filled = generator.condition_slots + generator.num_tokens / 2
         read = 4 * 2 * layers * heads * head_dim * 2 * batch * filled / speed
         mean |= {"products": products, "reading": read, "limit": products + read}
@@ -156,6 +154,7 @@ def main() -> None:
                 f"{100 * (mean['released SoftCFG'] / mean['released CFG'] - 1):+.1f} %",
                 mean["SoftCFG"] / mean["linear layers"],
                 mean["SoftCFG"] / mean["limit"],
+                speed / 1e9,
                 pixels / batch,
                 whole["released CFG"] / whole["CFG"],
                 whole["released SoftCFG"] / whole["SoftCFG"],
@@ -166,8 +165,8 @@ def main() -> None:
         "batch", "released CFG, ms", "released SoftCFG, ms", "CFG, ms", "SoftCFG, ms", "linear layers, ms",
         "fastest products, ms", "reading the cache, ms", "limit, ms",
         "released / ours, CFG", "released / ours, SoftCFG", "SoftCFG over CFG", "released SoftCFG over CFG",
-        "SoftCFG / linear layers", "SoftCFG / limit", "pixels, s an image", "with pixels, CFG", "with pixels, SoftCFG",
-        "images/s",
+        "SoftCFG / linear layers", "SoftCFG / limit", "memory, GB/s", "pixels, s an image", "with pixels, CFG",
+        "with pixels, SoftCFG", "images/s",
     ]  # fmt: skip
     weights = sum(layer.weight.numel() for layer in generator.modules() if isinstance(layer, Linear))
     print(
