@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import softcfg
 from softcfg import UserError
+from softcfg.decoding import throughput
 from softcfg.nn import choices, precision, products
 from softcfg.nn.choices import forget_choices
 from softcfg.nn.linear import Linear, prepared_linear_layers
@@ -431,13 +432,23 @@ def instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], N
     precision.has_bfloat16.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fastest_dtype_is_what_the_machine_multiplies_faster(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, instructions: Callable[[bool], None]
+@pytest.mark.parametrize(
+    ("multiplies", "steps"), [("float32", None), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_the_fastest_dtype_is_that_of_faster_products_and_faster_steps(
+    multiplies: str, steps: str | None, monkeypatch: pytest.MonkeyPatch, instructions: Callable[[bool], None]
 ) -> None:
+    """Kernels between the products are of float32 alone, so products do not say it all."""
     instructions(True)
-    fast = Instant()
-    fast.dtype = dtype
+    fast, dtype = Instant(), getattr(torch, steps or multiplies)
+    fast.dtype = getattr(torch, multiplies)
+    taken = []
+
+    def time_steps(sides: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+        taken.extend(sides)
+        return {name: 1.0 + (name != steps) for name in sides}
+
+    monkeypatch.setattr(throughput, "time_sides", time_steps)
     monkeypatch.setitem(PRODUCTS, "instant", fast)
     loaded = softcfg.Pipeline.from_pretrained("fashion-small", device="cpu", dtype="fastest", weak="fashion-small")
     assert loaded.dtype == dtype
@@ -447,6 +458,7 @@ def test_the_fastest_dtype_is_what_the_machine_multiplies_faster(
     fast.dtype = torch.float16
     assert softcfg.load_generator("fashion-small", dtype="fastest").dtype == dtype  # it was kept
     assert softcfg.Pipeline.with_random_weights("fashion-small", device="cpu", dtype="fastest").dtype == dtype
+    assert taken == ([] if steps is None else ["float32", "bfloat16"])  # once
 
 
 def test_a_product_that_is_new_is_measured_although_there_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:

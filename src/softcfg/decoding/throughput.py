@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softcfg.decoding.filtering import Sampling
 from softcfg.decoding.graphs import WARM_UP, captured
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder, Step, steps_are_static
 from softcfg.decoding.weak import weak_model
-from softcfg.guidance import CFG
+from softcfg.errors import UserError
+from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator
+from softcfg.nn import linear
+from softcfg.nn.choices import choose_once, time_sides
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
@@ -26,6 +32,9 @@ from softcfg.nn.position import Position
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LOGITS_OF_AN_IMAGE = 8  # times the float32 logits: guided, filtered, softmax, and the float64 sums
 MOST_IMAGES = 4096  # at once; more are no faster
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLEARLY = 1.1  # times as fast is what bfloat16 has to be
+FIRST_LAYERS, LARGEST_PART = 2, 1 << 27  # of a model that is measured, and weights of these and what stands around them
 
 
 def filled_cache(generator: Generator, condition: Condition) -> KVCache:
@@ -197,3 +206,60 @@ def time_steps(
             means.append(statistics.median(times))
         ahead = sum(seconds_ahead(*each) for each in _passes(generator, batch, guidance, weaker))
     return StepTimes(statistics.fmean(means) + ahead, set_up)
+
+
+def fastest_dtype(generator: Generator, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16, in whichever steps of the generator, which may hold no numbers yet, are faster.
+
+    On a CPU with instructions for bfloat16 that is measured, once for each machine and model: first its matrix
+    products, and where bfloat16 wins, a step of 8 images with guidance through its first layers. What stands between
+    the products has kernels for float32 alone, so that a step can take twice as long although its products are faster.
+    """
+    found = linear.fastest_dtype(generator, device)
+    if (
+        found is torch.float32
+        or device.type != "cpu"
+        or not isinstance(getattr(generator, "blocks", None), nn.ModuleList)
+    ):
+        return found
+    part = _first_layers(generator)
+    try:
+        inputs = part.example_inputs(linear.GUIDED_ROWS // 2)
+    except UserError:
+        return found
+    if sum(each.numel() for each in part.parameters()) > LARGEST_PART:
+        return found  # so large that its products are all that counts
+
+    def faster() -> str:
+        steps = {}
+        guidance, middle = SoftCFG(guidance_scale=2.0), max(1, part.num_tokens // 2)
+        with contextlib.ExitStack() as prepared, torch.random.fork_rng(devices=[]):
+            for name, dtype in DTYPES.items():
+                model = _filled(deepcopy(part).to(dtype))
+                prepared.enter_context(prepared_linear_layers(model, linear.GUIDED_ROWS))
+                steps[name] = decoding_step(model, inputs, guidance, middle)
+            seconds = time_sides(steps)
+        return "bfloat16" if seconds["bfloat16"] * CLEARLY < seconds["float32"] else "float32"
+
+    what = hashlib.sha256(f"{type(generator).__qualname__} {generator.config}".encode()).hexdigest()[:16]
+    return DTYPES[choose_once(f"steps-{what}", DTYPES, faster)]
+
+
+def _first_layers(generator: Generator) -> Generator:
+    """The generator with few of its layers, and without numbers, of which no copy is made."""
+    copies: dict[int, Any] = {id(each): each.detach().to("meta") for each in generator.buffers()}
+    for each in generator.parameters():
+        copies[id(each)] = nn.Parameter(each.detach().to("meta"), requires_grad=False)
+    part = deepcopy(generator, copies)
+    del part.blocks[FIRST_LAYERS:]
+    part.cache_shape = (len(part.blocks), *part.cache_shape[1:])
+    return part
+
+
+def _filled(generator: Generator) -> Generator:
+    """The generator, which holds no numbers, with random ones on the CPU."""
+    generator.to_empty(device="cpu")
+    for each in chain(generator.parameters(), generator.buffers()):
+        with torch.no_grad():
+            each.normal_(std=0.02) if each.is_floating_point() else each.zero_()
+    return generator.eval()

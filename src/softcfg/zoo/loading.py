@@ -135,10 +135,9 @@ def _load(
     settings: Any = load_config(config_class, {} if config is None else config, family.sections)
     module = _on_meta(module_class, settings)
     if dtype == "fastest":
-        from softcfg.nn.linear import fastest_dtype
         from softcfg.nn.precision import as_device
 
-        dtype = fastest_dtype(module, as_device(device or "cpu"))
+        dtype = _fastest_dtype(module, as_device(device or "cpu"))
     state, source = weights_for(module, family, checkpoint)
     mapped = None if isinstance(checkpoint, Mapping) else MappedFiles()
     return _fill(module, state, device=device, dtype=dtype, source=source, extras=family.extras, mapped=mapped)
@@ -318,12 +317,11 @@ def random_weights(
     """The module of `component` with random weights, for measuring speed without its file; in eval mode."""
     import torch
 
-    from softcfg.nn.linear import fastest_dtype
     from softcfg.nn.precision import as_dtype
 
     module_class, config_class = component.family.classes()
     config: Any = load_config(config_class, component.config, component.family.sections)
-    _on_meta(module_class, config)  # what is too large is refused before it takes memory
+    empty = _on_meta(module_class, config)  # what is too large is refused before it takes memory
     # A GPU makes a billion numbers in no time; elsewhere they are those of the CPU.
     maker = device if device is not None and torch.device(device).type == "cuda" else "cpu"
     with torch.random.fork_rng(), torch.device(maker):
@@ -333,8 +331,16 @@ def random_weights(
         except (RuntimeError, MemoryError) as error:
             family = component.family
             raise UserError(f"there is no memory for the {family.name} {family.kind} here") from error
-    number = fastest_dtype(module, torch.device(maker)) if dtype == "fastest" else as_dtype(dtype)
+    number = _fastest_dtype(empty, torch.device(maker)) if dtype == "fastest" else as_dtype(dtype)
     return module.to(device, number).requires_grad_(False).eval()
+
+
+def _fastest_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    from softcfg.decoding import throughput
+    from softcfg.models.base import Generator
+    from softcfg.nn import linear
+
+    return (throughput if isinstance(module, Generator) else linear).fastest_dtype(module, device)
 
 
 def _on_meta(module_class: type[nn.Module], config: Any) -> nn.Module:
