@@ -663,6 +663,9 @@ def test_a_cache_lies_as_what_reads_it_likes_it(monkeypatch: pytest.MonkeyPatch)
         assert lies_by_slot(generator)
         with without_cpu_kernels():
             assert not lies_by_slot(generator)
+    for name in ("math", "numba_decode"):
+        with use_backend(name):
+            assert lies_by_slot(generator) == (name == "numba_decode")
     assert not lies_by_slot(load("alitok", torch.bfloat16))
     monkeypatch.setattr(numba_decode, "is_faster", lambda: False)
     assert not lies_by_slot(generator)

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from softcfg.nn.backends.embedding_bag import EmbeddingBag
 from softcfg.nn.backends.math import Math
-from softcfg.nn.backends.registry import AttentionBackend, AttentionCall, BackendUnavailableError, register_backend
+from softcfg.nn.backends.registry import (
+    AttentionBackend,
+    AttentionCall,
+    BackendUnavailableError,
+    forced,
+    register_backend,
+)
 from softcfg.nn.choices import choose_once, on_threads, time_sides
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kernels import available
@@ -100,7 +106,9 @@ def tables_of(context: AttentionContext) -> list[Tensor | None]:
 
 def reads_cache(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the steps of a model read its cache by this kernel: then the cache had better lie by slot."""
-    return device.type == "cpu" and dtype is torch.float32 and available.may_use_cpu_kernels() and is_faster()
+    if device.type != "cpu" or dtype is not torch.float32 or not available.may_use_cpu_kernels():
+        return False
+    return forced() == NumbaDecode.name or (forced() is None and is_faster())
 
 
 def is_faster() -> bool:

@@ -154,16 +154,16 @@ def use_backend(name: str) -> Iterator[None]:
         yield
 
 
-def is_forced() -> bool:
-    """Whether this thread is inside `use_backend`."""
-    return _forced.get() is not None
+def forced() -> str | None:
+    """The backend of `use_backend`, if this thread is inside."""
+    return _forced.get()
 
 
 def attention(call: AttentionCall) -> Tensor:
     """The attention of a call, [rows, heads, n, head_dim], by the backend that is forced or else the best one."""
-    forced, device = _forced.get(), call.query.device
-    if forced is not None:
-        return _attend_forced(BACKENDS[forced], call)
+    name, device = forced(), call.query.device
+    if name is not None:
+        return _attend_forced(BACKENDS[name], call)
     for backend in reversed(BACKENDS.values()):
         if device in backend.unavailable or not backend.preferred(call) or backend.why_not(call) is not None:
             continue
