@@ -161,12 +161,15 @@ def test_attention_over_integers_is_its_definition(heads: int, key_heads: int, s
     keys, values = cache[:, 1:]
     scales = torch.rand(2, rows + 1, key_heads, slots + 5, 1) / 64
     scales[:, :, :, slots:] = torch.nan  # are not read
-    key_scales, value_scales = scales[:, 1:]
-    wide = [(keys * key_scales)[:, :, :slots], (values * value_scales)[:, :, :slots]]
+    wide = [(keys * scales[0, 1:])[:, :, :slots], (values * scales[1, 1:])[:, :, :slots]]
     for names in ("", "value_weights", ALL):
         given = tables(names, rows, slots)
         wanted = exact_attention(query, *wide, **given)
-        for contents in (cache[:, 1:], by_slot(cache)[:, 1:]):
+        for contents, (key_scales, value_scales) in (
+            (cache[:, 1:], scales[:, 1:]),
+            (by_slot(cache[:, 1:]), by_slot(scales[:, 1:])),
+            (by_slot(cache)[:, 1:], scales[:, 1:]),
+        ):
             found = cpu.attention(query, *contents, slots, **given, key_scales=key_scales, value_scales=value_scales)
             close(found, wanted, 4e-6)
 

@@ -100,7 +100,8 @@ class Int8KVCache(KVCache):
         super().__init__(*size, **settings)
         rows, heads, slots, _ = self.keys[0].shape
         # The scales are kept in a cache whose vectors have one entry.
-        self._scales = KVCache(len(self.keys), rows, heads, slots, 1, device=[keys.device for keys in self.keys])
+        devices, by_slot = [keys.device for keys in self.keys], settings.get("by_slot", False)
+        self._scales = KVCache(len(self.keys), rows, heads, slots, 1, device=devices, by_slot=by_slot)
 
     @property
     def nbytes(self) -> int:

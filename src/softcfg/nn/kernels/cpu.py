@@ -42,7 +42,7 @@ if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # functions would st
 # A division by zero gives an infinity or NaN, for a loop that could raise an error has no vector instructions.
 OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 GRAIN = 1 << 15  # numbers that are worth a thread, as in PyTorch
-MOST = 36  # parameters of a kernel
+MOST = 38  # parameters of a kernel
 PIECE = 1 << 12  # numbers of a row that are an item
 FIRST = 3  # index of the first one of its own
 _WORD, _FLOAT = ir.IntType(64), ir.FloatType()
@@ -330,8 +330,8 @@ def exp(x: np.float32) -> np.float32:
 (
     QUERY, KEYS, VALUES, OUT, KEY_HEADS, GROUP, SLOTS, DIM, QUERY_ROW, QUERY_HEAD, CACHE_ROW, CACHE_HEAD, CACHE_SLOT,
     VALUE_WEIGHTS, VALUE_WEIGHTS_ROW, KEY_WEIGHTS, KEY_WEIGHTS_ROW, LOGARITHMS, LOGARITHMS_ROW, VISIBLE, VISIBLE_ROW,
-    KEY_SCALES, VALUE_SCALES, SCALES_HEAD,
-) = range(FIRST, FIRST + 24)  # fmt: skip
+    KEY_SCALES, VALUE_SCALES, SCALES_HEAD, SCALES_SLOT,
+) = range(FIRST, FIRST + 25)  # fmt: skip
 _NOTHING, _NAN = np.float32(-np.inf), np.float32(np.nan)
 _LARGEST_BYTE = np.float32(127)
 
@@ -577,6 +577,17 @@ def _multiply(x: Any, address: int, width: int) -> None:
 
 
 @compiled()
+def _multiply_by_scales(x: Any, address: int, width: int, step: int) -> None:
+    """Multiply a vector by numbers so many places apart."""
+    if step == 1:
+        _multiply(x, address, width)
+    else:
+        scales = floats(address)
+        for slot in range(width):
+            x[slot] *= scales[slot * step]
+
+
+@compiled()
 def _prepare(p: Any, scores: Any, row: int, slots: int, scale: np.float32) -> bool:
     """Scale the scores, and apply to them what acts before the softmax; whether the query sees any slot."""
     for slot in range(slots):
@@ -654,7 +665,7 @@ def _attention(address: int) -> None:
         row, of_scales = item // key_heads, 4 * item * p[SCALES_HEAD]
         mine = scores[query]
         if rounded:
-            _multiply(mine, p[KEY_SCALES] + of_scales, slots)
+            _multiply_by_scales(mine, p[KEY_SCALES] + of_scales, slots, p[SCALES_SLOT])
         if plain or _prepare(p, mine, row, slots, scale):
             totals[query] = _softmax(mine, slots, scale if plain else _ONE)
         else:  # it sees nothing, and gives zeros
@@ -664,7 +675,7 @@ def _attention(address: int) -> None:
         if p[VALUE_WEIGHTS]:
             _multiply(mine, p[VALUE_WEIGHTS] + 4 * row * p[VALUE_WEIGHTS_ROW], slots)
         if rounded:
-            _multiply(mine, p[VALUE_SCALES] + of_scales, slots)
+            _multiply_by_scales(mine, p[VALUE_SCALES] + of_scales, slots, p[SCALES_SLOT])
         vector = carray(floats(out + 4 * query * dim), (dim,))
         for channel in range(dim):
             vector[channel] = _ZERO
@@ -706,8 +717,8 @@ def attention(
             by side; None for ones.
         log_attention: is added to the scores, shaped likewise; None for zeros.
         visible: bool, shaped likewise, which slots a query sees; None: all. One that sees none gives zeros.
-        key_scales, value_scales: of keys and values in int8, [rows, key_heads, S or more, 1], slots of a head and heads
-            in a row; None for float32.
+        key_scales, value_scales: of keys and values in int8, [rows, key_heads, S or more, 1] of the same strides, those
+            of all heads of all rows in equal steps; None for float32.
 
     Returns:
         [rows, heads, 1, head_dim], contiguous.
@@ -726,14 +737,14 @@ def attention(
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), key_heads, heads // key_heads, slots, dim,
         query_row, query_head, cache_row, cache_head, cache_slot,
         *_shared_rows(value_weights), *_shared_rows(key_weights), *_shared_rows(log_attention), *_shared_rows(visible),
-        _address(key_scales), _address(value_scales), _of_head(key_scales),
+        _address(key_scales), _address(value_scales), *_steps_of(key_scales),
     )  # fmt: skip
     return out
 
 
-def _of_head(scales: Tensor | None) -> int:
-    """The step from head to head of the scales of an int8 cache; 0 for None."""
-    return 0 if scales is None else scales.stride(1)
+def _steps_of(scales: Tensor | None) -> tuple[int, int]:
+    """The steps from head to head and from slot to slot of the scales of an int8 cache; zeros for None."""
+    return (0, 0) if scales is None else (scales.stride(1), scales.stride(2))
 
 
 (
@@ -827,8 +838,8 @@ def add_norm(
     NEW_QUERY, NEW_QUERY_ROW, NEW_KEY, NEW_KEY_ROW, NEW_VALUE, NEW_VALUE_ROW, NEW_HEADS, NEW_KEY_HEADS, NEW_DIM,
     TURNED_QUERY, TURNED_KEY, COS, SIN, ROTARY_ROW, HALVES, SLOT, TO_KEYS, TO_VALUES, TO_ROW, TO_HEAD, TO_SLOT,
     NORM, QUERY_EPS, QUERY_SHARE, QUERY_WEIGHT, QUERY_BIAS, KEY_EPS, KEY_SHARE, KEY_WEIGHT, KEY_BIAS,
-    TO_KEY_SCALES, TO_VALUE_SCALES, TO_SCALES_HEAD,
-) = range(FIRST, FIRST + 33)  # fmt: skip
+    TO_KEY_SCALES, TO_VALUE_SCALES, TO_SCALES_HEAD, TO_SCALES_SLOT,
+) = range(FIRST, FIRST + 34)  # fmt: skip
 
 
 @compiled()
@@ -897,7 +908,7 @@ def _rotate_and_cache(address: int) -> None:
                 cached = row * p[TO_ROW] + which * p[TO_HEAD] + p[SLOT] * p[TO_SLOT]
                 value = carray(floats(p[NEW_VALUE] + 4 * (row * p[NEW_VALUE_ROW] + which * dim)), (dim,))
                 if p[TO_KEY_SCALES]:
-                    of_slot = 4 * ((row * key_heads + which) * p[TO_SCALES_HEAD] + p[SLOT])
+                    of_slot = 4 * ((row * key_heads + which) * p[TO_SCALES_HEAD] + p[SLOT] * p[TO_SCALES_SLOT])
                     _store_rounded(out, p[TO_KEYS] + cached, p[TO_KEY_SCALES] + of_slot, dim)
                     _store_rounded(value, p[TO_VALUES] + cached, p[TO_VALUE_SCALES] + of_slot, dim)
                 else:
@@ -943,7 +954,7 @@ def rotate_and_cache(
         query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
         heads, key_heads, dim, turned_query.data_ptr(), turned_key.data_ptr(), _address(cos), *_shared_rows(sin),
         int(not neighbours), slot, keys.data_ptr(), values.data_ptr(), to_row, to_head, to_slot, norm, *norms,
-        _address(key_scales), _address(value_scales), _of_head(key_scales),
+        _address(key_scales), _address(value_scales), *_steps_of(key_scales),
     )  # fmt: skip
     return turned_query, turned_key
 
