@@ -79,7 +79,8 @@ class Plan:
     Attributes:
         samples: images per point.
         seeds: seeds per point, from 0.
-        temperatures: the first is that of all points, at the others the first ones are drawn once.
+        temperatures: the first is that of all points; at the others the first ones are drawn once, and those of CFG and
+            SoftCFG at the most telling scale, for seen prompts, with all seeds.
     """
 
     samples: int = 5000
@@ -104,7 +105,10 @@ class Plan:
             *(point for seed in range(1, self.seeds) for point in self.of([*first, *best], seed)),
         ]
         for temperature in self.temperatures[1:]:
-            points += [replace(point, temperature=temperature) for point in self.of(first, 0)]
+            others = self.of(first, 0)
+            for seed in range(1, self.seeds):
+                others += self.of([at(name, FIRST_SCALES[0]) for name in ("CFG", "SoftCFG")], seed, ["seen"])
+            points += [replace(point, temperature=temperature) for point in others]
         points += [point for seed in range(self.seeds) for point in self.of(every, seed)]
         return list(dict.fromkeys(points))
 

@@ -207,9 +207,10 @@ def of_temperatures(evidence: Evidence) -> str:
     for temperature in evidence.plan.temperatures[1:]:
         other = Evidence(evidence.rows, Plan(evidence.plan.samples, evidence.plan.seeds, (temperature,)))
         for guidance in every(other, list(KINDS)):
-            line = [f"{temperature:g}", title(guidance), *(other.text(guidance, "seen", m) for m in DISTANCES)]
+            line = [f"{temperature:g}", title(guidance), str(len(other.values(guidance, "seen", "fid")))]
+            line += [other.text(guidance, "seen", metric) for metric in (*DISTANCES, "name")]
             lines.append([*line, *(other.text(guidance, kind, "all") for kind in SHOWN)])
-    head = ["temperature", "method, scale", *(METRICS[m][0] for m in DISTANCES)]
+    head = ["temperature", "method, scale", "seeds", *(METRICS[m][0] for m in DISTANCES), "seen: name right, %"]
     head += [f"{words}: all right, %" for words, _ in SHOWN.values()]
     return markdown_table(head, lines) if lines else ""
 

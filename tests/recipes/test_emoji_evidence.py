@@ -152,6 +152,10 @@ def test_other_temperatures_are_drawn_at_the_first_settings() -> None:
     other = [point for point in points if point.temperature == 1.0 and not point.measure.startswith(("real", "tokens"))]
     assert [replace(point, temperature=0.7) for point in other] == points[:33]
     assert len({key(point.settings()) for point in points}) == len(points)
+    more = {
+        (p.guidance, p.seed, p.measure) for p in Plan(20, 3, (0.7, 1.0)).points({}) if p.temperature == 1.0 and p.seed
+    }
+    assert more == {(at(name, 2.0), seed, "seen") for name in ("CFG", "SoftCFG") for seed in (1, 2)}
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (2, 2), (1000, 17)])
