@@ -104,10 +104,10 @@ class Plan:
             *self.of(every, 0, ["seen"]),
             *(point for seed in range(1, self.seeds) for point in self.of([*first, *best], seed)),
         ]
+        others = self.of(first, 0)
+        for seed in range(1, self.seeds):
+            others += self.of([at(name, FIRST_SCALES[0]) for name in ("CFG", "SoftCFG")], seed, ["seen"])
         for temperature in self.temperatures[1:]:
-            others = self.of(first, 0)
-            for seed in range(1, self.seeds):
-                others += self.of([at(name, FIRST_SCALES[0]) for name in ("CFG", "SoftCFG")], seed, ["seen"])
             points += [replace(point, temperature=temperature) for point in others]
         points += [point for seed in range(self.seeds) for point in self.of(every, seed)]
         return list(dict.fromkeys(points))

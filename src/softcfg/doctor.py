@@ -26,7 +26,7 @@ from softcfg.guidance import SoftCFG
 from softcfg.inspection import trace
 from softcfg.models.base import Generator
 from softcfg.nn import AttentionContext, KVCache, Position, products, use_backend
-from softcfg.nn.backends import BACKENDS, AttentionCall, attention
+from softcfg.nn.backends import BACKENDS, AttentionCall, attention, numba_decode
 from softcfg.nn.choices import processor
 from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import CACHES
@@ -295,7 +295,8 @@ def _call(
     rows = PRODUCT_ROWS[-1] if device.type == "cpu" else 3  # small steps have an attention of their own on a CPU
     key_heads, slots, filled = 2, 300, 290
     cache_type = KVCache if stored is None else CACHES[stored]
-    cache = cache_type(1, rows, key_heads, slots, head_dim, dtype=dtype, device=device)
+    by_slot = numba_decode.reads_cache(dtype, device)
+    cache = cache_type(1, rows, key_heads, slots, head_dim, dtype=dtype, device=device, by_slot=by_slot)
     key, value = random(rows, key_heads, slots, head_dim), random(rows, key_heads, slots, head_dim)
     cache.write(0, key, value, Position.start())
     last = torch.full((rows,), filled - 1, device=device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,17 +22,16 @@ from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import Condition, Generator
 from softcfg.nn import linear
-from softcfg.nn.choices import choose_once, time_sides
+from softcfg.nn.choices import time_sides
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.nn.position import Position
+from softcfg.nn.products import DTYPES, choose_dtype
 
 # A step's cost grows with the filled part of the cache; the mean over these positions stands for the whole sequence.
 POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LOGITS_OF_AN_IMAGE = 8  # times the float32 logits: guided, filtered, softmax, and the float64 sums
 MOST_IMAGES = 4096  # at once; more are no faster
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CLEARLY = 1.1  # times as fast is what bfloat16 has to be
 FIRST_LAYERS, LARGEST_PART = 2, 1 << 27  # of a model that is measured, and weights of these and what stands around them
 
 
@@ -230,7 +228,7 @@ def fastest_dtype(generator: Generator, device: torch.device) -> torch.dtype:
     if sum(each.numel() for each in part.parameters()) > LARGEST_PART:
         return found  # so large that its products are all that counts
 
-    def faster() -> str:
+    def measure() -> dict[str, float]:
         steps = {}
         guidance, middle = SoftCFG(guidance_scale=2.0), max(1, part.num_tokens // 2)
         with contextlib.ExitStack() as prepared, torch.random.fork_rng(devices=[]):
@@ -238,15 +236,13 @@ def fastest_dtype(generator: Generator, device: torch.device) -> torch.dtype:
                 model = _filled(deepcopy(part).to(dtype))
                 prepared.enter_context(prepared_linear_layers(model, linear.GUIDED_ROWS))
                 steps[name] = decoding_step(model, inputs, guidance, middle)
-            seconds = time_sides(steps)
-        return "bfloat16" if seconds["bfloat16"] * CLEARLY < seconds["float32"] else "float32"
+            return time_sides(steps)
 
-    what = hashlib.sha256(f"{type(generator).__qualname__} {generator.config}".encode()).hexdigest()[:16]
-    return DTYPES[choose_once(f"steps-{what}", DTYPES, faster)]
+    return choose_dtype("steps", f"{type(generator).__qualname__} {generator.config}", measure)
 
 
 def _first_layers(generator: Generator) -> Generator:
-    """The generator with few of its layers, and without numbers, of which no copy is made."""
+    """The generator with few of its layers, and without numbers: none are copied."""
     copies: dict[int, Any] = {id(each): each.detach().to("meta") for each in generator.buffers()}
     for each in generator.parameters():
         copies[id(each)] = nn.Parameter(each.detach().to("meta"), requires_grad=False)

@@ -457,7 +457,8 @@ def _fits(
     if type(cache).write not in (KVCache.write, Int8KVCache.write) or cache.dtype != query.dtype:
         return False
     if available.on_gpu(query):
-        served = row_slots is not None and (rotary is None or rotary.cos.dim() == 3)
+        by_head = cache.keys[layer].stride(2) == dim
+        served = by_head and row_slots is not None and (rotary is None or rotary.cos.dim() == 3)
     else:
         served = slot is not None and slot < cache.slots
     if not served or (rotary is not None and not _is_table(rotary, dim)):
@@ -467,8 +468,7 @@ def _fits(
     side_by_side = all((each.stride(1), each.stride(3)) == (dim, 1) for each in (query, key, value))
     keys, values = cache.keys[layer], cache.values[layer]
     fit = key.shape == value.shape and key.shape[::3] == query.shape[::3] and keys.shape[:2] == key.shape[:2]
-    by_head = keys.stride(2) == dim or not available.on_gpu(query)
-    return fit and side_by_side and keys.stride() == values.stride() and keys.stride(3) == 1 and by_head
+    return fit and side_by_side and keys.stride() == values.stride() and keys.stride(3) == 1
 
 
 def _is_table(rotary: Rotary, dim: int) -> bool:

@@ -29,6 +29,7 @@ from softcfg.nn.precision import dtype_name
 from softcfg.nn.settings import holding
 
 PRODUCT_VARIABLE = "SOFTCFG_PRODUCT"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GAIN = 1.1  # by which a product that keeps weights twice must be faster than the plain one, and bfloat16 than float32
 # Seconds that replay saves with each linear layer and what stands around it: 0.05 to 0.07 ms in `fashion-small` with
 # one image, 0.2 in AliTok-B with four.
@@ -393,22 +394,35 @@ def faster_dtype(shapes: Mapping[tuple[int, int], int], rows: int) -> torch.dtyp
         shapes: how many weights [out, in] there are of each shape.
         rows: of the inputs.
     """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    text = f"{rows} {sorted(shapes.items())}"
-    key = f"dtype-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-    def faster() -> str:
-        seconds = dict.fromkeys(dtypes, 0.0)
+    def measure() -> dict[str, float]:
+        seconds = dict.fromkeys(DTYPES, 0.0)
         for (out, width), count in shapes.items():
-            for name, dtype in dtypes.items():
+            for name, dtype in DTYPES.items():
                 whole = torch.empty(out, width, dtype=dtype, device="meta")
                 some = torch.ones(_outputs(whole), width, dtype=dtype)
                 weights = [some] + [some.clone() for _ in range(1, min(count, _layers(whole)))]
                 times = _seconds(_able(some), weights, None, rows).values()
                 seconds[name] += count * min(times) / len(weights) * out / len(some)
+        return seconds
+
+    return choose_dtype("dtype", f"{rows} {sorted(shapes.items())}", measure)
+
+
+def choose_dtype(kind: str, what: str, measure: Callable[[], Mapping[str, float]]) -> torch.dtype:
+    """float32, or bfloat16 if it is clearly faster; found once per machine.
+
+    Args:
+        kind, what: of what is measured, see `choose_once`.
+        measure: the seconds that it takes in each of `DTYPES`.
+    """
+
+    def faster() -> str:
+        seconds = measure()
         return "bfloat16" if seconds["bfloat16"] * GAIN < seconds["float32"] else "float32"
 
-    return dtypes[choose_once(key, dtypes, faster)]
+    key = f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    return DTYPES[choose_once(key, DTYPES, faster)]
 
 
 def _layers(weight: Tensor) -> int:

@@ -463,12 +463,12 @@ def _weighted_sum(vectors: int, size: int) -> Any:
     return add
 
 
-def _ask_for(builder: Any, address: Any, locality: int) -> None:
-    """Ask for the line at an address, which need not be there: 3 into the nearest cache, 2 into the second."""
+def _ask_for(builder: Any, address: Any) -> None:
+    """Ask for the line at an address, which need not be there, into the second level of caches."""
     pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
     fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-    builder.call(fetch, [builder.inttoptr(address, pointer), number(0), number(locality), number(1)])
+    builder.call(fetch, [builder.inttoptr(address, pointer), number(0), number(2), number(1)])
 
 
 def _larger(builder: Any, one: Any, other: Any) -> Any:
@@ -1338,7 +1338,7 @@ def _panel_product(rows: int) -> Any:
             results = list(sums)
             for turn in range(UNROLLED):
                 place = builder.add(index, _WORD(turn))
-                _ask_for(builder, builder.add(ahead, builder.mul(place, pace)), 2)
+                _ask_for(builder, builder.add(ahead, builder.mul(place, pace)))
                 panel = load(moved(weights, place, 4 * PANEL))
                 for row in range(rows):
                     address = moved(moved(x, x_row, row), place, 4)
