@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,16 @@ class Pipeline:
                 self.weak.to(*where, device=device, dtype=dtype)
         return self
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context for many calls: what one has prepared serves the next one with as many images at once.
+
+        That is the layout of the weights and, on a CPU, the key/value cache. The weights must not change inside, and
+        what is meant to change them says so (`UserError`).
+        """
+        with weights_in_use(*self._generators):
+            yield
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a model folder, which `from_pretrained` and all commands read; return its path.
 
@@ -502,7 +513,7 @@ class Pipeline:
         batches: list[list[Tensor]] = []
         passes = 0
         bar = calls.progress_bar(-(-count // batch_size) * total, self._bar, shown)
-        with weights_in_use(*self._generators), bar:
+        with self.in_use(), bar:
 
             def step(done: int) -> None:
                 before = len(batches) * total

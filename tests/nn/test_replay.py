@@ -27,7 +27,7 @@ from softcfg.models.llamagen import LlamaGenBlock
 from softcfg.nn import Position, choices, fused, replay, use_backend
 from softcfg.nn.backends import BACKENDS, numba_decode
 from softcfg.nn.kernels.available import without_cpu_kernels
-from softcfg.nn.linear import PROGRAMS, Linear, prepared_linear_layers
+from softcfg.nn.linear import PREPARED, Linear, prepared_linear_layers
 from softcfg.nn.norm import RMSNorm
 from softcfg.nn.products import use_product
 
@@ -457,7 +457,7 @@ def test_programs_are_kept_inside_the_context_alone() -> None:
     generator, seen = load("llamagen"), []
 
     def on_step(done: int) -> None:
-        seen.append(len(vars(generator)[PROGRAMS]))
+        seen.append(len(vars(generator)[PREPARED].programs))
         if ends and done == 3:
             raise Ended
 
@@ -467,7 +467,7 @@ def test_programs_are_kept_inside_the_context_alone() -> None:
                 drawn(generator, on_step=on_step)
         else:
             drawn(generator, on_step=on_step)
-        assert not hasattr(generator, PROGRAMS)
+        assert not hasattr(generator, PREPARED)
         assert seen == [0] + [1] * (2 if ends else tokens_of(generator) - 1)
         seen.clear()
     assert all(layer.product is layer.laid_out is None for layer in generator.modules() if isinstance(layer, Linear))
@@ -477,11 +477,11 @@ def test_programs_are_kept_inside_the_context_alone() -> None:
 def test_the_outer_one_of_two_contexts_keeps_the_programs(product: str) -> None:
     generator = load("llamagen")
     with use_product(product), prepared_linear_layers(generator, 4):
-        programs = vars(generator)[PROGRAMS]
+        programs = vars(generator)[PREPARED].programs
         with prepared_linear_layers(generator, 4):
-            assert vars(generator)[PROGRAMS] is programs
-        assert vars(generator)[PROGRAMS] is programs
-    assert not hasattr(generator, PROGRAMS)
+            assert vars(generator)[PREPARED].programs is programs
+        assert vars(generator)[PREPARED].programs is programs
+    assert not hasattr(generator, PREPARED)
 
 
 def test_without_the_context_nothing_is_recorded(replays: list[Tensor]) -> None:
@@ -498,9 +498,12 @@ def test_a_program_lives_as_long_as_its_cache(replays: list[Tensor]) -> None:
             assert torch.equal(
                 drawn(generator, seed=seed), without_replay(lambda seed=seed: drawn(generator, seed=seed))
             )
-            gc.collect()
-            assert not len(vars(generator)[PROGRAMS])
-    assert len(replays) == 2 * (tokens_of(generator) - 2)
+        kept = vars(generator)[PREPARED]
+        assert len(kept.programs) == 1  # the second batch has taken the cache of the first
+        assert len(replays) == 2 * (tokens_of(generator) - 1) - 1
+        kept.caches.clear()
+        gc.collect()
+        assert not len(kept.programs)
 
 
 def test_a_program_keeps_the_weights_that_it_reads() -> None:
@@ -509,7 +512,7 @@ def test_a_program_keeps_the_weights_that_it_reads() -> None:
 
     def on_step(done: int) -> None:
         if done == 2:
-            ((_, program),) = vars(generator)[PROGRAMS].items()
+            ((_, program),) = vars(generator)[PREPARED].programs.items()
             laid_out = [layer.laid_out for layer in generator.modules() if isinstance(layer, Linear)]
             assert {id(each) for each in laid_out} <= {id(each) for each in program._kept}
             memory.extend(weakref.ref(each) for each in program._kept if each is not None)
@@ -617,14 +620,14 @@ def test_two_threads_decode_with_one_generator_what_each_does_alone(outer: bool,
     if outer:
         with use_product("panels"), prepared_linear_layers(generator, 2 * IMAGES):
             run_both()
-        assert len(replays) == alone
+        assert alone <= len(replays) <= alone + 6  # a batch that takes the cache of another has its program, too
     else:
         run_both()
     assert not errors
     assert replays
     for one, other in zip(found, wanted, strict=True):
         assert all(map(torch.equal, one, other))
-    assert not hasattr(generator, PROGRAMS)
+    assert not hasattr(generator, PREPARED)
 
 
 def test_an_error_while_recording_leaves_nothing_behind(replays: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

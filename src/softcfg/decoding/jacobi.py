@@ -97,6 +97,7 @@ def jacobi_decode(
             if on_tokens is not None:
                 on_tokens(decoder.tokens[:, :done])
     decoder.check()
+    decoder.leave_caches()
     return decoder.tokens, passes
 
 
@@ -147,6 +148,11 @@ class JacobiDecoder(GuidedBatch):
         self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, **kind)
         # What the guidance's rule keeps over the steps, before the window and after each of its positions.
         self._rule_states: Tensor | None = None
+
+    def leave_caches(self) -> None:
+        """See `Decoder.leave_caches`."""
+        for part in self._parts:
+            part.generator.leave_cache(part.condition, part.cache)
 
     def advance(self, uniforms: Tensor) -> None:
         """Settle at least one more token of every row that is not done.
@@ -266,7 +272,7 @@ class _Part:
     def __init__(self, generator: Generator, condition: Condition, perturbed: bool = False) -> None:
         self.generator = generator
         self.condition = condition
-        self.cache = generator.new_cache(condition)
+        self.cache = generator.take_cache(condition)
         self.perturbed = perturbed
 
 

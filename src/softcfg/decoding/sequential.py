@@ -35,7 +35,7 @@ from softcfg.models.base import Condition, Generator
 from softcfg.nn import fused
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.launches import linked_launches
-from softcfg.nn.linear import PROGRAMS, prepared_linear_layers
+from softcfg.nn.linear import PREPARED, prepared_linear_layers
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
 from softcfg.nn.replay import Fed, surroundings
@@ -115,6 +115,7 @@ def decode(
                 on_tokens(tokens[:, :done])
     if device.type != "cpu":
         decoder.check()
+    decoder.leave_caches()
     return tokens
 
 
@@ -182,15 +183,14 @@ class Decoder(GuidedBatch):
         self._code_ids = code_ids
         if code_ids is not None:  # of the tokens that are drawn, filled in by `record`
             self._codes = torch.zeros(self.batch, condition.num_tokens, dtype=torch.bool, device=generator.device)
-        self.cache = generator.new_cache(condition) if cache is None else cache
         self.rule_state: Tensor | None = None
         perturbs_rows = self._away and guidance.has_unconditional_branch
-        self._passes = [_Pass(generator, condition, self.cache, self.batch if perturbs_rows else 0)]
+        self._passes = [_Pass(generator, condition, self.batch if perturbs_rows else 0, cache)]
+        self.cache = self._passes[0].cache
         if weak is not None:
-            self._passes.append(_Pass(*weak, weak.generator.new_cache(weak.condition), self.batch if self._away else 0))
+            self._passes.append(_Pass(*weak, self.batch if self._away else 0))
         if guidance.has_third_branch:
-            third = condition[: self.batch]
-            self._passes.append(_Pass(generator, third, generator.new_cache(third), self.batch))
+            self._passes.append(_Pass(generator, condition[: self.batch], self.batch))
         branch = guidance.weak_branch
         self._sources = None  # of all steps, where they do not depend on what is drawn
         if guidance.perturbs and code_ids is None:
@@ -234,6 +234,11 @@ class Decoder(GuidedBatch):
                 rows = next(each.condition.rows for each in self._passes if each.generator is generator)
                 prepared.enter_context(prepared_linear_layers(generator, rows))
             return prepared.pop_all()
+
+    def leave_caches(self) -> None:
+        """Leave the caches to the batch that comes, after which this one must not go on."""
+        for each in self._passes:
+            each.generator.leave_cache(each.condition, each.cache)
 
     def step(self, number: int) -> Step:
         """The step that draws token `number`."""
@@ -295,7 +300,7 @@ class Decoder(GuidedBatch):
 
     def _around(self, step: Step, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
         """What is launched with the kernels of a step, if these are all that it is; None where there is more."""
-        if not step.number or not self._steps_at_once or PROGRAMS not in vars(self.generator):
+        if not step.number or not self._steps_at_once or PREPARED not in vars(self.generator):
             return None
         known = self._at_once
         if known is None or known.tokens is not tokens or known.uniforms is not uniforms:
@@ -419,12 +424,15 @@ class _Pass:
 
     Args:
         perturbed: how many of the rows, the last ones, are perturbed.
+        cache: keys and values of the rows; None for one that holds nothing.
     """
 
-    def __init__(self, generator: Generator, condition: Condition, cache: KVCache, perturbed: int = 0) -> None:
+    def __init__(
+        self, generator: Generator, condition: Condition, perturbed: int = 0, cache: KVCache | None = None
+    ) -> None:
         self.generator = generator
         self.condition = condition
-        self.cache = cache
+        self.cache = generator.take_cache(condition) if cache is None else cache
         self.perturbed = perturbed
         slots = condition.slots + condition.num_tokens
         kind: dict[str, Any] = {"dtype": torch.float32, "device": generator.device}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from softcfg.models.ids import IdsLike, as_ids
 from softcfg.nn.backends import numba_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
-from softcfg.nn.linear import PROGRAMS, Preparable
+from softcfg.nn.linear import PREPARED, Preparable, Prepared
+from softcfg.nn.memory import free_memory
 from softcfg.nn.position import Position
 from softcfg.nn.replay import replayed
 from softcfg.nn.rotary import Rotary
+
+LEFT_SHARE = 0.25  # of the free memory: what a batch may leave to the next one, beside which pixels are decoded
 
 
 class Condition(ABC):
@@ -192,8 +196,8 @@ class Generator(Preparable, ABC):
             x = self.run_blocks(x, condition, context)
             return self.logits(x[:, position.first_predicting(condition.slots) :])
 
-        programs = vars(self).get(PROGRAMS) if self.steps_replay else None
-        logits = None if programs is None else replayed(self, programs, x, context, run, prepared)
+        known = self._prepared if self.steps_replay else None
+        logits = None if known is None else replayed(self, known.programs, x, context, run, prepared)
         return (run(x) if logits is None else logits).to(tokens.device)
 
     def embed_condition(self, condition: Condition) -> Tensor:
@@ -251,10 +255,49 @@ class Generator(Preparable, ABC):
 
     def new_cache(self, condition: Condition) -> KVCache:
         """A key/value cache for the rows of `condition`, on the device of the weights and for their dtype."""
-        by_slot = numba_decode.reads_cache(self.dtype, self.device)
         return self._cache_type()(
-            *self._cache_size(condition), dtype=self.dtype, device=self.layer_devices or self.device, by_slot=by_slot
+            *self._cache_size(condition),
+            dtype=self.dtype,
+            device=self.layer_devices or self.device,
+            by_slot=self._lies_by_slot(),
         )
+
+    def take_cache(self, condition: Condition) -> KVCache:
+        """The same, for a batch: the cache that one before it has left, emptied, or a new one."""
+        known = self._prepared
+        if known is None or not known.caches:
+            return self.new_cache(condition)
+        try:
+            cache: KVCache = known.caches[self._cache_kind(condition)].pop()
+        except IndexError:
+            known.caches.clear()  # of batches of another size: none comes any more
+            return self.new_cache(condition)
+        cache.clear()
+        return cache
+
+    def leave_cache(self, condition: Condition, cache: KVCache) -> None:
+        """Leave the cache of a batch that is done to the next one, if there may be one (see `weights_in_use`).
+
+        On a CPU new memory is slow when it is first written; a GPU's is PyTorch's own, which keeps it anyway.
+        """
+        known = self._prepared
+        if known is None or self.device.type != "cpu" or type(cache) is not self._cache_type():
+            return
+        free = free_memory(self.device)
+        if free is not None and cache.nbytes <= LEFT_SHARE * free:
+            known.caches[self._cache_kind(condition)].append(cache)
+
+    @property
+    def _prepared(self) -> Prepared | None:
+        """What is kept while batches are drawn."""
+        return vars(self).get(PREPARED)
+
+    def _lies_by_slot(self) -> bool:
+        return numba_decode.reads_cache(self.dtype, self.device)
+
+    def _cache_kind(self, condition: Condition) -> Hashable:
+        """What a cache has to serve."""
+        return self._cache_type(), self._cache_size(condition), self.dtype, self._lies_by_slot()
 
     def cache_bytes(self, condition: Condition) -> int:
         """The memory that `new_cache` takes."""

@@ -65,6 +65,11 @@ class KVCache:
         """Its memory in bytes."""
         return sum(contents.nbytes for contents in (*self.keys, *self.values))
 
+    def clear(self) -> None:
+        """Make all contents zero, as they are at first."""
+        for contents in (*self.keys, *self.values):
+            contents.zero_()
+
     def up_to(self, slots: int) -> KVCache:
         """The first `slots` slots as a cache that shares the memory of this one."""
         part = copy(self)
@@ -107,6 +112,11 @@ class Int8KVCache(KVCache):
     def nbytes(self) -> int:
         """See `KVCache.nbytes`."""
         return super().nbytes + self._scales.nbytes
+
+    def clear(self) -> None:
+        """See `KVCache.clear`."""
+        super().clear()
+        self._scales.clear()
 
     def up_to(self, slots: int) -> Int8KVCache:
         """See `KVCache.up_to`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
@@ -23,7 +23,7 @@ from softcfg.nn.precision import KeepsTables, has_bfloat16
 from softcfg.nn.products import Product, choose, faster_dtype, keeps_bits
 
 GUIDED_ROWS = 16
-PROGRAMS = "step_programs"  # attribute of a prepared module: what `nn.replay` keeps of its steps
+PREPARED = "prepared"  # attribute of a module whose layers are laid out: a `Prepared`
 OF_PREPARED = ("product", "laid_out", "keeps_bits", "_multiply")  # attributes of a prepared layer
 _preparing = threading.RLock()
 
@@ -37,6 +37,21 @@ class _Use:
 
 _uses: WeakSet[_Use] = WeakSet()
 _preparations: WeakSet[_Use] = WeakSet()  # those for which the layers are laid out
+
+
+class Prepared:
+    """What a module has while its layers are laid out: from the first to the last batch of `weights_in_use`.
+
+    Attributes:
+        rows: of the inputs that they are laid out for.
+        programs: what `nn.replay` keeps of the module's steps.
+        caches: key/value caches that a batch has left for the next one, by what they serve.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.programs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self.caches: defaultdict[Hashable, list[Any]] = defaultdict(list)
 
 
 def _parts(uses: Iterable[_Use]) -> dict[int, nn.Module]:
@@ -64,7 +79,10 @@ def weights_at_rest(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_in_use(*modules: nn.Module) -> Iterator[None]:
-    """Inside, the weights of modules must not change, and `weights_at_rest` refuses it."""
+    """Inside, the weights of modules must not change, and `weights_at_rest` refuses it.
+
+    What a batch prepares (`prepared_linear_layers`) serves the next one with as many rows.
+    """
     with _preparing:
         use = _Use(*modules)
         _uses.add(use)
@@ -73,6 +91,8 @@ def weights_in_use(*modules: nn.Module) -> Iterator[None]:
     finally:
         with _preparing:
             _uses.discard(use)
+            for module in modules:
+                _give_back(module)
 
 
 class Preparable(KeepsTables):
@@ -87,7 +107,7 @@ class Preparable(KeepsTables):
             super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != PROGRAMS}
+        return {name: value for name, value in vars(self).items() if name != PREPARED}
 
 
 class Linear(nn.Linear):
@@ -209,10 +229,12 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
     they stay: one product then serves all of them.
 
     Layers for which the memory is not enough stay as they are, with a warning. Inside another such context, also of
-    another thread, all layers stay as that one has prepared them, until nobody uses them any more.
+    another thread, all layers stay as that one has prepared them, until nobody uses them any more. Inside
+    `weights_in_use` they stay so until its end, or until a batch of other rows comes.
     """
     with _preparing, torch.inference_mode(False), torch.no_grad():
-        _give_back(module)  # what an end that was interrupted has left
+        known = vars(module).get(PREPARED)
+        _give_back(module, between_batches=known is not None and known.rows != rows)
         use = _Use(module)
         layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
         # The compiler of graphs (`nn.Module.compile`) would compile the launches of kernels, too.
@@ -225,12 +247,12 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
                         _lay_side_by_side([getattr(part, name) for name in names])
         except BaseException as error:
             if not is_out_of_memory(error):
-                _give_back(module)
+                _give_back(module, between_batches=True)
                 raise
             warnings.warn(
                 "there is no memory to lay out the weights, so their products are slower", RuntimeWarning, stacklevel=3
             )
-        vars(module).setdefault(PROGRAMS, WeakKeyDictionary())
+        vars(module).setdefault(PREPARED, Prepared(rows))
         _preparations.add(use)
     try:
         with available.without_cpu_kernels() if compiled else nullcontext():
@@ -241,12 +263,16 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
             _give_back(module)
 
 
-def _give_back(module: nn.Module) -> None:
-    """Restore those layers of a module, and forget its steps, that nobody uses any more."""
+def _give_back(module: nn.Module, *, between_batches: bool = False) -> None:
+    """Restore those layers of a module, and forget its steps and caches, that nobody uses any more.
+
+    Args:
+        between_batches: also what is only kept for a further batch.
+    """
     with _preparing, torch.inference_mode(False), torch.no_grad():
-        used = _parts(_preparations)
+        used = _parts(_preparations if between_batches else (*_preparations, *_uses))
         if id(module) not in used:
-            vars(module).pop(PROGRAMS, None)
+            vars(module).pop(PREPARED, None)
         idle = [layer for layer in module.modules() if isinstance(layer, Linear) and id(layer) not in used]
         problem: BaseException | None = None
         for layer in (*idle, *idle):  # Ctrl-C ends one of them, which is restored in the second turn

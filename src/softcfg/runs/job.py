@@ -236,19 +236,20 @@ def draw_run(
             if on_finish is not None:
                 on_finish(DrawnRun(run, drawers[0], images, seconds))
 
-        return _make_run(
-            folder,
-            lambda: request.settings(pipeline),
-            maker,
-            processes,
-            overwrite=overwrite,
-            advice=advice,
-            lock=lock,
-            on_start=on_start,
-            on_shard=on_shard,
-            on_progress=on_progress,
-            on_finish=finish,
-        )
+        with pipeline.in_use():
+            return _make_run(
+                folder,
+                lambda: request.settings(pipeline),
+                maker,
+                processes,
+                overwrite=overwrite,
+                advice=advice,
+                lock=lock,
+                on_start=on_start,
+                on_shard=on_shard,
+                on_progress=on_progress,
+                on_finish=finish,
+            )
 
 
 def decode_run(

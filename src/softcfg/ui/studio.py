@@ -383,8 +383,9 @@ class Drawing:
                 self.waiting = False
                 start = time.monotonic()
                 # One seed after the other, so that the methods can be compared early.
-                for method, seed in sorted(self.settings.pictures, key=lambda picture: picture[1]):
-                    self._draw(method, seed, start)
+                with self._model.pipeline.in_use():
+                    for method, seed in sorted(self.settings.pictures, key=lambda picture: picture[1]):
+                        self._draw(method, seed, start)
             finally:
                 self._model.lock.release()
         except Stopped:

@@ -1,0 +1,216 @@
+"""What a batch leaves to the next one of a job: laid out weights, its cache, its programs; the images are the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from small_families import FAMILIES, load
+from softcfg import CFG, Pipeline, SoftCFG
+from softcfg.decoding import ImageStreams, decode, image_uniforms, jacobi_decode
+from softcfg.errors import UserError
+from softcfg.guidance.weakened import Decay
+from softcfg.models import base
+from softcfg.models.base import Generator
+from softcfg.nn.kv_cache import KVCache
+from softcfg.nn.linear import PREPARED, Linear, Prepared, weights_in_use
+from softcfg.nn.products import use_product
+from softcfg.runs.job import RunRequest, draw_run
+
+GUIDANCE = {
+    "none": CFG(1.0),
+    "CFG": CFG(3.0),
+    "SoftCFG": SoftCFG.released(guidance_scale=3.0),
+    "third branch": CFG(3.0, perturbation=Decay(half_life=2.0), perturbation_scale=1.5),
+    "weak model": CFG(3.0, weak_share=0.5),
+}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[KVCache]:
+    """The caches that were made anew."""
+    found: list[KVCache] = []
+    new_cache = Generator.new_cache
+
+    def noted(*arguments: Any) -> KVCache:
+        found.append(new_cache(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(Generator, "new_cache", noted)
+    return found
+
+
+def drawn(
+    generator: Generator, guidance: CFG = GUIDANCE["SoftCFG"], seed: int = 0, images: int = 2, **more: Any
+) -> Tensor:
+    inputs = generator.example_inputs(images)
+    total = generator.condition(inputs, guided=False).num_tokens
+    return decode(generator, inputs, guidance, uniforms=image_uniforms(seed, range(images), total), **more)
+
+
+def kept_of(generator: Generator) -> Prepared:
+    return vars(generator)[PREPARED]
+
+
+def layers_of(generator: Generator) -> list[Linear]:
+    return [layer for layer in generator.modules() if isinstance(layer, Linear)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_batches_of_a_job_are_those_drawn_alone(family: str, name: str, made: list[KVCache]) -> None:
+    generator, guidance = load(family), GUIDANCE[name]
+    more = {"weak": load(family)} if guidance.has_weak_model else {}
+    with torch.no_grad():
+        for parameter in more["weak"].parameters() if more else ():
+            parameter.mul_(0.8)
+    wanted = [drawn(generator, guidance, seed, **more) for seed in range(3)]
+    made.clear()
+    with weights_in_use(generator, *more.values()):
+        found = [drawn(generator, guidance, seed, **more) for seed in range(3)]
+        # Whatever a cache holds that is left, nothing of it is seen.
+        with torch.inference_mode():
+            for cache in (each for caches in kept_of(generator).caches.values() for each in caches):
+                for contents in (*cache.keys, *cache.values):
+                    contents.fill_(float("nan"))
+        found.append(drawn(generator, guidance, 0, **more))
+    assert all(map(torch.equal, found, [*wanted, wanted[0]]))
+    assert not torch.equal(wanted[0], wanted[1])
+    assert len(made) == 1 + (guidance.has_third_branch or guidance.has_weak_model)
+    assert torch.equal(drawn(generator, guidance, 0, **more), wanted[0])
+
+
+def test_a_cache_of_integers_is_left_too(made: list[KVCache], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = load("alitok")
+    monkeypatch.setattr(generator, "cache_dtype", torch.int8)
+    wanted = [drawn(generator, seed=seed) for seed in range(2)]
+    made.clear()
+    with weights_in_use(generator):
+        assert all(torch.equal(drawn(generator, seed=seed), wanted[seed]) for seed in (0, 1, 0))
+        monkeypatch.setattr(generator, "cache_dtype", None)
+        drawn(generator)
+    assert [cache.stored for cache in made] == [torch.int8, None]
+
+
+def test_speculative_jacobi_decoding_takes_what_is_left(made: list[KVCache]) -> None:
+    generator = load("alitok")
+    inputs = generator.example_inputs(2)
+
+    def jacobi(seed: int) -> Tensor:
+        return jacobi_decode(generator, inputs, GUIDANCE["SoftCFG"], streams=ImageStreams(seed, range(2)), window=3)[0]
+
+    wanted = [jacobi(seed) for seed in range(2)]
+    made.clear()
+    with weights_in_use(generator):
+        assert all(torch.equal(jacobi(seed), wanted[seed]) for seed in (0, 1, 0))
+    assert len(made) == 2  # of the branches, which go through the model one after the other
+
+
+def test_layers_are_laid_out_once_for_batches_of_a_size(made: list[KVCache]) -> None:
+    generator = load("llamagen")
+    weight = layers_of(generator)[0].weight.clone()
+    with use_product("panels"), weights_in_use(generator):
+        seen = []
+        for images in (2, 2, 3, 3, 2):
+            drawn(generator, images=images)
+            assert kept_of(generator).rows == 2 * images
+            seen.append(layers_of(generator)[0].laid_out)
+            assert sum(map(len, kept_of(generator).caches.values())) == 1
+        assert seen[0] is seen[1]
+        assert seen[2] is seen[3]
+        assert len({id(each) for each in seen}) == 3
+    assert [cache.keys[0].shape[0] for cache in made] == [4, 6, 4]
+    assert PREPARED not in vars(generator)
+    assert not any(layer.is_prepared for layer in layers_of(generator))
+    assert torch.equal(layers_of(generator)[0].weight, weight)
+
+
+def test_weights_cannot_change_between_batches() -> None:
+    generator = load("alitok")
+    with use_product("panels"), weights_in_use(generator):
+        drawn(generator)
+        with pytest.raises(UserError, match="in use"):
+            generator.bfloat16()
+        with pytest.raises(UserError, match="in use"):
+            generator.load_state_dict(generator.state_dict())
+    generator.bfloat16()
+    assert generator.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_gives_all_back(error: type[BaseException]) -> None:
+    generator = load("llamagen")
+    wanted = drawn(generator)
+
+    def on_step(done: int) -> None:
+        if done == 3:
+            raise error
+
+    def job() -> None:
+        with weights_in_use(generator):
+            drawn(generator)
+            drawn(generator, on_step=on_step)
+
+    with use_product("panels"), pytest.raises(error):
+        job()
+    assert PREPARED not in vars(generator)
+    assert not any(layer.is_prepared for layer in layers_of(generator))
+    assert torch.equal(drawn(generator), wanted)
+
+
+def test_a_large_cache_is_not_left(made: list[KVCache], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside it there might be no memory for pixels."""
+    generator = load("alitok")
+    size = generator.cache_bytes(generator.condition(generator.example_inputs(2), guided=True))
+    for free, count in ((size / base.LEFT_SHARE, 1), (size / base.LEFT_SHARE - 1, 2), (None, 2)):
+        monkeypatch.setattr(base, "free_memory", lambda device, free=free: free)
+        made.clear()
+        with weights_in_use(generator):
+            drawn(generator)
+            drawn(generator)
+        assert len(made) == count
+
+
+def test_another_thread_draws_between_the_batches_of_a_job() -> None:
+    generator = load("llamagen")
+    wanted = {images: drawn(generator, images=images) for images in (2, 3)}
+    found: list[Tensor] = []
+    with use_product("panels"), weights_in_use(generator):
+        for images in (3, 2, 3):
+            assert torch.equal(drawn(generator), wanted[2])
+            thread = threading.Thread(target=lambda images=images: found.append(drawn(generator, images=images)))
+            thread.start()
+            thread.join()
+    assert all(map(torch.equal, found, (wanted[3], wanted[2], wanted[3])))
+    assert PREPARED not in vars(generator)
+
+
+def test_calls_of_a_pipeline_in_use(made: list[KVCache]) -> None:
+    pipe = Pipeline.with_random_weights("fashion-small")
+    wanted = [pipe([1, 2], seed=seed).pixels for seed in range(2)]
+    made.clear()
+    with pipe.in_use():
+        for seed in (0, 1, 0):
+            assert (pipe([1, 2], seed=seed).pixels == wanted[seed]).all()
+        with pytest.raises(UserError, match="in use"):
+            pipe.to(torch.bfloat16)
+    assert len(made) == 1
+    pipe.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("draws", ["call", "run"])
+def test_a_job_prepares_once(draws: str, made: list[KVCache], tmp_path: Path) -> None:
+    pipe = Pipeline.with_random_weights("fashion-small")
+    jobs: dict[str, Callable[[], object]] = {
+        "call": lambda: pipe([0] * 6, batch_size=2),
+        "run": lambda: draw_run(RunRequest(pipe, num_samples=6, batch_size=2), tmp_path / "run"),
+    }
+    jobs[draws]()
+    assert len(made) == 1
+    assert PREPARED not in vars(pipe.generator)
