@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from torch import Tensor
 from small_families import FAMILIES, load
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.decoding import ImageStreams, decode, image_uniforms, jacobi_decode
+from softcfg.decoding.at_once import DrawnAtOnce
+from softcfg.decoding.jacobi import JacobiDecoder
+from softcfg.decoding.sequential import Decoder
 from softcfg.errors import UserError
 from softcfg.guidance.weakened import Decay
 from softcfg.models import base
@@ -21,6 +26,7 @@ from softcfg.models.base import Generator
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import PREPARED, Linear, Prepared, weights_in_use
 from softcfg.nn.products import use_product
+from softcfg.nn.replay import _Program
 from softcfg.runs.job import RunRequest, draw_run
 
 GUIDANCE = {
@@ -54,12 +60,50 @@ def drawn(
     return decode(generator, inputs, guidance, uniforms=image_uniforms(seed, range(images), total), **more)
 
 
+def jacobi(generator: Generator, guidance: CFG = GUIDANCE["SoftCFG"], seed: int = 0, **more: Any) -> Tensor:
+    streams = ImageStreams(seed, range(2))
+    return jacobi_decode(generator, generator.example_inputs(2), guidance, streams=streams, window=3, **more)[0]
+
+
 def kept_of(generator: Generator) -> Prepared:
     return vars(generator)[PREPARED]
 
 
 def layers_of(generator: Generator) -> list[Linear]:
     return [layer for layer in generator.modules() if isinstance(layer, Linear)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_what_a_batch_had_is_free_at_once(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when Python next looks for circles of references: batch after batch would take more memory."""
+    generator, guidance = load(family), GUIDANCE[name]
+    more = {"weak": load(family)} if guidance.has_weak_model else {}
+    alive = []
+
+    def watched(of: type) -> None:
+        begin = of.__init__
+
+        def noted(self: object, *arguments: Any, **named: Any) -> None:
+            alive.append(weakref.ref(self))
+            begin(self, *arguments, **named)
+
+        monkeypatch.setattr(of, "__init__", noted)
+
+    for of in (KVCache, Decoder, DrawnAtOnce, JacobiDecoder, _Program):
+        watched(of)
+    gc.collect()
+    gc.disable()
+    try:
+        drawn(generator, guidance, **more)
+        jacobi(generator, guidance, **more)
+        with weights_in_use(generator, *more.values()):
+            drawn(generator, guidance, **more)
+            drawn(generator, guidance, **more)
+        assert len(alive) >= 6
+        assert not [found for each in alive if (found := each()) is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,15 +144,10 @@ def test_a_cache_of_integers_is_left_too(made: list[KVCache], monkeypatch: pytes
 
 def test_speculative_jacobi_decoding_takes_what_is_left(made: list[KVCache]) -> None:
     generator = load("alitok")
-    inputs = generator.example_inputs(2)
-
-    def jacobi(seed: int) -> Tensor:
-        return jacobi_decode(generator, inputs, GUIDANCE["SoftCFG"], streams=ImageStreams(seed, range(2)), window=3)[0]
-
-    wanted = [jacobi(seed) for seed in range(2)]
+    wanted = [jacobi(generator, seed=seed) for seed in range(2)]
     made.clear()
     with weights_in_use(generator):
-        assert all(torch.equal(jacobi(seed), wanted[seed]) for seed in (0, 1, 0))
+        assert all(torch.equal(jacobi(generator, seed=seed), wanted[seed]) for seed in (0, 1, 0))
     assert len(made) == 2  # of the branches, which go through the model one after the other
 
 

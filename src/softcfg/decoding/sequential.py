@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -330,6 +331,12 @@ class Decoder(GuidedBatch):
             return None
         if codes is not None and (codes.dim() != 1 or not codes.is_contiguous()):
             return None
+        decoder = weakref.ref(self)  # which keeps this: in a circle, its cache would stay until Python looks for those
+
+        def write(number: int) -> None:
+            if weights is not None and (found := decoder()) is not None:
+                found._write_weights(found.step(number), weights)
+
         return DrawnAtOnce(
             tokens=tokens,
             uniforms=uniforms,
@@ -343,7 +350,7 @@ class Decoder(GuidedBatch):
             of_drawn=self._probability_of == "drawn",
             weights=weights,
             settings=self._weight_settings,
-            write=lambda number: None if weights is None else self._write_weights(self.step(number), weights),
+            write=write,
         )
 
     def _feed(self, step: Step, tokens: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from softcfg.nn.backends import numba_decode
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kv_cache import CACHES, KVCache
 from softcfg.nn.linear import PREPARED, Preparable, Prepared
-from softcfg.nn.memory import free_memory
+from softcfg.nn.memory import free_memory, keep_freed
 from softcfg.nn.position import Position
 from softcfg.nn.replay import replayed
 from softcfg.nn.rotary import Rotary
@@ -286,6 +286,7 @@ class Generator(Preparable, ABC):
         free = free_memory(self.device)
         if free is not None and cache.nbytes <= LEFT_SHARE * free:
             known.caches[self._cache_kind(condition)].append(cache)
+            keep_freed()  # as the freed cache would have done
 
     @property
     def _prepared(self) -> Prepared | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import re
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes, on most processors
+MOST_KEPT = (32 << 20) - (64 << 10)  # bytes of a tensor that glibc keeps, with some to spare for its alignment
 MEMINFO = Path("/proc/meminfo")  # of Linux
 
 
@@ -45,6 +47,16 @@ def advise(tensor: Tensor, advice: int) -> None:
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+
+
+@functools.cache
+def keep_freed() -> None:
+    """Have the C library keep the memory of tensors that are freed, where it is glibc, for those that come.
+
+    It does so for tensors up to the largest that was ever freed, of at most 32 MiB. Larger ones, and all of them
+    before, are new memory each time, which is slow when it is first written.
+    """
+    torch.empty(MOST_KEPT, dtype=torch.uint8, device="cpu")  # never written: it takes no memory
 
 
 def free_memory(device: torch.device) -> int | None:
