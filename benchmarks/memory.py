@@ -1,15 +1,16 @@
-"""The memory of a batch at its peak, against what has to be there: weights, cache, the activations of the decoder.
+"""The memory of a job at its peak, against what has to be there: weights, cache, the activations of the decoder.
 
     python -m benchmarks.memory --model alitok-b --batch-size 16
 
-On a CPU the linear layers' weights are there twice while tokens are drawn, once as loaded and once as the matrix
-product wants them; that is counted as a part of its own. The activations of the pixel decoder are the peak of decoding
-one batch of pixels with nothing else.
+Products of a CPU that cannot serve all numbers of rows have the linear layers' weights twice while tokens are drawn, as
+loaded and as they want them; that is counted as a part of its own, and what a batch computes for several steps at once
+as a part of the cache. The activations of the pixel decoder are the peak of decoding one batch with nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="alitok-b")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--tokens", type=int, help="stop after so many tokens (the cache is there from the first on)")
+    parser.add_argument("--batches", type=int, default=3, help="of the job")
+    parser.add_argument("--tokens", type=int, help="stop a batch after so many (the cache is there from the first on)")
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,8 +79,8 @@ def main() -> None:
     generator, tokenizer, batch = pipeline.generator, pipeline.tokenizer, args.batch_size
     guidance, labels = SoftCFG(guidance_scale=4.0), [0] * batch
     weights = size(generator) + size(tokenizer)
-    cache = generator.cache_bytes(generator.condition(labels, guided=True)) / MIB
-    prepared = prepared_twice(generator, 2 * batch)
+    condition = generator.condition(labels, guided=True)
+    cache = (generator.cache_bytes(condition) + generator.ahead_bytes(condition)) / MIB
 
     class EnoughError(Exception):
         pass
@@ -94,15 +96,16 @@ def main() -> None:
     activations = peak() - before
 
     forget_peak()
-    try:
-        uniforms = image_uniforms(0, range(batch), generator.num_tokens)
-        tokens = decode(generator, labels, guidance, uniforms=uniforms, on_step=on_step)
-    except EnoughError:
-        pass
-    tokenizer.to_uint8(tokenizer.decode(tokens))
+    with pipeline.in_use():
+        for _ in range(args.batches):
+            with contextlib.suppress(EnoughError):
+                uniforms = image_uniforms(0, range(batch), generator.num_tokens)
+                tokens = decode(generator, labels, guidance, uniforms=uniforms, on_step=on_step)
+            tokenizer.to_uint8(tokenizer.decode(tokens))
     found = peak() - empty
 
-    print(f"{args.model}, batch {batch}, {machine()}; MiB\n")
+    prepared = prepared_twice(generator, 2 * batch)
+    print(f"{args.model}, {args.batches} batches of {batch}, {machine()}; MiB\n")
     expected = weights + prepared + cache + activations
     print(
         table(

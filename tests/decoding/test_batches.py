@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,25 @@ def test_a_job_prepares_once(draws: str, made: list[KVCache], tmp_path: Path) ->
     jobs[draws]()
     assert len(made) == 1
     assert PREPARED not in vars(pipe.generator)
+
+
+@pytest.mark.parametrize("ends", [None, 3])
+def test_weights_are_not_there_twice_when_a_batch_ends(ends: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was laid out is free as soon as the weights of a layer are back."""
+    generator, restore, freed = load("llamagen"), Linear.restore, []
+
+    def watched(layer: Linear) -> None:
+        laid_out = weakref.ref(layer.laid_out)
+        restore(layer)
+        freed.append(laid_out() is None)
+
+    def on_step(done: int) -> None:
+        if done == ends:
+            raise RuntimeError("enough")
+
+    monkeypatch.setattr(Linear, "restore", watched)
+    expected = nullcontext() if ends is None else pytest.raises(RuntimeError, match="enough")
+    with use_product("panels"), expected:
+        drawn(generator, on_step=on_step)
+    assert len(freed) == len(layers_of(generator))
+    assert all(freed)

@@ -228,13 +228,19 @@ class Decoder(GuidedBatch):
         """The generators that a step runs: that of the model, and that of the weak one."""
         return list(dict.fromkeys(each.generator for each in self._passes))
 
-    def prepared_linear_layers(self) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def prepared_linear_layers(self) -> Iterator[None]:
         """Context in which the linear layers are laid out for a step."""
         with contextlib.ExitStack() as prepared:
             for generator in self.generators:
                 rows = next(each.condition.rows for each in self._passes if each.generator is generator)
                 prepared.enter_context(prepared_linear_layers(generator, rows))
-            return prepared.pop_all()
+            try:
+                yield
+            finally:
+                if self._at_once is not None:  # its program would keep what is laid out beside the weights
+                    self._at_once.again = None
+                self._at_once = None
 
     def leave_caches(self) -> None:
         """Leave the caches to the batch that comes, after which this one must not go on."""
