@@ -24,11 +24,14 @@ def medians(
     Every other turn goes backwards: what a side leaves in the caches of the processor meets both of its neighbours.
 
     Args:
-        in_a_row: runs of a turn, before a GPU is waited for.
+        in_a_row: runs of a turn, before a GPU is waited for. Where there are more than one, another goes before them
+            that is not counted: it finds what its neighbour has left.
     """
     times: dict[Side, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + repeats):
         for name, run in list(sides.items())[:: -1 if turn % 2 else 1]:
+            if in_a_row > 1:
+                run()
             _synchronize()
             started = time.perf_counter()
             for _ in range(in_a_row):

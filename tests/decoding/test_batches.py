@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -24,6 +25,7 @@ from softcfg.errors import UserError
 from softcfg.guidance.weakened import Decay
 from softcfg.models import base
 from softcfg.models.base import Generator
+from softcfg.nn.kernels.available import without_cpu_kernels
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.linear import PREPARED, Linear, Prepared, weights_in_use
 from softcfg.nn.products import use_product
@@ -54,11 +56,18 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[KVCache]:
 
 
 def drawn(
-    generator: Generator, guidance: CFG = GUIDANCE["SoftCFG"], seed: int = 0, images: int = 2, **more: Any
+    generator: Generator,
+    guidance: CFG = GUIDANCE["SoftCFG"],
+    seed: int = 0,
+    images: int = 2,
+    named: str | None = None,
+    **more: Any,
 ) -> Tensor:
+    """Draw images; `named` is the product of the linear layers."""
     inputs = generator.example_inputs(images)
-    total = generator.condition(inputs, guided=False).num_tokens
-    return decode(generator, inputs, guidance, uniforms=image_uniforms(seed, range(images), total), **more)
+    uniforms = image_uniforms(seed, range(images), generator.condition(inputs, guided=False).num_tokens)
+    with use_product(named):
+        return decode(generator, inputs, guidance, uniforms=uniforms, **more)
 
 
 def jacobi(generator: Generator, guidance: CFG = GUIDANCE["SoftCFG"], seed: int = 0, **more: Any) -> Tensor:
@@ -155,11 +164,10 @@ def test_speculative_jacobi_decoding_takes_what_is_left(made: list[KVCache]) -> 
 def test_layers_are_laid_out_once_for_batches_of_a_size(made: list[KVCache]) -> None:
     generator = load("llamagen")
     weight = layers_of(generator)[0].weight.clone()
-    with use_product("panels"), weights_in_use(generator):
+    with weights_in_use(generator):
         seen = []
         for images in (2, 2, 3, 3, 2):
-            drawn(generator, images=images)
-            assert kept_of(generator).rows == 2 * images
+            drawn(generator, images=images, named="panels")
             seen.append(layers_of(generator)[0].laid_out)
             assert sum(map(len, kept_of(generator).caches.values())) == 1
         assert seen[0] is seen[1]
@@ -171,10 +179,39 @@ def test_layers_are_laid_out_once_for_batches_of_a_size(made: list[KVCache]) -> 
     assert torch.equal(layers_of(generator)[0].weight, weight)
 
 
+@pytest.mark.parametrize("change", ["product", "kernels", "layer", "weight"])
+def test_a_batch_that_wants_other_layers_has_them(change: str) -> None:
+    """In place of those that a batch before it has left."""
+    pytest.importorskip("numba")
+    generator, used = load("llamagen"), []
+    head = generator.output
+    other = Linear(head.in_features, head.out_features, bias=False).requires_grad_(False)
+    panels = functools.partial(drawn, generator, named="panels")
+    before = panels()
+    with weights_in_use(generator):
+        assert torch.equal(panels(on_step=lambda done: used.append(head.product.name)), before)
+        assert set(used) == {"panels"}
+        used.clear()
+        if change == "product":
+            drawn(generator, named="columns", on_step=lambda done: used.append(head.product.name))
+            assert set(used) == {"columns"}
+        elif change == "kernels":
+            with without_cpu_kernels():
+                panels(on_step=lambda done: used.append(head.product))
+            assert set(used) == {None}
+        elif change == "layer":
+            generator.output = other
+        else:
+            head.weight = other.weight
+        found = panels()
+    assert torch.equal(found, panels())
+    assert torch.equal(found, before) == (change in ("product", "kernels"))
+
+
 def test_weights_cannot_change_between_batches() -> None:
     generator = load("alitok")
-    with use_product("panels"), weights_in_use(generator):
-        drawn(generator)
+    with weights_in_use(generator):
+        drawn(generator, named="panels")
         with pytest.raises(UserError, match="in use"):
             generator.bfloat16()
         with pytest.raises(UserError, match="in use"):
@@ -194,10 +231,10 @@ def test_an_error_gives_all_back(error: type[BaseException]) -> None:
 
     def job() -> None:
         with weights_in_use(generator):
-            drawn(generator)
-            drawn(generator, on_step=on_step)
+            drawn(generator, named="panels")
+            drawn(generator, named="panels", on_step=on_step)
 
-    with use_product("panels"), pytest.raises(error):
+    with pytest.raises(error):
         job()
     assert PREPARED not in vars(generator)
     assert not any(layer.is_prepared for layer in layers_of(generator))
@@ -221,7 +258,7 @@ def test_another_thread_draws_between_the_batches_of_a_job() -> None:
     generator = load("llamagen")
     wanted = {images: drawn(generator, images=images) for images in (2, 3)}
     found: list[Tensor] = []
-    with use_product("panels"), weights_in_use(generator):
+    with weights_in_use(generator):
         for images in (3, 2, 3):
             assert torch.equal(drawn(generator), wanted[2])
             thread = threading.Thread(target=lambda images=images: found.append(drawn(generator, images=images)))
@@ -272,7 +309,7 @@ def test_weights_are_not_there_twice_when_a_batch_ends(ends: int | None, monkeyp
 
     monkeypatch.setattr(Linear, "restore", watched)
     expected = nullcontext() if ends is None else pytest.raises(RuntimeError, match="enough")
-    with use_product("panels"), expected:
-        drawn(generator, on_step=on_step)
+    with expected:
+        drawn(generator, named="panels", on_step=on_step)
     assert len(freed) == len(layers_of(generator))
     assert all(freed)

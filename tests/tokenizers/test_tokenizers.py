@@ -237,6 +237,27 @@ def test_float64_agrees(tokenizer: Tokenizer) -> None:
     assert torch.equal(precise.encode(pixels), tokenizer.encode(pixels))
 
 
+@pytest.mark.parametrize(("at_once", "pieces"), [(1, [1] * 5), (2.5, [2, 2, 1]), (4, [3, 2]), (5, [5]), (100, [5])])
+def test_a_few_images_at_a_time(
+    tokenizer: Tokenizer, at_once: float, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the memory of their activations."""
+    tokens, pixels, seen = some_tokens(tokenizer, 5), some_pixels(tokenizer, 5), []
+    wanted = tokenizer.decode(tokens), tokenizer.encode(pixels)
+
+    def noted(name: str) -> None:
+        method = getattr(tokenizer, name)
+        monkeypatch.setattr(tokenizer, name, lambda given: seen.append(len(given)) or method(given))
+
+    noted("decode_latents")
+    noted("encode_latents")
+    monkeypatch.setattr(base, "PIXELS_AT_ONCE", int(at_once * tokenizer.image_size**2))
+    torch.testing.assert_close(tokenizer.decode(tokens), wanted[0], rtol=0, atol=5e-6)
+    assert torch.equal(tokenizer.encode(pixels), wanted[1])
+    assert seen == 2 * pieces
+    assert tokenizer.decode(tokens[:0]).shape == (0, *wanted[0].shape[1:])
+
+
 @pytest.mark.parametrize("at_once", [2**24, 50, 1])
 def test_nearest_code(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "DISTANCES_AT_ONCE", at_once)

@@ -20,7 +20,7 @@ from softcfg.errors import UserError
 from softcfg.nn.kernels import available
 from softcfg.nn.memory import is_out_of_memory, is_shared, replace_contents
 from softcfg.nn.precision import KeepsTables, has_bfloat16
-from softcfg.nn.products import Product, choose, faster_dtype, keeps_bits
+from softcfg.nn.products import Product, choose, faster_dtype, forced_product, keeps_bits
 
 GUIDED_ROWS = 16
 PREPARED = "prepared"  # attribute of a module whose layers are laid out: a `Prepared`
@@ -43,13 +43,13 @@ class Prepared:
     """What a module has while its layers are laid out: from the first to the last batch of `weights_in_use`.
 
     Attributes:
-        rows: of the inputs that they are laid out for.
+        kind: what they are laid out for: the rows of inputs, and all else that decides how.
         programs: what `nn.replay` keeps of the module's steps.
         caches: key/value caches that a batch has left for the next one, by what they serve.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, kind: Hashable) -> None:
+        self.kind = kind
         self.programs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self.caches: defaultdict[Hashable, list[Any]] = defaultdict(list)
 
@@ -230,15 +230,17 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
 
     Layers for which the memory is not enough stay as they are, with a warning. Inside another such context, also of
     another thread, all layers stay as that one has prepared them, until nobody uses them any more. Inside
-    `weights_in_use` they stay so until its end, or until a batch of other rows comes.
+    `weights_in_use` they stay so until its end, or until a batch comes for which it would be done in another way.
     """
     with _preparing, torch.inference_mode(False), torch.no_grad():
-        known = vars(module).get(PREPARED)
-        _give_back(module, between_batches=known is not None and known.rows != rows)
-        use = _Use(module)
-        layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+        use, parts = _Use(module), list(module.modules())
+        layers = [layer for layer in parts if isinstance(layer, Linear)]
         # The compiler of graphs (`nn.Module.compile`) would compile the launches of kernels, too.
-        compiled = any(part._compiled_call_impl is not None for part in module.modules())
+        compiled = any(part._compiled_call_impl is not None for part in parts)
+        found = *map(id, parts), *map(id, module.parameters())  # an adapter may have been added, say
+        kind = rows, compiled, forced_product(), available.may_use_cpu_kernels(), found
+        known = vars(module).get(PREPARED)
+        _give_back(module, between_batches=known is not None and known.kind != kind)
         try:
             if not compiled and not any(layer.is_prepared for layer in layers):
                 _prepare(module, layers, rows, _bring_back(layers))
@@ -252,7 +254,7 @@ def prepared_linear_layers(module: nn.Module, rows: int) -> Iterator[None]:
             warnings.warn(
                 "there is no memory to lay out the weights, so their products are slower", RuntimeWarning, stacklevel=3
             )
-        vars(module).setdefault(PREPARED, Prepared(rows))
+        vars(module).setdefault(PREPARED, Prepared(kind))
         _preparations.add(use)
     try:
         with available.without_cpu_kernels() if compiled else nullcontext():

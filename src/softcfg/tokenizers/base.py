@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,9 @@ from softcfg.nn.precision import KeepsTables, dtype_name, own_dtype
 
 # Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
 DISTANCES_AT_ONCE = 2**24
+# Pixels of the images that a CPU decodes or encodes at once: two of 256 x 256, 14 of 96 x 96. With more it is no faster,
+# and the activations of one image of 256 pixels can take 350 MB.
+PIXELS_AT_ONCE = 2**17
 # How far outside of [0, 1] a pixel may lie and still count as rounding.
 PIXEL_TOLERANCE = 1e-3
 LARGEST_OUTPUT = 4096  # pixels of a side that images are resized to
@@ -140,7 +144,12 @@ class Tokenizer(KeepsTables):
             tokens = tokens.flatten(1)
         grid = self.checked_grid(grid)
         self._channels_last()
-        pixels = self.decode_latents(self.embed_tokens(self._checked_tokens(tokens, grid), grid)).contiguous()
+        size = self.image_size**2 if grid == self.latent_size else grid[0] * grid[1] * self.patch_size**2
+
+        def decode(some: Tensor) -> Tensor:
+            return self.decode_latents(self.embed_tokens(some, grid)).contiguous()
+
+        pixels = _in_pieces(decode, self._checked_tokens(tokens, grid), size)
         return pixels if self.output_size is None else resize(pixels, self.output_size)
 
     @torch.no_grad()
@@ -159,7 +168,8 @@ class Tokenizer(KeepsTables):
                 infinite.
         """
         self._channels_last()
-        latents = self.encode_latents(self._checked_pixels(pixels))
+        pixels = self._checked_pixels(pixels)
+        latents = _in_pieces(self.encode_latents, pixels, pixels[:1, 0].numel())
         self._require_finite(latents, "latents of its encoder")
         return self.quantize_latents(latents)
 
@@ -249,6 +259,12 @@ class Tokenizer(KeepsTables):
         if self.any_size:
             return all(side > 0 and side % self.patch_size == 0 for side in shape[2:])
         return shape[2:] == (self.image_size, self.image_size)
+
+
+def _in_pieces(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """What `run` makes of images [B, ...] of `size` pixels each; on a CPU of few at a time, for their activations."""
+    pieces = -(-len(images) // max(1, PIXELS_AT_ONCE // max(1, size))) if images.is_cpu else 1
+    return run(images) if pieces <= 1 else torch.cat([run(some) for some in images.tensor_split(pieces)])
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:
