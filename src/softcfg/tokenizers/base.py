@@ -16,8 +16,8 @@ from softcfg.nn.precision import KeepsTables, dtype_name, own_dtype
 
 # Elements of the distance matrix that a nearest-code search holds at a time (64 MiB of float32).
 DISTANCES_AT_ONCE = 2**24
-# Pixels of the images that a CPU decodes or encodes at once: two of 256 x 256, 14 of 96 x 96. With more it is no faster,
-# and the activations of one image of 256 pixels can take 350 MB.
+# Pixels of the images that a CPU decodes or encodes at once: two of 256 x 256, 14 of 96 x 96. More are no faster, and
+# the activations of one of 256 x 256 can take 350 MB.
 PIXELS_AT_ONCE = 2**17
 # How far outside of [0, 1] a pixel may lie and still count as rounding.
 PIXEL_TOLERANCE = 1e-3
