@@ -262,9 +262,17 @@ class Tokenizer(KeepsTables):
 
 
 def _in_pieces(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    """What `run` makes of images [B, ...] of `size` pixels each; on a CPU of few at a time, for their activations."""
-    pieces = -(-len(images) // max(1, PIXELS_AT_ONCE // max(1, size))) if images.is_cpu else 1
-    return run(images) if pieces <= 1 else torch.cat([run(some) for some in images.tensor_split(pieces)])
+    """What `run` makes of images [B, ...] of `size` pixels each; on a CPU of few at a time, for their activations.
+
+    Each time of as many, so that the bits of an image do not depend on its place in the batch.
+    """
+    count = len(images)
+    pieces = -(-count // max(1, PIXELS_AT_ONCE // max(1, size))) if images.is_cpu else 1
+    if pieces <= 1:
+        return run(images)
+    each = -(-count // pieces)
+    places = torch.arange(pieces * each).clamp(max=count - 1)  # the last image fills up the last piece
+    return torch.cat([run(images[some]) for some in places.split(each)])[:count]
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:
