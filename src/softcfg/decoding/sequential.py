@@ -34,6 +34,7 @@ from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator
 from softcfg.nn import fused
+from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.launches import linked_launches
 from softcfg.nn.linear import PREPARED, prepared_linear_layers
@@ -308,6 +309,8 @@ class Decoder(GuidedBatch):
     def _around(self, step: Step, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
         """What is launched with the kernels of a step, if these are all that it is; None where there is more."""
         if not step.number or not self._steps_at_once or PREPARED not in vars(self.generator):
+            return None
+        if not available.may_use_cpu_kernels():  # as with the compiler of graphs, which would keep what it calls
             return None
         known = self._at_once
         if known is None or known.tokens is not tokens or known.uniforms is not uniforms:
