@@ -435,12 +435,16 @@ def test_a_model_with_adapters(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model(model_folder: Path) -> None:
+@pytest.mark.parametrize("way", ["module", "forward"])
+def test_a_compiled_model(way: str, model_folder: Path) -> None:
     """Also where the code that is compiled has served another batch of another model before."""
     generator, other = softcfg.load_generator(model_folder), softcfg.Pipeline.from_pretrained(model_folder)
     expected = drawn(generator)
     softcfg.Pipeline(torch.compile(other.generator, backend="eager"), other.tokenizer)([0, 1], seed=1)
-    generator.compile(backend="eager")
+    if way == "module":
+        generator.compile(backend="eager")
+    else:
+        generator.forward = torch.compile(generator.forward, backend="eager")  # type: ignore[method-assign]
     assert torch.equal(drawn(generator), expected)
 
 

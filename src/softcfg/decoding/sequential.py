@@ -221,7 +221,7 @@ class Decoder(GuidedBatch):
             and kept
             and generator.device.type == "cpu"
             and generator.steps_replay is True
-            and type(generator).forward is Generator.forward
+            and getattr(generator.forward, "__func__", None) is Generator.forward
         )
 
     @property
@@ -310,7 +310,7 @@ class Decoder(GuidedBatch):
         """What is launched with the kernels of a step, if these are all that it is; None where there is more."""
         if not step.number or not self._steps_at_once or PREPARED not in vars(self.generator):
             return None
-        if not available.may_use_cpu_kernels():  # as with the compiler of graphs, which would keep what it calls
+        if not available.may_use_cpu_kernels():  # as with the compiler of graphs, whose code might not look for it
             return None
         known = self._at_once
         if known is None or known.tokens is not tokens or known.uniforms is not uniforms:
