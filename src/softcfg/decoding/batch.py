@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,20 @@ from softcfg.decoding.perturbed import probability_of, require_confidence
 from softcfg.errors import UserError
 from softcfg.guidance import CFG
 from softcfg.models.base import Condition, Generator
+from softcfg.nn.kv_cache import KVCache
+
+
+class Part:
+    """Rows that go through a generator together, with a cache of their own.
+
+    Args:
+        cache: their keys and values; None for one that holds nothing.
+    """
+
+    def __init__(self, generator: Generator, condition: Condition, cache: KVCache | None = None) -> None:
+        self.generator = generator
+        self.condition = condition
+        self.cache = generator.take_cache(condition) if cache is None else cache
 
 
 class GuidedBatch:
@@ -18,9 +34,12 @@ class GuidedBatch:
 
     Attributes:
         batch: B, images.
+        parts: of its rows, those of each pass.
         confidence: float32 [B, T], zero for tokens that are not drawn yet or are not image codes.
         finite: whether the logits so far were numbers; whoever steps must call `check`, which reads it.
     """
+
+    parts: Sequence[Part]
 
     def __init__(self, generator: Generator, condition: Condition, guidance: CFG, sampling: Sampling) -> None:
         self.generator = generator
@@ -46,6 +65,11 @@ class GuidedBatch:
         self.finite.check(step)
         if self.guidance.perturbs and self._probability_of is None:
             require_confidence(self.guidance.weak_branch, self.confidence if step is None else self.confidence[:, step])
+
+    def leave_caches(self) -> None:
+        """Leave the caches to the batch that comes, after which this one must not go on."""
+        for part in self.parts:
+            part.generator.leave_cache(part.condition, part.cache)
 
     def sides(self, others: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """What the rule guides away from, and the third branch, of all branches but the conditional one."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcfg.decoding.batch import GuidedBatch, finished_logits, ruled_logits
+from softcfg.decoding.batch import GuidedBatch, Part, finished_logits, ruled_logits
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.perturbed import confidence_in, query_weights, step_weights, weak_inputs
 from softcfg.decoding.randomness import ImageStreams, as_fractions, on_device
@@ -127,14 +127,14 @@ class JacobiDecoder(GuidedBatch):
         self.tokens = torch.zeros(self.batch, total, dtype=torch.int64, device=device)
         self.settled = torch.zeros(self.batch, dtype=torch.int64, device=device)
 
-        self._parts = [_Part(generator, condition[: self.batch] if self._away else condition)]
+        self.parts: list[_Part] = [_Part(generator, condition[: self.batch] if self._away else condition)]
         if self._away and guidance.has_unconditional_branch:
-            self._parts.append(_Part(generator, condition[self.batch :], perturbed=True))
+            self.parts.append(_Part(generator, condition[self.batch :], perturbed=True))
         if weak is not None:
-            self._parts.append(_Part(*weak, perturbed=self._away))
+            self.parts.append(_Part(*weak, perturbed=self._away))
         if guidance.has_third_branch:
-            self._parts.append(_Part(generator, condition[: self.batch], perturbed=True))
-        self.rows_at_once = self._parts[0].condition.rows
+            self.parts.append(_Part(generator, condition[: self.batch], perturbed=True))
+        self.rows_at_once = self.parts[0].condition.rows
         kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self._codes = None if self._codes is None else self._codes.expand(self.batch, -1)
 
@@ -148,11 +148,6 @@ class JacobiDecoder(GuidedBatch):
         self._last_logits = torch.zeros(self.batch, 1, generator.vocab_size, **kind)
         # What the guidance's rule keeps over the steps, before the window and after each of its positions.
         self._rule_states: Tensor | None = None
-
-    def leave_caches(self) -> None:
-        """See `Decoder.leave_caches`."""
-        for part in self._parts:
-            part.generator.leave_cache(part.condition, part.cache)
 
     def advance(self, uniforms: Tensor) -> None:
         """Settle at least one more token of every row that is not done.
@@ -219,13 +214,13 @@ class JacobiDecoder(GuidedBatch):
         fed = steps - 1 if self._passes else steps[:, 1:] - 1
         inputs = perturbed = self.tokens.gather(1, fed)
         weights = None
-        cond, *others = self._forward(self._parts[0], inputs, steps).split(self.batch)
+        cond, *others = self._forward(self.parts[0], inputs, steps).split(self.batch)
         if self.guidance.perturbs:
             self._record(steps, cond, self.tokens.gather(1, steps))
             perturbed = weak_inputs(self.guidance.weak_branch, self.tokens, fed, self._codes)
             # Each position of the window counts the tokens before it.
             weights = step_weights(self.confidence, self.guidance.weak_branch, steps)
-        for part in self._parts[1:]:
+        for part in self.parts[1:]:
             others.append(
                 self._forward(part, perturbed, steps, weights) if part.perturbed else self._forward(part, inputs, steps)
             )
@@ -266,13 +261,11 @@ class JacobiDecoder(GuidedBatch):
             self.confidence.scatter_(1, steps, confidence)
 
 
-class _Part:
-    """Rows that go through a generator together, with a cache of their own; all of them are perturbed, or none."""
+class _Part(Part):
+    """A part of a batch of which all rows are perturbed, or none."""
 
     def __init__(self, generator: Generator, condition: Condition, perturbed: bool = False) -> None:
-        self.generator = generator
-        self.condition = condition
-        self.cache = generator.take_cache(condition)
+        super().__init__(generator, condition)
         self.perturbed = perturbed
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softcfg.decoding.at_once import DrawnAtOnce
-from softcfg.decoding.batch import GuidedBatch, finished_logits, ruled_logits
+from softcfg.decoding.batch import GuidedBatch, Part, finished_logits, ruled_logits
 from softcfg.decoding.filtering import Sampling, draw
 from softcfg.decoding.forced import check_forced
 from softcfg.decoding.graphs import repeat
@@ -187,12 +187,12 @@ class Decoder(GuidedBatch):
             self._codes = torch.zeros(self.batch, condition.num_tokens, dtype=torch.bool, device=generator.device)
         self.rule_state: Tensor | None = None
         perturbs_rows = self._away and guidance.has_unconditional_branch
-        self._passes = [_Pass(generator, condition, self.batch if perturbs_rows else 0, cache)]
-        self.cache = self._passes[0].cache
+        self.parts: list[_Pass] = [_Pass(generator, condition, self.batch if perturbs_rows else 0, cache)]
+        self.cache = self.parts[0].cache
         if weak is not None:
-            self._passes.append(_Pass(*weak, self.batch if self._away else 0))
+            self.parts.append(_Pass(*weak, self.batch if self._away else 0))
         if guidance.has_third_branch:
-            self._passes.append(_Pass(generator, condition[: self.batch], self.batch))
+            self.parts.append(_Pass(generator, condition[: self.batch], self.batch))
         branch = guidance.weak_branch
         self._sources = None  # of all steps, where they do not depend on what is drawn
         if guidance.perturbs and code_ids is None:
@@ -202,7 +202,7 @@ class Decoder(GuidedBatch):
         self._weight_settings = weight_settings(branch)
         self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
-            len(self._passes) == 1
+            len(self.parts) == 1
             and getattr(generator.processed, "__func__", None) is Generator.processed
             and guidance.is_linear
             and sampling == Sampling(sampling.temperature)
@@ -227,14 +227,14 @@ class Decoder(GuidedBatch):
     @property
     def generators(self) -> list[Generator]:
         """The generators that a step runs: that of the model, and that of the weak one."""
-        return list(dict.fromkeys(each.generator for each in self._passes))
+        return list(dict.fromkeys(each.generator for each in self.parts))
 
     @contextlib.contextmanager
     def prepared_linear_layers(self) -> Iterator[None]:
         """Context in which the linear layers are laid out for a step."""
         with contextlib.ExitStack() as prepared:
             for generator in self.generators:
-                rows = next(each.condition.rows for each in self._passes if each.generator is generator)
+                rows = next(each.condition.rows for each in self.parts if each.generator is generator)
                 prepared.enter_context(prepared_linear_layers(generator, rows))
             try:
                 yield
@@ -242,11 +242,6 @@ class Decoder(GuidedBatch):
                 if self._at_once is not None:  # its program would keep what is laid out beside the weights
                     self._at_once.again = None
                 self._at_once = None
-
-    def leave_caches(self) -> None:
-        """Leave the caches to the batch that comes, after which this one must not go on."""
-        for each in self._passes:
-            each.generator.leave_cache(each.condition, each.cache)
 
     def step(self, number: int) -> Step:
         """The step that draws token `number`."""
@@ -326,7 +321,7 @@ class Decoder(GuidedBatch):
         generator, condition, position = self.generator, self.condition, step.position(self.condition)
 
         def feed() -> Fed:
-            x = generator.embed_tokens(self._passes[0].rows(*self._inputs(step, tokens)))
+            x = generator.embed_tokens(self.parts[0].rows(*self._inputs(step, tokens)))
             x = generator.add_positions(x, condition, position)
             return Fed(x, generator.rotary(condition, position, 1), generator.prepare(condition, position, 1))
 
@@ -334,7 +329,7 @@ class Decoder(GuidedBatch):
 
     def _drawn_at_once(self, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
         """See `_around`; None where the kernels do not fit."""
-        weights, codes = self._passes[0].weights, self._codes
+        weights, codes = self.parts[0].weights, self._codes
         given = (tokens, torch.int64), (uniforms, torch.float64), (self._scales, torch.float32)
         if not all(each.is_contiguous() and each.dtype is dtype for each, dtype in given):
             return None
@@ -370,7 +365,7 @@ class Decoder(GuidedBatch):
             around = surroundings.get()  # in which the weights are written just before the blocks
             write_weights = partial(self._write_weights, step) if around is None else _leave
         branch = self.guidance.weak_branch
-        return [each.run(step, inputs, perturbed, branch, write_weights) for each in self._passes]
+        return [each.run(step, inputs, perturbed, branch, write_weights) for each in self.parts]
 
     def _inputs(self, step: Step, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What rows are fed of `tokens` int64 [B, T], and what perturbed ones are fed, [B, 0 or 1]."""
@@ -435,20 +430,17 @@ def _leave(weights: Tensor) -> None:
     """Leave the weights as they are."""
 
 
-class _Pass:
-    """One pass of a step through a generator, over rows with a cache of their own.
+class _Pass(Part):
+    """One pass of a step through a generator, over a part of the batch.
 
     Args:
         perturbed: how many of the rows, the last ones, are perturbed.
-        cache: keys and values of the rows; None for one that holds nothing.
     """
 
     def __init__(
         self, generator: Generator, condition: Condition, perturbed: int = 0, cache: KVCache | None = None
     ) -> None:
-        self.generator = generator
-        self.condition = condition
-        self.cache = generator.take_cache(condition) if cache is None else cache
+        super().__init__(generator, condition, cache)
         self.perturbed = perturbed
         slots = condition.slots + condition.num_tokens
         kind: dict[str, Any] = {"dtype": torch.float32, "device": generator.device}
