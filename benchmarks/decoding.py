@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.released import Released, check
-from benchmarks.timing import machine, means_over_sequence, medians, table
+from benchmarks.timing import machine, means_over_sequence, medians, parsed, table
 from softcfg.decoding.throughput import decoding_step, filled_cache, seconds_ahead
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
@@ -105,10 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="alitok-b")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser, repeats=3)
 
     generator = random_weights(resolve(args.model).generator)
     baseline = random_weights(resolve(args.model).generator)  # the same weights, never prepared

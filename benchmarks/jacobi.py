@@ -13,9 +13,7 @@ import argparse
 import statistics
 import time
 
-import torch
-
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, parsed, table
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.decoding import ImageStreams, decode, image_uniforms, jacobi_decode
 
@@ -50,10 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="fashion")
     parser.add_argument("--window", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser, repeats=3)
 
     pipeline = Pipeline.from_pretrained(args.model)
     print(f"{args.model}, {pipeline.generator.num_tokens} tokens, {pipeline.generator.dtype}, {machine()}\n")

@@ -10,9 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Callable
 
-import torch
-
-from benchmarks.timing import machine, medians, table
+from benchmarks.timing import machine, medians, parsed, table
 from softcfg import Pipeline, SoftCFG
 from softcfg.zoo.registry import resolve
 
@@ -36,10 +34,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="names of the zoo; those that are not bundled get random weights")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 80])
     parser.add_argument("--batches", type=int, default=4, help="of a job")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser, repeats=5)
 
     rows = []
     for model in args.models:

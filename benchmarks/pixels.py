@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.timing import machine, medians, table
+from benchmarks.timing import machine, medians, parsed, table
 from softcfg import load_tokenizer
 from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo.loading import random_weights
@@ -33,10 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parsed(parser, repeats=5)
     rows = []
     for model in args.models:
         sides = [tokenizer_in(model, dtype) for dtype in DTYPES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,6 +15,15 @@ from softcfg.nn.choices import machine as processor
 
 Side = TypeVar("Side", bound=Hashable)
 TURN = 0.04  # seconds
+
+
+def parsed(parser: argparse.ArgumentParser, repeats: int) -> argparse.Namespace:
+    """The arguments of a benchmark, with --repeats and --threads beside its own; PyTorch uses so many threads then."""
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
 
 
 def medians(
