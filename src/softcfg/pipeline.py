@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -263,15 +263,13 @@ class Pipeline:
                 self.weak.to(*where, device=device, dtype=dtype)
         return self
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Context for many calls: what one has prepared serves the next one with as many images at once.
 
         That is the layout of the weights and, on a CPU, the key/value cache. The weights must not change inside, and
         what is meant to change them says so (`UserError`).
         """
-        with weights_in_use(*self._generators):
-            yield
+        return weights_in_use(*self._generators)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a model folder, which `from_pretrained` and all commands read; return its path.

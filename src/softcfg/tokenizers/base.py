@@ -169,7 +169,7 @@ class Tokenizer(KeepsTables):
         """
         self._channels_last()
         pixels = self._checked_pixels(pixels)
-        latents = _in_pieces(self.encode_latents, pixels, pixels[:1, 0].numel())
+        latents = _in_pieces(self.encode_latents, pixels, pixels.shape[2] * pixels.shape[3])
         self._require_finite(latents, "latents of its encoder")
         return self.quantize_latents(latents)
 
@@ -267,7 +267,7 @@ def _in_pieces(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Te
     Each time of as many, so that the bits of an image do not depend on its place in the batch.
     """
     count = len(images)
-    pieces = -(-count // max(1, PIXELS_AT_ONCE // max(1, size))) if images.is_cpu else 1
+    pieces = -(-count // max(1, PIXELS_AT_ONCE // size)) if images.is_cpu else 1
     if pieces <= 1:
         return run(images)
     each = -(-count // pieces)
