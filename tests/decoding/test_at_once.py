@@ -11,10 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
+from replaying import launched_steps
 from small_families import load
 from softcfg import CFG, SoftCFG, UserError
 from softcfg.decoding import Sampling, decode, image_uniforms
-from softcfg.decoding.at_once import DrawnAtOnce
 from softcfg.decoding.sequential import Decoder
 from softcfg.models import llamagen
 from softcfg.models.base import Generator
@@ -42,15 +42,7 @@ LEFT_ALONE = {
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that were one launch; attention by kernel is the fastest on any machine."""
     monkeypatch.setattr(numba_decode, "is_faster", lambda: True)
-    found: list[int] = []
-    move = DrawnAtOnce.move
-
-    def noted(around: DrawnAtOnce, *parameters: Any) -> None:
-        found.append(around.number)
-        move(around, *parameters)
-
-    monkeypatch.setattr(DrawnAtOnce, "move", noted)
-    return found
+    return launched_steps(monkeypatch)
 
 
 def drawn(generator: Generator, guidance: CFG, **more: Any) -> Tensor:

@@ -37,9 +37,10 @@ class Machine:
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self.seconds, self.now, self.used = seconds, 0.0, []
 
-    def step(self) -> None:
+    def step(self, most: int) -> int:
         self.used.append(torch.get_num_threads())
         self.now += self.seconds(self.used[-1])
+        return 1
 
     def run(self, steps: int, runner: StepThreads) -> list[int]:
         self.used = []
@@ -86,10 +87,10 @@ def test_an_error_in_a_step_leaves_the_number_as_it_was() -> None:
     def steps() -> None:
         with use_product("onednn"), prepared_linear_layers(generator, 4), step_threads(generator) as run:
             for _ in range(4):
-                run(lambda: counts.append(torch.get_num_threads()))
+                run(lambda _: counts.append(torch.get_num_threads()) or 1)
             run(fail)
 
-    def fail() -> None:
+    def fail(most: int) -> int:
         raise KeyError
 
     with pytest.raises(KeyError):
@@ -111,7 +112,7 @@ def test_the_number_is_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> 
     used = []
     with use_product("onednn"), prepared_linear_layers(generator, 4), step_threads(generator) as run:
         for _ in range(10):
-            run(lambda: used.append(torch.get_num_threads()))
+            run(lambda _: used.append(torch.get_num_threads()) or 1)
     assert used == [2] * 10
 
 

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("numba")
 
+from replaying import launched_steps
 from small_families import load
 from softcfg import CFG, Sampling, SoftCFG, UserError
 from softcfg.decoding import decode, draw, image_uniforms
-from softcfg.decoding.at_once import DrawnAtOnce
 from softcfg.guidance import perturbation_weights
 from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import AttentionContext, KVCache, Position, Rotary, choices, fused, launches, use_backend
@@ -607,14 +607,13 @@ class Half(CFG):
 def test_tokens_are_drawn_by_a_kernel_and_as_without(
     launched: list[int], plain: CFG, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    move = DrawnAtOnce.move  # of steps that are one launch
-    monkeypatch.setattr(DrawnAtOnce, "move", lambda *given: launched.append(cpu._draw) or move(*given))
+    steps = launched_steps(monkeypatch)
     generator, sampling = load(family), Sampling(0.8)
     inputs = generator.example_inputs(5)
     tokens = generator.condition(inputs, guided=False).num_tokens
     uniforms = image_uniforms(0, range(5), tokens)
     found = decode(generator, inputs, plain, uniforms=uniforms, sampling=sampling)
-    assert launched.count(cpu._draw) == tokens
+    assert launched.count(cpu._draw) + len(steps) == tokens
     with fused.without_fused_kernels():
         wanted = decode(generator, inputs, plain, uniforms=uniforms, sampling=sampling)
     assert torch.equal(found, wanted)
@@ -799,7 +798,8 @@ def test_a_program_computes_the_bits_of_its_kernels(threads: int, by_slot: bool)
         wanted = step(caches[1], slot, cos, sin, several)
         for each in outputs:
             each.fill_(torch.nan)
-        on_threads(threads, lambda turns=(cos, sin), slot=slot, several=several: program.run(slot + 1, *turns, several))
+        program.set_slot(slot + 1, cos, sin, several)
+        on_threads(threads, program.launch)
         assert all(map(torch.equal, outputs, wanted))
         assert torch.equal(caches[0].keys[0], caches[1].keys[0])
         assert torch.equal(caches[0].values[0], caches[1].values[0])

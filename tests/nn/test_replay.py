@@ -53,28 +53,28 @@ PASSES = {name: 2 if "branch" in name or name == "weak model" else 1 for name in
 
 @pytest.fixture(autouse=True)
 def replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What programs computed, in turn; attention by kernel is the fastest on any machine."""
+    """What programs computed, in turn, step by step; attention by kernel is the fastest on any machine."""
     monkeypatch.setenv(choices.FOLDER_VARIABLE, str(tmp_path / "choices"))
     monkeypatch.setattr(choices, "MADE", {})
     monkeypatch.setattr(numba_decode, "is_faster", lambda: True)
     monkeypatch.setattr(fused, "UNAVAILABLE", set())
     monkeypatch.setattr(BACKENDS["numba_decode"], "unavailable", {})
     found: list[Tensor] = []
-    run, again = replay._Program.replay, replay._Program.again
+    run, ahead = replay._Program.replay, replay._Program.ahead
 
     def noted(*arguments: Any) -> Tensor:
         logits = run(*arguments)
         found.append(logits.clone())  # may be the program's own memory
         return logits
 
-    def noted_again(program: replay._Program, *arguments: Any) -> bool:
-        done = again(program, *arguments)
-        if done:
+    def noted_ahead(program: replay._Program, of: Callable[[], Any], most: int) -> int:
+        steps = ahead(program, of, 1)
+        if steps:
             found.append(program._output.clone())
-        return done
+        return steps
 
     monkeypatch.setattr(replay._Program, "replay", noted)
-    monkeypatch.setattr(replay._Program, "again", noted_again)
+    monkeypatch.setattr(replay._Program, "ahead", noted_ahead)
     return found
 
 

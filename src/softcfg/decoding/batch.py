@@ -57,14 +57,17 @@ class GuidedBatch:
         self._probability_of = probability_of(guidance.weak_branch)
         self.finite = FiniteLogits(self.batch, branches_of(guidance), total, generator.dtype, device)
 
-    def check(self, step: int | None = None) -> None:
-        """Raise a `UserError` for logits that make no distribution and confidences that are none, of a step or of all.
+    def check(self, first: int = 0, stop: int | None = None) -> None:
+        """Raise a `UserError` for logits that make no distribution and confidences that are none.
 
         It waits for the device.
+
+        Args:
+            first, stop: the steps to look at; by default all.
         """
-        self.finite.check(step)
+        self.finite.check(first, stop)
         if self.guidance.perturbs and self._probability_of is None:
-            require_confidence(self.guidance.weak_branch, self.confidence if step is None else self.confidence[:, step])
+            require_confidence(self.guidance.weak_branch, self.confidence[:, first:stop])
 
     def leave_caches(self) -> None:
         """Leave the caches to the batch that comes, after which this one must not go on."""

@@ -73,11 +73,9 @@ class FiniteLogits:
         """Whether all steps so far are, bool [] on the device."""
         return self._seen.isfinite().all()
 
-    def check(self, step: int | None = None) -> None:
-        """Raise a `UserError` for the first step, or for `step` alone, whose logits make no distribution."""
-        first = 0 if step is None else step
-        seen = self._seen if step is None else self._seen[:, step : step + 1]
-        seen = seen.cpu()
+    def check(self, first: int = 0, stop: int | None = None) -> None:
+        """Raise a `UserError` for the first step, of `first` up to `stop`, whose logits make no distribution."""
+        seen = self._seen[:, first:stop].cpu()
         if math.isfinite(seen.sum()):
             return
         bad = ~seen.isfinite()

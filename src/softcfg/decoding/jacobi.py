@@ -88,9 +88,14 @@ def jacobi_decode(
         if weaker is not None and weaker.generator is not generator:
             held.enter_context(prepared_linear_layers(weaker.generator, weaker.condition.rows * decoder.window))
         run = held.enter_context(step_threads(generator, *(weaker or ())[:1]))
+
+        def advance(uniforms: Tensor, most: int) -> int:
+            decoder.advance(uniforms)
+            return 1
+
         while done < total:
             uniforms = on_device(streams.uniforms(3 * decoder.window), generator.device)
-            run(partial(decoder.advance, uniforms))
+            run(partial(advance, uniforms))
             done, passes = decoder.done(), passes + 1
             if on_step is not None:
                 on_step(done)

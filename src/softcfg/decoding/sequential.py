@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -34,13 +33,14 @@ from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator
 from softcfg.nn import fused
+from softcfg.nn.context import AttentionContext
 from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.launches import linked_launches
 from softcfg.nn.linear import PREPARED, prepared_linear_layers
 from softcfg.nn.position import Position
 from softcfg.nn.precision import own_dtype
-from softcfg.nn.replay import Fed, surroundings
+from softcfg.nn.replay import StepInputs, keeps_tables, surroundings
 from softcfg.nn.settings import holding
 
 
@@ -70,7 +70,8 @@ def decode(
         sampling: temperature, top-k and top-p; by default temperature 1 alone.
         forced_tokens: int64 [B, T]; these tokens take the place of drawn ones (teacher forcing).
         forced_mask: bool [B, T], where `forced_tokens` is used; everywhere if None.
-        on_step: called with the number of tokens drawn so far after every step.
+        on_step: called with the number of tokens drawn so far for every step; where steps are so small that some are
+            run at once (`decoding.threads`), after these.
         on_tokens: called with the tokens drawn so far, int64 [B, n], after every step; what it raises ends the
             decoding.
         static: run every step with the same shapes, the position being a tensor; on a GPU, where this is the
@@ -100,21 +101,41 @@ def decode(
     def advance(step: Step) -> None:
         decoder.advance(step, tokens, uniforms, forced, mask)
 
+    def advance_from(number: int, most: int) -> int:
+        ahead = 0
+        if forced is None:
+            ahead = decoder.advance_at_once(number, most if on_tokens is None else 1, tokens, uniforms)
+        if not ahead:
+            advance(decoder.step(number))
+        return ahead or 1
+
     if static is None:
         static = all(steps_are_static(each) for each in decoder.generators)
     with decoder.prepared_linear_layers(), step_threads(*decoder.generators) as run:
-        advance(decoder.step(0))
-        if static:
-            steps: Iterator[object] = repeat(lambda index: advance(Step(index)), range(1, total), device)
-        else:
-            steps = (run(partial(advance, decoder.step(index))) for index in range(1, total))
-        for done, _ in enumerate(chain([None], steps), start=1):
+
+        def numbers_drawn() -> Iterator[int]:
+            """How many tokens there are, whenever there are more."""
+            advance(decoder.step(0))
+            yield 1
+            if static:
+                for index, _ in enumerate(repeat(lambda at: advance(Step(at)), range(1, total), device)):
+                    yield 2 + index
+                return
+            done = 1
+            while done < total:
+                done += run(partial(advance_from, done))
+                yield done
+
+        before = 0
+        for done in numbers_drawn():
             if device.type == "cpu":
-                decoder.check(done - 1)
+                decoder.check(before, done)
             if on_step is not None:
-                on_step(done)
+                for number in range(before, done):
+                    on_step(number + 1)
             if on_tokens is not None:
                 on_tokens(tokens[:, :done])
+            before = done
     if device.type != "cpu":
         decoder.check()
     decoder.leave_caches()
@@ -203,10 +224,9 @@ class Decoder(GuidedBatch):
         self._allowed = generator.allowed(self._steps, condition)
         self._draws_at_once = (
             len(self.parts) == 1
-            and getattr(generator.processed, "__func__", None) is Generator.processed
             and guidance.is_linear
             and sampling == Sampling(sampling.temperature)
-            and getattr(generator.constrain, "__func__", None) is Generator.constrain
+            and not generator.overrides("constrain", "processed")
         )
         # Beside these a step is the model's own kernels, and all of it is launched at once.
         kept = not guidance.perturbs or (
@@ -221,7 +241,7 @@ class Decoder(GuidedBatch):
             and kept
             and generator.device.type == "cpu"
             and generator.steps_replay is True
-            and getattr(generator.forward, "__func__", None) is Generator.forward
+            and not generator.overrides("forward")
         )
 
     @property
@@ -240,7 +260,7 @@ class Decoder(GuidedBatch):
                 yield
             finally:
                 if self._at_once is not None:  # its program would keep what is laid out beside the weights
-                    self._at_once.again = None
+                    self._at_once.ahead = None
                 self._at_once = None
 
     def step(self, number: int) -> Step:
@@ -262,9 +282,7 @@ class Decoder(GuidedBatch):
             uniforms: [B, T] in [0, 1).
             forced, forced_mask: int64 and bool [B, T], tokens that take the place of drawn ones, and where.
         """
-        at, around = step.at, self._around(step, tokens, uniforms) if forced is None else None
-        if around is not None and self._is_replayed(around, step, tokens):
-            return
+        at, around = step.at, self._around(step.number, tokens, uniforms) if forced is None else None
         with linked_launches(), holding(surroundings, around):
             seen = self._feed(step, tokens)
         if around is not None and around.served:
@@ -274,6 +292,18 @@ class Decoder(GuidedBatch):
             drawn = torch.where(forced_mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
         self.record(step, drawn)
         tokens[:, at] = drawn[:, None]
+
+    def advance_at_once(self, number: int, most: int, tokens: Tensor, uniforms: Tensor) -> int:
+        """Draw tokens from that of step `number` on, at most so many, where steps are nothing but a launch.
+
+        Args:
+            tokens, uniforms: as of `advance`.
+
+        Returns:
+            How many were drawn; 0 where it is to be done by `advance`, as at first.
+        """
+        around = self._around(number, tokens, uniforms)
+        return 0 if around is None or around.ahead is None else around.ahead(most)
 
     def draw(self, step: Step, tokens: Tensor, uniforms: Tensor) -> Tensor:
         """Feed the token before that of the step, of `tokens` int64 [B, T], and draw the next one, int64 [B].
@@ -301,9 +331,9 @@ class Decoder(GuidedBatch):
         self.finite.note(step.at, tuple(seen), probabilities[:, :1])
         return draw(probabilities, uniforms)
 
-    def _around(self, step: Step, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
+    def _around(self, number: int | None, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
         """What is launched with the kernels of a step, if these are all that it is; None where there is more."""
-        if not step.number or not self._steps_at_once or PREPARED not in vars(self.generator):
+        if not number or not self._steps_at_once or PREPARED not in vars(self.generator):
             return None
         if not available.may_use_cpu_kernels():  # as with the compiler of graphs, whose code might not look for it
             return None
@@ -311,21 +341,8 @@ class Decoder(GuidedBatch):
         if known is None or known.tokens is not tokens or known.uniforms is not uniforms:
             known = self._at_once = self._drawn_at_once(tokens, uniforms)
         if known is not None:
-            known.number, known.served = step.number, False
+            known.number, known.served = number, False
         return known
-
-    def _is_replayed(self, around: DrawnAtOnce, step: Step, tokens: Tensor) -> bool:
-        """Whether a step is done by nothing but the launch of what an earlier one has launched."""
-        if around.again is None or step.number is None:
-            return False
-        generator, condition, position = self.generator, self.condition, step.position(self.condition)
-
-        def feed() -> Fed:
-            x = generator.embed_tokens(self.parts[0].rows(*self._inputs(step, tokens)))
-            x = generator.add_positions(x, condition, position)
-            return Fed(x, generator.rotary(condition, position, 1), generator.prepare(condition, position, 1))
-
-        return around.again(feed, condition.slots - 1 + step.number)
 
     def _drawn_at_once(self, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:
         """See `_around`; None where the kernels do not fit."""
@@ -341,6 +358,7 @@ class Decoder(GuidedBatch):
             if weights is not None and (found := decoder()) is not None:
                 found._write_weights(found.step(number), weights)
 
+        embedding, inputs = self._step_inputs()
         return DrawnAtOnce(
             tokens=tokens,
             uniforms=uniforms,
@@ -355,7 +373,25 @@ class Decoder(GuidedBatch):
             weights=weights,
             settings=self._weight_settings,
             write=write,
+            embedding=embedding,
+            inputs=inputs,
         )
+
+    def _step_inputs(self) -> tuple[Tensor | None, StepInputs | None]:
+        """The table of which the inputs of all steps are rows, and what else they are fed; Nones for more than that."""
+        generator, condition, (only,) = self.generator, self.condition, self.parts
+        table, total = generator.fed_rows_of, condition.num_tokens
+        if table is None or table.dtype is not torch.float32 or self._sources is not None or total < 2:
+            return None, None
+        named: dict[str, Any] = {}
+        if only.weights_of_slots is not None:
+            named = attention_weights(self.guidance.weak_branch, only.weights_of_slots)
+        last = self.step(total - 1).position(condition)
+        context = AttentionContext.create(last, 1, only.cache, padding=condition.padding, rows=condition.rows, **named)
+        if not keeps_tables(context):
+            return None, None
+        rotary = generator.rotary(condition, Position.shared(condition.slots), total - 1)
+        return table, StepInputs(condition.slots, rotary, context)
 
     def _feed(self, step: Step, tokens: Tensor) -> list[Tensor]:
         """The logits [rows, 1, V] of all passes."""
@@ -435,6 +471,9 @@ class _Pass(Part):
 
     Args:
         perturbed: how many of the rows, the last ones, are perturbed.
+
+    Attributes:
+        weights_of_slots: float32 [rows, slots], ones but for perturbed rows; None if there are no such rows.
     """
 
     def __init__(
@@ -444,12 +483,14 @@ class _Pass(Part):
         self.perturbed = perturbed
         slots = condition.slots + condition.num_tokens
         kind: dict[str, Any] = {"dtype": torch.float32, "device": generator.device}
-        self._weights = torch.ones(condition.rows, slots, **kind) if perturbed else None
+        self.weights_of_slots = torch.ones(condition.rows, slots, **kind) if perturbed else None
 
     @property
     def weights(self) -> Tensor | None:
         """Those of the perturbed rows on the tokens, float32 [B, T], as a view; None if there are no such rows."""
-        return None if self._weights is None else self._weights[-self.perturbed :, self.condition.slots :]
+        if self.weights_of_slots is None:
+            return None
+        return self.weights_of_slots[-self.perturbed :, self.condition.slots :]
 
     def rows(self, inputs: Tensor, perturbed: Tensor) -> Tensor:
         """What all rows are fed, int64 [rows, 0 or 1]."""
@@ -473,9 +514,9 @@ class _Pass(Part):
             write_weights: writes those of the perturbation into [B, T].
         """
         named = {}
-        if self._weights is not None and self.weights is not None and write_weights is not None:
+        if self.weights_of_slots is not None and self.weights is not None and write_weights is not None:
             write_weights(self.weights)
-            named = attention_weights(perturbation, self._weights)
+            named = attention_weights(perturbation, self.weights_of_slots)
         logits = self.generator(
             self.condition,
             self.rows(inputs, perturbed),

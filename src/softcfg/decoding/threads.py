@@ -1,8 +1,11 @@
-"""How many threads the steps of a batch take on a CPU: all of them, or one.
+"""How many threads the steps of a batch take on a CPU, all of them or one, and how many steps are run at once.
 
 A second thread makes a small step a fifth faster on an idle machine, and ten times slower on a busy one, where each of
 its hundred operations waits for the slower thread to be given a core. So steps are timed both ways, now and then. What
 they compute is the same to the bit.
+
+A step can be shorter than the Python around it. Where one call can run several (`nn.replay`), it runs as many as take
+`AT_ONCE` seconds.
 """
 
 from __future__ import annotations
@@ -21,32 +24,51 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 DEFAULT = torch.get_num_threads()
 TRIED = 3  # steps of either kind in a trial; the fastest counts
 FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # steps on one thread before all are tried again
+AT_ONCE = 0.02  # seconds of steps that are run by one call: a tenth of what a person notices when pressing Ctrl-C
 SLOWER = 2.0  # a step on all threads that takes this many times as long as usual calls for a new trial
 
 
 class StepThreads:
     """Runs steps on `most` threads or on one, whichever is faster.
 
+    Args:
+        free: whether the number may be chosen; else it is left alone.
+
     Attributes:
         threads: of the next step.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter, *, free: bool = True) -> None:
         self.most = self.threads = most
         self._clock = clock
-        self._trial: dict[int, list[float]] | None = {most: [], 1: []}
-        self._usual = 0.0
+        self._free = free
+        self._trial: dict[int, list[float]] | None = {most: [], 1: []} if free else None
+        self._usual = self._last = 0.0
         self._pause, self._left = FIRST_PAUSE, 0
 
-    def run(self, step: Callable[[], object]) -> None:
-        """Run a step and note how long it takes."""
-        if torch.get_num_threads() != self.threads:
+    def run(self, steps: Callable[[int], int]) -> int:
+        """Run some steps and note how long they take; how many they were.
+
+        Args:
+            steps: runs at least one step, and at most as many as it is given; returns how many.
+        """
+        if self._free and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         started = self._clock()
-        step()
-        self._note(self._clock() - started)
+        done = steps(self._at_once())
+        self._last = (self._clock() - started) / done
+        if self._free:
+            self._note(self._last, done)
+        return done
 
-    def _note(self, seconds: float) -> None:
+    def _at_once(self) -> int:
+        """How many steps may come before the next look at the clock, and at Ctrl-C."""
+        if self._trial is not None or not self._last:
+            return 1
+        steps = max(1, int(AT_ONCE / self._last))
+        return min(steps, self._left) if self._left else steps
+
+    def _note(self, seconds: float, steps: int) -> None:
         if self._trial is not None:
             self._trial[self.threads].append(seconds)
             waiting = [threads for threads, times in self._trial.items() if len(times) < TRIED]
@@ -55,21 +77,22 @@ class StepThreads:
                 return
             least = {threads: min(times) for threads, times in self._trial.items()}
             self.threads = min(least, key=least.__getitem__)
-            self._usual, self._left, self._trial = least[self.threads], self._pause, None
+            self._usual, self._trial = least[self.threads], None
+            self._left = 0 if self.threads > 1 else self._pause
             self._pause = FIRST_PAUSE if self.threads > 1 else min(2 * self._pause, LONGEST_PAUSE)
         elif self.threads > 1:
             if seconds > SLOWER * self._usual:
                 self._trial = {self.most: [], 1: []}
             self._usual += 0.1 * (seconds - self._usual)
         else:
-            self._left -= 1
+            self._left -= steps
             if not self._left:
                 self.threads, self._trial = self.most, {self.most: [], 1: []}
 
 
 @contextmanager
-def step_threads(*generators: Generator) -> Iterator[Callable[[Callable[[], object]], object]]:
-    """Give a function that runs the steps of a batch through the generators; then the number of threads is what it was.
+def step_threads(*generators: Generator) -> Iterator[Callable[[Callable[[int], int]], int]]:
+    """Give a function that runs the steps of a batch (`StepThreads.run`); then the number of threads is what it was.
 
     The number is left alone on other devices, where somebody has set it (by `torch.set_num_threads` after the import,
     OMP_NUM_THREADS or MKL_NUM_THREADS), and where it could change the bits of a result. Use it inside
@@ -77,13 +100,12 @@ def step_threads(*generators: Generator) -> Iterator[Callable[[Callable[[], obje
     """
     most = torch.get_num_threads()
     chosen = most != DEFAULT or any(os.environ.get(name) for name in VARIABLES)
-    if most == 1 or chosen or any(each.device.type != "cpu" or not _same_bits(each) for each in generators):
-        yield lambda step: step()
-        return
+    alone = most == 1 or chosen or any(each.device.type != "cpu" or not _same_bits(each) for each in generators)
     try:
-        yield StepThreads(most).run
+        yield StepThreads(most, free=not alone).run
     finally:
-        torch.set_num_threads(most)
+        if not alone:
+            torch.set_num_threads(most)
 
 
 def _same_bits(generator: Generator) -> bool:

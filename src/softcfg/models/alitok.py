@@ -121,9 +121,10 @@ class AliTok(ClassGenerator):
         assert isinstance(condition, ClassCondition)
         return self.embeddings(condition.classes[:, None] + self.vocab_size + 1)
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """See `Generator.embed_tokens`."""
-        return self.embeddings(tokens)
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """See `Generator.token_embedding`."""
+        return self.embeddings
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softcfg.errors import UserError
 from softcfg.models.conditioning import Conditioning, LabelConditioning
@@ -84,9 +84,9 @@ class ClassCondition(Condition):
 class Generator(Preparable, ABC):
     """A decoder-only transformer that predicts image tokens under a condition.
 
-    A family implements `condition`, `embed_condition`, `embed_tokens`, `logits` and, as its positions need,
-    `add_positions` or `rotary`; `forward` puts them together. A model that computes its logits in another way, such as
-    one of another library, implements `forward` instead.
+    A family implements `condition`, `embed_condition`, `token_embedding` or `embed_tokens`, `logits` and, as its
+    positions need, `add_positions` or `rotary`; `forward` puts them together. A model that computes its logits in
+    another way, such as one of another library, implements `forward` instead.
 
     Attributes:
         config: the family's configuration, a dataclass.
@@ -204,9 +204,36 @@ class Generator(Preparable, ABC):
         """The inputs for the slots of the condition, [rows, condition.slots, width]."""
         raise NotImplementedError(f"{type(self).__name__} must implement embed_condition (or forward as a whole)")
 
+    @property
+    def token_embedding(self) -> nn.Embedding | None:
+        """The table whose rows are the inputs for image tokens, where they are nothing else; by default none."""
+        return None
+
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """The inputs for image tokens int64 [rows, n], [rows, n, width]."""
-        raise NotImplementedError(f"{type(self).__name__} must implement embed_tokens (or forward as a whole)")
+        """The inputs for image tokens int64 [rows, n], [rows, n, width]; by default those of `token_embedding`."""
+        table = self.token_embedding
+        if table is None:
+            name = type(self).__name__
+            raise NotImplementedError(f"{name} must implement token_embedding or embed_tokens (or forward as a whole)")
+        return table(tokens)
+
+    @property
+    def fed_rows_of(self) -> Tensor | None:
+        """The table, contiguous [V, width], of which a step's inputs are rows.
+
+        None if the inputs are more than that, or if blocks read more than them and the context.
+        """
+        table = self.token_embedding
+        if self.overrides("embed_tokens", "add_positions", "prepare"):
+            return None
+        if type(table) is not nn.Embedding or table.max_norm is not None:
+            return None
+        weight = table.weight.data
+        return weight if type(weight) is Tensor and weight.is_contiguous() else None
+
+    def overrides(self, *methods: str) -> bool:
+        """Whether one of these methods of `Generator` is another one here."""
+        return any(getattr(getattr(self, name), "__func__", None) is not getattr(Generator, name) for name in methods)
 
     def add_positions(self, x: Tensor, condition: Condition, position: Position) -> Tensor:
         """The inputs `x` [rows, n, width] of a pass with learned positions added; by default as they are."""

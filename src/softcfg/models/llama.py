@@ -203,9 +203,10 @@ class SharedVocabularyGenerator(LlamaGenerator):
         """See `LlamaGenerator.decoder`."""
         return self.model
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """See `Generator.embed_tokens`."""
-        return self.model.embed_tokens(tokens)
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """See `Generator.token_embedding`."""
+        return self.model.embed_tokens
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`; they are float32 or better."""

@@ -144,9 +144,10 @@ class LlamaGenBody(Generator):
         """The transformer blocks, under the name of the released checkpoints."""
         return self.layers
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """See `Generator.embed_tokens`."""
-        return self.tok_embeddings(tokens)
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """See `Generator.token_embedding`."""
+        return self.tok_embeddings
 
     def logits(self, x: Tensor) -> Tensor:
         """See `Generator.logits`."""

@@ -37,34 +37,47 @@ Programs = WeakKeyDictionary[Any, "_Program | None"]
 surroundings: ContextVar[Surroundings | None] = ContextVar("surroundings", default=None)
 
 
-class Fed(NamedTuple):
-    """What a step depends on beside its slot and the weights of its slots, see `softcfg.models.base.Generator`."""
+class StepInputs(NamedTuple):
+    """What all steps of a batch are fed beside their tokens, in memory that stays where it is.
 
-    x: Tensor
+    Attributes:
+        slots: of the condition; step 1 feeds the one after them.
+        rotary: of the slots of steps 1 and later; None for none.
+        context: of the last step, whose cache and tables serve all.
+    """
+
+    slots: int
     rotary: Rotary | None
-    prepared: object
+    context: AttentionContext
 
 
 class Surroundings(ABC):
     """What is launched with the kernels of a step, by the same call, where the step is replayed: before and after them.
 
     Attributes:
+        number: of the step that comes, from 1.
         served: whether the last step was replayed, and all of this was launched.
-        again: does the same at a later slot, and returns whether it did, with what a function gives: the inputs
-            [rows, 1, width], the rotation, and what `prepare` returns. None where a step depends on more, as on the
-            padding of prompts.
+        inputs: of all steps, where the first launch embeds the token; None where steps depend on more than that.
+        ahead: runs steps from `number` on, at most so many, and returns how many; 0 if they are to be done in another
+            way. None until it is known how steps are launched.
     """
 
+    number = 1
     served = False
-    again: Callable[[Callable[[], Fed], int], bool] | None = None
+    inputs: StepInputs | None = None
+    ahead: Callable[[int], int] | None = None
 
     @abstractmethod
-    def launches(self, logits: Tensor) -> tuple[Launches, Launches]:
-        """What comes before and after, for the steps whose logits [rows, 1, V] are written here."""
+    def launches(self, fed: Tensor, logits: Tensor) -> tuple[Launches, Launches]:
+        """What comes before and after, for steps that are fed `fed` [rows, 1, width] and give `logits` [rows, 1, V]."""
 
     @abstractmethod
-    def move(self, after: list[np.ndarray]) -> None:
-        """Change the parameters of what comes after, the only ones that move, to those of the step that comes."""
+    def move(self, before: list[np.ndarray], after: list[np.ndarray]) -> None:
+        """Change the parameters of what comes before and after to those of step `number`."""
+
+    @abstractmethod
+    def alike(self) -> int:
+        """How many steps from `number` on have parameters that move by the same numbers."""
 
     @abstractmethod
     def missed(self) -> None:
@@ -117,11 +130,11 @@ def _may_run(x: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _keeps_tables(context: AttentionContext) -> bool:
-    """Whether later steps find the tables of this one where they are: there is no mask, and weights are no copies."""
-    value, key, *others = numba_decode.tables_of(context)
+def keeps_tables(context: AttentionContext) -> bool:
+    """Whether what is written into its weights later is what attention reads: it reads no copies of them."""
+    value, key, logarithms, _ = numba_decode.tables_of(context)
     pairs = ((value, context.value_weights), (key, context.key_weights))
-    return all(each is None for each in others) and all(
+    return logarithms is None and all(
         one is None or other is None or one.data_ptr() == other.data_ptr() for one, other in pairs
     )
 
@@ -139,8 +152,8 @@ class _Program:
         self._cache, self._key = weakref.ref(cache), weakref.ref(key)
         self._input = torch.empty_like(x)
         self._output = self._input
-        # Weakly by what it is surrounded, the program with that, and the parameters of what comes after.
-        self._surrounded: tuple[Any, Any, list[np.ndarray]] | None = None
+        # Weakly by what it is surrounded, the program with that, and the parameters of what comes before and after.
+        self._surrounded: tuple[Any, Any, list[list[np.ndarray]]] | None = None
         self.serves = False
 
     def record(self, x: Tensor, context: AttentionContext, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -168,48 +181,60 @@ class _Program:
 
     def replay(self, x: Tensor, context: AttentionContext, around: Surroundings | None = None) -> Tensor:
         """Run it, and what is to be launched around it; what is returned then is the program's own memory."""
-        tables = numba_decode.tables_of(context)
+        self._input.copy_(x)
+        launches = self._launches if around is None else self._with(around)
+        launches.set_slot(context.slots, *_turns(context.rotary), numba_decode.tables_of(context))
+        launches.launch()
         if around is None:
-            self._run(self._launches, x, context.slots, context.rotary, tables)
             return self._output.clone()
-        self._run(self._with(around), x, context.slots, context.rotary, tables)
         around.served = True
-        if around.again is None and context.padding is None and _keeps_tables(context):
-            around.again = partial(self.again, weakref.ref(around))
+        if around.ahead is None and around.inputs is not None:
+            around.ahead = partial(self.ahead, weakref.ref(around))
         return self._output
 
-    def again(self, of: Callable[[], Surroundings | None], feed: Callable[[], Fed], slot: int) -> bool:
-        """See `Surroundings.again`."""
+    def ahead(self, of: Callable[[], Surroundings | None], most: int) -> int:
+        """See `Surroundings.ahead`."""
         around, cache = of(), self._cache()
-        if around is None or self._surrounded is None or self._surrounded[0]() is not around:
-            return False  # another batch has stepped over the same cache, with tables of its own
-        if cache is None or slot >= cache.slots or self._is_watched() or not _may_run(self._input):
-            return False
-        x, rotary, prepared = feed()
-        key = cache if prepared is None else prepared
-        if x.shape != self._input.shape or x.dtype is not torch.float32 or self._key() is not key:
-            return False
-        self._run(self._with(around), x, slot + 1, rotary)
-        around.served = True
-        return True
+        if around is None or around.inputs is None or self._surrounded is None or self._surrounded[0]() is not around:
+            return 0  # another batch has stepped over the same cache, with tables of its own
+        if cache is None or cache is not around.inputs.context.cache or self._is_watched() or not _may_run(self._input):
+            return 0
+        steps, moves = min(most, around.alike()), None
+        if steps > 1:
+            around.number += 1
+            moves = self._at(around).parameters()
+            around.number -= 1
+        launches = self._at(around)
+        if moves is not None:
+            moves -= launches.parameters()
+        launches.launch(steps, moves)
+        return steps
 
-    def _run(
-        self, launches: Any, x: Tensor, slots: int, rotary: Rotary | None, tables: list[Tensor | None] | None = None
-    ) -> None:
-        self._input.copy_(x)
-        cos, sin = (None, None) if rotary is None else (rotary.first_cos, rotary.first_sin)
-        launches.run(slots, cos, sin, tables)
+    def _at(self, around: Surroundings) -> Any:
+        """The program with the launches around it, as it is in step `around.number`."""
+        launches, inputs, number = self._with(around), around.inputs, around.number
+        assert inputs is not None
+        rotary = None if inputs.rotary is None else inputs.rotary.later(number - 1)
+        launches.set_slot(inputs.slots + number, *_turns(rotary), numba_decode.tables_of(inputs.context))
+        return launches
 
     def _with(self, around: Surroundings) -> Any:
         """The program with the launches around it, made when it is first needed, for the step that comes."""
         if self._surrounded is None or self._surrounded[0]() is not around:
-            before, after = around.launches(self._output)
+            before, after = around.launches(self._input, self._output)
             whole = available.cpu_kernels().Program([*before, *self._recorded, *after], self._kept)
-            moving = [whole.parameters_of(index) for index in range(-len(after), 0)]
+            moving = [
+                [whole.parameters_of(index) for index in where] for where in (range(len(before)), range(-len(after), 0))
+            ]
             self._surrounded = weakref.ref(around), whole, moving
         _, whole, moving = self._surrounded
-        around.move(moving)
+        around.move(*moving)
         return whole
+
+
+def _turns(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines of the first slot."""
+    return (None, None) if rotary is None else (rotary.first_cos, rotary.first_sin)
 
 
 class _Watch(TorchDispatchMode):

@@ -47,6 +47,10 @@ class Rotary:
         turns = torch.complex(self.cos, self.sin)
         return turns if turns.dim() == 2 else turns[:, None]
 
+    def later(self, by: int) -> Rotary:
+        """The rotations without those of the first `by` positions."""
+        return Rotary(self.cos[..., by:, :], self.sin[..., by:, :], self.halves)
+
     def on(self, device: torch.device) -> Rotary:
         """The same rotations on `device`."""
         return Rotary(self.cos.to(device), self.sin.to(device), self.halves)

@@ -112,7 +112,7 @@ def decode(
         at = decoder.step(step)
         drawn = decoder.draw(at, tokens, uniforms[:, step]).masked_fill(done, pad_token_id)
         if generator.device.type == "cpu":
-            decoder.check(step)
+            decoder.check(step, step + 1)
         decoder.record(at, drawn)
         tokens[:, step] = drawn
         if on_tokens is not None:

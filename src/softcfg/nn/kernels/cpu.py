@@ -170,21 +170,27 @@ def launch(kernel: int, items: int, numbers: int, *parameters: int) -> None:
         _launch(kernel, 0, 1, (items, 0, 0, *parameters))
 
 
-@compiled(types.void(*[types.int64] * 6))
-def _launch_all(table: int, count: int, most: int, parallel: int, thread_number: int, thread_count: int) -> None:
-    rows = carray(integers(table), (count, 2 + MOST))
-    for row in range(count):
-        numbers, items = rows[row, 1], rows[row, 2]
-        threads = 1
-        if most > 1 and numbers > GRAIN:
-            threads = min(most, items, (numbers + GRAIN - 1) // GRAIN)
-        parameters = table + 8 * (row * (2 + MOST) + 2)
-        if threads > 1:
-            rows[row, 3], rows[row, 4] = thread_number, thread_count
-            _run_on(parallel, rows[row, 0], parameters, threads)
-        else:
-            rows[row, 3], rows[row, 4] = 0, 0
-            _run(rows[row, 0], parameters)
+@compiled(types.void(*[types.int64] * 8))
+def _launch_all(
+    table: int, count: int, times: int, moves: int, most: int, parallel: int, thread_number: int, thread_count: int
+) -> None:
+    rows, by = carray(integers(table), (count, 2 + MOST)), carray(integers(moves), (count, 2 + MOST))
+    for turn in range(times):
+        for row in range(count):
+            if turn:
+                for place in range(1, 2 + MOST):
+                    rows[row, place] += by[row, place]
+            numbers, items = rows[row, 1], rows[row, 2]
+            threads = 1
+            if most > 1 and numbers > GRAIN:
+                threads = min(most, items, (numbers + GRAIN - 1) // GRAIN)
+            parameters = table + 8 * (row * (2 + MOST) + 2)
+            if threads > 1:
+                rows[row, 3], rows[row, 4] = thread_number, thread_count
+                _run_on(parallel, rows[row, 0], parameters, threads)
+            else:
+                rows[row, 3], rows[row, 4] = 0, 0
+                _run(rows[row, 0], parameters)
 
 
 def as_recorded(kernel: int, items: int, numbers: int, *parameters: int) -> tuple[int, ...]:
@@ -211,15 +217,12 @@ class Program:
         self._address, self._count = self._table.ctypes.data, len(self._table)
         self._tables: list[tuple[int, int]] = []
 
-    def run(
-        self, slots: int, cos: Tensor | None, sin: Tensor | None, tables: Sequence[Tensor | None] | None = None
-    ) -> None:
-        """Run all of it for the last of so many slots.
+    def set_slot(self, slots: int, cos: Tensor | None, sin: Tensor | None, tables: Sequence[Tensor | None]) -> None:
+        """Make it that of the last of so many slots.
 
         Args:
             cos, sin: as of `rotate_and_cache`.
-            tables: value weights, key weights, logarithms and visible slots, as of `attention`; None: those of the last
-                run.
+            tables: value weights, key weights, logarithms and visible slots, as of `attention`.
         """
         table, rotations, attentions = self._table, self._rotations, self._attentions
         table[rotations, 2 + SLOT] = slots - 1
@@ -228,22 +231,29 @@ class Program:
             table[rotations, 2 + SIN], table[rotations, 2 + ROTARY_ROW] = _shared_rows(sin)
         table[attentions, 1] = self._per_slot * slots
         table[attentions, 2 + SLOTS] = slots
-        if tables is not None:
-            of_tables = [_shared_rows(each) for each in tables]
-            if of_tables != self._tables:  # mostly they stay where they are
-                for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), of_tables, strict=True):
-                    table[attentions, 2 + place], table[attentions, 3 + place] = each
-                self._tables = of_tables
-        self.launch()
+        of_tables = [_shared_rows(each) for each in tables]
+        if of_tables != self._tables:  # mostly they stay where they are
+            for place, each in zip((VALUE_WEIGHTS, KEY_WEIGHTS, LOGARITHMS, VISIBLE), of_tables, strict=True):
+                table[attentions, 2 + place], table[attentions, 3 + place] = each
+            self._tables = of_tables
 
     def parameters_of(self, index: int) -> np.ndarray:
         """The parameters of a launch, int64 [MOST], to be changed before the next run."""
         return self._table[index, 2:]
 
-    def launch(self) -> None:
-        """Run all of it again as it is."""
+    def parameters(self) -> np.ndarray:
+        """A copy of the parameters of all launches."""
+        return self._table.copy()
+
+    def launch(self, times: int = 1, moves: np.ndarray | None = None) -> None:
+        """Run all of it as it is, and again with parameters that have moved, `times` in all.
+
+        Args:
+            moves: what is added to the parameters from one time to the next: the difference of two `parameters`.
+        """
         omp = _openmp()
-        _launch_all(self._address, self._count, torch.get_num_threads() if omp[0] else 1, *omp)
+        by = self._address if moves is None else moves.ctypes.data
+        _launch_all(self._address, self._count, times, by, torch.get_num_threads() if omp[0] else 1, *omp)
 
 
 def _with_rows(x: Tensor | None) -> Tensor | None:
@@ -1285,6 +1295,34 @@ def drawing(
         _draw, batch, 3 * cond.numel(), *_shared_rows(cond), *_shared_rows(away_from), scale.data_ptr(),
         _bits(float(temperature)), count, *allowed, guided.data_ptr(), *_shared_rows(uniforms), drawn.data_ptr(),
         drawn.stride(0), seen.data_ptr(), seen.stride(1), of_other, (len(seen) - 1) * seen.stride(0),
+    )  # fmt: skip
+
+
+TOKENS_FED, FED_ROW, IMAGES, EMBEDDING, FED_WIDTH, FED = range(FIRST, FIRST + 6)
+
+
+@kernel
+def _embed(address: int) -> None:
+    p = carray(integers(address), (MOST,))
+    first, last = share(p)
+    width = p[FED_WIDTH]
+    for row in range(first, last):
+        token = carray(integers(p[TOKENS_FED] + 8 * (row % p[IMAGES]) * p[FED_ROW]), (1,))[0]
+        _copy(carray(floats(p[EMBEDDING] + 4 * token * width), (width,)), p[FED] + 4 * row * width, width)
+
+
+def embedded(tokens: Tensor, embedding: Tensor, out: Tensor) -> tuple[int, ...]:
+    """The launch that feeds a step: of each token its row of the table, and all of these again until rows are full.
+
+    Args:
+        tokens: int64 [B], whose entries may lie in equal steps; each has a row in the table.
+        embedding: float32 [tokens, width], contiguous.
+        out: where the rows are written, float32 [copies x B, 1, width], contiguous.
+    """
+    width = embedding.shape[1]
+    return (
+        _embed, len(out), out.numel(), tokens.data_ptr(), tokens.stride(0), len(tokens), embedding.data_ptr(), width,
+        out.data_ptr(),
     )  # fmt: skip
 
 
