@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.released import Released, check
 from benchmarks.timing import machine, means_over_sequence, medians, parsed, table
-from softcfg.decoding.throughput import decoding_step, filled_cache, seconds_ahead
+from softcfg.decoding.throughput import TimedStep, filled_cache, seconds_ahead
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
 from softcfg.nn.kv_cache import KVCache
@@ -125,8 +125,8 @@ def main() -> None:
             return {
                 "released CFG": released_step(baseline, batch, cfg, position),
                 "released SoftCFG": released_step(baseline, batch, soft, position),
-                "CFG": decoding_step(generator, inputs, cfg, position, cache),
-                "SoftCFG": decoding_step(generator, inputs, soft, position, cache),
+                "CFG": TimedStep(generator, inputs, cfg, position, cache),
+                "SoftCFG": TimedStep(generator, inputs, soft, position, cache),
                 "linear layers": linear_layers(baseline, 2 * batch),
             }
 

@@ -42,7 +42,7 @@ from benchmarks.decoding import released_step
 from benchmarks.timing import machine, medians, table
 from softcfg import doctor
 from softcfg.decoding import decode, graphs, image_uniforms
-from softcfg.decoding.throughput import batch_bytes, decoding_step, filled_cache
+from softcfg.decoding.throughput import TimedStep, batch_bytes, filled_cache
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.models.base import ClassGenerator
 from softcfg.models.rar import Modulation
@@ -264,11 +264,11 @@ def steps(generator: ClassGenerator, baseline: ClassGenerator | None, batch: int
     with prepared_linear_layers(generator, 2 * batch):
         cache = filled_cache(generator, generator.condition(generator.example_inputs(batch), guided=True))
         sides: dict[str, Callable[[], object]] = {
-            "CFG": decoding_step(generator, generator.example_inputs(batch), CFG_RULE, position, cache)
+            "CFG": TimedStep(generator, generator.example_inputs(batch), CFG_RULE, position, cache)
         }
         doctor.wait(generator.device)
         started = time.perf_counter()
-        sides["SoftCFG"] = decoding_step(generator, generator.example_inputs(batch), SOFT_RULE, position, cache)
+        sides["SoftCFG"] = TimedStep(generator, generator.example_inputs(batch), SOFT_RULE, position, cache)
         doctor.wait(generator.device)
         found["capture, s"] = time.perf_counter() - started
         found |= medians(sides, repeats, in_a_row=5 if cuda else 1)
@@ -322,7 +322,7 @@ def _kernels(generator: ClassGenerator, batch: int, repeats: int) -> list[Any]:
         torch.ones(1, device=generator.device).add_(1)
     with prepared_linear_layers(generator, 2 * batch):
         cache = filled_cache(generator, generator.condition(generator.example_inputs(batch), guided=True))
-        step = decoding_step(generator, generator.example_inputs(batch), SOFT_RULE, generator.num_tokens // 2, cache)
+        step = TimedStep(generator, generator.example_inputs(batch), SOFT_RULE, generator.num_tokens // 2, cache)
         step()
         doctor.wait(generator.device)
         with torch.profiler.profile(activities=activities) as seen:

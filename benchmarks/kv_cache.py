@@ -20,7 +20,7 @@ from benchmarks.timing import machine, means_over_sequence, table
 from recipes.fashion_mnist.data import DEFAULT_FOLDER
 from recipes.study.measure import CLASSES, Laboratory
 from softcfg import SoftCFG
-from softcfg.decoding.throughput import decoding_step
+from softcfg.decoding.throughput import TimedStep
 from softcfg.models.base import Generator
 from softcfg.nn.linear import prepared_linear_layers
 from softcfg.zoo.loading import random_weights
@@ -40,7 +40,7 @@ def time_steps(generator: Generator, batch: int, repeats: int) -> list[list[obje
     condition = generator.condition(inputs, guided=True)
 
     def sides_at(position: int) -> dict[str, Callable[[], object]]:
-        return {name: decoding_step(each, inputs, guidance, position) for name, each in generators.items()}
+        return {name: TimedStep(each, inputs, guidance, position) for name, each in generators.items()}
 
     with prepared_linear_layers(generator, condition.rows):
         seconds = means_over_sequence(sides_at, condition.num_tokens, repeats, warmup=2)

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.timing import machine, means_over_sequence, table
 from softcfg.configuration import load_config
-from softcfg.decoding.throughput import decoding_step, filled_cache
+from softcfg.decoding.throughput import TimedStep, filled_cache
 from softcfg.guidance import CFG, PERTURBATIONS, RULES, titled
 from softcfg.models.base import Generator
 from softcfg.nn.kv_cache import KVCache
@@ -86,9 +86,7 @@ def main() -> None:
         cache = filled_cache(generator, condition)
 
         def sides_at(position: int, inputs: list[Any] = inputs, cache: KVCache = cache) -> dict[str, Any]:
-            return {
-                name: decoding_step(generator, inputs, guidance, position, cache) for name, guidance in methods.items()
-            }
+            return {name: TimedStep(generator, inputs, guidance, position, cache) for name, guidance in methods.items()}
 
         with prepared_linear_layers(generator, condition.rows):
             seconds = means_over_sequence(sides_at, condition.num_tokens, args.repeats, warmup=2)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("numba")
 
 from replaying import launched_steps
 from small_families import load
 from softcfg import CFG, SoftCFG, UserError
-from softcfg.decoding import Sampling, decode, image_uniforms
+from softcfg.decoding import Sampling, decode, image_uniforms, threads
 from softcfg.decoding.sequential import Decoder
 from softcfg.models import llamagen
 from softcfg.models.base import Generator
 from softcfg.nn.backends import numba_decode
 from softcfg.nn.products import use_product
+from softcfg.nn.replay import _Program
 
 IMAGES = 3
 RULES = {
@@ -40,9 +42,25 @@ LEFT_ALONE = {
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps that were one launch; attention by kernel is the fastest on any machine."""
+    """The steps that were one launch, each alone; attention by kernel is the fastest on any machine."""
     monkeypatch.setattr(numba_decode, "is_faster", lambda: True)
+    monkeypatch.setattr(threads, "AT_ONCE", 0.0)
     return launched_steps(monkeypatch)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each launch ran; as many as can be run at once."""
+    monkeypatch.setattr(threads, "AT_ONCE", 1e3)
+    found: list[int] = []
+    ahead = _Program.ahead
+
+    def noted(*given: Any) -> int:
+        found.append(ahead(*given))
+        return found[-1]
+
+    monkeypatch.setattr(_Program, "ahead", noted)
+    return found
 
 
 def drawn(generator: Generator, guidance: CFG, **more: Any) -> Tensor:
@@ -71,6 +89,78 @@ def test_it_draws_the_tokens_of_single_operations(family: str, name: str, steps:
     assert not steps
     assert torch.equal(run(), wanted)
     assert steps == list(range(2, wanted.shape[1]))  # the first has no program, the second makes it
+
+
+@pytest.mark.parametrize("family", ["alitok", "emu3", "lumina-mgpt-2"])
+@pytest.mark.parametrize("name", RULES)
+def test_several_steps_at_once_draw_the_same(family: str, name: str, steps: list[int], launches: list[int]) -> None:
+    """Also of prompts of different lengths, and of images whose rows end with a token of their own."""
+    generator = load(family)
+
+    def run() -> Tensor:
+        return drawn(generator, RULES[name], sampling=Sampling(temperature=0.8))
+
+    wanted = one_by_one(run)
+    assert not launches
+    assert torch.equal(run(), wanted)
+    assert steps == list(range(2, wanted.shape[1]))
+    condition = generator.condition(generator.example_inputs(IMAGES), guided=RULES[name].has_unconditional_branch)
+    assert (condition.padding is not None) == (family == "lumina-mgpt-2" and RULES[name].has_unconditional_branch)
+    allowed = generator.allowed(torch.arange(3, wanted.shape[1]), condition)
+    alike = [len(list(group)) for _, group in groupby([] if allowed is None else allowed.tolist())]
+    assert launches == (alike or [wanted.shape[1] - 3])
+    assert max(launches) > 1
+
+
+def test_callbacks_of_several_steps_at_once(launches: list[int]) -> None:
+    """`on_step` is called for each of them, and `on_tokens` sees each step's tokens before the next."""
+    generator, seen = load("alitok"), []
+    wanted = drawn(generator, RULES["SoftCFG"], on_step=seen.append)
+    assert seen == list(range(1, generator.num_tokens + 1))
+    assert len(launches) == 1
+    launches.clear()
+    so_far: list[Tensor] = []
+    tokens = drawn(generator, RULES["SoftCFG"], on_tokens=lambda tokens: so_far.append(tokens.clone()))
+    assert torch.equal(tokens, wanted)
+    assert [each.shape[1] for each in so_far] == seen
+    assert all(torch.equal(each, wanted[:, : each.shape[1]]) for each in so_far)
+    assert set(launches) == {1}
+
+
+class Sized(nn.Embedding):
+    """A table of somebody's own, which the kernel that looks tokens up knows nothing of."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2 * super().forward(tokens)
+
+
+@pytest.mark.parametrize("how", ["another table", "renormalised", "embed_tokens", "add_positions", "prepare"])
+def test_inputs_that_are_more_than_rows_of_a_table_are_computed(
+    how: str, launches: list[int], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = load("llamagen")
+    plain = drawn(generator, RULES["SoftCFG"])
+    assert launches
+    launches.clear()
+    steps.clear()
+    table = generator.tok_embeddings
+    assert isinstance(table, nn.Embedding)
+    if how == "another table":
+        generator.tok_embeddings = Sized.from_pretrained(table.weight)
+    elif how == "renormalised":
+        table.max_norm = 1e-3
+    else:
+        own = {
+            "embed_tokens": lambda self, tokens: 2 * self.tok_embeddings(tokens),
+            "add_positions": lambda self, x, condition, position: x + 1,
+            "prepare": lambda *_: None,
+        }
+        monkeypatch.setattr(type(generator), how, own[how])
+    found = drawn(generator, RULES["SoftCFG"])
+    assert torch.equal(found, one_by_one(lambda: drawn(generator, RULES["SoftCFG"])))
+    assert torch.equal(found, plain) == (how == "prepare")
+    assert not launches
+    assert steps or how in ("another table", "renormalised")
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)
@@ -128,6 +218,18 @@ def test_logits_that_are_no_numbers_are_found_at_their_step(name: str, steps: li
     with pytest.raises(UserError, match=rf"logits of row 0 at step {step + 1} hold NaN"):
         drawn(generator, RULES[name])
     assert steps == list(range(2, step + 2))
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("name", ["CFG", "SoftCFG"])
+def test_they_are_found_among_several_steps_at_once(name: str, steps: list[int]) -> None:
+    generator = load("alitok")
+    tokens = drawn(generator, RULES[name])
+    step = next(step for step in (2, 3, 4) if (tokens[:, :step] != tokens[0, step]).all())
+    generator.embeddings.weight[tokens[0, step]] = torch.nan  # type: ignore[union-attr, index, operator]
+    with pytest.raises(UserError, match=rf"logits of row 0 at step {step + 1} hold NaN"):
+        drawn(generator, RULES[name])
+    assert steps[-1] == generator.num_tokens - 1
 
 
 def test_batches_one_after_the_other_are_apart(steps: list[int]) -> None:

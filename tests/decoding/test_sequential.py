@@ -383,7 +383,7 @@ def test_what_is_timed_is_the_step_of_decoding(
     monkeypatch.setitem(graphs.CAPTURES, "cpu", capture)
     for static in (False, True):
         monkeypatch.setattr(throughput, "steps_are_static", lambda _, static=static: static)
-        drawn = throughput.decoding_step(generator, LABELS, guidance, 3)()
+        drawn = throughput.TimedStep(generator, LABELS, guidance, 3)()
         assert drawn.shape == (5,)
     assert captured == ["cpu"]
 

@@ -32,15 +32,17 @@ def same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """On which a step takes as long as `seconds` says for its number of threads."""
+    """On which a step takes as long as `seconds` says for its number of threads; a call can run so many at once."""
 
-    def __init__(self, seconds: Callable[[int], float]) -> None:
-        self.seconds, self.now, self.used = seconds, 0.0, []
+    def __init__(self, seconds: Callable[[int], float], at_once: int = 1) -> None:
+        self.seconds, self.at_once, self.now, self.used, self.asked = seconds, at_once, 0.0, [], []
 
     def step(self, most: int) -> int:
+        steps = min(most, self.at_once)
+        self.asked.append(most)
         self.used.append(torch.get_num_threads())
-        self.now += self.seconds(self.used[-1])
-        return 1
+        self.now += steps * self.seconds(self.used[-1])
+        return steps
 
     def run(self, steps: int, runner: StepThreads) -> list[int]:
         self.used = []
@@ -77,6 +79,30 @@ def test_a_machine_that_gets_busy_and_idle_again() -> None:
 def test_steps_that_grow_with_the_sequence_are_no_sign_of_other_work() -> None:
     machine = Machine(lambda count: (1 + len(machine.used) / 50) / count)
     assert set(machine.run(500, StepThreads(2, lambda: machine.now))[6:]) == {2}
+
+
+def test_as_many_steps_are_run_at_once_as_take_a_moment() -> None:
+    machine = Machine(lambda count: 1 / 1024 / count, at_once=1000)
+    machine.run(10, StepThreads(2, lambda: machine.now))
+    assert machine.asked == [1] * 6 + [20 * 1024 // 1000] + [2 * 20 * 1024 // 1000] * 3  # a trial looks at each step
+    machine.asked.clear()
+    machine.seconds = lambda count: 1.0
+    machine.run(3, StepThreads(2, lambda: machine.now, free=False))
+    assert machine.asked == [1] * 3
+
+
+def test_steps_that_are_run_at_once_count_before_all_threads_are_tried_again() -> None:
+    machine = Machine(lambda count: 1 / 4096 if count == 1 else 1.0, at_once=24)
+    used = machine.run(12, StepThreads(2, lambda: machine.now))
+    assert machine.asked == [1] * 6 + [32, 8] + [1] * 4
+    assert used == [2] * 3 + [1] * 5 + [2] * 3 + [1]
+
+
+def test_a_number_that_is_left_alone_is_not_set() -> None:
+    runner = StepThreads(2, free=False)
+    torch.set_num_threads(1)
+    assert runner.run(lambda most: most) == 1
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.usefixtures("same_bits")

@@ -19,7 +19,7 @@ from softcfg import CFG, Pipeline, Sampling, SoftCFG, UserError
 from softcfg.cli.main import main
 from softcfg.configuration import load_config
 from softcfg.decoding import ImageStreams, decode, draw, image_uniforms, jacobi_decode
-from softcfg.decoding.throughput import decoding_step
+from softcfg.decoding.throughput import TimedStep
 from softcfg.guidance import describe, restore
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.models.base import Generator
@@ -127,7 +127,7 @@ def test_decoding(pipe: Pipeline, name: str) -> None:
         pipe.generator, labels, guidance, streams=ImageStreams(0, range(2)), window=5, sampling=greedy, weak=weak
     )
     assert torch.equal(drafted, expected)
-    assert decoding_step(pipe.generator, labels, guidance, 3, weak=weak)().shape == (2,)
+    assert TimedStep(pipe.generator, labels, guidance, 3, weak=weak)().shape == (2,)
     without = decode(pipe.generator, labels, CFG(3.0, 0.5), uniforms=uniforms, sampling=sampling)
     assert not torch.equal(tokens, without)
 

@@ -805,6 +805,38 @@ def test_a_program_computes_the_bits_of_its_kernels(threads: int, by_slot: bool)
         assert torch.equal(caches[0].values[0], caches[1].values[0])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_program_runs_several_times_with_parameters_that_move(threads: int) -> None:
+    """Tokens of one column after the other are looked up, and what is found is rounded into a cache slot by slot."""
+    images, copies, width, slots = 3, 2, 64, 40
+    table, tokens = torch.randn(50, width), torch.randint(50, (images, slots))
+    fed = torch.zeros(images * copies, 1, width)
+    heads = fed.view(images * copies, 1, 2, 32).transpose(1, 2)
+    found, wanted = (KVCache(1, images * copies, 2, slots, 32) for _ in range(2))
+    cos, sin = torch.randn(2, slots, 16)
+
+    def step(cache: KVCache, slot: int) -> object:
+        turn = {"cos": cos[slot : slot + 1], "sin": sin[slot : slot + 1]}
+        return cpu.rotate_and_cache(heads, heads, heads, slot, cache.keys[0], cache.values[0], **turn)
+
+    recorded = [cpu.as_recorded(*cpu.embedded(tokens[:, 2], table, fed))]
+    with holding(launches.recorded, recorded):
+        turned = step(found, 2)
+    program = cpu.Program(recorded, turned)
+    places = []
+    for slot in (4, 3):
+        program.parameters_of(0)[cpu.TOKENS_FED] = tokens.data_ptr() + 8 * slot
+        program.set_slot(slot + 1, cos[slot : slot + 1], sin[slot : slot + 1], [None] * 4)
+        places.append(program.parameters())
+    on_threads(threads, lambda: program.launch(37, places[0] - places[1]))
+    assert torch.equal(fed, table[tokens[:, -1]].repeat(copies, 1)[:, None])
+    for slot in range(3, slots):
+        fed.copy_(table[tokens[:, slot]].repeat(copies, 1)[:, None])
+        step(wanted, slot)
+    for half in ("keys", "values"):
+        assert torch.equal(getattr(found, half)[0][:, :, 3:], getattr(wanted, half)[0][:, :, 3:])
+
+
 # Where PyTorch's operations take their place.
 
 

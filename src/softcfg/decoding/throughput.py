@@ -17,6 +17,7 @@ from softcfg.decoding.filtering import Sampling
 from softcfg.decoding.graphs import WARM_UP, captured
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.sequential import Decoder, Step, steps_are_static
+from softcfg.decoding.threads import AT_ONCE
 from softcfg.decoding.weak import weak_model
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
@@ -43,14 +44,7 @@ def filled_cache(generator: Generator, condition: Condition) -> KVCache:
     return cache
 
 
-def decoding_step(
-    generator: Generator,
-    inputs: Sequence[Any],
-    guidance: CFG,
-    position: int,
-    cache: KVCache | None = None,
-    weak: Generator | None = None,
-) -> Callable[[], Tensor]:
+class TimedStep:
     """One step of decoding a batch at token `position`, on a cache and confidences of random contents.
 
     It is the step of `decode`; call it inside `prepared_linear_layers`, as `decode` does.
@@ -60,33 +54,57 @@ def decoding_step(
         cache: to use, with its contents, in place of a new one.
         weak: the weak model of guidance with a `weak_share`.
     """
-    condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
-    weaker = weak_model(guidance, generator, condition, weak, inputs)
-    decoder = Decoder(generator, condition, guidance, Sampling(), cache or filled_cache(generator, condition), weaker)
-    batch = decoder.batch
-    decoder.confidence[:, :position].uniform_()
-    tokens = torch.randint(generator.vocab_size, (batch, condition.num_tokens), device=generator.device)
-    uniforms = on_device(torch.rand(batch, condition.num_tokens, dtype=torch.float64), generator.device)
 
-    static = all(steps_are_static(each) for each in decoder.generators)
-    at = Step(torch.tensor([position], device=generator.device)) if static else decoder.step(position)
+    def __init__(
+        self,
+        generator: Generator,
+        inputs: Sequence[Any],
+        guidance: CFG,
+        position: int,
+        cache: KVCache | None = None,
+        weak: Generator | None = None,
+    ) -> None:
+        condition = generator.condition(inputs, guided=guidance.has_unconditional_branch)
+        weaker = weak_model(guidance, generator, condition, weak, inputs)
+        cache = cache or filled_cache(generator, condition)
+        self._decoder = decoder = Decoder(generator, condition, guidance, Sampling(), cache, weaker)
+        self._position, self._total = position, condition.num_tokens
+        decoder.confidence[:, :position].uniform_()
+        shape, device = (decoder.batch, condition.num_tokens), generator.device
+        self._tokens = torch.randint(generator.vocab_size, shape, device=device)
+        self._uniforms = on_device(torch.rand(shape, dtype=torch.float64), device)
+        self._replay: Callable[[], object] | None = None
+        if all(steps_are_static(each) for each in decoder.generators):
+            at = Step(torch.tensor([position], device=device))
+            run = torch.inference_mode()(lambda: decoder.advance(at, self._tokens, self._uniforms))
+            for _ in range(WARM_UP):
+                run()
+            self._replay = captured(run, device)
+
+    def __call__(self) -> Tensor:
+        """Run it; the tokens drawn, int64 [B]."""
+        return self.several(1)
 
     @torch.inference_mode()
-    def step() -> Tensor:
-        decoder.advance(at, tokens, uniforms)
-        return tokens[:, position]
+    def several(self, count: int) -> Tensor:
+        """Run so many, at most half of the sequence of them around `position`, as `decode` does; the tokens of one."""
+        if self._replay is not None:
+            for _ in range(count):
+                self._replay()
+            return self._tokens[:, self._position]
+        stretch = min(count, max(1, self._total // 2))
+        first = max(1, min(self._position - stretch // 2, self._total - stretch))
+        done = 0
+        while done < count:
+            done += self._run(first + done % stretch, min(stretch - done % stretch, count - done))
+        return self._tokens[:, self._position]
 
-    if not static:
-        return step
-    for _ in range(WARM_UP):
-        step()
-    replay = captured(step, generator.device)
-
-    def replayed() -> Tensor:
-        replay()
-        return tokens[:, position]
-
-    return replayed
+    def _run(self, number: int, most: int) -> int:
+        decoder, given = self._decoder, (self._tokens, self._uniforms)
+        ahead = decoder.advance_at_once(number, most, *given)
+        if not ahead:
+            decoder.advance(decoder.step(number), *given)
+        return ahead or 1
 
 
 def batch_bytes(generator: Generator, batch: int, guidance: CFG, *, weak: Generator | None = None) -> int:
@@ -189,21 +207,24 @@ def time_steps(
 
     if generator.device.type == "cpu":  # what a machine measures and loads once is nothing that a batch pays for
         with prepared():
-            decoding_step(generator, inputs, guidance, places[0], weak=weak)()
+            TimedStep(generator, inputs, guidance, places[0], weak=weak)()
     started = time.perf_counter()
     with prepared():
         for position in places:
-            step = decoding_step(generator, inputs, guidance, position, weak=weak)
-            times = []
+            step = TimedStep(generator, inputs, guidance, position, weak=weak)
             set_up = set_up or time.perf_counter() - started
-            for turn in range(repeats + 1):
-                started = time.perf_counter()
-                step().tolist()  # waits for the device
-                if turn:  # the first one warms up
-                    times.append(time.perf_counter() - started)
-            means.append(statistics.median(times))
+            _seconds(step, 1)  # warms up
+            in_a_row = max(1, int(AT_ONCE / _seconds(step, 1)))
+            means.append(statistics.median(_seconds(step, in_a_row) for _ in range(repeats)))
         ahead = sum(seconds_ahead(*each) for each in _passes(generator, batch, guidance, weaker))
     return StepTimes(statistics.fmean(means) + ahead, set_up)
+
+
+def _seconds(step: TimedStep, in_a_row: int) -> float:
+    """Of one of so many steps."""
+    started = time.perf_counter()
+    step.several(in_a_row).tolist()  # waits for the device
+    return (time.perf_counter() - started) / in_a_row
 
 
 def fastest_dtype(generator: Generator, device: torch.device) -> torch.dtype:
@@ -235,7 +256,7 @@ def fastest_dtype(generator: Generator, device: torch.device) -> torch.dtype:
             for name, dtype in DTYPES.items():
                 model = _filled(deepcopy(part).to(dtype))
                 prepared.enter_context(prepared_linear_layers(model, linear.GUIDED_ROWS))
-                steps[name] = decoding_step(model, inputs, guidance, middle)
+                steps[name] = TimedStep(model, inputs, guidance, middle)
             return time_sides(steps)
 
     return choose_dtype("steps", f"{type(generator).__qualname__} {generator.config}", measure)
