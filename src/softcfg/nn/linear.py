@@ -272,8 +272,11 @@ def _give_back(module: nn.Module, *, between_batches: bool = False) -> None:
         between_batches: also what is only kept for a further batch.
     """
     with _preparing, torch.inference_mode(False), torch.no_grad():
-        used = _parts(_preparations if between_batches else (*_preparations, *_uses))
-        if id(module) not in used:
+        uses = [*_preparations] if between_batches else [*_preparations, *_uses]
+        if any(each is module for use in uses for each in use.modules):
+            return  # and so is each part of it; to look for them all takes as long as a small step
+        used = _parts(uses)
+        if id(module) not in used:  # nor is it a part of another one
             vars(module).pop(PREPARED, None)
         idle = [layer for layer in module.modules() if isinstance(layer, Linear) and id(layer) not in used]
         problem: BaseException | None = None
