@@ -198,8 +198,8 @@ def _run(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("softcfg: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except MemoryError:
-        print("softcfg: error: out of memory", file=sys.stderr)
+    except MemoryError as error:
+        print(f"softcfg: error: {clean(error) or 'out of memory'}", file=sys.stderr)
         return 2
     except OSError as error:  # a name that is too long, a folder that may not be read, a disk that fails
         print(f"softcfg: error: {clean(error)}", file=sys.stderr)

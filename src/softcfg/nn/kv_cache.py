@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcfg.nn.memory import in_huge_pages
+from softcfg.nn.memory import in_huge_pages, require_memory
 from softcfg.nn.position import Position
 
 
@@ -24,6 +25,9 @@ class KVCache:
         device: of all layers, or one per layer.
         by_slot: whether, on a CPU, all heads of a slot lie side by side instead of all slots of a head: what is filled
             is then in one piece, as the kernel there reads it (`softcfg.nn.backends.numba_decode`).
+
+    Raises:
+        MemoryError: there is not so much memory on the CPU (`softcfg.nn.memory.require_memory`).
 
     Attributes:
         stored: the dtype of the contents, if it differs from that of what is written.
@@ -48,6 +52,7 @@ class KVCache:
         devices = [device] * layers if isinstance(device, (torch.device, str)) else device
         if all(torch.device(each).type == "cpu" for each in devices):
             inner = (slots, rows, heads, head_dim) if by_slot else shape
+            require_memory(2 * layers * math.prod(shape) * stored.itemsize, f"the keys and values of {rows} rows")
             whole = in_huge_pages(torch.empty(2, layers, *inner, dtype=stored, device="cpu")).zero_()
             whole = whole.permute(0, 1, 3, 4, 2, 5) if by_slot else whole
             self.keys, self.values = (list(half.unbind()) for half in whole)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes, on most processors
 MOST_KEPT = (32 << 20) - (64 << 10)  # bytes of a tensor that glibc keeps, with some to spare for its alignment
-MEMINFO = Path("/proc/meminfo")  # of Linux
+LOOKED_AFTER = 64 << 20  # bytes from which on it is asked whether they are free
+# Of Linux: what the machine has; the control groups of this process, and where they are.
+MEMINFO, GROUPS_OF_MINE, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+NO_LIMIT = 1 << 60
+# By their version: limit and use of a control group, and what of the use is files that would be given up.
+GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,10 +75,58 @@ def free_memory(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if device.type == "cpu" and MEMINFO.is_file():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
-        return None if found is None else int(found[1]) * 1024
+    if device.type == "cpu":
+        available = _of_machine("MemAvailable")
+        return available if available is None else max(0, min([available, *_left_in_groups()]))
     return None
+
+
+def require_memory(size: int, what: str) -> None:
+    """Raise `MemoryError` if `what`, tensors on the CPU of so many bytes, take more than there is.
+
+    A system that gives memory away before it is written ends the process when it is, without a word.
+    """
+    if size < LOOKED_AFTER:
+        return
+    free = free_memory(torch.device("cpu"))
+    if free is not None and size > free + (_of_machine("SwapFree") or 0):
+        raise MemoryError(f"out of memory: {what} take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+
+
+def _of_machine(name: str) -> int | None:
+    """Bytes of a line of `MEMINFO`; None where there is none."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1]) * 1024
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes that are left to the control groups of this process, as a container or a scheduler limits them."""
+    try:
+        mine = GROUPS_OF_MINE.read_text(errors="replace")
+    except OSError:
+        return
+    for number, controllers, path in re.findall(r"^(\d+):([^:\n]*):(.*)$", mine, re.MULTILINE):
+        if number == "0":
+            version, root = 2, GROUPS
+        elif "memory" in controllers.split(","):
+            version, root = 1, GROUPS / "memory"
+        else:
+            continue
+        names = GROUP_FILES[version]
+        # In a container the path can be that of the host, which is not there, and the group's files be at the root.
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # also of "max", no limit
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                if limit >= NO_LIMIT:
+                    continue
+                files = re.search(rf"^{names[2]} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                yield limit - used + (0 if files is None else int(files[1]))
+            if folder == root:
+                break
 
 
 def is_shared(tensor: Tensor) -> bool:

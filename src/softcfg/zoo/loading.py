@@ -238,21 +238,28 @@ def _fill(
     """
     import torch
 
-    from softcfg.nn.precision import as_device, as_dtype, tell_of_slow_dtype
+    from softcfg.nn.memory import require_memory
+    from softcfg.nn.precision import as_device, as_dtype, dtype_name, tell_of_slow_dtype
 
     require_fit(module, state_dict, source, extras=extras)
     device = as_device("cpu" if device is None else device)
     number = as_dtype(dtype) or torch.float32
     tell_of_slow_dtype(number, device)
+    wanted = {name: number if like.is_floating_point() else like.dtype for name, like in module.state_dict().items()}
+    if device.type == "cpu":  # where what is in its dtype stays in the file
+        converted = sum(
+            state_dict[name].numel() * kind.itemsize for name, kind in wanted.items() if state_dict[name].dtype != kind
+        )
+        require_memory(converted, f"the weights of {source} in {dtype_name(number)}")
 
-    def take(name: str, like: Tensor) -> Tensor:
+    def take(name: str) -> Tensor:
         read = state_dict[name].detach()
-        made = read.to(device, number if like.is_floating_point() else like.dtype)
+        made = read.to(device, wanted[name])
         if mapped is not None and made is not read:
             mapped.forget(read)
         return made
 
-    taken = {name: take(name, tensor) for name, tensor in module.state_dict().items()}
+    taken = {name: take(name) for name in wanted}
     module.load_state_dict(taken, assign=True)
     module.to(device)  # tables that are not weights
     return module.requires_grad_(False).eval()
