@@ -17,6 +17,7 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20  # bytes, on most processors
 MOST_KEPT = (32 << 20) - (64 << 10)  # bytes of a tensor that glibc keeps, with some to spare for its alignment
 LOOKED_AFTER = 64 << 20  # bytes from which on it is asked whether they are free
+KEPT = 0.1  # of what is free, for all that comes beside
 # Of Linux: what the machine has; the control groups of this process, and where they are.
 MEMINFO, GROUPS_OF_MINE, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
@@ -89,8 +90,11 @@ def require_memory(size: int, what: str) -> None:
     if size < LOOKED_AFTER:
         return
     free = free_memory(torch.device("cpu"))
-    if free is not None and size > free + (_of_machine("SwapFree") or 0):
-        raise MemoryError(f"out of memory: {what} take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    if free is not None and size > (1 - KEPT) * free + (_of_machine("SwapFree") or 0):
+        raise MemoryError(
+            f"out of memory: {what} take {size / 2**30:.1f} GiB, and of the {free / 2**30:.1f} GiB that are free a tenth "
+            "is kept for the rest"
+        )
 
 
 def _of_machine(name: str) -> int | None:
