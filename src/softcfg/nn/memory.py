@@ -92,8 +92,8 @@ def require_memory(size: int, what: str) -> None:
     free = free_memory(torch.device("cpu"))
     if free is not None and size > (1 - KEPT) * free + (_of_machine("SwapFree") or 0):
         raise MemoryError(
-            f"out of memory: {what} take {size / 2**30:.1f} GiB, and of the {free / 2**30:.1f} GiB that are free a tenth "
-            "is kept for the rest"
+            f"out of memory: {what} take {size / 2**30:.1f} GiB, and of the {free / 2**30:.1f} GiB that are free a "
+            "tenth is kept for the rest"
         )
 
 
