@@ -280,14 +280,26 @@ class TestDraw:
         assert drawing.stopped
         assert drawing.waiting
 
+    @pytest.mark.parametrize(
+        ("error", "sentence"),
+        [
+            (RuntimeError, "The drawing failed on the server"),
+            (MemoryError, "The server has no memory for this drawing"),
+        ],
+    )
     def test_a_failure_is_one_sentence_and_frees_the_model(
-        self, studio: Studio, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+        self,
+        error: type[Exception],
+        sentence: str,
+        studio: Studio,
+        pipeline: Pipeline,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         def fail(*_: object) -> None:
-            raise RuntimeError("secret detail")
+            raise error("secret detail")
 
         hook = pipeline.generator.register_forward_pre_hook(fail)
-        with pytest.raises(UserError, match="failed on the server") as caught:
+        with pytest.raises(UserError, match=sentence) as caught:
             drawn(studio)
         assert "secret" not in str(caught.value)
         assert "secret detail" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from softcfg.guidance import CFG, SCHEDULES
 from softcfg.inspection import trace
 from softcfg.models.conditioning import PromptConditioning
 from softcfg.models.geometry import Geometry
+from softcfg.nn.memory import is_out_of_memory
 from softcfg.pipeline import Pipeline
 from softcfg.ui.settings import METHODS, RANGES, Settings, check_methods, check_number
 from softcfg.version import __version__
@@ -392,9 +393,13 @@ class Drawing:
             self.stopped = True
         except UserError as error:
             self._error = error
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
-            self._error = UserError("The drawing failed on the server; its log says why.")
+            self._error = UserError(
+                "The server has no memory for this drawing at the moment; try again later."
+                if is_out_of_memory(error)
+                else "The drawing failed on the server; its log says why."
+            )
         finally:
             self._finished.set()
 
