@@ -284,7 +284,7 @@ class TestDraw:
         ("error", "sentence"),
         [
             (RuntimeError, "The drawing failed on the server"),
-            (MemoryError, "The server has no memory for this drawing"),
+            (MemoryError, "The server has no memory"),
         ],
     )
     def test_a_failure_is_one_sentence_and_frees_the_model(
