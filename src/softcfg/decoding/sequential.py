@@ -381,7 +381,9 @@ class Decoder(GuidedBatch):
         """The table of which the inputs of all steps are rows, and what else they are fed; Nones for more than that."""
         generator, condition, (only,) = self.generator, self.condition, self.parts
         table, total = generator.fed_rows_of, condition.num_tokens
-        if table is None or table.dtype is not torch.float32 or self._sources is not None or total < 2:
+        if table is None or self._sources is not None or total < 2:
+            return None, None
+        if table.dtype is not torch.float32 or table.device.type != "cpu":
             return None, None
         named: dict[str, Any] = {}
         if only.weights_of_slots is not None:

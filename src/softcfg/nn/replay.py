@@ -116,7 +116,7 @@ def replayed(
     if not serves or key in programs:
         return None
     assert cache is not None
-    new = _Program(module, x, cache, key)
+    new = _Program(module, x, cache)
     found = new.record(x, context, run)
     programs[key] = new if new.serves else None
     return found
@@ -140,7 +140,7 @@ def keeps_tables(context: AttentionContext) -> bool:
 
 
 class _Program:
-    def __init__(self, module: nn.Module, x: Tensor, cache: KVCache, key: object) -> None:
+    def __init__(self, module: nn.Module, x: Tensor, cache: KVCache) -> None:
         modules = list(module.modules())
         self._hooks: list[Any] = [torch.nn.modules.module._global_forward_hooks]
         self._hooks += [torch.nn.modules.module._global_forward_pre_hooks]
@@ -149,7 +149,7 @@ class _Program:
         self._attributes = [vars(each) for each in modules]
         # The memory of what the kernels read lives as long as the program.
         self._kept: list[Any] = [each.laid_out for each in modules if isinstance(each, Linear)]
-        self._cache, self._key = weakref.ref(cache), weakref.ref(key)
+        self._cache = weakref.ref(cache)
         self._input = torch.empty_like(x)
         self._output = self._input
         # Weakly by what it is surrounded, the program with that, and the parameters of what comes before and after.
