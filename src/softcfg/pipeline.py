@@ -456,8 +456,8 @@ class Pipeline:
             speculative_jacobi: the window of speculative Jacobi decoding, which takes fewer passes through the
                 generator; 0 draws token by token. Another window draws other images, of the same distribution.
             forced_tokens, forced_mask: [B, T] tokens to use in place of drawn ones, where the mask is True.
-            on_step: called with (batches so far) x T + (tokens drawn in the current batch) for every step; for those of a
-                small model, which are run several at once, after some 20 ms of them.
+            on_step: called with (batches so far) x T + (tokens drawn in the current batch) for every step; those of a
+                small model are run several at once, and called for after some 20 ms of them.
             on_tokens: called with the tokens of the current batch so far, int64 [B of the batch, n], after every step;
                 what it raises ends the drawing.
             callback_on_step_end: as in diffusers, called after every step with the pipeline, the number of the step
