@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from softcfg import CFG, SoftCFG
-from softcfg.cli.main import COMMANDS, build_parser, main
+from softcfg.cli.main import BEFORE_PYTORCH, COMMANDS, build_parser, main
 from softcfg.guidance import CONFIDENCES, PERTURBATIONS, PRESETS, RULES, SCHEDULES
 
 
@@ -149,3 +150,20 @@ def test_the_sentence_is_last_under_torchrun(tmp_path: Path) -> None:
     after = done.stderr.rpartition("Root Cause")[2]
     assert "there is no folder ./nofolder" in after, done.stderr
     assert "Traceback" not in after
+
+
+@pytest.mark.parametrize("said", [None, "7"])
+def test_variables_of_pytorch_are_set_before_it_is_imported_unless_they_are(said: str | None) -> None:
+    """A thread that waits does not take the time of the one it waits for; large tensors lie in huge pages."""
+    code = (
+        "import os, sys; from softcfg.cli.main import main; assert 'torch' not in sys.modules; "
+        "main(['models', '--help'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in BEFORE_PYTORCH}
+    if said is not None:
+        environment |= dict.fromkeys(BEFORE_PYTORCH, said)
+    shown = "; print(*[os.environ[name] for name in ('THP_MEM_ALLOC_ENABLE', 'GOMP_SPINCOUNT')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code + shown], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == ("1 10000" if said is None else "7 7")

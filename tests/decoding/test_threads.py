@@ -20,6 +20,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "DEFAULT", 2)
+    monkeypatch.setattr(threads, "busy", threads.Pause())
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
@@ -54,16 +55,33 @@ class Machine:
 def test_an_idle_machine_uses_all_threads() -> None:
     machine = Machine(lambda count: 1 / count)
     used = machine.run(600, StepThreads(2, lambda: machine.now))
-    assert used == [2] * 3 + [1] * 3 + [2] * 594
+    assert used == [1] * 3 + [2] * 597
 
 
 def test_a_busy_machine_uses_one_and_seldom_tries_all() -> None:
     machine = Machine(lambda count: 1.0 if count == 1 else 10.0)
     used = machine.run(600, StepThreads(2, lambda: machine.now))
-    assert used[:6] == [2] * 3 + [1] * 3
-    assert used[6:38] == [1] * 32
-    assert sum(count == 2 for count in used) == 3 * 5  # trials at the start and after 32, 64, 128, 256 more
-    assert used.index(2, 38) == 38
+    assert used[:4] == [1] * 3 + [2]  # which is hopeless
+    assert used[4:36] == [1] * 32
+    assert sum(count == 2 for count in used) == 5  # trials at the start and after 32, 64, 128, 256 more
+    assert used.index(2, 36) == 39
+
+
+def test_a_machine_on_which_one_thread_is_a_little_faster() -> None:
+    machine = Machine(lambda count: 1.0 if count == 1 else 1.5)
+    used = machine.run(600, StepThreads(2, lambda: machine.now))
+    assert used[:6] == [1] * 3 + [2] * 3
+    assert sum(count == 2 for count in used) == 3 * 5
+    assert machine.run(10, StepThreads(2, lambda: machine.now))[:6] == [1] * 3 + [2] * 3  # another batch may be larger
+
+
+def test_the_next_batch_knows_that_the_machine_is_busy() -> None:
+    machine = Machine(lambda count: 1.0 if count == 1 else 10.0)
+    machine.run(20, StepThreads(2, lambda: machine.now))  # of 32 steps on one thread 16 are left
+    assert machine.run(20, StepThreads(2, lambda: machine.now)) == [1] * 19 + [2]
+    machine.seconds = lambda count: 1 / count
+    assert machine.run(70, StepThreads(2, lambda: machine.now)) == [1] * 67 + [2] * 3
+    assert machine.run(9, StepThreads(2, lambda: machine.now)) == [1] * 3 + [2] * 6
 
 
 def test_a_machine_that_gets_busy_and_idle_again() -> None:
@@ -71,7 +89,7 @@ def test_a_machine_that_gets_busy_and_idle_again() -> None:
     runner = StepThreads(2, lambda: machine.now)
     assert machine.run(100, runner)[-1] == 2
     machine.seconds = lambda count: 1.0 if count == 1 else 10.0
-    assert machine.run(10, runner) == [2] * 4 + [1] * 6  # one step tells, three are the trial
+    assert machine.run(10, runner) == [2] + [1] * 3 + [2] + [1] * 5  # one step tells, and one of the trial
     machine.seconds = lambda count: 1 / count
     assert machine.run(100, runner)[-1] == 2
 
@@ -82,20 +100,27 @@ def test_steps_that_grow_with_the_sequence_are_no_sign_of_other_work() -> None:
 
 
 def test_as_many_steps_are_run_at_once_as_take_a_moment() -> None:
-    machine = Machine(lambda count: 1 / 1024 / count, at_once=1000)
-    machine.run(10, StepThreads(2, lambda: machine.now))
-    assert machine.asked == [1] * 6 + [20 * 1024 // 1000] + [2 * 20 * 1024 // 1000] * 3  # a trial looks at each step
+    machine = Machine(lambda count: 1 / 1024, at_once=1000)
+    machine.run(3, StepThreads(2, lambda: machine.now, free=False))
+    assert machine.asked == [1, 20, 20]
     machine.asked.clear()
     machine.seconds = lambda count: 1.0
     machine.run(3, StepThreads(2, lambda: machine.now, free=False))
     assert machine.asked == [1] * 3
 
 
+def test_steps_on_all_threads_are_looked_at_one_by_one() -> None:
+    machine = Machine(lambda count: 1 / 4096 / count, at_once=1000)
+    machine.run(20, StepThreads(2, lambda: machine.now))
+    assert machine.used[-1] == 2
+    assert machine.asked == [1] * 20
+
+
 def test_steps_that_are_run_at_once_count_before_all_threads_are_tried_again() -> None:
     machine = Machine(lambda count: 1 / 4096 if count == 1 else 1.0, at_once=24)
     used = machine.run(12, StepThreads(2, lambda: machine.now))
-    assert machine.asked == [1] * 6 + [32, 8] + [1] * 4
-    assert used == [2] * 3 + [1] * 5 + [2] * 3 + [1]
+    assert machine.asked == [1] * 4 + [32, 8] + [1] * 4 + [64, 40]
+    assert used == [1] * 3 + [2] + [1] * 5 + [2] + [1] * 2
 
 
 def test_a_number_that_is_left_alone_is_not_set() -> None:
@@ -121,7 +146,7 @@ def test_an_error_in_a_step_leaves_the_number_as_it_was() -> None:
 
     with pytest.raises(KeyError):
         steps()
-    assert counts[-1] == 1
+    assert counts == [1] * 3 + [2]
     assert torch.get_num_threads() == 2
 
 

@@ -148,6 +148,12 @@ def _expand_home(parser: argparse.ArgumentParser) -> None:
             action.type = os.path.expanduser
 
 
+# Variables that are read when PyTorch is imported. Large tensors lie in huge pages, which are read faster. And a thread
+# that waits for another one turns in a loop for some 20 microseconds instead of a millisecond: on a machine with other
+# work it would turn away the time in which the other could run.
+BEFORE_PYTORCH = {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "10000"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 if all that was asked for was done, 2 for a user's mistake, 130
     when interrupted, 143 when terminated.
@@ -155,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     A reader of the output that goes away ends nothing: the command does its work to the end. Output that could not be
     written, on a full disk, is an error.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch: its large tensors in huge pages, read faster
+    for name, value in BEFORE_PYTORCH.items():
+        os.environ.setdefault(name, value)
     words = list(sys.argv[1:] if argv is None else argv)
     with patient_streams() as out, _warnings_in_a_line():
         try:

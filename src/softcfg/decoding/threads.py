@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +27,23 @@ TRIED = 3  # steps of either kind in a trial; the fastest counts
 FIRST_PAUSE, LONGEST_PAUSE = 32, 512  # steps on one thread before all are tried again
 AT_ONCE = 0.02  # seconds of steps that are run by one call: a tenth of what a person notices when pressing Ctrl-C
 SLOWER = 2.0  # a step on all threads that takes this many times as long as usual calls for a new trial
+HOPELESS = 4.0  # and one of a trial that takes this many times as long as on one thread ends it
+
+
+@dataclass
+class Pause:
+    """Steps on one thread.
+
+    Attributes:
+        length: of the next one.
+        left: of this one.
+    """
+
+    length: int = FIRST_PAUSE
+    left: int = 0
+
+
+busy = Pause()  # because the machine had other work, for all batches of this process
 
 
 class StepThreads:
@@ -42,9 +60,13 @@ class StepThreads:
         self.most = self.threads = most
         self._clock = clock
         self._free = free
-        self._trial: dict[int, list[float]] | None = {most: [], 1: []} if free else None
         self._usual = self._last = 0.0
-        self._pause, self._left = FIRST_PAUSE, 0
+        self._pause = busy if free and busy.left > 0 else Pause()
+        self._trial: dict[int, list[float]] | None = None
+        if free:
+            self.threads = 1
+            if self._pause.left <= 0:
+                self._try()
 
     def run(self, steps: Callable[[int], int]) -> int:
         """Run some steps and note how long they take; how many they were.
@@ -63,31 +85,45 @@ class StepThreads:
 
     def _at_once(self) -> int:
         """How many steps may come before the next look at the clock, and at Ctrl-C."""
-        if self._trial is not None or not self._last:
-            return 1
-        steps = max(1, int(AT_ONCE / self._last))
-        return min(steps, self._left) if self._left else steps
+        if self._trial is not None or not self._last or (self._free and self.threads > 1):
+            return 1  # a machine that gets busy shall be seen after one step on all threads
+        steps = int(AT_ONCE / self._last)
+        return max(1, min(steps, self._pause.left) if self._free else steps)
+
+    def _try(self) -> None:
+        """Begin a trial."""
+        self.threads, self._trial = 1, {1: [], self.most: []}
 
     def _note(self, seconds: float, steps: int) -> None:
         if self._trial is not None:
             self._trial[self.threads].append(seconds)
-            waiting = [threads for threads, times in self._trial.items() if len(times) < TRIED]
-            if waiting:
-                self.threads = waiting[0]
+            one, several = self._trial[1], self._trial[self.most]
+            if len(one) < TRIED:
                 return
-            least = {threads: min(times) for threads, times in self._trial.items()}
-            self.threads = min(least, key=least.__getitem__)
-            self._usual, self._trial = least[self.threads], None
-            self._left = 0 if self.threads > 1 else self._pause
-            self._pause = FIRST_PAUSE if self.threads > 1 else min(2 * self._pause, LONGEST_PAUSE)
+            if len(several) < TRIED and not (several and min(several) > HOPELESS * min(one)):
+                self.threads = self.most
+                return
+            self._decide(min(one), min(several))
         elif self.threads > 1:
             if seconds > SLOWER * self._usual:
-                self._trial = {self.most: [], 1: []}
+                self._try()
             self._usual += 0.1 * (seconds - self._usual)
         else:
-            self._left -= steps
-            if not self._left:
-                self.threads, self._trial = self.most, {self.most: [], 1: []}
+            self._pause.left -= steps
+            if self._pause.left <= 0:
+                self._try()
+
+    def _decide(self, one: float, several: float) -> None:
+        """End a trial in which a step took so many seconds on one thread and on all."""
+        self._trial, self._last = None, min(one, several)
+        if several < one:
+            self.threads, self._usual, self._pause = self.most, several, Pause()
+            return
+        pause = Pause(min(2 * self._pause.length, LONGEST_PAUSE), self._pause.length)
+        self.threads, self._pause = 1, pause
+        if several > SLOWER * one:
+            busy.length, busy.left = pause.length, pause.left
+            self._pause = busy
 
 
 @contextmanager
