@@ -21,6 +21,11 @@ CPU = torch.device("cpu")
 GIB = 1 << 30
 
 
+def of(available: int) -> int:
+    """What may be taken of it."""
+    return int(0.9 * available)
+
+
 class Machine:
     """Files in which Linux says what memory there is."""
 
@@ -51,12 +56,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_a_machine_without_limits(machine: Machine) -> None:
-    assert free_memory(CPU) == 20 * GIB
+    assert free_memory(CPU) == of(20 * GIB)
 
 
 def test_a_limit_of_a_container(machine: Machine) -> None:
     machine.limit(".", 8 * GIB, 3 * GIB, GIB)
-    assert free_memory(CPU) == 6 * GIB
+    assert free_memory(CPU) == of(6 * GIB)
 
 
 def test_the_tightest_of_the_limits_around_a_process_counts(machine: Machine) -> None:
@@ -65,32 +70,32 @@ def test_the_tightest_of_the_limits_around_a_process_counts(machine: Machine) ->
     machine.limit("jobs/7", 5 * GIB, 2 * GIB, 0)
     machine.limit("jobs", 4 * GIB, 2 * GIB, 0)
     machine.limit("others", GIB, GIB, 0)
-    assert free_memory(CPU) == 2 * GIB
+    assert free_memory(CPU) == of(2 * GIB)
 
 
 def test_groups_of_the_first_version(machine: Machine) -> None:
     machine.write("cgroup", "3:cpu,memory:/docker/abc\n1:name=systemd:/docker/abc\n0::/\n")
     machine.limit("memory", 4 * GIB, 3 * GIB, 0, version=1)  # the path is that of the host
-    assert free_memory(CPU) == GIB
+    assert free_memory(CPU) == of(GIB)
     machine.limit("memory", 9223372036854771712, 3 * GIB, 0, version=1)
-    assert free_memory(CPU) == 20 * GIB
+    assert free_memory(CPU) == of(20 * GIB)
 
 
 def test_a_group_beyond_its_limit_has_nothing_left(machine: Machine) -> None:
     machine.limit(".", GIB, 2 * GIB, 0)
-    assert free_memory(CPU) == 0
+    assert free_memory(CPU) == of(0)
 
 
 @pytest.mark.parametrize("missing", ["meminfo", "cgroup"])
 def test_systems_without_these_files(machine: Machine, missing: str) -> None:
     (machine.folder / missing).unlink()
-    assert free_memory(CPU) == (None if missing == "meminfo" else 20 * GIB)
+    assert free_memory(CPU) == (None if missing == "meminfo" else of(20 * GIB))
     require_memory(GIB, "some numbers")
 
 
 def test_what_there_is_not_is_refused_before_it_is_written(machine: Machine) -> None:
     require_memory(19 * GIB, "nine tenths of 20 GiB, and one of swap space")
-    sentence = r"out of memory: many numbers take 20\.0 GiB, and of the 20\.0 GiB that are free a tenth is kept"
+    sentence = r"out of memory: many numbers take 20\.0 GiB, and 18\.0 GiB are free for them"
     with pytest.raises(MemoryError, match=sentence):
         require_memory(20 * GIB, "many numbers")
     with pytest.raises(MemoryError, match=r"the keys and values of 4096 rows take 96\.0 GiB"):
@@ -120,9 +125,7 @@ def test_weights_that_do_not_fit_in_another_dtype_are_refused(
 ) -> None:
     machine.write("meminfo", "MemAvailable: 1 kB")
     monkeypatch.setattr(memory, "LOOKED_AFTER", 0)
-    with pytest.raises(
-        MemoryError, match=r"the weights of .*fashion-small.* in bfloat16 take 0\.0 GiB, and of the 0\.0"
-    ):
+    with pytest.raises(MemoryError, match=r"the weights of .*fashion-small.* in bfloat16 take 0\.0 GiB, and 0\.0 GiB"):
         load_generator("fashion-small", dtype=torch.bfloat16)
     load_generator("fashion-small")  # which stay in the file
 

@@ -17,7 +17,7 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20  # bytes, on most processors
 MOST_KEPT = (32 << 20) - (64 << 10)  # bytes of a tensor that glibc keeps, with some to spare for its alignment
 LOOKED_AFTER = 64 << 20  # bytes from which on it is asked whether they are free
-KEPT = 0.1  # of what is free, for all that comes beside
+KEPT = 0.1  # of what a CPU has free, for all that comes beside
 # Of Linux: what the machine has; the control groups of this process, and where they are.
 MEMINFO, GROUPS_OF_MINE, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
@@ -70,7 +70,10 @@ def keep_freed() -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that new tensors on the device may take; None where there is no telling."""
+    """Bytes that new tensors on the device may take; None where there is no telling.
+
+    On a CPU the limits of a container or a scheduler count, and a tenth of what is free stays so.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -78,7 +81,7 @@ def free_memory(device: torch.device) -> int | None:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type == "cpu":
         available = _of_machine("MemAvailable")
-        return available if available is None else max(0, min([available, *_left_in_groups()]))
+        return available if available is None else int((1 - KEPT) * max(0, min([available, *_left_in_groups()])))
     return None
 
 
@@ -90,10 +93,9 @@ def require_memory(size: int, what: str) -> None:
     if size < LOOKED_AFTER:
         return
     free = free_memory(torch.device("cpu"))
-    if free is not None and size > (1 - KEPT) * free + (_of_machine("SwapFree") or 0):
+    if free is not None and size > free + (_of_machine("SwapFree") or 0):
         raise MemoryError(
-            f"out of memory: {what} take {size / 2**30:.1f} GiB, and of the {free / 2**30:.1f} GiB that are free a "
-            "tenth is kept for the rest"
+            f"out of memory: {what} take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free for them"
         )
 
 
