@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         seconds = (set_up + step * condition.num_tokens) / batch + pixels
         speed[batch] = 1 / seconds
         print(
-            f"{batch:5} {set_up:9.2f} {1e3 * step:9.2f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
+            f"{batch:5} {set_up:9.2f} {1e3 * step:9.3f} {batch / step:9.0f} {pixels:16.4f} {1 / seconds:9.3f} "
             f"{needed / 2**20:11.0f}",
             flush=True,
         )
