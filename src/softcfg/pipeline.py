@@ -6,8 +6,8 @@ import copy
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from softcfg.decoding.batch import check_interval
 from softcfg.decoding.filtering import one_sampling
 from softcfg.decoding.forced import check_forced
 from softcfg.decoding.randomness import image_indices
+from softcfg.decoding.threads import fitting_threads
 from softcfg.decoding.weak import check_weak
 from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole, user_errors
 from softcfg.guidance import CFG, SoftCFG, settings_of
@@ -263,13 +264,15 @@ class Pipeline:
                 self.weak.to(*where, device=device, dtype=dtype)
         return self
 
-    def in_use(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
         """Context for many calls: what one has prepared serves the next one with as many images at once.
 
         That is the layout of the weights and, on a CPU, the key/value cache. The weights must not change inside, and
         what is meant to change them says so (`UserError`).
         """
-        return weights_in_use(*self._generators)
+        with fitting_threads(), weights_in_use(*self._generators):
+            yield
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a model folder, which `from_pretrained` and all commands read; return its path.

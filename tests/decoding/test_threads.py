@@ -158,6 +158,7 @@ def test_the_number_is_left_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
     elif how == "by hand":
         monkeypatch.setattr(threads, "DEFAULT", 3)
+        monkeypatch.setattr(threads, "cores", lambda: 3)
     else:
         monkeypatch.setattr("softcfg.nn.linear.keeps_bits", lambda *_: False)
     used = []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from limited_machine import GIB, LimitedMachine
 from softcfg import CFG, Pipeline, Sampling, SoftCFG
 from softcfg.cli.main import main
 from softcfg.nn import kv_cache, memory
@@ -18,7 +19,11 @@ from softcfg.runs.worker import BatchDrawer
 from softcfg.zoo import load_generator
 
 CPU = torch.device("cpu")
-GIB = 1 << 30
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LimitedMachine:
+    return LimitedMachine(tmp_path, monkeypatch)
 
 
 def of(available: int) -> int:
@@ -26,45 +31,16 @@ def of(available: int) -> int:
     return int(0.9 * available)
 
 
-class Machine:
-    """Files in which Linux says what memory there is."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.write("meminfo", f"MemTotal: {64 << 20} kB\nMemAvailable: {20 << 20} kB\nSwapFree: {1 << 20} kB\n")
-        self.write("cgroup", "0::/\n")
-
-    def write(self, name: str, text: object) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-
-    def limit(self, group: str, most: object, used: int, files: int, *, version: int = 2) -> None:
-        """Limit a control group, which uses so many bytes, some of them files."""
-        limit, usage, name = memory.GROUP_FILES[version]
-        self.write(f"groups/{group}/{limit}", most)
-        self.write(f"groups/{group}/{usage}", used)
-        self.write(f"groups/{group}/memory.stat", f"active_file {GIB}\n{name} {files}\ntotal_anon 7")
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "GROUPS_OF_MINE", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "groups")
-    return Machine(tmp_path)
-
-
-def test_a_machine_without_limits(machine: Machine) -> None:
+def test_a_machine_without_limits(machine: LimitedMachine) -> None:
     assert free_memory(CPU) == of(20 * GIB)
 
 
-def test_a_limit_of_a_container(machine: Machine) -> None:
+def test_a_limit_of_a_container(machine: LimitedMachine) -> None:
     machine.limit(".", 8 * GIB, 3 * GIB, GIB)
     assert free_memory(CPU) == of(6 * GIB)
 
 
-def test_the_tightest_of_the_limits_around_a_process_counts(machine: Machine) -> None:
+def test_the_tightest_of_the_limits_around_a_process_counts(machine: LimitedMachine) -> None:
     machine.write("cgroup", "1:cpu:/elsewhere\n0::/jobs/7/step\n")
     machine.limit("jobs/7/step", "max", 0, 0)
     machine.limit("jobs/7", 5 * GIB, 2 * GIB, 0)
@@ -73,7 +49,7 @@ def test_the_tightest_of_the_limits_around_a_process_counts(machine: Machine) ->
     assert free_memory(CPU) == of(2 * GIB)
 
 
-def test_groups_of_the_first_version(machine: Machine) -> None:
+def test_groups_of_the_first_version(machine: LimitedMachine) -> None:
     machine.write("cgroup", "3:cpu,memory:/docker/abc\n1:name=systemd:/docker/abc\n0::/\n")
     machine.limit("memory", 4 * GIB, 3 * GIB, 0, version=1)  # the path is that of the host
     assert free_memory(CPU) == of(GIB)
@@ -81,19 +57,19 @@ def test_groups_of_the_first_version(machine: Machine) -> None:
     assert free_memory(CPU) == of(20 * GIB)
 
 
-def test_a_group_beyond_its_limit_has_nothing_left(machine: Machine) -> None:
+def test_a_group_beyond_its_limit_has_nothing_left(machine: LimitedMachine) -> None:
     machine.limit(".", GIB, 2 * GIB, 0)
     assert free_memory(CPU) == of(0)
 
 
 @pytest.mark.parametrize("missing", ["meminfo", "cgroup"])
-def test_systems_without_these_files(machine: Machine, missing: str) -> None:
+def test_systems_without_these_files(machine: LimitedMachine, missing: str) -> None:
     (machine.folder / missing).unlink()
     assert free_memory(CPU) == (None if missing == "meminfo" else of(20 * GIB))
     require_memory(GIB, "some numbers")
 
 
-def test_what_there_is_not_is_refused_before_it_is_written(machine: Machine) -> None:
+def test_what_there_is_not_is_refused_before_it_is_written(machine: LimitedMachine) -> None:
     require_memory(19 * GIB, "nine tenths of 20 GiB, and one of swap space")
     sentence = r"out of memory: many numbers take 20\.0 GiB, and 18\.0 GiB are free for them"
     with pytest.raises(MemoryError, match=sentence):
@@ -103,7 +79,7 @@ def test_what_there_is_not_is_refused_before_it_is_written(machine: Machine) -> 
 
 
 def test_a_batch_for_which_a_container_has_no_room_is_halved(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    machine: LimitedMachine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = Pipeline.from_pretrained("fashion-small")
     one_image = pipe.generator.cache_bytes(pipe.generator.condition([0], guided=True))
@@ -121,7 +97,7 @@ def test_a_batch_for_which_a_container_has_no_room_is_halved(
 
 
 def test_weights_that_do_not_fit_in_another_dtype_are_refused(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: LimitedMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.write("meminfo", "MemAvailable: 1 kB")
     monkeypatch.setattr(memory, "LOOKED_AFTER", 0)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from softcfg.models.base import Generator
+from softcfg.nn.limits import cores
 from softcfg.nn.linear import Linear
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -135,13 +136,35 @@ def step_threads(*generators: Generator) -> Iterator[Callable[[Callable[[int], i
     `prepared_linear_layers`.
     """
     most = torch.get_num_threads()
-    chosen = most != DEFAULT or any(os.environ.get(name) for name in VARIABLES)
-    alone = most == 1 or chosen or any(each.device.type != "cpu" or not _same_bits(each) for each in generators)
+    alone = most == 1 or _are_chosen() or any(each.device.type != "cpu" or not _same_bits(each) for each in generators)
     try:
         yield StepThreads(most, free=not alone).run
     finally:
         if not alone:
             torch.set_num_threads(most)
+
+
+@contextmanager
+def fitting_threads() -> Iterator[None]:
+    """Inside, PyTorch runs on no more threads than a container has processors for, unless somebody has set the number.
+
+    With more of them the system stops all for the rest of a tenth of a second as soon as their time is used up.
+    """
+    before = torch.get_num_threads()
+    if before <= cores() or _are_chosen():
+        yield
+        return
+    torch.set_num_threads(cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _are_chosen() -> bool:
+    """Whether somebody has set the number of threads."""
+    usual = torch.get_num_threads() in (DEFAULT, min(DEFAULT, cores()))
+    return not usual or any(os.environ.get(name) for name in VARIABLES)
 
 
 def _same_bits(generator: Generator) -> bool:

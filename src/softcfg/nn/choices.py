@@ -21,6 +21,7 @@ import torch
 
 from softcfg.errors import UserError
 from softcfg.files import as_path, make_folder, read_text
+from softcfg.nn.limits import cores
 
 FOLDER_VARIABLE = "SOFTCFG_PRODUCTS"
 FEWEST, TURNS = 3, 20
@@ -114,12 +115,6 @@ def processor() -> str:
 def machine() -> str:
     """Processor, instructions and torch, on which the choices depend."""
     return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-
-
-@cache
-def cores() -> int:
-    """How many of the processor's cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _folder() -> Path:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from softcfg.nn import limits
+
 HUGE_PAGE = 2 << 20  # bytes, on most processors
 MOST_KEPT = (32 << 20) - (64 << 10)  # bytes of a tensor that glibc keeps, with some to spare for its alignment
 LOOKED_AFTER = 64 << 20  # bytes from which on it is asked whether they are free
 KEPT = 0.1  # of what a CPU has free, for all that comes beside
-# Of Linux: what the machine has; the control groups of this process, and where they are.
-MEMINFO, GROUPS_OF_MINE, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-NO_LIMIT = 1 << 60
-# By their version: limit and use of a control group, and what of the use is files that would be given up.
-GROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
-}
+MEMINFO = Path("/proc/meminfo")  # of Linux
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -81,7 +75,8 @@ def free_memory(device: torch.device) -> int | None:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type == "cpu":
         available = _of_machine("MemAvailable")
-        return available if available is None else int((1 - KEPT) * max(0, min([available, *_left_in_groups()])))
+        left = [each for each in (available, limits.memory_left()) if each is not None]
+        return int((1 - KEPT) * min(left)) if left else None
     return None
 
 
@@ -106,33 +101,6 @@ def _of_machine(name: str) -> int | None:
     except OSError:
         return None
     return None if found is None else int(found[1]) * 1024
-
-
-def _left_in_groups() -> Iterator[int]:
-    """Bytes that are left to the control groups of this process, as a container or a scheduler limits them."""
-    try:
-        mine = GROUPS_OF_MINE.read_text(errors="replace")
-    except OSError:
-        return
-    for number, controllers, path in re.findall(r"^(\d+):([^:\n]*):(.*)$", mine, re.MULTILINE):
-        if number == "0":
-            version, root = 2, GROUPS
-        elif "memory" in controllers.split(","):
-            version, root = 1, GROUPS / "memory"
-        else:
-            continue
-        names = GROUP_FILES[version]
-        # In a container the path can be that of the host, which is not there, and the group's files be at the root.
-        group = root / path.strip("/")
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # also of "max", no limit
-                limit, used = (int((folder / name).read_text()) for name in names[:2])
-                if limit >= NO_LIMIT:
-                    continue
-                files = re.search(rf"^{names[2]} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-                yield limit - used + (0 if files is None else int(files[1]))
-            if folder == root:
-                break
 
 
 def is_shared(tensor: Tensor) -> bool:
