@@ -189,6 +189,39 @@ def test_a_forward_of_ones_own_is_called(steps: list[int]) -> None:
     assert not steps
 
 
+class Wrapper(nn.Module):
+    """Has a `forward` of its own and everything else of what it wraps, as what `torch.compile` returns."""
+
+    def __init__(self, wrapped: Generator) -> None:
+        super().__init__()
+        self._orig_mod = wrapped
+        self.calls = 0
+        self.forward = self.called
+
+    def called(self, *given: Any, **named: Any) -> Tensor:
+        self.calls += 1
+        return self._orig_mod(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+
+@pytest.mark.parametrize("seen_through", [False, True])
+@pytest.mark.parametrize("family", ["alitok", "emu3"])
+def test_a_wrapper_draws_what_it_wraps(
+    family: str, seen_through: bool, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its forward is taken for that of all generators, but does not look for what is launched around it."""
+    generator = load(family)
+    wanted = one_by_one(lambda: drawn(generator, RULES["SoftCFG"]))
+    wrapper: Any = Wrapper(generator)
+    if seen_through:
+        monkeypatch.setattr("softcfg.decoding.sequential.overrides", lambda *_: False)
+    assert torch.equal(drawn(wrapper, RULES["SoftCFG"]), wanted)
+    assert not steps
+    assert wrapper.calls == wanted.shape[1] + seen_through
+
+
 @pytest.mark.parametrize("part", ["", "model.layers.1", "model.embed_tokens"])
 @pytest.mark.parametrize("family", ["emu3", "lumina-mgpt-2"])  # without and with prompts of different lengths
 def test_a_hook_that_comes_and_goes_is_called(family: str, part: str, steps: list[int]) -> None:

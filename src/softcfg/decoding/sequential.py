@@ -31,7 +31,7 @@ from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
 from softcfg.errors import UserError
 from softcfg.guidance import CFG, Perturbation
-from softcfg.models.base import Condition, Generator
+from softcfg.models.base import Condition, Generator, overrides
 from softcfg.nn import fused
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.kernels import available
@@ -226,7 +226,7 @@ class Decoder(GuidedBatch):
             len(self.parts) == 1
             and guidance.is_linear
             and sampling == Sampling(sampling.temperature)
-            and not generator.overrides("constrain", "processed")
+            and not overrides(generator, "constrain", "processed")
         )
         # Beside these a step is the model's own kernels, and all of it is launched at once.
         kept = not guidance.perturbs or (
@@ -241,7 +241,7 @@ class Decoder(GuidedBatch):
             and kept
             and generator.device.type == "cpu"
             and generator.steps_replay is True
-            and not generator.overrides("forward")
+            and not overrides(generator, "forward")
         )
 
     @property
@@ -287,6 +287,9 @@ class Decoder(GuidedBatch):
             seen = self._feed(step, tokens)
         if around is not None and around.served:
             return
+        if around is not None and not around.met:  # compiled code, say, that looks for nothing: no weights are written
+            self._steps_at_once = False
+            seen = self._feed(step, tokens)
         drawn = self._drawn(step, seen, uniforms[:, at].squeeze(1))
         if forced is not None and forced_mask is not None:
             drawn = torch.where(forced_mask[:, at].squeeze(1), forced[:, at].squeeze(1), drawn)
@@ -341,7 +344,7 @@ class Decoder(GuidedBatch):
         if known is None or known.tokens is not tokens or known.uniforms is not uniforms:
             known = self._at_once = self._drawn_at_once(tokens, uniforms)
         if known is not None:
-            known.number, known.served = number, False
+            known.number, known.met, known.served = number, False, False
         return known
 
     def _drawn_at_once(self, tokens: Tensor, uniforms: Tensor) -> DrawnAtOnce | None:

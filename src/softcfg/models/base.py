@@ -224,16 +224,12 @@ class Generator(Preparable, ABC):
         None if the inputs are more than that, or if blocks read more than them and the context.
         """
         table = self.token_embedding
-        if self.overrides("embed_tokens", "add_positions", "prepare"):
+        if overrides(self, "embed_tokens", "add_positions", "prepare"):
             return None
         if type(table) is not nn.Embedding or table.max_norm is not None:
             return None
         weight = table.weight.data
         return weight if type(weight) is Tensor and weight.is_contiguous() else None
-
-    def overrides(self, *methods: str) -> bool:
-        """Whether one of these methods of `Generator` is another one here."""
-        return any(getattr(getattr(self, name), "__func__", None) is not getattr(Generator, name) for name in methods)
 
     def add_positions(self, x: Tensor, condition: Condition, position: Position) -> Tensor:
         """The inputs `x` [rows, n, width] of a pass with learned positions added; by default as they are."""
@@ -389,6 +385,14 @@ class Generator(Preparable, ABC):
     def image_codes(self, tokens: Tensor, condition: Condition) -> Tensor:
         """What the image tokenizer decodes, int64 [B, h w] in [0, codebook_size), of the drawn `tokens` [B, T]."""
         return tokens
+
+
+def overrides(generator: Generator, *methods: str) -> bool:
+    """Whether one of these methods of `Generator` is another one here, as `forward` is in what `torch.compile` returns.
+
+    It is no method itself: such a wrapper would answer for what it wraps.
+    """
+    return any(getattr(getattr(generator, name), "__func__", None) is not getattr(Generator, name) for name in methods)
 
 
 class ClassGenerator(Generator):

@@ -56,14 +56,15 @@ class Surroundings(ABC):
 
     Attributes:
         number: of the step that comes, from 1.
-        served: whether the last step was replayed, and all of this was launched.
+        met: whether the last step looked for it.
+        served: whether it was replayed, and all of this was launched.
         inputs: of all steps, where the first launch embeds the token; None where steps depend on more than that.
         ahead: runs steps from `number` on, at most so many, and returns how many; 0 if they are to be done in another
             way. None until it is known how steps are launched.
     """
 
     number = 1
-    served = False
+    met = served = False
     inputs: StepInputs | None = None
     ahead: Callable[[int], int] | None = None
 
@@ -109,6 +110,8 @@ def replayed(
     key = cache if prepared is None else prepared
     known = programs.get(key) if serves else None
     around = surroundings.get()
+    if around is not None:
+        around.met = True
     if known is not None and cache is not None and known.fits(x, cache):
         return known.replay(x, context, around)
     if around is not None:
