@@ -807,7 +807,7 @@ def test_a_program_computes_the_bits_of_its_kernels(threads: int, by_slot: bool)
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_program_runs_several_times_with_parameters_that_move(threads: int) -> None:
-    """Tokens of one column after the other are looked up, and what is found is rounded into a cache slot by slot."""
+    """Tokens of one column after the other are looked up, and what is found is rotated and cached slot by slot."""
     images, copies, width, slots = 3, 2, 64, 40
     table, tokens = torch.randn(50, width), torch.randint(50, (images, slots))
     fed = torch.zeros(images * copies, 1, width)

@@ -102,12 +102,7 @@ def decode(
         decoder.advance(step, tokens, uniforms, forced, mask)
 
     def advance_from(number: int, most: int) -> int:
-        ahead = 0
-        if forced is None:
-            ahead = decoder.advance_at_once(number, most if on_tokens is None else 1, tokens, uniforms)
-        if not ahead:
-            advance(decoder.step(number))
-        return ahead or 1
+        return decoder.advance_from(number, most if on_tokens is None else 1, tokens, uniforms, forced, mask)
 
     if static is None:
         static = all(steps_are_static(each) for each in decoder.generators)
@@ -296,17 +291,28 @@ class Decoder(GuidedBatch):
         self.record(step, drawn)
         tokens[:, at] = drawn[:, None]
 
-    def advance_at_once(self, number: int, most: int, tokens: Tensor, uniforms: Tensor) -> int:
-        """Draw tokens from that of step `number` on, at most so many, where steps are nothing but a launch.
+    def advance_from(
+        self,
+        number: int,
+        most: int,
+        tokens: Tensor,
+        uniforms: Tensor,
+        forced: Tensor | None = None,
+        forced_mask: Tensor | None = None,
+    ) -> int:
+        """Draw the token of step `number`, and at most so many in all where steps are nothing but a launch.
 
         Args:
-            tokens, uniforms: as of `advance`.
+            tokens, uniforms, forced, forced_mask: as of `advance`.
 
         Returns:
-            How many were drawn; 0 where it is to be done by `advance`, as at first.
+            How many were drawn.
         """
-        around = self._around(number, tokens, uniforms)
-        return 0 if around is None or around.ahead is None else around.ahead(most)
+        around = self._around(number, tokens, uniforms) if forced is None else None
+        ahead = 0 if around is None or around.ahead is None else around.ahead(most)
+        if not ahead:
+            self.advance(self.step(number), tokens, uniforms, forced, forced_mask)
+        return ahead or 1
 
     def draw(self, step: Step, tokens: Tensor, uniforms: Tensor) -> Tensor:
         """Feed the token before that of the step, of `tokens` int64 [B, T], and draw the next one, int64 [B].

@@ -96,15 +96,10 @@ class TimedStep:
         first = max(1, min(self._position - stretch // 2, self._total - stretch))
         done = 0
         while done < count:
-            done += self._run(first + done % stretch, min(stretch - done % stretch, count - done))
+            place = done % stretch
+            most = min(stretch - place, count - done)
+            done += self._decoder.advance_from(first + place, most, self._tokens, self._uniforms)
         return self._tokens[:, self._position]
-
-    def _run(self, number: int, most: int) -> int:
-        decoder, given = self._decoder, (self._tokens, self._uniforms)
-        ahead = decoder.advance_at_once(number, most, *given)
-        if not ahead:
-            decoder.advance(decoder.step(number), *given)
-        return ahead or 1
 
 
 def batch_bytes(generator: Generator, batch: int, guidance: CFG, *, weak: Generator | None = None) -> int:

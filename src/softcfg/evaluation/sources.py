@@ -24,6 +24,7 @@ from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
 from softcfg.files import as_path, hash_file, is_file, is_folder
 from softcfg.images import SUFFIXES, read_picture
+from softcfg.nn.limits import cores
 from softcfg.nn.precision import dtype_name
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
 from softcfg.runs.plan import Prompts
@@ -246,7 +247,7 @@ class FolderSource(ListSource):
     Hidden ones do not count, nor do files of other kinds; a warning says what was left out, and why.
     """
 
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, cores())
 
     def __init__(self, folder: Path) -> None:
         own = {folder / name for name in PICTURES} if is_file(folder / SETTINGS) else set()
