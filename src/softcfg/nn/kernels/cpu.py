@@ -360,10 +360,10 @@ BLOCK = 32  # numbers of a turn of a compiled loop
 _LANES = ir.VectorType(_FLOAT, LANES)
 
 
-def _load(builder: Any, address: Any, size: int = 4) -> Any:
+def _load(builder: Any, address: Any, size: int = 4, lanes: int = LANES) -> Any:
     """A vector of floats, or of what are integers of one byte in memory."""
     if size == 4:
-        return builder.load(builder.inttoptr(address, _LANES.as_pointer()), align=4)
+        return builder.load(builder.inttoptr(address, ir.VectorType(_FLOAT, lanes).as_pointer()), align=4)
     stored, wide = (ir.VectorType(ir.IntType(bits), LANES) for bits in (8, 32))
     integers = builder.load(builder.inttoptr(address, stored.as_pointer()), align=1)
     return builder.sitofp(builder.sext(integers, wide), _LANES)
@@ -762,20 +762,114 @@ def _steps_of(scales: Tensor | None) -> tuple[int, int]:
 ) = range(FIRST, FIRST + 16)  # fmt: skip
 
 
+def _sum_of_vectors(vectors: int, squares: bool) -> Any:
+    """Sum the numbers, or the squares of their distances from one, of some neighbouring vectors a turn.
+
+    Its arguments are their address, the number they are compared with, and the number of turns, at least one.
+    """
+
+    @_intrinsic
+    def total(typing: Any, x: Any, mean: Any, turns: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, mean, turns = arguments
+            means = _spread(builder, mean, LANES)
+
+            def body(turn: Any, sums: list[Any]) -> list[Any]:
+                start, found = builder.add(x, builder.mul(turn, _WORD(4 * LANES * vectors))), []
+                for each, total in enumerate(sums):
+                    numbers = _load(builder, builder.add(start, _WORD(4 * LANES * each)))
+                    if squares:
+                        numbers = builder.fsub(numbers, means)
+                        found.append(_multiplied_and_added(builder, numbers, numbers, total))
+                    else:
+                        found.append(builder.fadd(total, numbers))
+                return found
+
+            sums = _loop(builder, turns, [ir.Constant(_LANES, [0.0] * LANES)] * vectors, body)
+            vector = functools.reduce(builder.fadd, sums)
+            for apart in (1, 2, 4):
+                vector = _pairs_added(builder, vector, vector, apart)
+            return builder.extract_element(vector, ir.IntType(32)(0))
+
+        return types.float32(types.int64, types.float32, types.int64), generate
+
+    return total
+
+
+def _sum_of(squares: bool) -> Any:
+    """The function that sums numbers, or the squares of their distances from one."""
+    by_some, by_one = _sum_of_vectors(SUMS, squares), _sum_of_vectors(1, squares)
+
+    @compiled()
+    def total(x: int, width: int, mean: np.float32) -> np.float32:
+        numbers, parts, found = floats(x), width // LANES, _ZERO
+        turns = parts // SUMS
+        if turns:
+            found += by_some(x, mean, turns)
+        if parts > turns * SUMS:
+            found += by_one(x + 4 * LANES * SUMS * turns, mean, parts - turns * SUMS)
+        for place in range(parts * LANES, width):
+            found += (numbers[place] - mean) * (numbers[place] - mean) if squares else numbers[place]
+        return found
+
+    return total
+
+
+_sum_of_numbers, _sum_of_squares = _sum_of(False), _sum_of(True)
+
+
+def _scaling(weighted: bool) -> Any:
+    """Write the distances of numbers from one, times a factor and the weight of each; a vector a turn.
+
+    Its arguments are the addresses of numbers, of the results, which may be the same, and of weights; the number they
+    are compared with; the factor; and the number of turns, at least one.
+    """
+
+    @_intrinsic
+    def scale_all(typing: Any, x: Any, out: Any, weight: Any, mean: Any, factor: Any, turns: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, out, weight, mean, factor, turns = arguments
+            means, factors = (_spread(builder, each, LANES) for each in (mean, factor))
+
+            def body(turn: Any, _: list[Any]) -> list[Any]:
+                place = builder.mul(turn, _WORD(4 * LANES))
+                found = builder.fmul(builder.fsub(_load(builder, builder.add(x, place)), means), factors)
+                if weighted:
+                    found = builder.fmul(found, _load(builder, builder.add(weight, place)))
+                builder.store(found, builder.inttoptr(builder.add(out, place), _LANES.as_pointer()), align=4)
+                return []
+
+            _loop(builder, turns, [], body)
+            return context.get_dummy_value()
+
+        number = types.float32
+        return types.void(*[types.int64] * 3, number, number, types.int64), generate
+
+    return scale_all
+
+
+_scale, _scale_by_weights = _scaling(False), _scaling(True)
+
+
 @compiled()
-def _normalise(x: Any, out: Any, width: int, kind: int, eps: np.float32) -> None:
-    """Layer norm or RMS norm of a vector, without weights."""
-    mean = _ZERO
-    if kind == LAYER:
-        for channel in range(width):
-            mean += x[channel]
-        mean /= np.float32(width)
-    squares = _ZERO
-    for channel in range(width):
-        squares += (x[channel] - mean) * (x[channel] - mean)
-    factor = _ONE / np.float32(math.sqrt(squares / np.float32(width) + eps))
-    for channel in range(width):
-        out[channel] = (x[channel] - mean) * factor
+def _mean_and_factor(x: int, width: int, kind: int, eps: np.float32) -> tuple[np.float32, np.float32]:
+    """What layer norm or RMS norm subtracts from a vector, and then multiplies it by."""
+    mean = _sum_of_numbers(x, width, _ZERO) / np.float32(width) if kind == LAYER else _ZERO
+    return mean, _ONE / np.float32(math.sqrt(_sum_of_squares(x, width, mean) / np.float32(width) + eps))
+
+
+@compiled()
+def _write_normed(x: int, out: int, width: int, mean: np.float32, factor: np.float32, weight: int) -> None:
+    """Write a vector minus a number times a factor, in its place or to another one, times the weights at an address."""
+    turns = width // LANES
+    if turns and weight:
+        _scale_by_weights(x, out, weight, mean, factor, turns)
+    elif turns:
+        _scale(x, out, weight, mean, factor, turns)
+    numbers, found, weights = floats(x), floats(out), floats(weight)
+    for place in range(turns * LANES, width):
+        number = (numbers[place] - mean) * factor
+        found[place] = number * weights[place] if weight else number
 
 
 @compiled()
@@ -807,8 +901,8 @@ def _add_norm(address: int) -> None:
                 for channel in range(width):
                     total[channel] = x[channel] + added[channel]
             x = total
-        _normalise(x, normed, width, p[KIND], eps)
-        _multiply(normed, p[WEIGHT], width)
+        mean, factor = _mean_and_factor(x.ctypes.data, width, p[KIND], eps)
+        _write_normed(x.ctypes.data, p[NORMED] + place, width, mean, factor, p[WEIGHT])
         _add(normed, p[BIAS], width)
         if p[SCALE]:
             scale = carray(floats(p[SCALE] + 4 * entry * p[SCALE_ROW]), (width,))
@@ -875,14 +969,115 @@ def _store_rounded(x: Any, to: int, scale: int, dim: int) -> None:
         out[channel] = np.int8(np.rint(x[channel] / divisor))
 
 
+def _turning(halves: bool) -> Any:
+    """Rotate pairs of channels of a vector, `LANES` channels of it, or of each half, in a turn.
+
+    Its arguments are the addresses of the vector, of the result, which may be the same, and of cosines and sines; the
+    pairs of the vector; and the number of turns, at least one.
+    """
+
+    @_intrinsic
+    def turn_all(typing: Any, source: Any, to: Any, cos: Any, sin: Any, pairs: Any, turns: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, to, cos, sin, pairs, turns = arguments
+            apart = builder.mul(pairs, _WORD(4))
+
+            def store(vector: Any, address: Any) -> None:
+                builder.store(vector, builder.inttoptr(address, _LANES.as_pointer()), align=4)
+
+            def of_halves(turn: Any, _: list[Any]) -> list[Any]:
+                place = builder.mul(turn, _WORD(4 * LANES))
+                one, other = builder.add(source, place), builder.add(builder.add(source, place), apart)
+                first, second = _load(builder, one), _load(builder, other)
+                by_cos, by_sin = (_load(builder, builder.add(each, place)) for each in (cos, sin))
+                place = builder.add(to, place)
+                store(_two_products(builder, first, by_cos, builder.fneg(second), by_sin), place)
+                store(_two_products(builder, first, by_sin, second, by_cos), builder.add(place, apart))
+                return []
+
+            def of_neighbours(turn: Any, _: list[Any]) -> list[Any]:
+                place = builder.mul(turn, _WORD(4 * LANES))
+                of_pairs = builder.mul(turn, _WORD(4 * LANES // 2))
+                x = _load(builder, builder.add(source, place))
+                by_cos, by_sin = (_load(builder, builder.add(each, of_pairs), lanes=LANES // 2) for each in (cos, sin))
+                of_first = _in_turn(builder, by_cos, by_sin)
+                of_second = _in_turn(builder, builder.fneg(by_sin), by_cos)
+                first, second = (
+                    _permuted(builder, x, [lane // 2 * 2 + each for lane in range(LANES)]) for each in (0, 1)
+                )
+                store(_two_products(builder, first, of_first, second, of_second), builder.add(to, place))
+                return []
+
+            _loop(builder, turns, [], of_halves if halves else of_neighbours)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return turn_all
+
+
+def _two_products(builder: Any, one: Any, by: Any, other: Any, other_by: Any) -> Any:
+    """The sum of the products of vectors."""
+    product = builder.fmul(one, by, flags=_CONTRACT)
+    return builder.fadd(product, builder.fmul(other, other_by), flags=_CONTRACT)
+
+
+def _permuted(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
+    """A vector of these lanes of another one."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _in_turn(builder: Any, one: Any, other: Any) -> Any:
+    """The lanes of two vectors in turn."""
+    lanes = [lane for pair in range(LANES // 2) for lane in (pair, LANES // 2 + pair)]
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+
+
+_turn_halves, _turn_neighbours = _turning(True), _turning(False)
+
+
 @compiled()
-def _rotate(x: Any, cos: Any, sin: Any, pairs: int, halves: bool) -> None:
-    """Rotate the pairs of channels of a vector."""
-    for pair in range(pairs):
+def _rotate(source: int, to: int, cos: int, sin: int, pairs: int, halves: bool) -> None:
+    """Rotate the pairs of channels of a vector, in its place or to another one."""
+    turns = pairs // LANES if halves else 2 * pairs // LANES
+    done = turns * LANES if halves else turns * LANES // 2
+    if turns and halves:
+        _turn_halves(source, to, cos, sin, pairs, turns)
+    elif turns:
+        _turn_neighbours(source, to, cos, sin, pairs, turns)
+    x, out, by_cos, by_sin = floats(source), floats(to), floats(cos), floats(sin)
+    for pair in range(done, pairs):  # the rest, which fills no vector
         one, other = (pair, pairs + pair) if halves else (2 * pair, 2 * pair + 1)
         first, second = x[one], x[other]
-        x[one] = first * cos[pair] - second * sin[pair]
-        x[other] = second * cos[pair] + first * sin[pair]
+        out[one] = first * by_cos[pair] - second * by_sin[pair]
+        out[other] = second * by_cos[pair] + first * by_sin[pair]
+
+
+@compiled()
+def _turn_heads(
+    p: Any, row: int, source: int, to: int, heads: int, eps: np.float32, served: int, weight: int, bias: int, norms: Any
+) -> None:
+    """Normalise and rotate the heads of a row, vectors side by side; `norms` is scratch memory, [heads, 2]."""
+    dim, norm, halves = p[NEW_DIM], p[NORM], p[HALVES] != 0
+    turned, place = p[COS] != 0, 4 * row * p[ROTARY_ROW]
+    cos, sin = p[COS] + place, p[SIN] + place
+    if not (norm or turned):
+        _copy(carray(floats(source), (heads * dim,)), to, heads * dim)
+        return
+    if norm:  # first of all of them, for each waits long for its square root
+        for head in range(heads):
+            norms[head, 0], norms[head, 1] = _mean_and_factor(source + 4 * head * dim, dim, norm, eps)
+    for head in range(heads):
+        x, out = source + 4 * head * dim, to + 4 * head * dim
+        if norm:
+            group = 4 * (head // served) * dim
+            mean, factor = norms[head, 0], norms[head, 1]
+            _write_normed(x, out, dim, mean, factor, weight + group if weight else 0)
+            _add(carray(floats(out), (dim,)), bias + group if bias else 0, dim)
+            x = out
+        if turned:
+            _rotate(x, out, cos, sin, dim // 2, halves)
 
 
 @kernel
@@ -890,40 +1085,30 @@ def _rotate_and_cache(address: int) -> None:
     p = carray(integers(address), (MOST,))
     start, stop = share(p)
     heads, key_heads, dim = p[NEW_HEADS], p[NEW_KEY_HEADS], p[NEW_DIM]
+    at_once = key_heads if p[TO_HEAD] == dim and not p[TO_KEY_SCALES] else 1
+    width = at_once * dim
+    norms = np.empty((max(heads, key_heads), 2), np.float32)
     for row in range(start, stop):
-        for head in range(heads + key_heads):
-            which, to, source, served, weight, bias, eps = (
-                head, p[TURNED_QUERY] + 4 * (row * heads + head) * dim, p[NEW_QUERY] + 4 * row * p[NEW_QUERY_ROW],
-                p[QUERY_SHARE], p[QUERY_WEIGHT], p[QUERY_BIAS], p[QUERY_EPS],
-            )  # fmt: skip
-            if head >= heads:
-                which = head - heads
-                to, source = p[TURNED_KEY] + 4 * (row * key_heads + which) * dim, p[NEW_KEY] + 4 * row * p[NEW_KEY_ROW]
-                served, weight, bias, eps = p[KEY_SHARE], p[KEY_WEIGHT], p[KEY_BIAS], p[KEY_EPS]
-            x = carray(floats(source + 4 * which * dim), (dim,))
-            out = carray(floats(to), (dim,))
-            if p[NORM]:
-                _normalise(x, out, dim, p[NORM], _float(eps))
-                group = 4 * (which // served) * dim
-                _multiply(out, weight + group if weight else 0, dim)
-                _add(out, bias + group if bias else 0, dim)
+        _turn_heads(
+            p, row, p[NEW_QUERY] + 4 * row * p[NEW_QUERY_ROW], p[TURNED_QUERY] + 4 * row * heads * dim, heads,
+            _float(p[QUERY_EPS]), p[QUERY_SHARE], p[QUERY_WEIGHT], p[QUERY_BIAS], norms,
+        )  # fmt: skip
+        keys, values = p[TURNED_KEY] + 4 * row * key_heads * dim, p[NEW_VALUE] + 4 * row * p[NEW_VALUE_ROW]
+        _turn_heads(
+            p, row, p[NEW_KEY] + 4 * row * p[NEW_KEY_ROW], keys, key_heads,
+            _float(p[KEY_EPS]), p[KEY_SHARE], p[KEY_WEIGHT], p[KEY_BIAS], norms,
+        )  # fmt: skip
+        for head in range(0, key_heads, at_once):
+            key = carray(floats(keys + 4 * head * dim), (width,))
+            value = carray(floats(values + 4 * head * dim), (width,))
+            cached = row * p[TO_ROW] + head * p[TO_HEAD] + p[SLOT] * p[TO_SLOT]
+            if p[TO_KEY_SCALES]:
+                of_slot = 4 * ((row * key_heads + head) * p[TO_SCALES_HEAD] + p[SLOT] * p[TO_SCALES_SLOT])
+                _store_rounded(key, p[TO_KEYS] + cached, p[TO_KEY_SCALES] + of_slot, dim)
+                _store_rounded(value, p[TO_VALUES] + cached, p[TO_VALUE_SCALES] + of_slot, dim)
             else:
-                _copy(x, to, dim)
-            if p[COS]:
-                place = 4 * row * p[ROTARY_ROW]
-                cos = carray(floats(p[COS] + place), (dim // 2,))
-                sin = carray(floats(p[SIN] + place), (dim // 2,))
-                _rotate(out, cos, sin, dim // 2, p[HALVES] != 0)
-            if head >= heads:
-                cached = row * p[TO_ROW] + which * p[TO_HEAD] + p[SLOT] * p[TO_SLOT]
-                value = carray(floats(p[NEW_VALUE] + 4 * (row * p[NEW_VALUE_ROW] + which * dim)), (dim,))
-                if p[TO_KEY_SCALES]:
-                    of_slot = 4 * ((row * key_heads + which) * p[TO_SCALES_HEAD] + p[SLOT] * p[TO_SCALES_SLOT])
-                    _store_rounded(out, p[TO_KEYS] + cached, p[TO_KEY_SCALES] + of_slot, dim)
-                    _store_rounded(value, p[TO_VALUES] + cached, p[TO_VALUE_SCALES] + of_slot, dim)
-                else:
-                    _copy(out, p[TO_KEYS] + 4 * cached, dim)
-                    _copy(value, p[TO_VALUES] + 4 * cached, dim)
+                _copy(key, p[TO_KEYS] + 4 * cached, width)
+                _copy(value, p[TO_VALUES] + 4 * cached, width)
 
 
 def rotate_and_cache(
