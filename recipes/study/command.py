@@ -22,6 +22,7 @@ from recipes.study.points import ELSEWHERE, HALF_TRAINED, Comparison, Design, ke
 from recipes.study.results import Results, rows_of
 from softcfg.errors import UserError
 from softcfg.files import hash_file
+from softcfg.nn.limits import cores
 from softcfg.zoo import resolve
 
 MODEL = "fashion-small"
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--only", choices=(MODEL, *ELSEWHERE), help="draw the points of this model alone")
     parser.add_argument("--batch-size", type=int, default=1000 if gpu else 250, help="images at once")
     parser.add_argument(
-        "--workers", type=int, default=1 if gpu else min(2, os.cpu_count() or 1), help="processes, of one thread each"
+        "--workers", type=int, default=1 if gpu else min(2, cores()), help="processes, of one thread each"
     )
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the IDX files of Fashion-MNIST")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are collected")
