@@ -369,6 +369,10 @@ def _load(builder: Any, address: Any, size: int = 4, lanes: int = LANES) -> Any:
     return builder.sitofp(builder.sext(integers, wide), _LANES)
 
 
+def _store(builder: Any, vector: Any, address: Any) -> None:
+    builder.store(vector, builder.inttoptr(address, _LANES.as_pointer()), align=4)
+
+
 def _multiplied_and_added(builder: Any, one: Any, other: Any, total: Any) -> Any:
     return builder.fadd(total, builder.fmul(one, other, flags=_CONTRACT), flags=_CONTRACT)
 
@@ -426,7 +430,7 @@ def _scores_of_eight(size: int) -> Any:
             for apart in (1, 2, 4):
                 neighbours = zip(sums[::2], sums[1::2], strict=True)
                 sums = [_pairs_added(builder, one, other, apart) for one, other in neighbours]
-            builder.store(sums[0], builder.inttoptr(scores, _LANES.as_pointer()), align=4)
+            _store(builder, sums[0], scores)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -464,8 +468,7 @@ def _weighted_sum(vectors: int, size: int) -> Any:
 
             sums = _loop(builder, pairs, starts + zeros, body)
             for place, one, other in zip(places, sums[:vectors], sums[vectors:], strict=True):
-                address = builder.inttoptr(builder.add(out, place), _LANES.as_pointer())
-                builder.store(builder.fadd(one, other), address, align=4)
+                _store(builder, builder.fadd(one, other), builder.add(out, place))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -579,11 +582,10 @@ _sum_floats, _sum_bytes = _sum_weighted_of(floats, 4), _sum_weighted_of(bytes_, 
 
 @compiled()
 def _multiply(x: Any, address: int, width: int) -> None:
-    """Multiply a vector by the one at an address; by nothing where it is 0."""
-    if address:
-        factors = carray(floats(address), (width,))
-        for channel in range(width):
-            x[channel] *= factors[channel]
+    """Multiply a vector by the one at an address."""
+    factors = carray(floats(address), (width,))
+    for channel in range(width):
+        x[channel] *= factors[channel]
 
 
 @compiled()
@@ -836,7 +838,7 @@ def _scaling(weighted: bool) -> Any:
                 found = builder.fmul(builder.fsub(_load(builder, builder.add(x, place)), means), factors)
                 if weighted:
                     found = builder.fmul(found, _load(builder, builder.add(weight, place)))
-                builder.store(found, builder.inttoptr(builder.add(out, place), _LANES.as_pointer()), align=4)
+                _store(builder, found, builder.add(out, place))
                 return []
 
             _loop(builder, turns, [], body)
@@ -982,17 +984,14 @@ def _turning(halves: bool) -> Any:
             source, to, cos, sin, pairs, turns = arguments
             apart = builder.mul(pairs, _WORD(4))
 
-            def store(vector: Any, address: Any) -> None:
-                builder.store(vector, builder.inttoptr(address, _LANES.as_pointer()), align=4)
-
             def of_halves(turn: Any, _: list[Any]) -> list[Any]:
                 place = builder.mul(turn, _WORD(4 * LANES))
                 one, other = builder.add(source, place), builder.add(builder.add(source, place), apart)
                 first, second = _load(builder, one), _load(builder, other)
                 by_cos, by_sin = (_load(builder, builder.add(each, place)) for each in (cos, sin))
                 place = builder.add(to, place)
-                store(_two_products(builder, first, by_cos, builder.fneg(second), by_sin), place)
-                store(_two_products(builder, first, by_sin, second, by_cos), builder.add(place, apart))
+                _store(builder, _two_products(builder, first, by_cos, builder.fneg(second), by_sin), place)
+                _store(builder, _two_products(builder, first, by_sin, second, by_cos), builder.add(place, apart))
                 return []
 
             def of_neighbours(turn: Any, _: list[Any]) -> list[Any]:
@@ -1005,7 +1004,7 @@ def _turning(halves: bool) -> Any:
                 first, second = (
                     _permuted(builder, x, [lane // 2 * 2 + each for lane in range(LANES)]) for each in (0, 1)
                 )
-                store(_two_products(builder, first, of_first, second, of_second), builder.add(to, place))
+                _store(builder, _two_products(builder, first, of_first, second, of_second), builder.add(to, place))
                 return []
 
             _loop(builder, turns, [], of_halves if halves else of_neighbours)
