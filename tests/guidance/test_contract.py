@@ -494,7 +494,7 @@ def test_a_method_of_ones_own_acts_in_every_way_to_decode(pipe: Pipeline, name: 
         "away_from": lambda self, uncond, weak: 0.5 * uncond,
     }
     guidance = type("Own", (CFG,), {name: methods[name]})(4.0, 0.0)
-    uniforms = image_uniforms(5, range(2), pipe.generator.num_tokens)
+    uniforms = image_uniforms(6, range(2), pipe.generator.num_tokens)
     tokens = decode(pipe.generator, [0, 2], guidance, uniforms=uniforms)
     trace = softcfg.trace(pipe.generator, labels=[0, 2], tokens=tokens, guidance=guidance)
     assert torch.equal(draw(trace.guided_logits.softmax(-1), uniforms), tokens)

@@ -197,3 +197,11 @@ def test_weak_settings_come_close_to_cfg(pipe: Pipeline, name: str, settings: di
     tokens = torch.randint(20, (2, 16), generator=torch.Generator().manual_seed(1))
     expected = softcfg.trace(pipe.generator, labels=[1, 1], tokens=tokens, guidance=CFG(3.0)).uncond_logits
     torch.testing.assert_close(uncond_logits(pipe, tokens, name, **settings), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("share", "tokens", "hidden"), [(0.42, 150, 63), (0.29, 100, 29), (0.13, 900, 117), (0.3, 9, 2)]
+)
+def test_a_share_is_counted_exactly(share: float, tokens: int, hidden: int) -> None:
+    confidence = torch.linspace(0.05, 0.95, tokens)[None]
+    assert int((made("low_confidence", {"share": share}).weights(confidence) == 0).sum()) == hidden

@@ -330,6 +330,18 @@ def test_a_criterion_may_end_all_rows_at_once(llama: Any, ended: Any) -> None:
     assert torch.equal(tokens, decode(llama)[:, :2])
 
 
+def test_padding_need_not_be_a_code_of_the_head(llama: Any) -> None:
+    """A row that has ended gets padding, and the head for images is never fed it."""
+    embed, logits = torch.nn.Embedding(16, llama.config.hidden_size), torch.nn.Linear(llama.config.hidden_size, 16)
+    head = plug.ImageHead(embed=embed, backbone=llama.model, logits=logits, vocab_size=16)
+    ended = [lambda ids, scores: torch.tensor([ids.shape[1] >= 7, False])]
+    padded = decode(llama, head=head, stopping_criteria=ended, pad_token_id=20)
+    whole = decode(llama, head=head)
+    assert torch.equal(padded[1], whole[1])
+    assert torch.equal(padded[0, :2], whole[0, :2])
+    assert (padded[0, 2:] == 20).all()
+
+
 def static_cache(model: Any, slots: int) -> Any:
     return transformers.StaticCache(config=model.config, max_cache_len=slots)
 

@@ -486,6 +486,16 @@ def test_silu_product_is_its_definition(launched: list[int]) -> None:
     assert fused.silu_product(gate, up).isnan().nonzero().tolist() == [[1, 3, 5]]
 
 
+def test_a_token_that_is_alone_has_all_of_the_budget() -> None:
+    """Its weight is exactly 0: a strength of 0.1 makes 0.2 of 6e-8."""
+    confidence = torch.zeros(200, 16)
+    confidence[:, 0] = torch.linspace(0.01, 0.99, 200)
+    weights = torch.empty_like(confidence)
+    assert fused.write_weights(confidence, weights, step_norm=True, strength=0.1, floor=0.0, eps=0.0, successor=False)
+    assert not weights[:, 0].any()
+    assert (weights[:, 1:] == 1).all()
+
+
 def test_write_weights_is_its_definition(launched: list[int]) -> None:
     confidence = torch.rand(3, 300)
     confidence[:, 200:] = 0

@@ -108,13 +108,15 @@ def decode(
     uniforms = on_device(image_uniforms(seed, image_indices(indices, batch, "rows"), num_tokens), generator.device)
     done = torch.zeros(batch, dtype=torch.bool, device=generator.device)
     tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=generator.device)
+    fed = tokens.clone()  # without padding, which need not be a token that the head for images knows
     for step in range(num_tokens):
         at = decoder.step(step)
-        drawn = decoder.draw(at, tokens, uniforms[:, step]).masked_fill(done, pad_token_id)
+        drawn = decoder.draw(at, fed, uniforms[:, step])
         if generator.device.type == "cpu":
             decoder.check(step, step + 1)
         decoder.record(at, drawn)
-        tokens[:, step] = drawn
+        fed[:, step] = drawn
+        tokens[:, step] = drawn.masked_fill(done, pad_token_id)
         if on_tokens is not None:
             on_tokens(tokens[:, : step + 1])
         if criteria:

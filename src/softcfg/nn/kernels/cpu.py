@@ -1237,6 +1237,12 @@ def gelu(x: Tensor) -> Tensor:
 _SMALLEST = np.finfo(np.float32).tiny
 
 
+@compiled(fastmath={"contract"})  # by an inverse, the share of a token that is alone would be a little less than 1
+def _lessen(weights: Any, confidence: Any, total: np.float32, later: int, count: int) -> None:
+    for place in range(later, count):
+        weights[place - later] = max(_ONE - confidence[place] / total, _ZERO)
+
+
 @kernel
 def _write_weights(address: int) -> None:
     p = carray(integers(address), (MOST,))
@@ -1254,8 +1260,7 @@ def _write_weights(address: int) -> None:
             total = max(total + _float(p[ADDED_TO_SUM]), _SMALLEST)  # without confidences, all are 0
         for place in range(count):
             weights[place] = _ONE
-        for place in range(later, count):
-            weights[place - later] = max(_ONE - confidence[place] / total, _ZERO)
+        _lessen(weights, confidence, total, later, count)
         if strength != _ONE:
             for place in range(count):
                 weights[place] = weights[place] ** strength

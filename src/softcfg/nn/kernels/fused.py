@@ -180,7 +180,8 @@ def _confidence_weights(
     place = tl.arange(0, BLOCK)
     value = tl.load(confidence + row * confidence_row + place + SHIFT, mask=place + SHIFT < count, other=0.0)
     if NORMED:
-        value /= tl.maximum(tl.sum(value, axis=0) + eps, 1.1754943508222875e-38)  # without confidences, all are 0
+        total = tl.maximum(tl.sum(value, axis=0) + eps, 1.1754943508222875e-38)  # without confidences, all are 0
+        value = tl.math.div_rn(value, total + tl.zeros_like(value))  # a token that is alone has a share of exactly 1
     value = tl.maximum(1.0 - value, 0.0)
     if POWER:
         value = tl.exp2(strength * tl.log2(value))
