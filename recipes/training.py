@@ -65,13 +65,14 @@ class Training:
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
+    seed: int | None = None  # of the training that goes on
     base_rates: list[list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         make_folder(self.folder)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         if (path := self.folder / "state.pt").exists():
-            self._restore(torch.load(path, map_location="cpu", weights_only=True))
+            self._restore(path)
 
     def fit(
         self,
@@ -92,7 +93,15 @@ class Training:
             after_step: called after each update, e.g. for averages of weights.
             evaluate: numbers to log every `plan.evaluate_every` steps and at the end.
             stop_at: end before this step as a kill would, with a checkpoint; for tests.
+
+        Raises:
+            UserError: the training that goes on has another seed.
         """
+        if self.seed not in (None, budget.seed):
+            raise UserError(
+                f"{self.folder} holds a training of seed {self.seed}: go on with it, or give another folder"
+            )
+        self.seed = budget.seed
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         mark, last_save = time.monotonic(), time.monotonic()
         while (progress := budget.progress(self.step, self.seconds)) < 1 and self.step != stop_at:
@@ -135,6 +144,7 @@ class Training:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "seed": self.seed,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -142,12 +152,19 @@ class Training:
         torch.save(state, content)
         write_atomically(self.folder / "state.pt", content.getvalue())
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    def _restore(self, path: Path) -> None:
+        with path.open("rb") as file:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                self.step, self.seconds, self.seed = state["step"], state["seconds"], state.get("seed")
+                for name, module in self.modules.items():
+                    module.load_state_dict(state["modules"][name])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
+            except Exception as error:  # readers raise a dozen types on damaged files
+                raise UserError(
+                    f"{path} is damaged or of another model: give another folder, or remove {self.folder} to begin anew"
+                ) from error
         print(f"{self.folder.name}: continuing at step {self.step}", flush=True)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from recipes.emoji.colours import COLOURS, HUES, main_colour, turn_hue
 from recipes.emoji.sources import NAMES, STYLES, Drawings, Emoji, emoji, find, pictures_folder
 from softcfg.errors import UserError
-from softcfg.files import make_folder
+from softcfg.files import make_folder, open_atomically
 
 SIZE = 96
 VERSION = 1  # of the rendering: another one makes the cache anew
@@ -331,10 +331,9 @@ def _draw_all(path: Path, found: Sequence[Emoji], sets: list[Drawings]) -> None:
         if number % 100 == 0:
             print(f"drawing the pictures: {number} of {len(found)} names", flush=True)
     make_folder(path.parent)
-    temporary = path.with_suffix(".part.npz")
     stacked = {name: np.stack([row[i] for row in rows]) for i, name in enumerate(COLUMNS)}
-    np.savez_compressed(temporary, **stacked)  # type: ignore[arg-type]
-    temporary.replace(path)
+    with open_atomically(path) as file:
+        np.savez_compressed(file, **stacked)  # type: ignore[arg-type]
 
 
 def _recoloured(drawn: str, colour: str, pixels: np.ndarray, content: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

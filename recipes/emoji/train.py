@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from recipes.commands import run_command
+from recipes.commands import positive, run_command
 from recipes.emoji import data, train_generator, train_judge, train_tokenizer
 from recipes.training import Budget, parameters
 from softcfg.errors import UserError
@@ -63,9 +63,11 @@ def main() -> None:
     parser.add_argument("--names", type=int, help="learn this many names only, for a quick try")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="the model folder, with logs, checkpoints")
     parser.add_argument(
-        "--minutes", type=float, default=80, help="training time in all; the schedules follow the clock"
+        "--minutes", type=positive(float), default=80, help="training time in all; the schedules follow the clock"
     )
-    parser.add_argument("--steps", type=int, help="train each part for this many steps instead (reproducible)")
+    parser.add_argument(
+        "--steps", type=positive(int), help="train each part for this many steps instead (reproducible)"
+    )
     parser.add_argument("--only", choices=SHARES, help="train this part alone, with all of the minutes")
     parser.add_argument(
         "--compile", action="store_true", help="compile the generator; on a CPU this needs a C++ compiler"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from recipes.commands import run_command
+from recipes.commands import positive, run_command
 from recipes.fashion_mnist import train_classifier, train_generator, train_tokenizer
 from recipes.fashion_mnist.data import CLASSES, DEFAULT_FOLDER, load
 from recipes.fashion_mnist.presets import PRESETS
@@ -52,9 +52,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="fashion", help="the model to make")
     parser.add_argument("--out", type=Path, help="the model folder, with logs and checkpoints; by default runs/PRESET")
     parser.add_argument(
-        "--minutes", type=float, help="training time in all; the schedules follow the clock; by default the preset's"
+        "--minutes",
+        type=positive(float),
+        help="training time in all; the schedules follow the clock; by default the preset's",
     )
-    parser.add_argument("--steps", type=int, help="train each part for this many steps instead (reproducible)")
+    parser.add_argument(
+        "--steps", type=positive(int), help="train each part for this many steps instead (reproducible)"
+    )
     parser.add_argument(
         "--only",
         choices=("classifier", "tokenizer", "generator"),

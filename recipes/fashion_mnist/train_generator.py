@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from recipes.training import (
     randomness,
     save_weights,
 )
-from softcfg.files import write_atomically
+from softcfg.files import hash_file, write_atomically
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ
 
@@ -125,9 +126,11 @@ def optimizers_of(model: AliTok) -> list[torch.optim.Optimizer]:
 
 
 def tokenise(data: Split, tokenizer: MaskGITVQ, weights: Path) -> Tensor:
-    """Return the tokens int64 `[N, T]` of all images, kept in a file beside the tokenizer's weights."""
-    cache = weights.with_name(f"tokens-{len(data)}.pt")
-    if cache.exists() and cache.stat().st_mtime > weights.stat().st_mtime:
+    """Return the tokens int64 `[N, T]` of all images, kept beside the weights in a file that is named after both."""
+    digest = hashlib.sha256(hash_file(weights).encode())
+    digest.update(data.images.numpy().tobytes())
+    cache = weights.with_name(f"tokens-{digest.hexdigest()[:16]}.pt")
+    if cache.exists():
         return torch.load(cache, weights_only=True).long()
     tokenizer = tokenizer.to(accelerator().device)
     tokens = torch.cat([tokenizer.encode(data.pixels(part)).cpu() for part in torch.arange(len(data)).split(250)])

@@ -11,11 +11,12 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from recipes.commands import run_command
+from recipes.commands import run_command, told
 from recipes.fashion_mnist.data import DEFAULT_FOLDER
 from recipes.study.measure import Laboratory
 from recipes.study.points import ELSEWHERE, HALF_TRAINED, Comparison, Design, key, traced
@@ -120,6 +121,11 @@ def work_together(model: str, given: argparse.Namespace) -> None:
 def work(model: str, given: argparse.Namespace, parent: int | None = None) -> None:
     """Draw points that nobody else draws until all are there, or until the parent process is gone."""
     torch.set_num_threads(1)
+    with told("recipes.study") if parent else nullcontext():
+        _work(model, given, parent)
+
+
+def _work(model: str, given: argparse.Namespace, parent: int | None) -> None:
     laboratory = Laboratory(model, given.data, given.batch_size)
     results, design = results_of(model, given), comparisons(given)[model]
     while parent in (None, os.getppid()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from recipes.fashion_mnist import (
 )
 from softcfg import CFG, Pipeline
 from softcfg.errors import UserError
+from softcfg.tokenizers.maskgit_vq import MaskGITVQ
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -141,6 +143,49 @@ def test_killed_training_continues_to_the_same_weights(part, tmp_path, splits):
     assert whole.keys() == second.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def test_a_training_goes_on_with_its_own_seed_and_model_alone(tmp_path, splits):
+    train_generator_tiny(tmp_path, training.Budget(steps=2), *splits)
+    with pytest.raises(UserError, match="holds a training of seed 0: go on with it, or give another folder"):
+        train_generator_tiny(tmp_path, training.Budget(steps=2, seed=7), *splits)
+    state = tmp_path / "generator" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"state\.pt is damaged or of another model"):
+        train_generator_tiny(tmp_path, training.Budget(steps=2), *splits)
+
+
+def test_tokens_are_of_the_tokenizer_and_the_images(tmp_path, splits):
+    """Whatever the times of the files say."""
+    found = []
+    for seed, split in ((0, splits[0]), (1, splits[0]), (1, splits[1])):
+        torch.manual_seed(seed)
+        tokenizer = MaskGITVQ(TINY_TOKENIZER).eval()
+        path = tmp_path / "tokenizer.safetensors"
+        training.save_weights(path, tokenizer.state_dict())
+        os.utime(path, (0, 0))
+        found.append(train_generator.tokenise(split, tokenizer, path))
+        assert torch.equal(found[-1], tokenizer.encode(split.pixels(torch.arange(len(split)))))
+        assert torch.equal(found[-1], train_generator.tokenise(split, tokenizer, path))
+    assert len(list(tmp_path.glob("tokens-*"))) == 3
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--steps", "-3"], ["--steps", "0"], ["--minutes", "inf"]])
+def test_no_time_to_train_is_refused(words, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(folder), *words])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    assert "must be above 0" in capsys.readouterr().err
+
+
+def test_a_generator_without_its_tokenizer_is_one_sentence(folder, tmp_path, monkeypatch, capsys):
+    words = ["--out", str(tmp_path / "run"), "--steps", "1", "--only", "generator"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(folder), *words])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    assert "tokenizer.safetensors" in capsys.readouterr().err
 
 
 def test_finished_training_changes_nothing(tmp_path, splits):
