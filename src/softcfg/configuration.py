@@ -77,6 +77,8 @@ def _count_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
         return 1
     if id(node) not in counted:
         counted[id(node)] = 0
+        if isinstance(node, yaml.MappingNode):
+            _refuse_doubled_keys(node)
         children = (
             [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
         )
@@ -86,6 +88,17 @@ def _count_values(node: yaml.Node | None, counted: dict[int, int]) -> int:
     if counted[id(node)] > MOST_VALUES:
         raise UserError(f"holds more than {MOST_VALUES:,} values, the limit; an alias counts as all it stands for")
     return counted[id(node)]
+
+
+def _refuse_doubled_keys(node: yaml.MappingNode) -> None:
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if (key.tag, key.value) in seen:
+                raise UserError(
+                    f"is not valid YAML: it says {quote(key.value)} twice, again in line {key.start_mark.line + 1}"
+                )
+            seen.add((key.tag, key.value))
 
 
 def read_interval(text: str) -> tuple[int, int]:

@@ -418,6 +418,14 @@ def test_yaml_files(tmp_path: Path, name: str) -> None:
         read_yaml(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3\n", "x:\n  a: {c: 1, c: 2}\n", "'a': 1\na: 1\n"])
+def test_a_key_that_is_given_twice(tmp_path: Path, text: str) -> None:
+    """The last one would win without a word."""
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"it says '[ac]' twice, again in line \d$"):
+        read_yaml(tmp_path / "a.yaml")
+
+
 def test_aliases_are_no_attack(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n")
     assert read_yaml(tmp_path / "a.yaml") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}

@@ -134,6 +134,16 @@ def test_what_is_no_covariance_is_refused(covariance: Tensor, text: str) -> None
         frechet_distance(sound, Statistics(torch.zeros(2), covariance))
 
 
+@pytest.mark.parametrize(("mean", "variances"), [(1e160, (1.0, 1.0)), (0.0, (1.0, 1e308)), (1e150, (1e307, 1.7e307))])
+def test_numbers_too_large_for_a_distance_are_refused(mean: float, variances: tuple[float, float]) -> None:
+    one, other = (torch.eye(128, dtype=torch.float64) * variance for variance in variances)
+    with pytest.raises(UserError, match="too large for a distance"):
+        frechet_distance(
+            Statistics(torch.zeros(128, dtype=torch.float64), one),
+            Statistics(torch.full((128,), mean, dtype=torch.float64), other),
+        )
+
+
 def test_other_widths_are_refused() -> None:
     with pytest.raises(UserError, match="width 3 and 4"):
         frechet_distance(statistics(normal(9, 3, 0)), statistics(normal(9, 4, 0)))

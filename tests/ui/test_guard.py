@@ -51,6 +51,8 @@ def test_the_page_is_there_and_loads_nothing_from_elsewhere(client: TestClient) 
         "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
         "/static//etc/passwd",
         "/assets/..%5c..%5cetc/passwd",
+        "/static/" + 300 * "a",
+        "/assets/" + 2500 * "a/",
         "/?deep_link=../../secret",
         "/?deep_link=",
     ],

@@ -5,6 +5,7 @@ import pickle
 import resource
 import struct
 import sys
+import zipfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -116,6 +117,34 @@ def test_truncated_files(tmp_path: Path, state: dict[str, Tensor], suffix: str, 
     os.truncate(path, int(path.stat().st_size * kept))
     with pytest.raises(CheckpointError, match="truncated, damaged or not a weights file"):
         read_state_dict(path)
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    """Its records would be taken as they are."""
+    sound, packed = save(state, tmp_path / "sound.pt"), tmp_path / "packed.pt"
+    with zipfile.ZipFile(sound) as one, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for record in one.infolist():
+            other.writestr(record.filename, one.read(record))
+    with pytest.raises(CheckpointError, match="is a compressed archive: some program packed it anew"):
+        read_state_dict(packed)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "text"),
+    [
+        (
+            torch.empty(7, device="meta"),
+            "holds no numbers for 1 tensors, .* the model was saved while it was offloaded",
+        ),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "sparse, nested or quantized"),
+    ],
+)
+def test_tensors_without_numbers(tmp_path: Path, state: dict[str, Tensor], tensor: Tensor, text: str) -> None:
+    name = min(state, key=lambda name: state[name].numel())
+    changed = torch.empty_like(state[name], device="meta") if tensor.is_meta else tensor
+    path = save({**state, name: changed}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=text):
+        softcfg.load_generator("alitok", ALITOK, path)
 
 
 def test_a_truncated_file_in_the_format_before_zip(tmp_path: Path, state: dict[str, Tensor]) -> None:

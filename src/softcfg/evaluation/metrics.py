@@ -5,6 +5,7 @@ Results are exact to float64, on the device of the features. Definitions and sou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     S1^(1/2) S2^(1/2), which exists for every covariance, of full rank or not.
 
     Raises:
-        UserError: the widths differ, a number is not finite, or a matrix is not a covariance.
+        UserError: the widths differ, a number is not finite or too large, or a matrix is not a covariance.
     """
     if one.mean.shape != other.mean.shape:
         raise UserError(f"features of width {len(one.mean)} and {len(other.mean)} cannot be compared")
@@ -65,7 +66,10 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     traces = [each.covariance.double().diagonal().sum() for each in (one, other)]
     shift = (one.mean.double() - other.mean.double()).square().sum()
     overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    return max(0.0, float(shift + traces[0] + traces[1] - 2 * overlap))
+    distance = float(shift + traces[0] + traces[1] - 2 * overlap)
+    if not math.isfinite(distance):
+        raise UserError("the mean or the covariance holds numbers too large for a distance: the statistics are damaged")
+    return max(0.0, distance)
 
 
 def _root(given: Statistics) -> Tensor:

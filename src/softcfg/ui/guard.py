@@ -42,6 +42,7 @@ READABLE = frozenset(
 )
 READABLE_UNDER = ("/assets/", "/static/", HEARTBEAT)
 WRITABLE = frozenset({JOIN, PREDICT, CANCEL, RESET})
+LONGEST_PATH, LONGEST_NAME = 1000, 255  # of what a file can be called
 PATH = re.compile(r"[A-Za-z0-9/_.,~@+-]+")
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::([0-9]{1,5}))?")
 TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
@@ -232,6 +233,7 @@ def _default_port(host: str) -> str:
 def _check_route(scope: Message) -> None:
     path, method = scope["path"], scope["method"]
     known = PATH.fullmatch(path) and ".." not in path and "//" not in path
+    known = known and len(path) <= LONGEST_PATH and max(map(len, path.split("/"))) <= LONGEST_NAME
     if method in ("GET", "HEAD"):
         known = known and (path in READABLE or path.startswith(READABLE_UNDER))
     elif method == "POST":

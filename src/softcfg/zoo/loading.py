@@ -403,6 +403,11 @@ def require_fit(module: nn.Module, state_dict: Mapping[str, Tensor], source: str
     if differences := _differences(expected, found):
         problem = f"{source} does not fit the configured {type(module).__name__}: {'; '.join(differences)}"
         raise CheckpointError(problem + _recognise(state_dict, type(module)))
+    if empty := [name for name in expected if found[name].is_meta]:
+        raise CheckpointError(
+            f"{source} holds no numbers for {len(empty)} tensors, {_short(empty[0])} among them: the model was saved "
+            "while it was offloaded; save it once it is in memory"
+        )
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

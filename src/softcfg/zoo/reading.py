@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -101,9 +102,13 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
             if path.suffix.lower() == ".safetensors":
                 content: Any = load_file(reopened(file))
             else:
+                mapped = head.startswith(b"PK")
+                if mapped:
+                    _require_stored(file, path)
                 with torch.serialization.safe_globals([*allowed_types, *_placeholders()]):
-                    mapped = head.startswith(b"PK")
                     content = torch.load(reopened(file), map_location="cpu", weights_only=True, mmap=mapped)
+        except CheckpointError:
+            raise
         except Exception as error:  # readers raise a dozen types on damaged files
             if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise CheckpointError(
@@ -112,6 +117,16 @@ def _read_content(path: Path, allowed_types: Sequence[type] = ()) -> tuple[Any, 
                 ) from error
             raise CheckpointError(f"{path} is truncated, damaged or not a weights file; get it again") from error
     return content, size
+
+
+def _require_stored(file: BinaryIO, path: Path) -> None:
+    """Raise `CheckpointError` for an archive whose records are compressed: PyTorch maps their bytes as they are."""
+    with zipfile.ZipFile(file) as archive:
+        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+    if compressed:
+        raise CheckpointError(
+            f"{path} is a compressed archive: some program packed it anew; get the file as `torch.save` wrote it"
+        )
 
 
 @cache

@@ -194,9 +194,10 @@ def require_plain(tensors: Mapping[str, Tensor], source: str) -> None:
     import torch
 
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(
-                f"{source} holds no mapping of names to tensors: under {quote(name)} there is a sparse or quantized one"
+                f"{source} holds no mapping of names to tensors: under {quote(name)} there is a sparse, nested or "
+                "quantized one"
             )
 
 
