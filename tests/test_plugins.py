@@ -44,6 +44,17 @@ def test_the_command_line_and_the_environment_name_them(tmp_path: Path) -> None:
     assert shown.startswith("one is here\ntwo is here\nthree is here\n")
 
 
+def test_a_module_may_lie_in_the_working_directory(tmp_path: Path) -> None:
+    """Where an installed command does not look."""
+    (tmp_path / "plugged_here.py").write_text("import plugged_beside\nprint('here')\n")
+    (tmp_path / "plugged_beside.py").write_text(WORDS)
+    begin = "import sys; sys.path = [each for each in sys.path if each]; from softcfg.cli.main import main; "
+    words = [sys.executable, "-c", f"{begin}sys.exit(main(['models', '--plugin', 'plugged_here']))"]
+    environment = {"PYTHONPATH": ":".join(each for each in sys.path if each)}
+    shown = subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert shown.startswith("here\n")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

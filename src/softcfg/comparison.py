@@ -20,7 +20,7 @@ from PIL import Image
 from softcfg.errors import UserError
 from softcfg.evaluation import Extractor, evaluate
 from softcfg.evaluation.report import DECIMALS, TITLES
-from softcfg.files import as_path, make_folder, write_atomically
+from softcfg.files import as_path, make_folder, refuse_foreign, remove_file, write_atomically
 from softcfg.guidance import CFG, PERTURBATIONS, PRESETS, RULES, compose, describe
 from softcfg.images import grid, png_bytes
 from softcfg.pipeline import Pipeline
@@ -181,6 +181,7 @@ def compare(
         for entry in chosen:
             pipeline.check_guidance(entry.guidance, pipeline.num_tokens(*size))
         make_folder(folder)
+        refuse_foreign(folder, RUNS, (*RESULTS, *FIGURES))
 
     names: Sequence[str] = ()  # of what is drawn
 
@@ -257,7 +258,7 @@ def plot(chosen: Sequence[Entry], x: str, y: str) -> Figure:
 
 
 def _write_results(folder: Path, chosen: Sequence[Entry], seeds: Sequence[int], names: Sequence[str]) -> None:
-    write_atomically(folder / "grid.png", png_bytes(picture(folder, chosen, seeds[0], names)))
+    write_atomically(folder / "grid.png", png_bytes(picture(folder, chosen, seeds[0], names)), replace=True)
     content = [
         {
             "method": entry.name,
@@ -271,23 +272,25 @@ def _write_results(folder: Path, chosen: Sequence[Entry], seeds: Sequence[int], 
         for entry in chosen
     ]
     text = json.dumps({"seeds": list(seeds), "entries": content}, indent=2, allow_nan=False)
-    write_atomically(folder / "comparison.json", text.encode() + b"\n")
-    write_atomically(folder / "table.md", table(chosen).encode())
+    write_atomically(folder / "comparison.json", text.encode() + b"\n", replace=True)
+    write_atomically(folder / "table.md", table(chosen).encode(), replace=True)
 
 
 def write_plots(folder: Path, chosen: Sequence[Entry]) -> list[Path]:
-    """Write recall.png and front.png, as far as their metrics were measured.
+    """Write recall.png and front.png, as far as their metrics were measured; what is there of others is removed.
 
     Raises:
         UserError: a file cannot be written.
         ModuleNotFoundError: Matplotlib is not installed.
     """
     wanted = {name: axes for name, axes in FIGURES.items() if set(axes) <= chosen[0].metrics.keys()}
+    for name in FIGURES.keys() - wanted.keys():  # of other metrics, which were measured before
+        remove_file(folder / name)
     if wanted:
         from softcfg.inspection.plots import figure_bytes
 
         for name, axes in wanted.items():
-            write_atomically(folder / name, figure_bytes(plot(chosen, *axes)))
+            write_atomically(folder / name, figure_bytes(plot(chosen, *axes)), replace=True)
     return [folder / name for name in wanted]
 
 

@@ -11,7 +11,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -203,25 +203,44 @@ def open_atomically(path: str | Path, *, durable: bool = True, replace: bool = F
             with open(os.open(path, os.O_WRONLY | _flags("O_CLOEXEC", "O_BINARY")), "wb") as file:
                 yield file
             return
-        target = Path(path) if replace else _behind_links(path)
-        # Nobody can guess the name and plant a link there, and processes on several machines do not meet.
-        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}{TEMPORARY}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
-        descriptor = os.open(temporary, flags, 0o666)
-        try:
-            with open(descriptor, "wb") as file:
+        with _renamed(Path(path) if replace else _behind_links(path), durable=durable) as temporary:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
+            with open(os.open(temporary, flags, 0o666), "wb") as file:
                 yield file
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            os.replace(temporary, target)
-            if durable:
-                _flush_folder(target.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def path_atomically(path: Path) -> Iterator[Path]:
+    """The path of a temporary file beside `path`, for libraries that want one; it is renamed as `open_atomically` does.
+
+    Raises:
+        UserError: the file cannot be written; nothing is left behind.
+    """
+    try:
+        with _renamed(path, durable=True) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _renamed(target: Path, *, durable: bool) -> Iterator[Path]:
+    """The path of a file to be written, which has the name of `target` when the block ends without an error."""
+    # Nobody can guess the name and plant a link there, and processes on several machines do not meet.
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}{TEMPORARY}")
+    try:
+        yield temporary
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+        if durable:
+            _flush_folder(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _behind_links(path: str | Path) -> Path:
@@ -238,6 +257,14 @@ def remove_temporary(folder: Path) -> None:
     for path in folder.glob(f".*{TEMPORARY}"):
         if LEFT_BEHIND.fullmatch(path.name) and is_file(path):
             path.unlink(missing_ok=True)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, or the link that stands for one, if it is there; raises `UserError` if it cannot be removed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed: {error.strerror}") from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -283,6 +310,15 @@ def refuse_overwriting(
         for other, taken in files.items():
             if other != name and is_same_file(path, taken):
                 raise UserError(f"{name} and {other} are one file, {path}; give two")
+
+
+def refuse_foreign(folder: Path, mark: str, names: Iterable[str]) -> None:
+    """Raise `UserError` if files in `folder` have the names of ours, but `mark`, which is made before, is missing."""
+    if os.path.lexists(folder / mark):
+        return
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise UserError(f"{folder} holds {name}, which was not made by this command; give another folder")
 
 
 def make_folder(path: str | Path) -> Path:

@@ -36,12 +36,27 @@ def load(name: str) -> ModuleType:
     known = str(Path(name).resolve()) if is_file else name
     if known not in _loaded:
         try:
-            _loaded[known] = _load_file(Path(known)) if is_file else importlib.import_module(name)
+            _loaded[known] = _load_file(Path(known)) if is_file else imported(name)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"the plugin {name} cannot be imported: {type(error).__name__}: {error}") from error
     return _loaded[known]
+
+
+def imported(name: str) -> ModuleType:
+    """Import a module that a user names; it may lie in the working directory, where an installed command does not look.
+
+    Raises:
+        ImportError: there is none of this name; and whatever it raises itself.
+    """
+    try:
+        known = importlib.util.find_spec(name.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        known = False
+    if not known and "" not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.append("")  # behind all others
+    return importlib.import_module(name)
 
 
 def load_all(words: Sequence[str] = ()) -> None:

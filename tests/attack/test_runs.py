@@ -19,6 +19,7 @@ from softcfg.evaluation import Extractor, Features, extract, open_source
 from softcfg.runs.export import altered_pngs, export_npz, export_pngs
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.lock import Lock
+from softcfg.runs.pictures import write_grid
 from softcfg.runs.plan import fingerprint
 from softcfg.runs.shards import write_shard
 
@@ -366,13 +367,14 @@ def test_a_full_disk_at_the_lock(run: RunFolder, monkeypatch: pytest.MonkeyPatch
 def test_links_in_the_folder_of_a_run_are_replaced_not_followed(run: RunFolder, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    for name in ("000005.png", "run.json", "shards/shard-000001.safetensors"):
-        (run.path / name).unlink()
+    for name in ("000005.png", "run.json", "shards/shard-000001.safetensors", "grid.png"):
+        (run.path / name).unlink(missing_ok=True)
         (run.path / name).symlink_to(victim)
     (run.path / "run.json").unlink()
     RunFolder.claim(run.path, settings(num_samples=12))
     write_shard(run.shard_path(1), shard(run, 1))
     export_pngs(run, run.path)
+    write_grid(run)
     assert victim.read_text() == "precious"
     assert RunFolder.open(run.path).missing() == []
 

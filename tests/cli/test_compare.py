@@ -166,3 +166,33 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert main(words(model_folder, tmp_path / "out", "--methods", "apg", "--apg-eta", "0.5")) == 2
     error = capsys.readouterr().err
     assert "another guidance.apg_eta (0.0 there, 0.5 here); give another folder (--output-dir)\n" in error
+
+
+def test_links_in_the_folder_are_replaced_not_followed(model_folder: Path, tmp_path: Path) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    assert main(words(model_folder, out, "--methods", "cfg")) == 0
+    victim.write_text("precious")
+    for name in ("grid.png", "comparison.json", "table.md"):
+        (out / name).unlink()
+        (out / name).symlink_to(victim)
+    assert main(words(model_folder, out, "--methods", "cfg")) == 0
+    assert victim.read_text() == "precious"
+    assert not (out / "table.md").is_symlink()
+
+
+def test_files_of_others_are_not_replaced(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.md").write_text("mine")
+    assert main(words(model_folder, tmp_path, "--methods", "cfg")) == 2
+    assert "holds table.md, which was not made by this command; give another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_figures_of_other_metrics_are_removed(model_folder: Path, tmp_path: Path, reference: Path) -> None:
+    out = tmp_path / "out"
+    more = ["--methods", "cfg", "--extractor", "stand_in:factory", "--cache-dir", str(tmp_path / "features")]
+    assert main(words(model_folder, out, *more, "--reference", str(reference))) == 0
+    assert (out / "recall.png").exists()
+    assert main(words(model_folder, out, *more)) == 0
+    assert not (out / "recall.png").exists()

@@ -168,6 +168,9 @@ def test_benchmarks(fetched: ModelEntry, tmp_path: Path, capsys: pytest.CaptureF
     line = json.dumps({"tag": "single_object", "prompt": PROMPTS[1]})
     (tmp_path / "geneval" / "evaluation_metadata.jsonl").write_text(f"{line}\n")
     side = 32 if fetched.name.startswith("emu3") else 96
+    words = ["--suite", "dpg", "--prompts", str(tmp_path / "dpg"), "--output-dir", str(tmp_path / "dpg")]
+    assert main(["t2i-bench", fetched.name, *words]) == 2
+    assert "is the folder of the prompts; give another" in capsys.readouterr().err
     for suite, picture in (("dpg", "fox.png"), ("geneval", "00000/samples/0003.png")):
         out = tmp_path / f"{suite}-out"
         words = ["--suite", suite, "--prompts", str(tmp_path / suite), "--output-dir", str(out), "--seed", "7"]

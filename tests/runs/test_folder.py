@@ -51,6 +51,20 @@ def test_overwriting_leaves_what_no_run_of_the_folder_made(tmp_path: Path) -> No
     assert left == {*names, "000010.png"} - {"000003.png", "grid.png", "comparison.png"}
 
 
+@pytest.mark.parametrize("name", ["000009.png", "grid.png", "comparison.png"])
+def test_pictures_that_no_run_has_made_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "000010.png").write_bytes(b"mine")  # the run has 10 images
+    RunFolder.claim(tmp_path, settings())
+    (tmp_path / "run.json").unlink()
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(
+        UserError, match=f"holds {name}, which no run there has made; give another folder, or overwrite"
+    ):
+        RunFolder.claim(tmp_path, settings())
+    assert (tmp_path / name).read_bytes() == b"mine"
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_overwriting_a_run_without_its_settings(tmp_path: Path) -> None:
     run = complete(tmp_path)
     for name in ("000009.png", "000010.png"):

@@ -369,3 +369,10 @@ def test_codes_are_decoded_again(request_of: Any, tmp_path: Path) -> None:
         decode_run(run, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert sorted(path.name for path in (tmp_path / "half" / "shards").iterdir()) == ["shard-000000.safetensors"]
+
+
+def test_codes_of_another_tokenizer_leave_nothing(request_of: Any, tmp_path: Path) -> None:
+    run = draw_run(request_of(), tmp_path / "run")
+    with pytest.raises(UserError, match=r"this image tokenizer does not decode the codes of .*run: tokens must have"):
+        decode_run(run, tmp_path / "other", model="fashion-small")
+    assert not (tmp_path / "other").exists()

@@ -214,6 +214,30 @@ def test_a_grid_ends_by_itself(make: Maker, tmp_path: Path) -> None:
     assert pairs == [(2, 0), (2, 1), (3, 0), (3, 1)]
 
 
+def test_a_search_in_another_order_is_another_sweep(make: Maker, tmp_path: Path) -> None:
+    """A grid, and numbers drawn at random, are taken in the order of the settings."""
+    search = {"guidance_scale": [2, 3], "strength": [0, 1]}
+    make(tmp_path / "sweep", search, sampler="grid").run(3)
+    with pytest.raises(UserError, match="sweep is a sweep with another order of --search; give another folder"):
+        make(tmp_path / "sweep", dict(reversed(search.items())), sampler="grid")
+
+
+def test_files_of_others_are_not_replaced(make: Maker, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"holds results\.csv, which was not made by this command"):
+        make(tmp_path)
+
+
+def test_links_in_the_folder_are_replaced_not_followed(make: Maker, tmp_path: Path) -> None:
+    sweep, victim = make(tmp_path / "sweep"), tmp_path / "victim"
+    sweep.run(1)
+    victim.write_text("precious")
+    for name in ("results.csv", "results.json"):
+        (sweep.folder / name).symlink_to(victim)
+    write_results(sweep)
+    assert victim.read_text() == "precious"
+
+
 def test_images_can_be_discarded(make: Maker, tmp_path: Path) -> None:
     kept, discarded = make(tmp_path / "kept"), make(tmp_path / "discarded", discard_images=True)
     kept.run(2)
@@ -223,6 +247,14 @@ def test_images_can_be_discarded(make: Maker, tmp_path: Path) -> None:
     run = RunFolder.open(discarded.trial_folder(1))
     assert main(shlex.split(run.settings["command"])[1:]) == 0
     assert run.require(3).pixels.tolist() == RunFolder.open(kept.trial_folder(1)).require(3).pixels.tolist()
+
+
+def test_a_trial_of_a_clock_that_runs_far_ahead_is_taken_up(make: Maker, tmp_path: Path) -> None:
+    sweep = make(tmp_path / "sweep", sampler="random")
+    owner = {"host": "elsewhere", "pid": 1, "folder": "/gone", "beat": time.time() + 86_400}
+    sweep.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"owner": owner}))
+    sweep.run(1)
+    assert [row.trial for row in sweep.rows()] == [0]
 
 
 def test_a_trial_of_another_machine_is_waited_for_or_taken_up(

@@ -1,9 +1,13 @@
 """Models that users save, and put on the Hub."""
 
+import contextlib
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +35,52 @@ def test_a_saved_model_is_the_same(model_folder: Path, tmp_path: Path, dtype: st
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "generator.safetensors", "model.yaml", "tokenizer.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("replaced", [0, 1, 2, 3])
+def test_a_model_saved_over_another_is_whole_or_none(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: int
+) -> None:
+    """Wherever it is stopped, never the parts of two."""
+    old = Pipeline.from_pretrained(Pipeline.from_pretrained(model_folder).save_pretrained(tmp_path / "old"))
+    new = Pipeline.from_pretrained(model_folder)
+    for module in (new.generator, new.tokenizer):
+        for parameter in module.parameters():
+            parameter.data.mul_(1.5)
+    rename, calls = os.replace, []
+
+    def stopped(source: Any, target: Any) -> None:
+        if len(calls) == replaced:
+            raise KeyboardInterrupt
+        calls.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with contextlib.suppress(KeyboardInterrupt):
+        new.save_pretrained(tmp_path / "old")
+    monkeypatch.undo()
+    assert not list((tmp_path / "old").glob(".*"))
+    if not (tmp_path / "old" / "model.yaml").exists():
+        with pytest.raises(UserError, match=r"model\.yaml"):
+            Pipeline.from_pretrained(tmp_path / "old")
+        return
+    found = Pipeline.from_pretrained(tmp_path / "old")
+    whole = new if replaced == 3 else old
+    for one, other in ((found.generator, whole.generator), (found.tokenizer, whole.tokenizer)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="only where files have a limit")
+def test_a_full_disk_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, softcfg; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"pipe = softcfg.Pipeline.from_pretrained({str(model_folder)!r}); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        f"pipe.save_pretrained({str(tmp_path / 'new')!r})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError: cannot write" in ended.stderr
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_saved_model_reads_prompts(prompt_model_folder: Path, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     from softcfg.tuning import write_results
     from softcfg.tuning.report import Table
 
+    if args.trials is not None and args.trials < 1:
+        raise UserError(f"the number of trials must be at least 1, got {args.trials}")
     sweep = _sweep(args, processes)
     table = Table(sweep)
     if processes.first:
@@ -136,9 +138,9 @@ def _sweep(args: argparse.Namespace, processes: Processes) -> Sweep:
     from softcfg.evaluation.features import cache_folder
     from softcfg.runs.plan import RANDOM
     from softcfg.tuning import Sweep, SweepConfig, parse_search
-    from softcfg.tuning.report import FILES
+    from softcfg.tuning.sweep import DATABASE, FIGURES, RESULTS
 
-    arguments.refuse_own_inputs(args, args.output_dir, FILES)
+    arguments.refuse_own_inputs(args, args.output_dir, (*RESULTS, *FIGURES, DATABASE))
     search = parse_search(args.search)
     try:
         rungs = None if args.rungs is None else [int(rung) for rung in args.rungs.split(",")]

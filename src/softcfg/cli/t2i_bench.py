@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments, drawing
 from softcfg.errors import UserError, clean
-from softcfg.files import make_folder, remove_temporary
+from softcfg.files import is_same_file, make_folder, remove_temporary
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES
 
@@ -78,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
         pictures = pictures.resolve()
     if not pictures.name:
         raise UserError(f"--output-dir {pictures} has no name for a folder of the run beside it; give another")
+
+    if is_same_file(pictures, args.prompts):
+        raise UserError(f"--output-dir {args.output_dir} is the folder of the prompts; give another")
 
     def subjects(pipeline: Pipeline) -> dict[str, Any]:
         if not pipeline.conditioning.takes_prompts:

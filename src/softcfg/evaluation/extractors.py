@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from softcfg.evaluation.inception import InceptionV3
 from softcfg.evaluation.weights import INCEPTION_WEIGHTS, load_network, require_weights
 from softcfg.files import as_path
 from softcfg.nn.precision import as_device, as_dtype
+from softcfg.plugins import imported
 from softcfg.zoo.registry import BUNDLED
 
 ExtractorFactory = Callable[[Path | None, torch.device, torch.dtype], Extractor]  # weights, device, dtype
@@ -44,7 +44,7 @@ def load_extractor(
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
-            factory = getattr(importlib.import_module(module_name), attribute)
+            factory = getattr(imported(module_name), attribute)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"extractor {name} cannot be imported: {error}") from error
     else:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from softcfg.errors import UserError, clean, quote
-from softcfg.files import as_path, is_folder, make_folder, read_text, remove_temporary, write_atomically
+from softcfg.files import as_path, is_folder, make_folder, read_text, remove_file, remove_temporary, write_atomically
 from softcfg.runs.plan import Plan, check_growth, differences, fingerprint
 from softcfg.runs.shards import DamagedShardError, Shard, glance, read_shard
 from softcfg.version import __version__
@@ -94,8 +94,8 @@ class RunFolder:
             advice: what to do about a run with other settings, for the message.
 
         Raises:
-            UserError: the folder holds a run with other settings, which are named; or it cannot be written. Nothing
-                was discarded.
+            UserError: the folder holds a run with other settings, which are named, or no run and a file that has the
+                name of one of its pictures; or it cannot be written. Nothing was discarded.
         """
         make_folder(path / SHARDS)
         remove_temporary(path)
@@ -112,6 +112,8 @@ class RunFolder:
         run = cls(path, settings)
         if found is None and not overwrite and run._has_only_foreign_shards():
             raise UserError(f"{path} holds shards of a run with other settings, and no {SETTINGS}; {advice}")
+        if found is None and not overwrite and not run.present() and (taken := run._taken_name()):
+            raise UserError(f"{path} holds {taken}, which no run there has made; {advice}")
         if found is not None and before is not None:
             before.require_own_shards()
             if differing := differences(found, settings):
@@ -144,6 +146,14 @@ class RunFolder:
             f"{self.path / SETTINGS} is not what the run was drawn with: {problem}; put back the {SETTINGS} that "
             f"belongs to the shards, which are left as they are{_newer(self.settings)}"
         )
+
+    def _taken_name(self) -> str | None:
+        """The first file that has the name of a picture of this run; None if there is none."""
+        planned = self.plan.num_samples
+        for name in sorted(os.listdir(self.path)):
+            if name in PICTURES or ((index := image_index(name)) is not None and index < planned):
+                return name
+        return None
 
     def _has_only_foreign_shards(self) -> bool:
         """Whether there are whole shards, but none of this run."""
@@ -248,15 +258,7 @@ class RunFolder:
         """Remove a shard and its images, so that the run draws them again."""
         images = (self.path / image_name(index) for index in self.plan.indices(number))
         for path in (self.shard_path(number), *images):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, or the link that stands for one; raises `UserError` if it cannot be removed."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be removed: {error.strerror}") from error
+            remove_file(path)
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
@@ -337,12 +339,12 @@ def _discard_run(folder: Path) -> None:
         return
     images = _images_of(folder)
     for path in shards:
-        _remove(path)
+        remove_file(path)
     for path in folder.glob("*.png"):
         if (index := image_index(path.name)) is not None and index < images:
-            _remove(path)
+            remove_file(path)
     for name in (*PICTURES, SETTINGS):
-        _remove(folder / name)
+        remove_file(folder / name)
 
 
 def _images_of(folder: Path) -> int:

@@ -28,7 +28,7 @@ from softcfg.runs.progress import Progress, ProgressWatch
 from softcfg.runs.settings import pixel_dtype, resizing, run_settings
 from softcfg.runs.shards import Shard
 from softcfg.runs.signals import termination_raises
-from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards
+from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards, require_decodable
 from softcfg.tokenizers.base import checked_size
 from softcfg.zoo.files import require_file
 from softcfg.zoo.loading import load_tokenizer
@@ -302,6 +302,7 @@ def decode_run(
         resized, of_pixels = resizing(tokenizer, Prompts.of(source.settings)), ("image_size_eval", "tokenizer_dtype")
 
         def settings() -> dict[str, Any]:
+            require_decodable(source, tokenizer)
             return {
                 **{name: value for name, value in source.settings.items() if name not in of_pixels},
                 **resized,

@@ -99,4 +99,4 @@ def _grid(shown: Iterable[tuple[int, np.ndarray]], names: Sequence[str] = (), ti
 
 
 def _write(path: Path, image: Image.Image) -> None:
-    write_atomically(path, png_bytes(image))
+    write_atomically(path, png_bytes(image), replace=True)

@@ -135,11 +135,24 @@ class BatchDrawer:
         return draw
 
 
+def require_decodable(source: RunFolder, tokenizer: Tokenizer) -> None:
+    """Raise `UserError` unless `tokenizer` decodes the first codes of a run."""
+    codes = source.require(0).codes
+    try:
+        tokenizer.check_tokens(codes, _grid_of(source, tokenizer))
+    except UserError as error:
+        raise UserError(f"this image tokenizer does not decode the codes of {source.path}: {error}") from error
+
+
+def _grid_of(run: RunFolder, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The grid (h, w) of the images of a run; None for a tokenizer's own."""
+    prompts = Prompts.of(run.settings) if tokenizer.any_size else None
+    return None if prompts is None else Geometry.of_image(prompts.width, prompts.height, tokenizer.patch_size).grid
+
+
 def decoded_shards(source: RunFolder, tokenizer: Tokenizer, run: RunFolder) -> ShardMaker:
     """What makes the shards of `run`: those of `source` with pixels that `tokenizer` decodes."""
-    grid = None
-    if tokenizer.any_size and (prompts := Prompts.of(run.settings)) is not None:
-        grid = Geometry.of_image(prompts.width, prompts.height, tokenizer.patch_size).grid
+    grid = _grid_of(run, tokenizer)
 
     def decode(number: int, on_step: Callable[[float], None]) -> Shard:
         shard = source.require(number)

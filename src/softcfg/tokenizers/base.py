@@ -219,6 +219,10 @@ class Tokenizer(KeepsTables):
             raise UserError(f"grid must be two numbers (h, w) greater than 0, got {grid!r}")
         return grid
 
+    def check_tokens(self, tokens: Any, grid: tuple[int, int] | None = None) -> None:
+        """Raise `UserError` unless `decode` takes these tokens."""
+        self._checked_tokens(_as_tensor(tokens, "tokens"), self.checked_grid(grid))
+
     def _checked_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise UserError(f"tokens must be integers, got {dtype_name(tokens.dtype)}; convert them to int64")

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 from softcfg.evaluation.report import DECIMALS, TITLES
 from softcfg.files import write_atomically
 from softcfg.tuning.space import format_value
-from softcfg.tuning.sweep import DATABASE, Row, Sweep
+from softcfg.tuning.sweep import RESULTS, Row, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = "results"  # .csv and .json
-FILES = (f"{RESULTS}.csv", f"{RESULTS}.json", "settings.png", "front.png", DATABASE)  # in the folder of a sweep
 WIDTH = 9
 
 
@@ -45,10 +43,11 @@ def write_results(sweep: Sweep) -> list[Path]:
         settings = [format_value(row.settings[name]) for name in sweep.space.search]
         values = [row.metrics.get(name, "") for name in sweep.metrics]
         table.writerow([row.trial, _state(row), row.samples, *settings, *values, row.command])
-    paths = [sweep.folder / f"{RESULTS}.csv", sweep.folder / f"{RESULTS}.json"]
+    paths = [sweep.folder / name for name in RESULTS]
     # Not flushed to the disk: they can be made again from the study.
-    write_atomically(paths[0], text.getvalue().encode(), durable=False)
-    write_atomically(paths[1], json.dumps(content, indent=2, allow_nan=False).encode() + b"\n", durable=False)
+    texts = text.getvalue(), json.dumps(content, indent=2, allow_nan=False) + "\n"
+    for path, written in zip(paths, texts, strict=True):
+        write_atomically(path, written.encode(), durable=False, replace=True)
     return paths
 
 
@@ -160,7 +159,7 @@ def write_plots(sweep: Sweep) -> list[Path]:
     if rows and {"fid", "inception_score"} <= rows[0].metrics.keys():
         figures["front.png"] = plot_front(sweep)
     for name, figure in figures.items():
-        write_atomically(sweep.folder / name, figure_bytes(figure))
+        write_atomically(sweep.folder / name, figure_bytes(figure), replace=True)
     return [sweep.folder / name for name in figures]
 
 

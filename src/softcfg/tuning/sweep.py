@@ -32,7 +32,7 @@ from softcfg import plugins
 from softcfg.errors import UserError, clean, quote, require_name, require_uint64
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
-from softcfg.files import as_path, make_folder
+from softcfg.files import as_path, make_folder, refuse_foreign
 from softcfg.nn.precision import dtype_name
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import OTHER_FOLDER, SHARDS
@@ -49,6 +49,8 @@ DAMAGED = (LookupError, ValueError, TypeError, AttributeError, AssertionError)
 CHECKSUM = "sha256"  # the attribute of a finished trial
 TRIALS = "trials"  # the folder of the run folders
 DATABASE = "study.db"
+RESULTS = ("results.csv", "results.json")
+FIGURES = ("settings.png", "front.png")
 RUNG_DIVISORS = (8, 4, 2)  # a trial may be stopped at these fractions (1/8, 1/4, 1/2) of its samples
 LEAST_COMPARED = 4  # trials that must have come as far before one is stopped
 DEFAULT_TRIALS = 50
@@ -198,6 +200,7 @@ class Sweep:
             self._measure(black, [self.objective], labels=[0] * PROBE_IMAGES)  # says why
         self.metrics = list(dict.fromkeys([self.objective, *report.metrics]))
         make_folder(self.folder)
+        refuse_foreign(self.folder, TRIALS, (*RESULTS, *FIGURES))
         self.settings = self._describe(run, report.settings)
         self.study = _open_study(
             storage or _url_of((self.folder / DATABASE).resolve()),
@@ -355,7 +358,7 @@ class Sweep:
             return True
         if owner["host"] == socket.gethostname() and Path(owner["folder"]).is_dir():
             return holder(Path(owner["folder"]) / TRIALS / f"{trial.number:04d}") is None
-        return time.time() - owner["beat"] > SECONDS_OF_GRACE
+        return abs(time.time() - owner["beat"]) > SECONDS_OF_GRACE  # clocks of hosts differ
 
     def _claim(self, trial: FrozenTrial) -> tuple[Trial, Lock] | None:
         """Lock the trial's folder; None if another process was faster."""
@@ -575,6 +578,11 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
             time.sleep(patience)
         except DAMAGED as error:
             raise UserError(f"the study in {quote(storage)} is damaged: {clean(error, 200)}") from error
-    if found is not None and (differing := differences(found, settings)):
+    if found is None:
+        return study
+    differing = differences(found, settings)
+    if not differing and list(found["search"]) != list(settings["search"]):  # a grid is taken in this order
+        differing = ["order of --search"]
+    if differing:
         raise UserError(f"{name} is a sweep with another {', '.join(differing)}; give another folder or study name")
     return study

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from softcfg.errors import UserError, quote
-from softcfg.files import TEMPORARY, make_folder, open_atomically, open_regular, write_atomically
+from softcfg.files import make_folder, open_atomically, open_regular, path_atomically, write_atomically
 from softcfg.nn.linear import parameter_count
 from softcfg.nn.precision import dtype_name
 from softcfg.zoo.reading import is_index, shards_of
@@ -79,14 +78,18 @@ def write_model_folder(
         content["text"] = {**conditioning.settings, "files": names}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     folder = make_folder(folder)
-    _write_weights(generator, folder / "generator.safetensors")
-    _write_weights(tokenizer, folder / "tokenizer.safetensors")
-    if conditioning.takes_prompts:
-        for role, path in conditioning.files.items():
-            _copy(path, folder / names[role])
-            for shard in shards_of(path) if is_index(path) else ():
-                _copy(shard, folder / shard.name)
-    write_atomically(folder / "model.yaml", text.encode())
+    card = folder / "model.yaml"
+    with contextlib.ExitStack() as files:  # all of them are written before the first has its name, model.yaml the last
+        files.enter_context(open_atomically(card, replace=True)).write(text.encode())
+        _write_weights(generator, folder / "generator.safetensors", files)
+        _write_weights(tokenizer, folder / "tokenizer.safetensors", files)
+        if conditioning.takes_prompts:
+            for role, path in conditioning.files.items():
+                _copy(path, folder / names[role], files)
+                for shard in shards_of(path) if is_index(path) else ():
+                    _copy(shard, folder / shard.name, files)
+        # Where another model was, a kill from here on leaves no model rather than parts of two.
+        files.callback(card.unlink, missing_ok=True)
     return folder
 
 
@@ -157,7 +160,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _write_weights(module: nn.Module, path: Path) -> None:
+def _write_weights(module: nn.Module, path: Path, files: contextlib.ExitStack) -> None:
+    """Write weights; the file has its name when `files` are closed."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state, storages = {}, set()
@@ -166,14 +171,10 @@ def _write_weights(module: nn.Module, path: Path) -> None:
         storage = tensor.untyped_storage().data_ptr()
         state[name] = tensor.clone() if storage in storages else tensor  # a file has no shared tensors
         storages.add(storage)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
-        save_file(state, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file(state, files.enter_context(path_atomically(path)))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _file_names(files: Mapping[str, Path]) -> dict[str, str]:
@@ -182,11 +183,12 @@ def _file_names(files: Mapping[str, Path]) -> dict[str, str]:
     return {role: path.name if names.count(path.name) == 1 else f"{role}-{path.name}" for role, path in files.items()}
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, files: contextlib.ExitStack) -> None:
+    """Copy a file; the copy has its name when `files` are closed."""
     if target.exists() and target.samefile(source):
         return
     try:
-        with open_regular(source) as file, open_atomically(target) as copy:
-            shutil.copyfileobj(file, copy, 1 << 22)
+        with open_regular(source) as file:
+            shutil.copyfileobj(file, files.enter_context(open_atomically(target, replace=True)), 1 << 22)
     except OSError as error:
         raise UserError(f"{source} cannot be put into {target.parent}: {error.strerror or error}") from error
