@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from softcfg.errors import UserError, quote
-from softcfg.files import make_folder, open_atomically, open_regular, path_atomically, write_atomically
+from softcfg.files import make_folder, open_atomically, open_regular, path_atomically, remove_file, write_atomically
 from softcfg.nn.linear import parameter_count
 from softcfg.nn.precision import dtype_name
 from softcfg.zoo.reading import is_index, shards_of
@@ -89,7 +89,7 @@ def write_model_folder(
                 for shard in shards_of(path) if is_index(path) else ():
                     _copy(shard, folder / shard.name, files)
         # Where another model was, a kill from here on leaves no model rather than parts of two.
-        files.callback(card.unlink, missing_ok=True)
+        files.callback(remove_file, card)
     return folder
 
 
