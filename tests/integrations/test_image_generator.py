@@ -146,3 +146,24 @@ def test_what_does_not_fit_is_refused(pipe: Pipeline) -> None:
     bare = plug.TransformersGenerator(language_model(), 4)
     with pytest.raises(UserError, match="does not say what it is conditioned on"):
         Pipeline(bare, image_tokenizer())
+
+
+def test_padding_without_a_mask_is_not_seen() -> None:
+    """As by `decode`: an `encode` may pad its ids."""
+    model = language_model()
+    model.config.pad_token_id = 39
+
+    def drawn(padding: int) -> Tensor:
+        pad = torch.full((1, padding), 39)
+
+        def padded(prompt: Prompt) -> plug.Prompts:
+            found = encode(prompt)
+            return plug.Prompts(
+                torch.cat((pad, found.input_ids), dim=1),
+                torch.cat((pad, found.unconditional_ids), dim=1),  # type: ignore[list-item]
+            )
+
+        made = Pipeline(plug.ImageGenerator(model, TOKENS, padded), image_tokenizer(), name="llama")
+        return made(prompts=["red apple"], guidance=SoftCFG(3.0)).tokens
+
+    assert torch.equal(drawn(3), drawn(0))

@@ -328,6 +328,37 @@ def test_janus_through_generate(models: dict[str, Any]) -> None:
     assert torch.equal(sequences[:, 5:], tokens)
 
 
+def test_padding_of_a_call_alone_is_not_seen(models: dict[str, Any]) -> None:
+    """Nor in the unconditional prompts, where the model itself has no padding token."""
+    model = copy.deepcopy(models["llama"])
+    model.config.pad_token_id = model.generation_config.pad_token_id = None
+    prompts, unconditional = torch.tensor([[3, 3, 10, 11], [12, 13, 14, 15]]), torch.tensor([[3, 3, 9], [7, 8, 9]])
+    settings: dict[str, Any] = {
+        "max_new_tokens": T, "do_sample": False, "eos_token_id": None, "pad_token_id": 3,
+        "custom_generate": plug.generate, "guidance": CFG(3.0, schedule="constant"),
+    }  # fmt: skip
+    found = model.generate(prompts, unconditional_ids=unconditional, **settings)[:, 4:]
+    alone = model.generate(prompts[:1, 2:], unconditional_ids=unconditional[:1, 2:], **settings)[:, 2:]
+    assert torch.equal(found[:1], alone)
+
+
+def test_calls_of_janus_without_a_mask_and_by_position(models: dict[str, Any]) -> None:
+    model, prompts = models["janus"], torch.tensor([[7, 8, 9, 4]])
+    config = transformers.GenerationConfig(
+        bos_token_id=1, pad_token_id=0, do_sample=False, guidance_scale=5.0, generation_kwargs={"boi_token_id": 4}
+    )
+    ours: dict[str, Any] = {
+        "generation_mode": "image", "generation_config": config, "custom_generate": plug.generate,
+        "guidance": CFG(5.0, schedule="constant"),
+    }  # fmt: skip
+    masked = model.generate(prompts, torch.ones_like(prompts), **ours)
+    assert torch.equal(model.generate(prompts, **ours), masked)
+    processors = transformers.LogitsProcessorList()
+    assert torch.equal(model.generate(prompts, torch.ones_like(prompts), processors, **ours), masked)
+    with pytest.raises(UserError, match="give the prompts"):
+        model.generate(**ours)
+
+
 def test_plain_guidance_is_that_of_janus(models: dict[str, Any]) -> None:
     """The image mode of Janus: padding that is seen takes the place of the text, one scale at every step."""
     model, prompts = models["janus"], torch.tensor([[1, 7, 8, 9, 4], [1, 10, 11, 12, 4]])

@@ -19,7 +19,7 @@ from softcfg.errors import UserError
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.integrations.transformers.decoding import as_codes, checked_guidance, decode
 from softcfg.integrations.transformers.image_head import ImageHead
-from softcfg.integrations.transformers.prompts import as_mask
+from softcfg.integrations.transformers.prompts import as_mask, behind_padding
 from softcfg.models.ids import LARGEST_ID, as_ids
 
 JANUS_SCALE = 5.0  # of its image mode, where its configuration has none
@@ -68,6 +68,9 @@ def generate(
     if streamer is None:
         streamer = call.get("streamer")  # which `generate` hands to its own loops alone
     if unconditional_ids is not None:
+        if unconditional_mask is None and config.pad_token_id is not None:  # which may be of this call alone
+            ids = as_ids(unconditional_ids, "unconditional_ids", LARGEST_ID)
+            unconditional_mask = behind_padding(ids, config.pad_token_id, config.eos_token_id)
         copies = config.num_return_sequences or 1
         unconditional_ids, unconditional_mask = _repeated(unconditional_ids, unconditional_mask, copies)
     head = ImageHead.of(model) if head is None else head
@@ -213,11 +216,15 @@ def _image_mode(usual: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(usual)
-    def janus_generate(self: Any, inputs: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def janus_generate(
+        self: Any, inputs: Any = None, attention_mask: Any = None, logits_processor: Any = None, **kwargs: Any
+    ) -> Any:
         if kwargs.get("custom_generate") is not generate or kwargs.get("generation_mode") != "image":
-            return usual(self, inputs, attention_mask, *args, **kwargs)
+            return usual(self, inputs, attention_mask, logits_processor, **kwargs)
         del kwargs["generation_mode"]
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if ids is None:
+            raise UserError("give the prompts, as input_ids")
         config = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
         scale = kwargs.pop("guidance_scale", None)
         if scale is not None and kwargs.get("guidance") is not None:
@@ -229,11 +236,13 @@ def _image_mode(usual: Callable[..., Any]) -> Callable[..., Any]:
             if kwargs.get("unconditional_mask") is not None:
                 raise UserError("unconditional_mask says what is padding in unconditional_ids, which are missing")
             known = {**config.to_dict(), **(getattr(config, "generation_kwargs", None) or {}), **kwargs}
+            if attention_mask is None:
+                attention_mask = behind_padding(ids, known.get("pad_token_id"), known.get("eos_token_id"))
             kwargs.update(unconditional_ids=_without_text(ids, known), unconditional_mask=attention_mask)
         config.guidance_scale = config.max_length = None
         config.max_new_tokens = self.model.vision_model.config.num_image_tokens
-        kwargs.update(generation_config=config, attention_mask=attention_mask)
-        return super(JanusForConditionalGeneration, self).generate(ids, *args, **kwargs)[:, ids.shape[1] :]
+        kwargs.update(generation_config=config, attention_mask=attention_mask, logits_processor=logits_processor)
+        return super(JanusForConditionalGeneration, self).generate(ids, **kwargs)[:, ids.shape[1] :]
 
     return janus_generate
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from softcfg.errors import UserError, quote, require_whole
 from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
 from softcfg.integrations.transformers.image_head import ImageHead
-from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask
+from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask, behind_padding
 from softcfg.integrations.transformers.wrapped import arguments, unwrapped
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
@@ -272,10 +272,7 @@ class TransformersGenerator(Generator):
             next((found for c in configs if (found := getattr(c, name, None)) is not None), None)
             for name in ("pad_token_id", "eos_token_id")
         )
-        if ids.dim() != 2 or pad is None or pad in (end if isinstance(end, list) else [end]):
-            return torch.ones_like(ids)
-        text = ids != pad
-        return ((text.cumsum(dim=1) > 0) | ~text.any(dim=1, keepdim=True)).long()
+        return behind_padding(ids, pad, end)
 
     def _logits(self, prompt: Tensor, tokens: Tensor, first: int, inputs: dict[str, Any]) -> Tensor:
         """Logits after the inputs from index `first` on; `prompt` is [rows, 0] if it was fed before."""

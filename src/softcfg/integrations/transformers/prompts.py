@@ -69,6 +69,14 @@ def _seen(name: str, ids: Any, mask: Any) -> Tensor:
     return ids.flatten()[visible.flatten().bool()]
 
 
+def behind_padding(ids: Tensor, pad: int | None, end: int | Sequence[int] | None) -> Tensor:
+    """The mask of prompts [B, L] that came without, int64: 0 for padding in front of others, unless it ends texts."""
+    if ids.dim() != 2 or pad is None or pad in (end if isinstance(end, Sequence) else [end]):
+        return torch.ones_like(ids)
+    text = ids != pad
+    return ((text.cumsum(dim=1) > 0) | ~text.any(dim=1, keepdim=True)).long()
+
+
 def as_mask(name: str, mask: Any) -> Tensor:
     """The mask of the ids that go by `name`, int64; raise a `UserError` unless it holds zeros and ones alone."""
     try:
