@@ -312,7 +312,7 @@ def refuse_overwriting(
                 raise UserError(f"{name} and {other} are one file, {path}; give two")
 
 
-def refuse_foreign(folder: Path, mark: str, names: Iterable[str]) -> None:
+def refuse_foreign(folder: Path, mark: str | Path, names: Iterable[str | Path]) -> None:
     """Raise `UserError` if files in `folder` have the names of ours, but `mark`, which is made before, is missing."""
     if os.path.lexists(folder / mark):
         return

@@ -171,6 +171,10 @@ def test_benchmarks(fetched: ModelEntry, tmp_path: Path, capsys: pytest.CaptureF
     words = ["--suite", "dpg", "--prompts", str(tmp_path / "dpg"), "--output-dir", str(tmp_path / "dpg")]
     assert main(["t2i-bench", fetched.name, *words]) == 2
     assert "is the folder of the prompts; give another" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "fox.png").write_text("mine")
+    assert main(["t2i-bench", fetched.name, *words[:-1], str(tmp_path / "mine")]) == 2
+    assert "holds fox.png, which was not made by this command" in capsys.readouterr().err
     for suite, picture in (("dpg", "fox.png"), ("geneval", "00000/samples/0003.png")):
         out = tmp_path / f"{suite}-out"
         words = ["--suite", suite, "--prompts", str(tmp_path / suite), "--output-dir", str(out), "--seed", "7"]

@@ -317,3 +317,16 @@ def test_quantized_weights_are_recorded(model_folder: Path, tmp_path: Path) -> N
     # Another kind of weights would continue the run with other images.
     assert sample(model_folder, tmp_path / "int8", *flags) == 2
     assert sample(model_folder, tmp_path / "auto", *flags, "--device-map", "auto") == 2
+
+
+def test_a_file_beside_the_folder_is_not_replaced(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.npz").write_text("mine")
+    words = ["sample", str(model_folder), "--num-samples", "1", "--npz", "--no-compare", "--output-dir"]
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "holds out.npz, which was not made by this command; give another folder" in capsys.readouterr().err
+    assert (tmp_path / "out.npz").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out.npz").unlink()
+    assert main([*words, str(tmp_path / "out")]) == main([*words, str(tmp_path / "out")]) == 0

@@ -51,6 +51,14 @@ def test_overwriting_leaves_what_no_run_of_the_folder_made(tmp_path: Path) -> No
     assert left == {*names, "000010.png"} - {"000003.png", "grid.png", "comparison.png"}
 
 
+def test_equal_numbers_are_one_setting(tmp_path: Path) -> None:
+    """3 and 3.0 are other texts, and the shards have a hash of those."""
+    run = complete(tmp_path)
+    again = RunFolder.claim(tmp_path, settings(guidance={"method": "CFG", "guidance_scale": 3}))
+    assert again.fingerprint == run.fingerprint
+    assert not again.missing()
+
+
 @pytest.mark.parametrize("name", ["000009.png", "grid.png", "comparison.png"])
 def test_pictures_that_no_run_has_made_are_not_replaced(tmp_path: Path, name: str) -> None:
     (tmp_path / "000010.png").write_bytes(b"mine")  # the run has 10 images

@@ -222,6 +222,12 @@ def test_a_search_in_another_order_is_another_sweep(make: Maker, tmp_path: Path)
         make(tmp_path / "sweep", dict(reversed(search.items())), sampler="grid")
 
 
+def test_the_order_of_the_metrics_changes_nothing(make: Maker, tmp_path: Path) -> None:
+    names = ["inception_score", "precision"]
+    make(tmp_path / "sweep", metrics=names).run(1)
+    assert len(make(tmp_path / "sweep", metrics=names[::-1]).rows()) == 1
+
+
 def test_files_of_others_are_not_replaced(make: Maker, tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("mine")
     with pytest.raises(UserError, match=r"holds results\.csv, which was not made by this command"):

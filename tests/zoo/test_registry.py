@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcfg import UserError
+from softcfg import Pipeline, UserError
 from softcfg.zoo import MODELS, ModelEntry, resolve
+from softcfg.zoo.source import hash_files
 from tiny_models import module
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -231,3 +233,21 @@ def test_malformed_model_files_name_the_field(tmp_path: Path, old: str, new: str
     with pytest.raises(UserError, match=text) as caught:
         resolve(tmp_path)
     assert str(tmp_path / "model.yaml") in str(caught.value)
+
+
+def test_a_setting_of_texts_that_is_not_read(prompt_model_folder: Path, tmp_path: Path) -> None:
+    """The template of the family would be taken without a word."""
+    folder = shutil.copytree(prompt_model_folder, tmp_path / "copy")
+    card = (folder / "model.yaml").read_text()
+    assert "template:" in card
+    (folder / "model.yaml").write_text(card.replace("template:", "tempalte:"))
+    with pytest.raises(UserError, match=r"without a setting 'tempalte' under text; did you mean template"):
+        Pipeline.from_pretrained(folder)
+
+
+def test_files_that_texts_are_read_with_are_hashed_each_time(tmp_path: Path) -> None:
+    """A run that goes on in the same process may find another one."""
+    (tmp_path / "words.json").write_text("one")
+    before = hash_files([tmp_path / "words.json"])
+    (tmp_path / "words.json").write_text("two")
+    assert hash_files([tmp_path / "words.json"]) != before

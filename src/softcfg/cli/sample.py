@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments, drawing, released
 from softcfg.errors import UserError
+from softcfg.files import refuse_foreign
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
@@ -122,9 +123,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(args: argparse.Namespace, processes: Processes) -> None:
-    from softcfg.runs.export import write_pngs
+    from softcfg.runs.export import npz_beside, write_pngs
+    from softcfg.runs.folder import SETTINGS
 
     folder = Path(args.output_dir or "out")
+    if args.npz and not args.overwrite:
+        npz = npz_beside(folder)
+        refuse_foreign(npz.parent, folder.absolute() / SETTINGS, [npz.name])
     tracker: Tracker | None = None
 
     def start(run: RunFolder) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments, drawing
 from softcfg.errors import UserError, clean
-from softcfg.files import is_same_file, make_folder, remove_temporary
+from softcfg.files import is_same_file, make_folder, refuse_foreign, remove_temporary
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES
 
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from softcfg.runs.folder import SETTINGS
     from softcfg.runs.plan import Prompts
     from softcfg.runs.processes import Processes
 
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if not pictures.name:
         raise UserError(f"--output-dir {pictures} has no name for a folder of the run beside it; give another")
 
+    run_folder = pictures.with_name(f"{pictures.name}.run")
     if is_same_file(pictures, args.prompts):
         raise UserError(f"--output-dir {args.output_dir} is the folder of the prompts; give another")
 
@@ -90,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"the scorer of DPG-Bench takes square images, got {width} x {height}")
         for folder in {path.parent for number in range(len(suite.prompts)) for path in suite.files(pictures, number)}:
             remove_temporary(folder)
+        if not args.overwrite:
+            files = (path for number in range(len(suite.prompts)) for path in suite.files(pictures, number))
+            refuse_foreign(pictures, run_folder / SETTINGS, (path.relative_to(pictures) for path in files))
         return {
             "labels": [number for number in range(len(suite.prompts)) for _ in range(IMAGES_PER_PROMPT)],
             "prompts": Prompts(tuple(suite.prompts), width, height, negative_text=args.negative_prompt),
@@ -109,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         drawing.draw(
             args,
             processes,
-            pictures.with_name(f"{pictures.name}.run"),
+            run_folder,
             subjects,
             on_start=lambda run: make_folder(pictures),
             on_shard=functools.partial(suite.write_shard, pictures),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softcfg.errors import UserError, require_whole
+from softcfg.errors import UserError, quote, require_whole, suggestion
 from softcfg.models.class_names import ClassNames
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
@@ -46,15 +46,17 @@ class Conditioning(ABC):
 
     Attributes:
         takes_prompts: whether images are drawn from texts rather than from class ids.
+        read_settings: the names of `settings` that the family reads; None for any.
         settings: `settings`, completed with the family's defaults; a run keeps them.
         keep_files: whether what was made of prompts may be kept in files, for other runs. The web page, which takes
             prompts of strangers, says no.
 
     Raises:
-        UserError: the image tokenizer does not decode what the generator draws.
+        UserError: the image tokenizer does not decode what the generator draws, or a setting is not known.
     """
 
     takes_prompts: ClassVar[bool]
+    read_settings: ClassVar[Sequence[str] | None] = None
 
     def __init__(
         self,
@@ -74,6 +76,12 @@ class Conditioning(ABC):
         self.classes = tuple(classes)
         self.files = dict(files or {})
         self.settings = dict(settings or {})
+        known = self.settings if self.read_settings is None else self.read_settings
+        for unknown in self.settings.keys() - set(known):
+            raise UserError(
+                f"{name}: its prompts are read without a setting {quote(unknown)} under text; "
+                f"{suggestion(unknown, known) or 'known: ' + (', '.join(known) or 'none')}"
+            )
         self.quantize = quantize
         self.load = load
         self.keep_files = True

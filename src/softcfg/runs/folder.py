@@ -15,7 +15,7 @@ import numpy as np
 
 from softcfg.errors import UserError, clean, quote
 from softcfg.files import as_path, is_folder, make_folder, read_text, remove_file, remove_temporary, write_atomically
-from softcfg.runs.plan import Plan, check_growth, differences, fingerprint
+from softcfg.runs.plan import NOT_IN_IMAGES, Plan, check_growth, differences, fingerprint
 from softcfg.runs.shards import DamagedShardError, Shard, glance, read_shard
 from softcfg.version import __version__
 
@@ -119,6 +119,8 @@ class RunFolder:
             if differing := differences(found, settings):
                 raise UserError(f"{path} holds a run with another {', '.join(differing)}; {advice}")
             check_growth(found, settings)
+            # As they are written there: 3 and 3.0 are equal, but not as texts.
+            settings |= {name: value for name, value in found.items() if name not in NOT_IN_IMAGES}
             environments = found.get("environment", [])
             settings["environment"] = [
                 *environments,

@@ -546,6 +546,11 @@ def _url_of(database: Path) -> str:
     return url.replace("{", "{{").replace("}", "}}")  # Optuna fills in a template
 
 
+def _in_order_of(found: Any, names: list[str]) -> list[str]:
+    """The names, in the order of those that were found, if they are the same ones."""
+    return found if isinstance(found, list) and sorted(map(str, found)) == sorted(names) else names
+
+
 def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, Any]) -> optuna.Study:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -580,7 +585,7 @@ def _open_study(storage: str, name: str, minimize: bool, settings: Mapping[str, 
             raise UserError(f"the study in {quote(storage)} is damaged: {clean(error, 200)}") from error
     if found is None:
         return study
-    differing = differences(found, settings)
+    differing = differences(found, {**settings, "metrics": _in_order_of(found.get("metrics"), settings["metrics"])})
     if not differing and list(found["search"]) != list(settings["search"]):  # a grid is taken in this order
         differing = ["order of --search"]
     if differing:

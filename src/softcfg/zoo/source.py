@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +85,6 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """The SHA-256 of a file; of several, that of their hashes in order. Each file is read once."""
-    hashes = [_hash_once(path) for path in paths]
+    """The SHA-256 of a file; of several, that of their hashes in order."""
+    hashes = [hash_weights(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-@cache
-def _hash_once(path: Path) -> str:
-    return hash_weights(path)

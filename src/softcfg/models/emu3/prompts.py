@@ -124,6 +124,7 @@ class Emu3Prompts(PromptConditioning):
     """
 
     generator: Emu3
+    read_settings = ("positive_text", "negative_text")
     options = ("negative_text",)
     any_size = True
 

@@ -39,6 +39,7 @@ class JanusPrompts(PromptConditioning):
     """
 
     generator: Janus
+    read_settings = ("template",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -149,6 +149,7 @@ class LlamaGenCaptions(PromptConditioning):
     """
 
     generator: LlamaGenT2I
+    read_settings = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -152,6 +152,7 @@ class LuminaPrompts(PromptConditioning):
     """
 
     generator: Lumina
+    read_settings = ("template",)
     options = ("task", "image")
     any_size = True
 
