@@ -245,9 +245,9 @@ def test_a_setting_of_texts_that_is_not_read(prompt_model_folder: Path, tmp_path
         Pipeline.from_pretrained(folder)
 
 
-def test_files_that_texts_are_read_with_are_hashed_each_time(tmp_path: Path) -> None:
+def test_files_that_texts_are_read_with_are_hashed_when_they_change(tmp_path: Path) -> None:
     """A run that goes on in the same process may find another one."""
     (tmp_path / "words.json").write_text("one")
     before = hash_files([tmp_path / "words.json"])
-    (tmp_path / "words.json").write_text("two")
+    (tmp_path / "words.json").write_text("another")
     assert hash_files([tmp_path / "words.json"]) != before

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softcfg.files import reading
 from softcfg.zoo.files import require_file
-from softcfg.zoo.reading import hash_weights
+from softcfg.zoo.reading import hash_weights, is_index, shards_of
 from softcfg.zoo.registry import Component, ModelEntry
 
 if TYPE_CHECKING:
@@ -85,6 +87,19 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """The SHA-256 of a file; of several, that of their hashes in order."""
-    hashes = [hash_weights(path) for path in paths]
+    """The SHA-256 of a file; of several, that of their hashes in order. Each file is read once, until it changes."""
+    hashes = [_hash_of(path, _states(path)) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+@cache
+def _hash_of(path: Path, states: tuple[tuple[int, ...], ...]) -> str:
+    return hash_weights(path)
+
+
+def _states(path: Path) -> tuple[tuple[int, ...], ...]:
+    """What tells that a file, or one of those that it lists, was written anew or replaced."""
+    files = (path, *shards_of(path)) if is_index(path) else (path,)
+    with reading(path):
+        found = [os.stat(each) for each in files]
+    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
