@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from softcfg.files import hash_file
 from softcfg.nn.limits import cores
 from softcfg.zoo import resolve
 
+PROGRAM = "python -m recipes.study"
 MODEL = "fashion-small"
 DOCUMENT = Path("docs/study.md")
 RESULTS = Path("docs/study/results.jsonl")
@@ -34,7 +34,7 @@ RESULTS = Path("docs/study/results.jsonl")
 def main() -> None:
     """Read the options and work."""
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.study", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     size = Design()
     gpu = torch.cuda.is_available()
@@ -121,7 +121,7 @@ def work_together(model: str, given: argparse.Namespace) -> None:
 def work(model: str, given: argparse.Namespace, parent: int | None = None) -> None:
     """Draw points that nobody else draws until all are there, or until the parent process is gone."""
     torch.set_num_threads(1)
-    with told("recipes.study") if parent else nullcontext():
+    with told(PROGRAM):
         _work(model, given, parent)
 
 

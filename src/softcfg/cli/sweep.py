@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError, how_to_install, needing
+from softcfg.errors import UserError, how_to_install, needing, require_whole
 from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     from softcfg.tuning import write_results
     from softcfg.tuning.report import Table
 
-    if args.trials is not None and args.trials < 1:
-        raise UserError(f"the number of trials must be at least 1, got {args.trials}")
+    if args.trials is not None:  # before the study is made
+        require_whole(args.trials, "the number of trials", 1)
     sweep = _sweep(args, processes)
     table = Table(sweep)
     if processes.first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -151,24 +151,7 @@ class ImageGenerator(TransformersGenerator):
             raise UserError(f"prompts must be a list of Prompts(input_ids, ...), got {quote(inputs)}")
         if not inputs:
             raise UserError("there must be at least one prompt")
-        return super().condition(Prompts.batch([*map(self._masked, inputs)], self.pad_token_id), guided=guided)
-
-    def _masked(self, prompt: Any) -> Any:
-        """A prompt with the masks that it lacks."""
-
-        def mask(name: str, ids: Any, given: Any) -> Any:
-            if ids is None or given is not None:
-                return given
-            ids = as_ids(ids, name, LARGEST_ID)
-            return self._behind_padding(ids[None] if ids.dim() == 1 else ids).reshape(ids.shape)
-
-        if not isinstance(prompt, Prompts):
-            return prompt
-        return replace(
-            prompt,
-            attention_mask=mask("input_ids", prompt.input_ids, prompt.attention_mask),
-            unconditional_mask=mask("unconditional_ids", prompt.unconditional_ids, prompt.unconditional_mask),
-        )
+        return super().condition(Prompts.batch(inputs, self.pad_token_id, self._behind_padding), guided=guided)
 
     def allowed(self, steps: Tensor, condition: Condition) -> Tensor:
         """See `Generator.allowed`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,13 @@ class Prompts:
     unconditional_mask: Tensor | None = None
 
     @classmethod
-    def batch(cls, prompts: Sequence[Prompts], pad_token_id: int) -> Prompts:
+    def batch(
+        cls, prompts: Sequence[Prompts], pad_token_id: int, mask_of: Callable[[Tensor], Tensor] = torch.ones_like
+    ) -> Prompts:
         """One batch of prompts of one row each, padded on the left to one length; what is hidden in one is left out.
+
+        Args:
+            mask_of: gives ids [1, L] that have no mask one; by default all are seen.
 
         Raises:
             UserError: one is no `Prompts`, or of several rows, or its mask does not fit.
@@ -43,10 +48,10 @@ class Prompts:
         for p in prompts:
             if not isinstance(p, Prompts):
                 raise UserError(f"a prompt must be Prompts(input_ids, ...) of one row, got {quote(p)}")
-        conditional = [_seen("input_ids", p.input_ids, p.attention_mask) for p in prompts]
+        conditional = [_seen("input_ids", p.input_ids, p.attention_mask, mask_of) for p in prompts]
         input_ids, attention_mask = _padded(conditional, pad_token_id)
         unconditional = [
-            _seen("unconditional_ids", p.unconditional_ids, p.unconditional_mask)
+            _seen("unconditional_ids", p.unconditional_ids, p.unconditional_mask, mask_of)
             for p in prompts
             if p.unconditional_ids is not None
         ]
@@ -56,10 +61,10 @@ class Prompts:
         return cls(input_ids, unconditional_ids, attention_mask, unconditional_mask)
 
 
-def _seen(name: str, ids: Any, mask: Any) -> Tensor:
+def _seen(name: str, ids: Any, mask: Any, mask_of: Callable[[Tensor], Tensor]) -> Tensor:
     """The ids [L] or [1, L] of one row that its mask does not hide."""
     ids = as_ids(ids, name, LARGEST_ID)
-    visible = torch.ones_like(ids) if mask is None else as_mask(name, mask)
+    visible = mask_of(ids.reshape(1, -1)).reshape(ids.shape) if mask is None else as_mask(name, mask)
     length = ids.numel()
     if not {ids.shape, visible.shape} <= {(length,), (1, length)}:
         raise UserError(
