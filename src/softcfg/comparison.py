@@ -20,7 +20,7 @@ from PIL import Image
 from softcfg.errors import UserError
 from softcfg.evaluation import Extractor, evaluate
 from softcfg.evaluation.report import DECIMALS, TITLES
-from softcfg.files import as_path, make_folder, refuse_foreign, remove_file, write_atomically
+from softcfg.files import as_path, make_folder, refuse_foreign, remove_file, remove_temporary, write_atomically
 from softcfg.guidance import CFG, PERTURBATIONS, PRESETS, RULES, compose, describe
 from softcfg.images import grid, png_bytes
 from softcfg.pipeline import Pipeline
@@ -168,10 +168,17 @@ def compare(
         raise UserError("name each seed once, and at least one")
     pipeline = request.load(processes.device)
 
+    against: str | None = None  # hash of the reference
+
     def measure(images: Any, labels: Sequence[int] | None = None) -> dict[str, float]:
+        nonlocal against
         if extractor is None:
             return {}
-        return evaluate(images, reference, extractor, labels=labels, device=extractor.device, cache=cache).metrics
+        report = evaluate(images, reference, extractor, labels=labels, device=extractor.device, cache=cache)
+        if report.reference_hash != (against or report.reference_hash):
+            raise UserError(f"{reference} changed since the first method was measured against it; begin again")
+        against = report.reference_hash
+        return report.metrics
 
     def probe() -> None:  # what cannot be measured or has no effect is refused before anything is drawn
         side = pipeline.tokenizer.decoded_size
@@ -180,7 +187,7 @@ def compare(
         size = (prompts.width, prompts.height) if isinstance(prompts, Prompts) else (None, None)
         for entry in chosen:
             pipeline.check_guidance(entry.guidance, pipeline.num_tokens(*size))
-        make_folder(folder)
+        remove_temporary(make_folder(folder))
         refuse_foreign(folder, RUNS, (*RESULTS, *FIGURES))
 
     names: Sequence[str] = ()  # of what is drawn

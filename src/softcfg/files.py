@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import os
@@ -17,8 +18,16 @@ from typing import BinaryIO
 
 from softcfg.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where a locked file could not be renamed either
+    fcntl = None  # type: ignore[assignment]
+
+FileStates = tuple[tuple[int, ...], ...]
+
 TEMPORARY = ".tmp"
 A_LINK = "it is a link, not a regular file"
+OF_A_WRITER = re.compile(r"[0-9a-f]{16}\.tmp")
 LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\..+\.[^.]+\.\d+\.tmp")  # the latter by versions before 0.2
 
 KINDS = {
@@ -126,6 +135,16 @@ def hash_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def file_states(paths: Iterable[str | Path], kind: type[UserError] = UserError) -> FileStates:
+    """What tells that one of some files was written anew or replaced; raises a `kind` if one cannot be read."""
+    states = []
+    for path in paths:
+        with reading(path, kind):
+            found = os.stat(path)
+        states.append((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return tuple(states)
+
+
 def is_file(path: str | Path) -> bool:
     """Whether there is a regular file; unlike `Path.is_file`, False for a name that no file can have."""
     return stat.S_IFMT(_mode(path)) == stat.S_IFREG
@@ -180,7 +199,7 @@ def write_atomically(path: str | Path, content: bytes, *, durable: bool = True, 
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
-    with open_atomically(path, durable=durable, replace=replace) as file:
+    with _opened(path, durable=durable, replace=replace, tidy=False) as file:
         file.write(content)
 
 
@@ -197,15 +216,21 @@ def open_atomically(path: str | Path, *, durable: bool = True, replace: bool = F
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
+    with _opened(path, durable=durable, replace=replace, tidy=True) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, *, durable: bool, replace: bool, tidy: bool) -> Iterator[BinaryIO]:
     try:
         kind = stat.S_IFMT(_mode(path))
         if not replace and (kind not in (0, stat.S_IFREG, stat.S_IFDIR) or str(path).startswith(("/dev/", "/proc/"))):
             with open(os.open(path, os.O_WRONLY | _flags("O_CLOEXEC", "O_BINARY")), "wb") as file:
                 yield file
             return
-        with _renamed(Path(path) if replace else _behind_links(path), durable=durable) as temporary:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
-            with open(os.open(temporary, flags, 0o666), "wb") as file:
+        target = Path(path) if replace else _behind_links(path)
+        with _renamed(target, durable=durable, tidy=tidy) as (_, descriptor):  # noqa: SIM117
+            with open(os.dup(descriptor), "wb") as file:  # closed before the file is flushed and renamed
                 yield file
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -219,28 +244,72 @@ def path_atomically(path: Path) -> Iterator[Path]:
         UserError: the file cannot be written; nothing is left behind.
     """
     try:
-        with _renamed(path, durable=True) as temporary:
+        with _renamed(path, durable=True, tidy=True) as (temporary, _):
             yield temporary
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
-def _renamed(target: Path, *, durable: bool) -> Iterator[Path]:
-    """The path of a file to be written, which has the name of `target` when the block ends without an error."""
-    # Nobody can guess the name and plant a link there, and processes on several machines do not meet.
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}{TEMPORARY}")
+def _renamed(target: Path, *, durable: bool, tidy: bool) -> Iterator[tuple[Path, int]]:
+    """Path and descriptor of an empty file, which has the name of `target` when the block ends without an error.
+
+    Args:
+        tidy: remove what killed writers of `target` left, which takes time in a large folder.
+    """
+    if tidy:
+        _remove_left_behind(target.parent, target.name)
+    temporary, descriptor = _temporary(target)
     try:
-        yield temporary
+        yield temporary, descriptor
         if durable:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+        if fcntl is None:  # Windows renames no open file
+            os.close(descriptor)
         os.replace(temporary, target)
         if durable:
             _flush_folder(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def _temporary(target: Path) -> tuple[Path, int]:
+    """A new file beside `target`, its path and descriptor; a lock says that it is being written."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
+    while True:
+        # Nobody can guess the name and plant a link there, and processes on several machines do not meet.
+        path = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}{TEMPORARY}")
+        descriptor = os.open(path, flags, 0o666)
+        if _lock(descriptor) is not False and os.path.lexists(path):
+            return path, descriptor
+        os.close(descriptor)  # before it was locked, it was taken for one that was left behind
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed; False if somebody else has, None if there are no locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_left_behind(folder: Path, name: str = "", *, alone: bool = False) -> None:
+    """Remove the temporary files of writers of `name`, or of all, that were killed; see `remove_temporary`."""
+    for path in folder.glob(f".{glob.escape(name[:100])}*{TEMPORARY}"):
+        if LEFT_BEHIND.fullmatch(path.name) and (not name or OF_A_WRITER.fullmatch(path.name, len(name[:100]) + 2)):
+            with contextlib.suppress(OSError), _open(path, os.O_RDONLY | _flags("O_NOFOLLOW")) as file:
+                if alone or _lock(file.fileno()):
+                    path.unlink()
 
 
 def _behind_links(path: str | Path) -> Path:
@@ -252,11 +321,13 @@ def _behind_links(path: str | Path) -> Path:
         raise OSError(errno.EINVAL, f"no file can have this name ({error})", str(path)) from error
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what writers that were killed left in `folder`."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        if LEFT_BEHIND.fullmatch(path.name) and is_file(path):
-            path.unlink(missing_ok=True)
+def remove_temporary(folder: Path, *, alone: bool = False) -> None:
+    """Remove what writers that were killed left in `folder`.
+
+    Args:
+        alone: nobody else writes there, so that it need not be asked whether a file is still being written.
+    """
+    _remove_left_behind(folder, alone=alone)
 
 
 def remove_file(path: Path) -> None:

@@ -164,6 +164,7 @@ class Pipeline:
         moves = quantize is not None or device_map is not None
         if moves and dtype == "fastest":
             raise UserError("dtype 'fastest' does not go with quantize or device_map: name a dtype")
+        source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
         generator = load_generator(
             entry, checkpoint=generator_checkpoint, device="cpu" if moves else device, dtype=dtype
         )
@@ -173,7 +174,6 @@ class Pipeline:
             generator = placement.spread(generator, device_map, max_memory=max_memory, offload_folder=offload_folder)
         generator.cache_dtype = kv_cache_dtype
         tokenizer = load_tokenizer(entry, checkpoint=tokenizer_checkpoint, device=device, dtype=tokenizer_dtype)
-        source = ModelSource(entry, generator_checkpoint, tokenizer_checkpoint, quantize)
         if isinstance(weak, (str, Path)):
             weak = cls.from_pretrained(
                 weak,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError, how_to_install
-from softcfg.files import make_folder, write_atomically
+from softcfg.files import make_folder, remove_temporary, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if not 0 <= value < total:
             raise UserError(f"{name} must be in 0..{total - 1}, got {value}")
     tokens = None if args.image is None else _encode(args.image, pipeline, len(inputs))
-    make_folder(args.output_dir)
+    remove_temporary(make_folder(args.output_dir))
 
     def traced(method: CFG) -> Trace:
         return trace(

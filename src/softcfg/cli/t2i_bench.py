@@ -16,6 +16,7 @@ from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES
 
 if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
+    from softcfg.runs.folder import RunFolder
     from softcfg.runs.job import DrawnRun
 
 SHOWN = 3  # names of files that are not of the run
@@ -90,8 +91,6 @@ def run(args: argparse.Namespace) -> int:
         width, height = arguments.image_size(args, pipeline)
         if args.suite == "dpg" and width != height:
             raise UserError(f"the scorer of DPG-Bench takes square images, got {width} x {height}")
-        for folder in {path.parent for number in range(len(suite.prompts)) for path in suite.files(pictures, number)}:
-            remove_temporary(folder)
         if not args.overwrite:
             files = (path for number in range(len(suite.prompts)) for path in suite.files(pictures, number))
             refuse_foreign(pictures, run_folder / SETTINGS, (path.relative_to(pictures) for path in files))
@@ -100,6 +99,13 @@ def run(args: argparse.Namespace) -> int:
             "prompts": Prompts(tuple(suite.prompts), width, height, negative_text=args.negative_prompt),
             "speculative_jacobi": args.speculative_jacobi,
         }
+
+    def start(run: RunFolder) -> None:
+        make_folder(pictures)
+        if processes.first:
+            files = (path for number in range(len(suite.prompts)) for path in suite.files(pictures, number))
+            for folder in {path.parent for path in files}:
+                remove_temporary(folder)
 
     def finish(drawn: DrawnRun) -> None:
         suite.write_missing(pictures, drawn.run)
@@ -116,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             processes,
             run_folder,
             subjects,
-            on_start=lambda run: make_folder(pictures),
+            on_start=start,
             on_shard=functools.partial(suite.write_shard, pictures),
             on_finish=finish,
         )

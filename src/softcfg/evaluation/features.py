@@ -7,21 +7,20 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from softcfg.errors import UserError
 from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.sources import ImageSource
-from softcfg.files import as_path, make_folder, open_regular, reopened, write_atomically
+from softcfg.files import as_path
+from softcfg.kept import read_kept, write_kept
 
 Item = TypeVar("Item")
 
@@ -93,7 +92,7 @@ def extract(
         progress: show a bar.
 
     Raises:
-        UserError: an image cannot be read, or the extractor returns something unusable.
+        UserError: an image cannot be read or was replaced meanwhile, or the extractor returns something unusable.
     """
     path = None
     if cache is not None:
@@ -103,6 +102,7 @@ def extract(
         if (known := _read_cached(path, len(source))) is not None:
             return known
     features = _extract(extractor, source, batch_size, progress)
+    source.require_unchanged()
     if path is not None:
         _write_cached(path, features)
     return features
@@ -157,30 +157,14 @@ def _prefetched(items: Iterable[Item]) -> Iterator[Item]:
 def _read_cached(path: Path, count: int) -> Features | None:
     """The features at `path`; None if they are absent, damaged or of another number of images."""
     try:
-        with open_regular(path) as file, safe_open(reopened(file), "pt") as cached:
-            tensors = {name: cached.get_tensor(name) for name in cached.keys()}  # noqa: SIM118
-            expected = (cached.metadata() or {}).get("sha256")
-        if _digest(tensors) != expected:
-            return None
-        features = Features(**tensors)
-    except (OSError, SafetensorError, TypeError):
+        features = Features(**(read_kept(path) or {}))
+    except TypeError:  # no features, or of another version
         return None
     return features if len(features) == count else None
 
 
 def _write_cached(path: Path, features: Features) -> None:
-    tensors = features.tensors()
     try:
-        make_folder(path.parent)
-        write_atomically(path, save(tensors, {"sha256": _digest(tensors)}), durable=False, replace=True)
+        write_kept(path, features.tensors())
     except UserError as error:
         warnings.warn(f"features are not kept: {error}; $SOFTCFG_FEATURES names another folder", stacklevel=2)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the name, type, shape and bytes of every tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ from softcfg.evaluation.metrics import Statistics
 from softcfg.evaluation.report import TITLES, Report
 from softcfg.evaluation.sources import ImageSource, ResizedSource, files_read, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
-from softcfg.files import hash_file, refuse_overwriting
+from softcfg.files import FileStates, as_path, file_states, hash_file, is_file, refuse_overwriting
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, has_float64
 from softcfg.tokenizers.base import checked_size
 from softcfg.version import __version__
@@ -83,7 +83,8 @@ def evaluate(
             resized themselves, before they were rounded, are closer to those of published figures.
 
     Raises:
-        UserError: images or weights cannot be used, or a metric that was asked for cannot be computed.
+        UserError: images or weights cannot be used, or were replaced meanwhile, or a metric that was asked for cannot
+            be computed.
     """
     started = time.perf_counter()
     metrics = [metrics] if isinstance(metrics, str) else metrics
@@ -134,12 +135,15 @@ def evaluate(
                 if metrics:
                     raise UserError(f"{TITLES[name]} cannot be computed: {error}") from error
                 obstacles[name] = str(error)
+    described = [side.describe() for side in sides]
+    for given in inputs:
+        given.require_unchanged()
     if save_stats:
         sides[0].save_statistics(save_stats)
 
     settings = {
-        "samples": sides[0].describe(),
-        "reference": sides[1].describe() if reference is not None else None,
+        "samples": described[0],
+        "reference": described[1] if reference is not None else None,
         "extractor": {
             "name": extractor.name,
             "identity": extractor.identity,
@@ -311,12 +315,24 @@ class _Input:
     name: str
     source: ImageSource | None
     file: StatisticsFile | None
+    path: Path | None = None  # of the file, and its state before it was read
+    states: FileStates = ()
 
     @classmethod
     def open(cls, given: Images) -> _Input:
-        file = read_statistics(given) if isinstance(given, (str, os.PathLike)) else None
+        path = as_path(given) if isinstance(given, (str, os.PathLike)) else None
+        path = path if path is not None and is_file(path) else None
+        states = file_states([path]) if path is not None else ()
+        file = read_statistics(path) if path is not None else None
         source = open_source(given) if file is None or file.has_images else None
-        return cls(str(given) if source is None else source.name, source, file)
+        return cls(str(given) if source is None else source.name, source, file, path, states)
+
+    def require_unchanged(self) -> None:
+        """Raise a `UserError` if a file was written or replaced since it was first read."""
+        if self.source is not None:
+            self.source.require_unchanged()
+        if self.path is not None and file_states([self.path]) != self.states:
+            raise UserError(f"{self.name} changed while it was read; measure it again")
 
     def resized(self, size: int) -> _Input:
         """The same with images of `size` x `size` pixels."""
@@ -405,7 +421,7 @@ class _Side:
             "name": self.given.name,
             "count": source.count if source else None,
             "size": list(self.given.size) if self.given.size else None,
-            "sha256": images.fingerprint if images else hash_file(self.given.name),
+            "sha256": images.fingerprint if images else hash_file(self.given.path),  # type: ignore[arg-type]
             "statistics": "from the file" if file else "of the images",
             **({"resized_from": list(images.size)} if images and images is not source else {}),
             **({"statistics_of": file.origin} if file and file.origin else {}),

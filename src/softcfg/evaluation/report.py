@@ -38,6 +38,12 @@ class Report:
     def __getitem__(self, metric: str) -> float:
         return self.metrics[metric]
 
+    @property
+    def reference_hash(self) -> str | None:
+        """SHA-256 of what the samples were compared with; None for nothing."""
+        reference = self.settings["reference"]
+        return reference and reference["sha256"]
+
     def to_json(self) -> str:
         """All of it as JSON."""
         return json.dumps(asdict(self), indent=2, allow_nan=False)

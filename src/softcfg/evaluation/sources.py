@@ -22,7 +22,7 @@ from torch import Tensor
 
 from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
-from softcfg.files import as_path, hash_file, is_file, is_folder
+from softcfg.files import FileStates, as_path, file_states, hash_file, is_file, is_folder
 from softcfg.images import SUFFIXES, read_picture
 from softcfg.nn.limits import cores
 from softcfg.nn.precision import dtype_name
@@ -52,6 +52,7 @@ class ImageSource(ABC):
         size: height and width.
         labels: the classes that they were drawn for, int64 `[N]`, where the source says so; else None.
         prompts: the N prompts that they were drawn from, where the source says so; else None.
+        files: those that they are read from.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ImageSource(ABC):
     size: tuple[int, int]
     labels: Tensor | None = None
     prompts: Sequence[str] | None = None
+    files: Sequence[Path] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -66,13 +68,25 @@ class ImageSource(ABC):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the content: that of the file where there is one file."""
+        self._states  # noqa: B018  # before anything is read
         return self._hash()
+
+    @cached_property
+    def _states(self) -> FileStates:
+        """Those of the files when they were first read."""
+        return file_states(self.files)
+
+    def require_unchanged(self) -> None:
+        """Raise `UserError` if a file was written or replaced since the images, or their hash, were first read."""
+        if file_states(self.files) != self._states:
+            raise UserError(f"{self.name} changed while it was read; measure it again")
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Yield all images in their order, uint8 `[B, H, W, 3]`.
 
         B is `batch_size`, or less for large images: a batch has at most 64 MiB. The last batch may be shorter.
         """
+        self._states  # noqa: B018  # before anything is read
         height, width = self.size
         for array in self._arrays(max(1, min(batch_size, LARGEST_BATCH // (3 * height * width)))):
             yield torch.from_numpy(array)
@@ -170,6 +184,8 @@ class NpzSource(ImageSource):
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.path = path
+        self.files = [path]
+        self._states  # noqa: B018  # the shape and the labels are kept
         with open_member(path, "arr_0") as images:
             self.count, self.size = _check(f"arr_0 of {path}", images.dtype, images.shape)
             # Only an array in C order holds one image after the other.
@@ -211,6 +227,7 @@ class ListSource(ImageSource):
         self.name = name
         self.count = len(pictures)
         self.pictures = pictures
+        self.files = [Path(each) for each in pictures if isinstance(each, (str, os.PathLike))]
         self.names = names or [f"picture {n} of the list" for n in range(len(pictures))]
         if not pictures:
             raise UserError("the list of pictures holds no images")
@@ -262,7 +279,6 @@ class FolderSource(ListSource):
             warnings.warn(f"{clean(folder)}: {len(files):,} images are read; {left_out}", stacklevel=2)
         self.folder = folder
         super().__init__(files, [path.relative_to(folder).as_posix() for path in files], str(folder))
-        self.files = files
 
     def _hash(self) -> str:
         return _hash_files(self.folder, self.files)
@@ -278,13 +294,14 @@ class RunSource(ImageSource):
         self.count = run.plan.num_samples
         height, width = run.require(0).pixels.shape[1:3]
         self.size = (height, width)
+        self.files = [run.shard_path(number) for number in range(run.plan.num_shards)]
         labels = run.plan.labels_of(range(self.count))
         self.labels = torch.tensor(labels)
         if prompts := Prompts.of(run.settings):
             self.prompts = [prompts.texts[label] for label in labels]
 
     def _hash(self) -> str:
-        return _hash_files(self.run.path, [self.run.shard_path(number) for number in range(self.run.plan.num_shards)])
+        return _hash_files(self.run.path, self.files)
 
     def _arrays(self, count: int) -> Iterator[NDArray[np.uint8]]:
         waiting: list[NDArray[np.uint8]] = []  # images that do not fill a batch yet
@@ -314,7 +331,7 @@ class ResizedSource(ImageSource):
             raise UserError(f"image_size_eval makes squares; the images of {original.name} are {_by(original.size)}")
         self.original = original
         self.name, self.count, self.size = original.name, original.count, (size, size)
-        self.labels, self.prompts = original.labels, original.prompts
+        self.labels, self.prompts, self.files = original.labels, original.prompts, original.files
 
     def _hash(self) -> str:
         return hashlib.sha256(f"{self.original.fingerprint} {self.size}".encode()).hexdigest()
@@ -397,7 +414,7 @@ def _check(what: str, dtype: np.dtype[Any], shape: Iterable[int]) -> tuple[int, 
     return shape[0], (shape[1], shape[2])
 
 
-def _hash_files(folder: Path, files: list[Path]) -> str:
+def _hash_files(folder: Path, files: Iterable[Path]) -> str:
     """SHA-256 of the list of the files' own SHA-256 and names."""
     lines = [[hash_file(path), path.relative_to(folder).as_posix()] for path in files]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()

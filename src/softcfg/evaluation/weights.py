@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from softcfg.errors import CheckpointError, UserError
-from softcfg.files import hash_file, is_file, make_folder, open_atomically
+from softcfg.files import file_states, hash_file, is_file, make_folder, open_atomically
 from softcfg.zoo.files import checkpoints_folder
 from softcfg.zoo.loading import load_weights
 from softcfg.zoo.reading import read_state_dict
@@ -57,6 +57,7 @@ def load_network(
     Raises:
         CheckpointError: the file is missing, damaged, or does not fit.
     """
+    before = file_states([path], CheckpointError)
     state = read_state_dict(path)
     module = load_weights(
         lambda _: network(),  # type: ignore[arg-type]  # a network without a configuration
@@ -66,7 +67,10 @@ def load_network(
         dtype=dtype,
         source=str(path),
     )
-    return module, hash_file(path)  # type: ignore[return-value]
+    digest = hash_file(path)
+    if file_states([path], CheckpointError) != before:
+        raise CheckpointError(f"{path} changed while it was read; try again")
+    return module, digest  # type: ignore[return-value]
 
 
 def require_weights(file: PublishedFile) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from softcfg.errors import UserError
-from softcfg.files import is_same_file, make_folder, open_atomically, write_atomically
+from softcfg.files import is_same_file, make_folder, open_atomically, remove_temporary, write_atomically
 from softcfg.images import png_bytes, read_picture
 from softcfg.runs.folder import RunFolder, image_index, image_name
 from softcfg.runs.shards import Shard
@@ -48,6 +48,7 @@ def export_pngs(run: RunFolder, folder: str | Path, *, absent_only: bool = False
     """
     run.require_complete()
     folder = make_folder(folder)
+    remove_temporary(folder)
     if not is_same_file(folder, run.path):
         numbers = [index for path in folder.glob("*.png") if (index := image_index(path.name)) is not None]
         if (last := max(numbers, default=-1)) >= run.plan.num_samples:

@@ -98,8 +98,8 @@ class RunFolder:
                 name of one of its pictures; or it cannot be written. Nothing was discarded.
         """
         make_folder(path / SHARDS)
-        remove_temporary(path)
-        remove_temporary(path / SHARDS)
+        for folder in (path, path / SHARDS):
+            remove_temporary(folder, alone=True)
         try:
             found = None if overwrite else _read_settings(path)
             before = None if found is None else cls(path, found)

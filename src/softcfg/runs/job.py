@@ -33,7 +33,7 @@ from softcfg.tokenizers.base import checked_size
 from softcfg.zoo.files import require_file
 from softcfg.zoo.loading import load_tokenizer
 from softcfg.zoo.registry import resolve
-from softcfg.zoo.source import describe_component
+from softcfg.zoo.source import ComponentSource
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,7 @@ def decode_run(
         config = entry.tokenizer.config if model else known
         checkpoint = tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
         device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        source_of_tokenizer = ComponentSource(entry.tokenizer, entry, checkpoint)
         tokenizer = load_tokenizer(entry, config, checkpoint, device, as_dtype(tokenizer_dtype, "tokenizer_dtype"))
         size = source.settings.get("image_size_eval") if image_size_eval is None else image_size_eval
         if size is not None:
@@ -307,7 +308,7 @@ def decode_run(
                 **{name: value for name, value in source.settings.items() if name not in of_pixels},
                 **resized,
                 **pixel_dtype(tokenizer),
-                "tokenizer": {**describe_component(entry.tokenizer, entry, checkpoint), "config": dict(config)},
+                "tokenizer": {**source_of_tokenizer.facts, "config": dict(config)},
                 "decoded_from": str(source.path.resolve()),
                 "command": command,
             }

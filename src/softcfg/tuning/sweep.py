@@ -32,7 +32,7 @@ from softcfg import plugins
 from softcfg.errors import UserError, clean, quote, require_name, require_uint64
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
-from softcfg.files import as_path, make_folder, refuse_foreign
+from softcfg.files import as_path, make_folder, refuse_foreign, remove_temporary
 from softcfg.nn.precision import dtype_name
 from softcfg.pipeline import Pipeline
 from softcfg.runs.folder import OTHER_FOLDER, SHARDS
@@ -199,9 +199,9 @@ class Sweep:
         if self.objective not in report.metrics:
             self._measure(black, [self.objective], labels=[0] * PROBE_IMAGES)  # says why
         self.metrics = list(dict.fromkeys([self.objective, *report.metrics]))
-        make_folder(self.folder)
+        remove_temporary(make_folder(self.folder))
         refuse_foreign(self.folder, TRIALS, (*RESULTS, *FIGURES))
-        self.settings = self._describe(run, report.settings)
+        self.settings = self._describe(run, report)
         self.study = _open_study(
             storage or _url_of((self.folder / DATABASE).resolve()),
             study or self.folder.resolve().name,
@@ -209,9 +209,8 @@ class Sweep:
             self.settings,
         )
 
-    def _describe(self, run: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
-        """All that decides the results; `run` and `measured` are the settings of a run and of a report."""
-        reference = measured["reference"]
+    def _describe(self, run: Mapping[str, Any], measured: Report) -> dict[str, Any]:
+        """All that decides the results; `run` are the settings of a run."""
         settings = {
             "run": {name: value for name, value in run.items() if name not in NOT_IN_IMAGES},
             "search": self.space.describe(),
@@ -221,8 +220,8 @@ class Sweep:
             "sampler_seed": self.config.sampler_seed,
             "early_stop": self.config.early_stop,
             "samples": [*self.rungs, self.config.num_samples],
-            "reference_sha256": reference and reference["sha256"],
-            "extractor": {name: measured["extractor"][name] for name in ("name", "identity", "dtype")},
+            "reference_sha256": measured.reference_hash,
+            "extractor": {name: measured.settings["extractor"][name] for name in ("name", "identity", "dtype")},
         }
         return json.loads(json.dumps(settings))
 
@@ -432,6 +431,11 @@ class Sweep:
                         on_progress=ProgressBar(f"trial {trial.number}", keep=False) if progress else None,
                     )
                     report = self._measure(folder, self.metrics if last else [self.objective])
+                    if report.reference_hash != self.settings["reference_sha256"]:
+                        raise UserError(
+                            f"{self.config.reference} is not what the other trials were measured against; put that "
+                            "back, or begin another sweep"
+                        )
                     value = report[self.objective]
                     if last:
                         trial.set_user_attr("metrics", report.metrics)

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from softcfg.errors import UserError, quote
-from softcfg.files import make_folder, open_atomically, open_regular, path_atomically, remove_file, write_atomically
+from softcfg.files import (
+    make_folder,
+    open_atomically,
+    open_regular,
+    path_atomically,
+    remove_file,
+    remove_temporary,
+    write_atomically,
+)
 from softcfg.nn.linear import parameter_count
 from softcfg.nn.precision import dtype_name
 from softcfg.zoo.reading import is_index, shards_of
@@ -78,6 +86,7 @@ def write_model_folder(
         content["text"] = {**conditioning.settings, "files": names}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     folder = make_folder(folder)
+    remove_temporary(folder)
     card = folder / "model.yaml"
     with contextlib.ExitStack() as files:  # all of them are written before the first has its name, model.yaml the last
         files.enter_context(open_atomically(card, replace=True)).write(text.encode())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcfg.files import reading
+from softcfg.errors import CheckpointError, UserError
+from softcfg.files import FileStates, as_path, file_states
 from softcfg.zoo.files import require_file
 from softcfg.zoo.reading import hash_weights, is_index, shards_of
 from softcfg.zoo.registry import Component, ModelEntry
@@ -21,12 +21,50 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """The entry and the files of which a pipeline was loaded.
+class ComponentSource:
+    """One half of a model and the file of its weights; made before the file is read, and hashed when a run asks for it.
 
     Attributes:
-        generator_checkpoint, tokenizer_checkpoint: files that were read in place of the model's own.
-        quantize: the integers that the generator's weights were rounded to, if any.
+        checkpoint: the file that is read in place of the model's own.
+    """
+
+    component: Component
+    entry: ModelEntry
+    checkpoint: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Note the state of the file."""
+        self._states  # noqa: B018
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Family, configuration and SHA-256; the file is read once.
+
+        Raises:
+            UserError: it was written or replaced since this was made.
+        """
+        component = self.component
+        facts = {"family": component.family.name, "config": dict(component.config), "sha256": hash_weights(self._path)}
+        if _states(self._path) != self._states:
+            raise UserError(f"{self._path} changed since it was loaded; load it again")
+        return facts
+
+    @cached_property
+    def _path(self) -> Path:
+        return as_path(self.checkpoint or require_file(self.component.file, self.entry))
+
+    @cached_property
+    def _states(self) -> FileStates:
+        return _states(self._path)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The entry and the files of which a pipeline is loaded.
+
+    Attributes:
+        generator_checkpoint, tokenizer_checkpoint: files that are read in place of the model's own.
+        quantize: the integers that the generator's weights are rounded to, if any.
     """
 
     entry: ModelEntry
@@ -34,30 +72,28 @@ class ModelSource:
     tokenizer_checkpoint: str | Path | None = None
     quantize: str | None = None
 
+    def __post_init__(self) -> None:
+        """Note the state of the files."""
+        self._halves  # noqa: B018
+
     @property
     def model(self) -> str:
         """The name of a published or bundled model, the absolute path of a model folder."""
         entry = self.entry
         return entry.name if entry.folder is None or entry.bundled else str(entry.folder.resolve())
 
-    @cached_property
+    @property
     def facts(self) -> dict[str, Any]:
-        """Family, configuration and SHA-256 of each half; the files are read once."""
+        """Those of the "generator" and the "tokenizer", see `ComponentSource`."""
+        return {half: source.facts for half, source in self._halves.items()}
+
+    @cached_property
+    def _halves(self) -> dict[str, ComponentSource]:
         entry = self.entry
         return {
-            "generator": describe_component(entry.generator, entry, self.generator_checkpoint),
-            "tokenizer": describe_component(entry.tokenizer, entry, self.tokenizer_checkpoint),
+            "generator": ComponentSource(entry.generator, entry, self.generator_checkpoint),
+            "tokenizer": ComponentSource(entry.tokenizer, entry, self.tokenizer_checkpoint),
         }
-
-
-def describe_component(component: Component, entry: ModelEntry, checkpoint: str | Path | None) -> dict[str, Any]:
-    """Family, configuration and SHA-256 of one half of a model.
-
-    Args:
-        checkpoint: the file that was read in place of the model's own.
-    """
-    path = checkpoint or require_file(component.file, entry)
-    return {"family": component.family.name, "config": dict(component.config), "sha256": hash_weights(path)}
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -93,13 +129,10 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 @cache
-def _hash_of(path: Path, states: tuple[tuple[int, ...], ...]) -> str:
+def _hash_of(path: Path, states: FileStates) -> str:
     return hash_weights(path)
 
 
-def _states(path: Path) -> tuple[tuple[int, ...], ...]:
-    """What tells that a file, or one of those that it lists, was written anew or replaced."""
-    files = (path, *shards_of(path)) if is_index(path) else (path,)
-    with reading(path):
-        found = [os.stat(each) for each in files]
-    return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+def _states(path: Path) -> FileStates:
+    """Those of a file, and of those that it lists."""
+    return file_states((path, *shards_of(path)) if is_index(path) else (path,), CheckpointError)
