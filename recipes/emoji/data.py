@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -181,10 +183,20 @@ def _gallery(folder: Path | None) -> Gallery:
     folder = pictures_folder() if folder is None else folder
     found = list(wanted(emoji(NAMES.fetch(folder))))
     path = folder / f"drawn-{_fingerprint()}.npz"
-    if not path.is_file():
-        _draw_all(path, found, [Drawings(style.package.fetch(folder)) for style in STYLES])
+    try:
+        return Gallery(found, *_drawn(path))
+    except FileNotFoundError:
+        pass
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        print(f"{path} is damaged: the pictures are drawn anew", flush=True)
+    _draw_all(path, found, [Drawings(style.package.fetch(folder)) for style in STYLES])
+    return Gallery(found, *_drawn(path))
+
+
+def _drawn(path: Path) -> list[np.ndarray]:
+    """What `_draw_all` wrote; the archive has checksums."""
     with np.load(path) as stored:
-        return Gallery(found, *(stored[name] for name in COLUMNS))
+        return [stored[name] for name in COLUMNS]
 
 
 def wanted(all_emoji: Sequence[Emoji]) -> Iterator[Emoji]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from recipes.training import (
     randomness,
     save_weights,
 )
-from softcfg.files import hash_file, write_atomically
+from softcfg.files import hash_file
+from softcfg.kept import read_kept, write_kept
 from softcfg.models.alitok import AliTok, AliTokConfig
 from softcfg.tokenizers.maskgit_vq import MaskGITVQ
 
@@ -129,12 +129,10 @@ def tokenise(data: Split, tokenizer: MaskGITVQ, weights: Path) -> Tensor:
     """Return the tokens int64 `[N, T]` of all images, kept beside the weights in a file that is named after both."""
     digest = hashlib.sha256(hash_file(weights).encode())
     digest.update(data.images.numpy().tobytes())
-    cache = weights.with_name(f"tokens-{digest.hexdigest()[:16]}.pt")
-    if cache.exists():
-        return torch.load(cache, weights_only=True).long()
+    cache = weights.with_name(f"tokens-{digest.hexdigest()[:16]}.safetensors")
+    if (known := read_kept(cache)) is not None:
+        return known["tokens"].long()
     tokenizer = tokenizer.to(accelerator().device)
     tokens = torch.cat([tokenizer.encode(data.pixels(part)).cpu() for part in torch.arange(len(data)).split(250)])
-    content = io.BytesIO()
-    torch.save(tokens.short(), content)
-    write_atomically(cache, content.getvalue())
+    write_kept(cache, {"tokens": tokens.short()})
     return tokens

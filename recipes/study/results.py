@@ -12,7 +12,9 @@ from pathlib import Path
 
 from recipes.study.points import Row, key
 from softcfg.errors import UserError
-from softcfg.files import make_folder
+from softcfg.files import make_folder, read_bounded, reading
+
+LARGEST = 1 << 28  # bytes of a file of results
 
 
 def read(path: Path) -> list[Row]:
@@ -22,10 +24,11 @@ def read(path: Path) -> list[Row]:
         UserError: a line is no result.
     """
     rows: list[Row] = []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
+    content = b""
+    if path.exists():
+        with reading(path):
+            content = read_bounded(path, LARGEST)
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             key(row), row["weights"]

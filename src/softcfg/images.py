@@ -86,6 +86,15 @@ def read_picture(picture: Picture, largest: int = LARGEST, name: str = "the pict
         raise UserError(f"{name} cannot be read as an image: {clean(error, 200)}") from error
 
 
+def is_picture(path: str | Path) -> bool:
+    """Whether there is a picture that `read_picture` reads: not if the file is missing or torn."""
+    try:
+        read_picture(path)
+    except UserError:
+        return False
+    return True
+
+
 def _read(file: Any, largest: int, name: str) -> Image.Image:
     with Image.open(file, formats=FORMATS) as image:
         _check_size(image, largest, name)

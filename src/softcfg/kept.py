@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read_kept(path: Path) -> dict[str, Tensor] | None:
-    """The tensors by name that `write_kept` wrote; None if they are absent, damaged or not as they were written."""
+def read_kept(path: Path, limit: int | None = None) -> dict[str, Tensor] | None:
+    """The tensors by name that `write_kept` wrote; None if they are absent, damaged or not as they were written.
+
+    Args:
+        limit: bytes that the file may have at most.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open_regular(path) as file, safe_open(reopened(file), "pt") as kept:
+        with open_regular(path, limit) as file, safe_open(reopened(file), "pt") as kept:
             tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
             expected = (kept.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):

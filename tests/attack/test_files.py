@@ -1,7 +1,10 @@
 """The mechanisms by which files are opened and written, and text of others is quoted."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ from softcfg.files import (
     hash_file,
     is_file,
     is_folder,
+    open_atomically,
     open_own,
     open_regular,
     read_bounded,
@@ -199,3 +203,42 @@ def test_foreign_text_is_cut() -> None:
         assert len(quote(value)) < 600
     assert quote(-1) == "-1"
     assert quote("a") == "'a'"
+
+
+# ---- what writers leave that are killed
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from softcfg.files import open_atomically
+with open_atomically(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    for name in ("images.npz", "images.npz.npz"):
+        assert (
+            subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], check=False).returncode == -signal.SIGKILL
+        )
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 2
+    with open_atomically(tmp_path / "images.npz") as file:
+        file.write(b"whole")
+    assert [path for path in tmp_path.iterdir() if path.name in left] == [tmp_path / left[1]]  # of another file
+    remove_temporary(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["images.npz"]
+
+
+def test_what_is_being_written_is_not_taken_for_left_behind(tmp_path: Path) -> None:
+    with open_atomically(tmp_path / "file") as first:
+        first.write(b"first")
+        first.flush()
+        with open_atomically(tmp_path / "file") as second:
+            second.write(b"second")
+        remove_temporary(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "file").read_bytes() == b"first"

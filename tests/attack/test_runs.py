@@ -406,3 +406,22 @@ def test_every_flipped_bit_in_the_cache_of_features_is_found(tmp_path: Path) -> 
         path.write_bytes(flipped)
         assert extract(extractor, open_source(images), cache=tmp_path).pooled.equal(expected)
     assert path.read_bytes() == sound
+
+
+def test_a_picture_of_fewer_images_does_not_outlive_a_kill(model_folder: Path, tmp_path: Path) -> None:
+    """Shards of a growth that ended before its pictures were made; and a picture that was torn."""
+
+    def draw(count: int, folder: str, *more: str) -> None:
+        words = ["sample", str(model_folder), "--labels", "0,1", "--batch-size", "2", "--num-samples", str(count)]
+        assert main([*words, "--output-dir", str(tmp_path / folder), *more]) == 0
+
+    draw(4, "grown")
+    draw(8, "grown", "--no-compare")
+    draw(8, "grown")
+    draw(8, "whole")
+    grown, whole = tmp_path / "grown" / "comparison.png", tmp_path / "whole" / "comparison.png"
+    assert grown.read_bytes() == whole.read_bytes()
+    grown.write_bytes(grown.read_bytes()[:1000])
+    assert main(["runs", "verify", str(grown.parent)]) == 1
+    draw(8, "grown")
+    assert grown.read_bytes() == whole.read_bytes()

@@ -13,7 +13,7 @@ from PIL import Image
 from image_files import write_pngs
 from made_runs import of_images
 from softcfg import UserError
-from softcfg.evaluation import open_source
+from softcfg.evaluation import Extractor, Features, extract, open_source
 from softcfg.files import hash_file
 
 
@@ -329,3 +329,22 @@ def test_damaged_images(images: np.ndarray, tmp_path: Path) -> None:
     os.truncate(folder / "000012.png", 60)
     with pytest.raises(UserError, match=r"000012\.png cannot be read as an image"):
         read(folder)
+
+
+def test_images_that_are_replaced_meanwhile_are_refused(images: np.ndarray, tmp_path: Path) -> None:
+    """Their features would be kept under the hash of those that were there before."""
+    write_pngs(tmp_path / "images", images)
+    np.savez(tmp_path / "images.npz", images)
+
+    for path in (tmp_path / "images", tmp_path / "images.npz"):
+        source = open_source(path)
+
+        def describe(pixels: torch.Tensor, path: Path = path) -> Features:
+            changed = next(path.iterdir()) if path.is_dir() else path
+            changed.with_name("new").write_bytes(changed.read_bytes())
+            changed.with_name("new").replace(changed)
+            return Features(pixels.float().mean((2, 3)))
+
+        with pytest.raises(UserError, match="changed while it was read; measure it again"):
+            extract(Extractor("own", describe, "1"), source, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

@@ -377,6 +377,11 @@ class TestCommand:
         assert (tmp_path / "study.md").read_text() == text
         assert {path.name: path.read_bytes() for path in (tmp_path / "images" / "study").iterdir()} == pictures
 
+    def test_a_line_that_is_no_text(self, tmp_path) -> None:
+        (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe\x00\n")
+        with pytest.raises(UserError, match="line 1, is no result; take it out"):
+            rows_of("fashion-small", tmp_path / "results.jsonl")
+
     @pytest.mark.timeout(1200)  # six processes that import PyTorch
     def test_killed_it_goes_on_and_comes_to_the_same(self, command, tmp_path) -> None:
         path = tmp_path / "results.jsonl"

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import threading
 import time
@@ -376,3 +377,14 @@ def test_codes_of_another_tokenizer_leave_nothing(request_of: Any, tmp_path: Pat
     with pytest.raises(UserError, match=r"this image tokenizer does not decode the codes of .*run: tokens must have"):
         decode_run(run, tmp_path / "other", model="fashion-small")
     assert not (tmp_path / "other").exists()
+
+
+def test_weights_that_changed_since_they_were_loaded_have_no_hash(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    pipe = Pipeline.from_pretrained(folder)
+    path = folder / "generator.safetensors"
+    (tmp_path / "new").write_bytes(path.read_bytes())
+    (tmp_path / "new").replace(path)
+    with pytest.raises(UserError, match=r"generator\.safetensors changed since it was loaded; load it again"):
+        draw_run(RunRequest(pipe, [0], num_samples=1), tmp_path / "run")

@@ -408,3 +408,19 @@ def test_a_sweep_without_trials(make: Maker, tmp_path: Path) -> None:
     assert empty.best() is None
     with pytest.raises(UserError, match="number of trials must be at least 1, got 0"):
         empty.run(0)
+
+
+def test_every_trial_is_measured_against_one_reference(make: Maker, tmp_path: Path, reference: Path) -> None:
+    path = tmp_path / "reference.npz"
+    path.write_bytes(reference.read_bytes())
+    sweep = make(tmp_path / "sweep", reference=path)
+    sweep.run(1)
+    np.savez(path, np.zeros((40, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match="is not what the other trials were measured against; put that back"):
+        sweep.run(2)
+    assert len(sweep.rows()) == 1
+    path.write_bytes(reference.read_bytes())
+    sweep.run(2)
+    undisturbed = make(tmp_path / "other")
+    undisturbed.run(2)
+    assert [row.metrics for row in sweep.rows()] == [row.metrics for row in undisturbed.rows()]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments, drawing, sample
 from softcfg.errors import UserError, how_to_install
-from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
     from softcfg.comparison import Entry
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from softcfg.runs.processes import Processes
 
-    with termination_raises(), Processes(args.device) as processes:
+    with Processes(args.device) as processes:
         _run(args, processes)
     return 0
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments, drawing
-from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
     from softcfg.runs.folder import RunFolder
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             path = npz_beside(folder)
             print(f"{path}: arr_0 uint8 {list(export_npz(run, path))}")
 
-    with termination_raises(), Processes(args.device) as processes:
+    with Processes(args.device) as processes:
         arguments.parse_device(args.device)
         arguments.refuse_inputs_in_run(args, folder)
         decode_run(

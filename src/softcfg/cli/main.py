@@ -35,7 +35,7 @@ from softcfg.cli import eval as evaluation
 from softcfg.cli.arguments import HelpFormatter
 from softcfg.cli.streams import patient_streams
 from softcfg.errors import UserError, clean, needing, suggestion
-from softcfg.runs.signals import Terminated
+from softcfg.runs.signals import Terminated, termination_raises
 from softcfg.version import __version__
 
 PATHS = {"FILE", "DIR", "PATH", "FOLDER", "NEW", "MODEL", "SAMPLES", "PROMPTS"}  # metavars of options that are paths
@@ -195,7 +195,8 @@ def _run(words: list[str]) -> int:
         plugins.load_all(words)
         args = build_parser().parse_args(_rewritten(words))
         args.words = words
-        return args.run(args)
+        with termination_raises():
+            return args.run(args)
     except UserError as error:
         tell_launcher(str(error))
         print(f"softcfg: error: {error}", file=sys.stderr)

@@ -88,8 +88,9 @@ def status(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Check every shard; 0 if all is there and sound, 1 if not."""
+    from softcfg.images import is_picture
     from softcfg.runs.export import altered_pngs
-    from softcfg.runs.folder import RunFolder
+    from softcfg.runs.folder import PICTURES, RunFolder
     from softcfg.runs.lock import Lock
     from softcfg.runs.shards import DamagedShardError
 
@@ -115,6 +116,10 @@ def verify(args: argparse.Namespace) -> int:
     finally:
         if lock:
             lock.release()
+    for name in PICTURES:
+        if os.path.lexists(run.path / name) and not is_picture(run.path / name):
+            altered += 1
+            print(f"{run.path / name} cannot be read as an image")
     sound = run.plan.num_shards - missing - damaged
     print(f"{run.path}: {sound} of {_shards(run)} sound, {damaged} damaged, {missing} missing")
     if smaller:

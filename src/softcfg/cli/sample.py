@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from softcfg.cli import arguments, drawing, released
 from softcfg.errors import UserError
 from softcfg.files import refuse_foreign
-from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
     from softcfg.pipeline import Pipeline
@@ -109,16 +108,15 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from softcfg.runs.processes import Processes
 
-    with termination_raises():
-        check_counts(args)
-        if released.is_used(args):
-            released.apply(args)
-        elif args.model is None:
-            raise UserError("MODEL is missing: give a name that 'softcfg models' lists, or the path of a model folder")
-        if args.speculative_jacobi < 0:
-            raise UserError(f"--speculative-jacobi must be at least 1 (0: off), got {args.speculative_jacobi}")
-        with Processes(args.device) as processes:
-            _draw(args, processes)
+    check_counts(args)
+    if released.is_used(args):
+        released.apply(args)
+    elif args.model is None:
+        raise UserError("MODEL is missing: give a name that 'softcfg models' lists, or the path of a model folder")
+    if args.speculative_jacobi < 0:
+        raise UserError(f"--speculative-jacobi must be at least 1 (0: off), got {args.speculative_jacobi}")
+    with Processes(args.device) as processes:
+        _draw(args, processes)
     return 0
 
 
@@ -203,6 +201,7 @@ def subjects(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
 
 def _finish(args: argparse.Namespace, drawn: DrawnRun, tracker: Tracker | None) -> None:
     """Make everything that is made from shards."""
+    from softcfg.images import is_picture
     from softcfg.runs.export import export_npz, export_pngs, npz_beside
     from softcfg.runs.pictures import label_names, write_comparison, write_grid
 
@@ -217,7 +216,7 @@ def _finish(args: argparse.Namespace, drawn: DrawnRun, tracker: Tracker | None) 
     count = run.plan.num_samples
     drawn_fast = count <= COMPARE_UP_TO and run.require(0).codes.shape[1] <= COMPARE_UP_TO_TOKENS
     wanted = drawn_fast if args.compare is None else args.compare
-    if wanted and (images or not (run.path / "comparison.png").exists()):
+    if wanted and (images or not is_picture(run.path / "comparison.png")):
         path, title = write_comparison(run, drawn.drawer)
         print(f"the same seeds without guidance, with CFG and with {title}: {path}")
     if args.npz:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from softcfg.cli import arguments
 from softcfg.errors import UserError, how_to_install, needing, require_whole
-from softcfg.runs.signals import termination_raises
 
 if TYPE_CHECKING:
     from softcfg.runs.processes import Processes
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         import optuna  # noqa: F401
     from softcfg.runs.processes import Processes
 
-    with termination_raises(), Processes(args.device) as processes:
+    with Processes(args.device) as processes:
         try:
             return _run(args, processes)
         except KeyboardInterrupt:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from softcfg.cli import arguments, drawing
 from softcfg.errors import UserError, clean
 from softcfg.files import is_same_file, make_folder, refuse_foreign, remove_temporary
-from softcfg.runs.signals import termination_raises
 from softcfg.runs.suites import IMAGES_PER_PROMPT, SUITES
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{drawn.images} images in {drawn.seconds:.1f} s; all of {len(suite.prompts)} prompts are in {pictures}")
         print(f"score them with: {suite.scorer.format(folder=pictures, size=drawn.run.settings['width'])}")
 
-    with termination_raises(), Processes(args.device) as processes:
+    with Processes(args.device) as processes:
         drawing.draw(
             args,
             processes,

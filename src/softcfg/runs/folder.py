@@ -129,6 +129,9 @@ class RunFolder:
         content = _settings_text(settings)
         if overwrite:
             _discard_run(path)
+        elif found is not None and settings["num_samples"] > found["num_samples"]:
+            for name in PICTURES:  # of fewer images; who ends before they are made anew leaves none
+                remove_file(path / name)
         write_atomically(path / SETTINGS, content, replace=True)
         return cls(path, settings)
 

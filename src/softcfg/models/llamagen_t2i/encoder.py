@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from softcfg.errors import CheckpointError, UserError, needing
-from softcfg.files import as_path, is_file, read_bounded, read_text, reading, write_atomically
+from softcfg.files import as_path, file_states, is_file, read_text, reading
+from softcfg.kept import read_kept, write_kept
 from softcfg.models.conditioning import TextEncoderLoader
 from softcfg.models.text import plain_tokenizer
 from softcfg.nn.precision import own_dtype
@@ -81,8 +82,9 @@ class KeptFeatures:
     """
 
     def __init__(self, encoder: Path, how: Sequence[object]) -> None:
-        found = [(path.name, path.stat()) for path in sorted(encoder.iterdir()) if is_file(path)]
-        files = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+        paths = [path for path in sorted(encoder.iterdir()) if is_file(path)]
+        # Without device and inode, which differ after a restart; a copy with the same times has another ctime.
+        files = [(path.name, *state[2:]) for path, state in zip(paths, file_states(paths), strict=True)]
         home = as_path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/softcfg/captions")
         self.folder = home / hashlib.sha256(repr((files, *how)).encode()).hexdigest()[:16]
 
@@ -91,20 +93,9 @@ class KeptFeatures:
 
     def read(self, caption: str) -> Tensor | None:
         """Return the features [n, width] of a caption, None if they are not there."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            features: Tensor = load(read_bounded(self._path(caption), LARGEST_FEATURES))["features"]
-        except (OSError, SafetensorError, KeyError):
-            return None
-        return features
+        return (read_kept(self._path(caption), LARGEST_FEATURES) or {}).get("features")
 
     def write(self, caption: str, features: Tensor) -> None:
         """Keep the features of a caption."""
-        from safetensors.torch import save
-
-        with contextlib.suppress(OSError, UserError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            content = save({"features": features.detach().cpu().contiguous()})
-            write_atomically(self._path(caption), content, durable=False, replace=True)
+        with contextlib.suppress(UserError):
+            write_kept(self._path(caption), {"features": features.detach().cpu()})
