@@ -346,11 +346,16 @@ _NOTHING, _NAN = np.float32(-np.inf), np.float32(np.nan)
 _LARGEST_BYTE = np.float32(127)
 
 
+def _shuffled(builder: Any, one: Any, other: Any, lanes: Sequence[int]) -> Any:
+    """A vector of these lanes of two others; those of the second are counted on from those of the first."""
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
 def _spread(builder: Any, number: Any, lanes: int) -> Any:
     """A vector of one number."""
     undefined = ir.Constant(ir.VectorType(_FLOAT, lanes), ir.Undefined)
     single = builder.insert_element(undefined, number, ir.IntType(32)(0))
-    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
+    return _shuffled(builder, single, undefined, [0] * lanes)
 
 
 LANES = 8  # numbers of a vector of channels, a register or half of one; and slots that are read at once
@@ -401,8 +406,7 @@ def _pairs_added(builder: Any, one: Any, other: Any, apart: int) -> Any:
         [lane for place in places for start in (place, LANES + place) for lane in range(start + by, start + by + apart)]
         for by in (0, apart)
     ]
-    mask = ir.VectorType(ir.IntType(32), LANES)
-    return builder.fadd(*(builder.shuffle_vector(one, other, ir.Constant(mask, half)) for half in halves))
+    return builder.fadd(*(_shuffled(builder, one, other, half) for half in halves))
 
 
 def _scores_of_eight(size: int) -> Any:
@@ -999,10 +1003,11 @@ def _turning(halves: bool) -> Any:
                 of_pairs = builder.mul(turn, _WORD(4 * LANES // 2))
                 x = _load(builder, builder.add(source, place))
                 by_cos, by_sin = (_load(builder, builder.add(each, of_pairs), lanes=LANES // 2) for each in (cos, sin))
-                of_first = _in_turn(builder, by_cos, by_sin)
-                of_second = _in_turn(builder, builder.fneg(by_sin), by_cos)
+                in_turn = [lane for pair in range(LANES // 2) for lane in (pair, LANES // 2 + pair)]
+                of_first = _shuffled(builder, by_cos, by_sin, in_turn)
+                of_second = _shuffled(builder, builder.fneg(by_sin), by_cos, in_turn)
                 first, second = (
-                    _permuted(builder, x, [lane // 2 * 2 + each for lane in range(LANES)]) for each in (0, 1)
+                    _shuffled(builder, x, x, [lane // 2 * 2 + each for lane in range(LANES)]) for each in (0, 1)
                 )
                 _store(builder, _two_products(builder, first, of_first, second, of_second), builder.add(to, place))
                 return []
@@ -1019,18 +1024,6 @@ def _two_products(builder: Any, one: Any, by: Any, other: Any, other_by: Any) ->
     """The sum of the products of vectors."""
     product = builder.fmul(one, by, flags=_CONTRACT)
     return builder.fadd(product, builder.fmul(other, other_by), flags=_CONTRACT)
-
-
-def _permuted(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
-    """A vector of these lanes of another one."""
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
-    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
-
-
-def _in_turn(builder: Any, one: Any, other: Any) -> Any:
-    """The lanes of two vectors in turn."""
-    lanes = [lane for pair in range(LANES // 2) for lane in (pair, LANES // 2 + pair)]
-    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
 
 
 _turn_halves, _turn_neighbours = _turning(True), _turning(False)
