@@ -123,9 +123,6 @@ def choices(device: torch.device) -> dict[str, str]:
         why = "as was asked for" if products.forced_product() else "the fastest measured for a layer of 768 to 2,304"
         for rows in PRODUCT_ROWS:
             product = products.choose([torch.randn(PRODUCT_SHAPE)], None, rows, products.MEASURED, replayed=True)
-            why = (
-                "as was asked for" if products.forced_product() else "the fastest measured for a layer of 768 to 2,304"
-            )
             found[f"matrix product, {rows} rows"] = f"{product.name}, {why}"
     return found
 
