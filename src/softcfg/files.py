@@ -193,6 +193,15 @@ def _too_large(path: str | Path, limit: int) -> OSError:
 # ---- writing
 
 
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `UserError` that says in one sentence why the file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_atomically(path: str | Path, content: bytes, *, durable: bool = True, replace: bool = False) -> None:
     """Write `content` to a temporary file beside `path` and rename it; see `open_atomically`.
 
@@ -222,7 +231,7 @@ def open_atomically(path: str | Path, *, durable: bool = True, replace: bool = F
 
 @contextlib.contextmanager
 def _opened(path: str | Path, *, durable: bool, replace: bool, tidy: bool) -> Iterator[BinaryIO]:
-    try:
+    with writing(path):
         kind = stat.S_IFMT(_mode(path))
         if not replace and (kind not in (0, stat.S_IFREG, stat.S_IFDIR) or str(path).startswith(("/dev/", "/proc/"))):
             with open(os.open(path, os.O_WRONLY | _flags("O_CLOEXEC", "O_BINARY")), "wb") as file:
@@ -232,8 +241,6 @@ def _opened(path: str | Path, *, durable: bool, replace: bool, tidy: bool) -> It
         with _renamed(target, durable=durable, tidy=tidy) as (_, descriptor):  # noqa: SIM117
             with open(os.dup(descriptor), "wb") as file:  # closed before the file is flushed and renamed
                 yield file
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -243,11 +250,8 @@ def path_atomically(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
-    try:
-        with _renamed(path, durable=True, tidy=True) as (temporary, _):
-            yield temporary
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path), _renamed(path, durable=True, tidy=True) as (temporary, _):
+        yield temporary
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from softcfg.errors import UserError
-from softcfg.files import open_own, open_regular
+from softcfg.files import open_own, open_regular, writing
 
 NAME = "run.lock"
 LONGEST = 1000  # bytes that say who holds the lock
@@ -35,10 +35,8 @@ class Lock:
             UserError: another job holds it; it is named.
         """
         path = folder / NAME
-        try:
+        with writing(path):
             self._file = open_own(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
             free = _lock(self._file)
             until = time.monotonic() + PATIENCE
@@ -54,14 +52,15 @@ class Lock:
         if os.fstat(self._file.fileno()).st_nlink > 1:
             return  # the file has another name as well, and what is in it may be something else's
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        try:
-            self._file.truncate(0)
-            self._file.write(f"{json.dumps(who)}\n".encode())
-            self._file.flush()
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        with writing(path):
+            try:
+                self._file.truncate(0)
+                self._file.write(f"{json.dumps(who)}\n".encode())
+                self._file.flush()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                raise
 
     def release(self) -> None:
         """Release the lock."""
