@@ -25,12 +25,13 @@ from softcfg.decoding.threads import fitting_threads
 from softcfg.decoding.weak import check_weak
 from softcfg.errors import UnexpectedArgumentError, UserError, quote, require_whole, user_errors
 from softcfg.guidance import CFG, SoftCFG, settings_of
+from softcfg.images import checked_size
 from softcfg.models.base import Generator
 from softcfg.models.conditioning import Conditioning
 from softcfg.nn.kv_cache import CACHES
 from softcfg.nn.linear import parameter_count, weights_at_rest, weights_in_use
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, own_dtype, wanted_dtype
-from softcfg.tokenizers.base import Tokenizer, checked_size
+from softcfg.tokenizers.base import Tokenizer
 from softcfg.zoo import placement, saving
 from softcfg.zoo.fetching import fetch
 from softcfg.zoo.files import require_files
@@ -331,7 +332,7 @@ class Pipeline:
         """The same pipeline, whose images are resized to `size` x `size` pixels before they are clamped and rounded.
 
         LlamaGen's released sampler does this as --image-size-eval: the published figures of its models of 384 pixels
-        are of images of 256. See `softcfg.tokenizers.base.resize`.
+        are of images of 256. See `softcfg.images.resize`.
 
         Raises:
             UserError: no such size.

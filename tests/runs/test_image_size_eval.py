@@ -15,9 +15,9 @@ from image_files import write_pngs
 from softcfg import Pipeline, UserError
 from softcfg.cli.main import main
 from softcfg.evaluation import evaluate, open_source
+from softcfg.images import resize
 from softcfg.runs.folder import RunFolder
 from softcfg.runs.job import RunRequest, decode_run, draw_run
-from softcfg.tokenizers.base import resize
 from stand_in import extractor
 
 OWN = 8  # pixels a side of the model's images

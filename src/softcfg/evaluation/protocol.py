@@ -25,8 +25,8 @@ from softcfg.evaluation.report import TITLES, Report
 from softcfg.evaluation.sources import ImageSource, ResizedSource, files_read, open_source
 from softcfg.evaluation.statistics_file import ARRAYS, StatisticsFile, read_statistics, save_statistics
 from softcfg.files import FileStates, as_path, file_states, hash_file, is_file, refuse_overwriting
+from softcfg.images import checked_size
 from softcfg.nn.precision import as_device, as_dtype, dtype_name, has_float64
-from softcfg.tokenizers.base import checked_size
 from softcfg.version import __version__
 
 if TYPE_CHECKING:

@@ -23,12 +23,11 @@ from torch import Tensor
 from softcfg.errors import UserError, clean, quote
 from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
 from softcfg.files import FileStates, as_path, file_states, hash_file, is_file, is_folder
-from softcfg.images import SUFFIXES, read_picture
+from softcfg.images import SUFFIXES, read_picture, resize
 from softcfg.nn.limits import cores
 from softcfg.nn.precision import dtype_name
 from softcfg.runs.folder import PICTURES, SETTINGS, SHARDS, RunFolder
 from softcfg.runs.plan import Prompts
-from softcfg.tokenizers.base import resize
 
 if TYPE_CHECKING:
     from softcfg.images import Picture
@@ -320,7 +319,7 @@ class RunSource(ImageSource):
 
 
 class ResizedSource(ImageSource):
-    """The square images of another source, resized to `size` x `size` pixels as `softcfg.tokenizers.base.resize` does.
+    """The square images of another source, resized to `size` x `size` pixels as `softcfg.images.resize` does.
 
     Attributes:
         original: that source.

@@ -16,6 +16,7 @@ from softcfg.decoding.filtering import one_sampling
 from softcfg.errors import UserError, quote, require_uint64, require_whole, user_errors
 from softcfg.files import as_path, is_same_file, make_folder
 from softcfg.guidance import CFG, as_guidance
+from softcfg.images import checked_size
 from softcfg.models.ids import as_ids
 from softcfg.nn.precision import as_dtype
 from softcfg.nn.products import forced_product
@@ -29,7 +30,6 @@ from softcfg.runs.settings import pixel_dtype, resizing, run_settings
 from softcfg.runs.shards import Shard
 from softcfg.runs.signals import termination_raises
 from softcfg.runs.worker import BatchDrawer, ShardMaker, decoded_shards, make_shards, require_decodable
-from softcfg.tokenizers.base import checked_size
 from softcfg.zoo.files import require_file
 from softcfg.zoo.loading import load_tokenizer
 from softcfg.zoo.registry import resolve

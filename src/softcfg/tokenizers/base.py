@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcfg.errors import UserError, quote
+from softcfg.errors import UserError
+from softcfg.images import resize
 from softcfg.nn.memory import replace_contents
 from softcfg.nn.precision import KeepsTables, dtype_name, own_dtype
 
@@ -21,7 +22,6 @@ DISTANCES_AT_ONCE = 2**24
 PIXELS_AT_ONCE = 2**17
 # How far outside of [0, 1] a pixel may lie and still count as rounding.
 PIXEL_TOLERANCE = 1e-3
-LARGEST_OUTPUT = 4096  # pixels of a side that images are resized to
 
 
 class Codebook(nn.Module):
@@ -73,7 +73,7 @@ class Tokenizer(KeepsTables):
     tokens come with their grid (h, w), and pixels have a height and width that are multiples of `patch_size`.
 
     With an `output_size`, decoded images, which must be squares, are resized to it before they are clamped and rounded:
-    published figures of models of 384 pixels are of images of 256 (see `resize`).
+    published figures of models of 384 pixels are of images of 256 (see `softcfg.images.resize`).
     """
 
     num_tokens: int  # tokens per image, T = h * w
@@ -277,22 +277,6 @@ def _in_pieces(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Te
     each = -(-count // pieces)
     places = torch.arange(pieces * each).clamp(max=count - 1)  # the last image fills up the last piece
     return torch.cat([run(images[some]) for some in places.split(each)])[:count]
-
-
-def resize(pixels: Tensor, size: int) -> Tensor:
-    """Resize images [B, 3, H, W] to `size` x `size` pixels as LlamaGen's released evaluation does.
-
-    Bicubic with the coefficient -0.75, centres of pixels at halves, no antialiasing: `torch.nn.functional.interpolate`.
-    Values may go beyond those of the images. Images of that size stay as they are.
-    """
-    return pixels if pixels.shape[2:] == (size, size) else F.interpolate(pixels, (size, size), mode="bicubic")
-
-
-def checked_size(size: Any) -> int:
-    """Return a side that images can be resized to, in pixels; raises `UserError` for anything else."""
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_OUTPUT:
-        raise UserError(f"image_size_eval must be a whole number from 1 to {LARGEST_OUTPUT}, got {quote(size)}")
-    return size
 
 
 @torch.no_grad()
