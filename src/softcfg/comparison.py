@@ -308,5 +308,5 @@ def _scale_text(scale: float) -> str:
 
 
 def _cell(entry: Entry, metric: str) -> str:
-    error, places = entry.error(metric), DECIMALS.get(metric, 3)
+    error, places = entry.error(metric), DECIMALS[metric]
     return f"{entry.mean(metric):.{places}f}" + ("" if error is None else f" ± {error:.{places}f}")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # What a prompt says, by the metric that counts the images which show it.
 AGREEMENT = {"agreement": "all", "name_agreement": "name", "style_agreement": "style", "colour_agreement": "colour"}
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy", *AGREEMENT)
+METRICS = tuple(TITLES)
 SAMPLES_ALONE = ("inception_score", "class_accuracy", *AGREEMENT)  # they need no reference
 FRECHET = {"fid": "pooled", "sfid": "spatial"}  # the features they compare
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-TITLES = {
+TITLES = {  # of all metrics
     "fid": "FID",
     "sfid": "sFID",
     "inception_score": "Inception Score",
@@ -51,7 +51,7 @@ class Report:
     def to_table(self) -> str:
         """One line per metric, then what was compared, and the notes."""
         width = max(map(len, TITLES.values())) + 2
-        lines = [f"{TITLES[name]:{width}}{value:>10.{DECIMALS.get(name, 3)}f}" for name, value in self.metrics.items()]
+        lines = [f"{TITLES[name]:{width}}{value:>10.{DECIMALS[name]}f}" for name, value in self.metrics.items()]
         for name in ("samples", "reference", "extractor"):
             if about := self.settings[name]:
                 lines.append(f"{name:{width}}{_line(about)}")

@@ -67,7 +67,7 @@ class Table:
         """The settings and metrics of a trial; with a remark if it was stopped, or better than those before."""
         cells = [_short(row.settings[name]) for name in self.settings]
         for name in self.metrics:
-            cells.append(f"{row.metrics[name]:.{DECIMALS.get(name, 3)}f}" if name in row.metrics else "")
+            cells.append(f"{row.metrics[name]:.{DECIMALS[name]}f}" if name in row.metrics else "")
         text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True))
         return f"{row.trial:5}{text}{self._remark(row) if remark else ''}"
 
