@@ -137,14 +137,10 @@ def parse_metrics(text: str | None) -> list[str] | None:
     return [name.strip().replace("-", "_") for name in text.split(",")] if text else None
 
 
-def add_output_size_argument(group: argparse._ArgumentGroup) -> None:
+def add_output_size_argument(group: argparse._ActionsContainer, what: str = "") -> None:
     """`--image-size-eval`, as LlamaGen's released sampler has it; see `Pipeline.with_image_size`."""
-    group.add_argument(
-        "--image-size-eval",
-        type=int,
-        metavar="SIZE",
-        help="resize images to SIZE x SIZE pixels, before they are rounded to 8 bits (default: the model's own size)",
-    )
+    usual = "resize images to SIZE x SIZE pixels, before they are rounded to 8 bits (default: the model's own size)"
+    group.add_argument("--image-size-eval", type=int, metavar="SIZE", help=what or usual)
 
 
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:

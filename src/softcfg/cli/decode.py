@@ -32,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer decodes (default: the run's)")
     parser.add_argument("--tokenizer-checkpoint", metavar="FILE", help="its weights, instead of the model's own")
     arguments.add_tokenizer_dtype_argument(parser)
-    parser.add_argument(
-        "--image-size-eval",
-        type=int,
-        metavar="SIZE",
-        help="resize images to SIZE x SIZE pixels (default: as in the run)",
-    )
+    arguments.add_output_size_argument(parser, "resize images to SIZE x SIZE pixels (default: as in the run)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
         "--png", action=argparse.BooleanOptionalAction, default=True, help="one file per image (default)"

@@ -39,11 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="some of fid,sfid,inception_score,precision,recall,class_accuracy,agreement,name_agreement,"
         "style_agreement,colour_agreement (default: all that can be computed)",
     )
-    parser.add_argument(
-        "--image-size-eval",
-        type=int,
-        metavar="SIZE",
-        help="first resize images of another size to SIZE x SIZE pixels (bicubic). Figures of papers are of images "
+    arguments.add_output_size_argument(
+        parser,
+        "first resize images of another size to SIZE x SIZE pixels (bicubic). Figures of papers are of images "
         "that were resized before they were rounded to 8 bits: better give this flag to 'softcfg sample' or 'decode'",
     )
     group = parser.add_argument_group("features")
