@@ -29,6 +29,11 @@ def _at(variants: Iterable[CFG], scales: Sequence[float] = SCALES) -> list[CFG]:
     return [replace(variant, guidance_scale=scale) for variant in variants for scale in scales]
 
 
+def _at_powers(variants: Iterable[CFG]) -> list[CFG]:
+    """At all scales, each with a power of 1 and of 2."""
+    return [replace(each, guidance_scale_pow=power) for power in (1.0, 2.0) for each in _at(variants)]
+
+
 def _third(name: str) -> list[CFG]:
     """The conditional branch perturbed, as a third one beside the two of CFG, or alone."""
     scales = [(scale, own) for scale in (3.0, 5.0) for own in (0.5, 1.0)]
@@ -44,21 +49,15 @@ RULE_CANDIDATES: Mapping[str, Sequence[CFG]] = {
     "rescaled CFG": _at(_rule("rescale", {"share": 0.3}, {"share": 0.7})),
     "APG": _at(_rule("apg", {}, {"momentum": -0.5})),
     "CFG-Zero*": _at(_rule("zero_star", {}, {"init_steps": 0})),
-    "tangential damping": [
-        replace(each, guidance_scale_pow=power) for power in (1.0, 2.0) for each in _at(_rule("tcfg", {}))
-    ],
+    "tangential damping": _at_powers(_rule("tcfg", {})),
     "adaptive scale": _at(_rule("adaptive", {"alpha": 0.3}, {"alpha": 1.0})),
-    "CFG of probabilities": [
-        replace(each, guidance_scale_pow=power) for power in (1.0, 2.0) for each in _at(_rule("probability", {}))
-    ],
+    "CFG of probabilities": _at_powers(_rule("probability", {})),
 }
 PERTURBATION_CANDIDATES: Mapping[str, Sequence[CFG]] = {
     "low confidence hidden": _at(_perturbation("low_confidence", {"share": 0.1}, {"share": 0.5})),
     "shorter memory": _at(_perturbation("window", {"size": 16}, {"size": 32})),
     "fading memory": _at(_perturbation("decay", {"half_life": 16.0}, {"half_life": 64.0})),
-    "PAG of the unconditional branch": [
-        replace(each, guidance_scale_pow=power) for power in (1.0, 2.0) for each in _at(_perturbation("pag", {}))
-    ],
+    "PAG of the unconditional branch": _at_powers(_perturbation("pag", {})),
     "TPG of the unconditional branch": _at(_perturbation("tpg", {"window": 4}, {"window": 16})),
     "VPG of the unconditional branch": _at(_perturbation("vpg", {"rate": 0.1}, {"rate": 0.5})),
     "PAG as a third branch": _third("pag"),
@@ -66,12 +65,8 @@ PERTURBATION_CANDIDATES: Mapping[str, Sequence[CFG]] = {
 }
 SOFTCFG_CANDIDATES: Mapping[str, Sequence[CFG]] = {
     "SoftCFG of strength below 1": _at([SoftCFG(strength=0.25), SoftCFG(strength=0.5)]),
-    "CFG in the second half": [
-        replace(each, guidance_scale_pow=power) for power in (1.0, 2.0) for each in _at([CFG(interval=LATE)])
-    ],
-    "SoftCFG in the second half": [
-        replace(each, guidance_scale_pow=power) for power in (1.0, 2.0) for each in _at([SoftCFG(interval=LATE)])
-    ],
+    "CFG in the second half": _at_powers([CFG(interval=LATE)]),
+    "SoftCFG in the second half": _at_powers([SoftCFG(interval=LATE)]),
     "SoftCFG and rescaled CFG": _at(_with_softcfg("rescale")),
     "SoftCFG and APG": _at(_with_softcfg("apg")),
     "SoftCFG and APG with momentum": _at(_with_softcfg("apg", (0.5, 0.25), momentum=-0.5)),
