@@ -71,7 +71,7 @@ class Evidence:
     def fid_less(self, guidance: CFG, other: CFG) -> str:
         """By how much the FID of two settings differs, with the standard error, over seeds that both have."""
         one, two = (self.plan.of_seeds(each, "seen", self.rows) for each in (guidance, other))
-        return fid_difference(one, two, METRICS["fid"][2]) if one.keys() & two.keys() else MISSING
+        return fid_difference(one, two, METRICS["fid"][2])
 
     def drawn(self, name: str, kind: str, metric: str) -> list[CFG]:
         """A method at the scales that are there."""

@@ -518,8 +518,10 @@ PICTURES: Mapping[str, Callable[[Study], Figure]] = {
 
 def fid_difference(one: Mapping[int, Row], two: Mapping[int, Row], decimals: int = 3) -> str:
     """By how much the FID of two settings differs, seed -> values of each, with its standard error by the jackknife."""
-    found = _difference([(one[seed], two[seed]) for seed in sorted(one.keys() & two.keys())])
-    return f"{found[0]:+.{decimals}f} ± {found[1]:.{decimals}f}" if found else MISSING
+    if not (seeds := sorted(one.keys() & two.keys())):
+        return MISSING
+    difference, error = _difference([(one[seed], two[seed]) for seed in seeds])
+    return f"{difference:+.{decimals}f} ± {error:.{decimals}f}"
 
 
 def of_traces(traces: Mapping[str, Row], quantities: Mapping[str, str], background: str) -> str:
