@@ -9,7 +9,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,12 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_atomically(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
 
 
-def parameters(weights: Path) -> int:
-    """Return the number of parameters in a weights file."""
+def described(weights: Path, family: str, config: Any) -> dict[str, Any]:
+    """Return a half of a model as model.yaml describes it: its family, its configuration and its weights beside it."""
     with safe_open(weights, "pt") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        parameters = sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return {"family": family, "config": plain, "checkpoint": weights.name, "parameters": parameters}
 
 
 def batch_index(seed: int, step: int, batch_size: int, size: int) -> Tensor:

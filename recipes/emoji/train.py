@@ -6,14 +6,13 @@ Killed and started again with the same options, it continues where it was.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from recipes.commands import positive, run_command
 from recipes.emoji import data, train_generator, train_judge, train_tokenizer
-from recipes.training import Budget, parameters
+from recipes.training import Budget, described
 from softcfg.errors import UserError
 from softcfg.files import write_atomically
 from softcfg.zoo.registry import BUNDLED
@@ -31,23 +30,12 @@ SAMPLING = {"temperature": 0.7, "guidance_scale": 2.0, "schedule": "constant"}
 
 def write_model_card(folder: Path) -> None:
     """Write model.yaml, which makes the folder of the weights a model folder, and the notice of the pictures."""
-    codec = train_tokenizer.CONFIG
     card = {
         "name": "emoji",
         "description": "emoji by nine artists from name, colour and style, 96 x 96 pixels, 144 codes; for a CPU",
         "licence": LICENCE,
-        "generator": {
-            "family": "lumina-mgpt-2",
-            "config": asdict(train_generator.CONFIG),
-            "checkpoint": "generator.safetensors",
-            "parameters": parameters(folder / "generator.safetensors"),
-        },
-        "tokenizer": {
-            "family": "movq",
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(codec).items()},
-            "checkpoint": "tokenizer.safetensors",
-            "parameters": parameters(folder / "tokenizer.safetensors"),
-        },
+        "generator": described(folder / "generator.safetensors", "lumina-mgpt-2", train_generator.CONFIG),
+        "tokenizer": described(folder / "tokenizer.safetensors", "movq", train_tokenizer.CONFIG),
         "text": {"tokenizer": "tokenizer.json", "template": "{prompt}"},
         "sampling": SAMPLING,
         "examples": dict.fromkeys(EXAMPLES, 0),

@@ -109,13 +109,6 @@ def optimizers_of(model: MoVQ) -> list[torch.optim.Optimizer]:
     return [Muon(kernels.values(), lr=6e-3), torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)]
 
 
-def tokenizer_from(weights: Path, config: MoVQConfig = CONFIG) -> MoVQ:
-    """Return the trained tokenizer."""
-    model = MoVQ(config).eval()
-    model.load_state_dict(load_file(weights))
-    return model
-
-
 def pixels_of(collection: Collection, chosen: Sequence[int]) -> Tensor:
     """Return pictures as float32 [N, 3, S, S] in [0, 1]."""
     return floats(torch.from_numpy(collection.pixels[np.asarray(chosen, dtype=np.int64)]))

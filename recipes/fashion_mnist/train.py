@@ -6,7 +6,6 @@ Killed and started again with the same options, it continues where it was.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -15,7 +14,7 @@ from recipes.commands import positive, run_command
 from recipes.fashion_mnist import train_classifier, train_generator, train_tokenizer
 from recipes.fashion_mnist.data import CLASSES, DEFAULT_FOLDER, load
 from recipes.fashion_mnist.presets import PRESETS
-from recipes.training import Budget, parameters
+from recipes.training import Budget, described
 from softcfg.files import write_atomically
 
 
@@ -25,18 +24,8 @@ def write_model_card(folder: Path, name: str) -> None:
     card = {
         "name": name,
         "description": preset.description,
-        "generator": {
-            "family": "alitok",
-            "config": asdict(preset.generator),
-            "checkpoint": "generator.safetensors",
-            "parameters": parameters(folder / "generator.safetensors"),
-        },
-        "tokenizer": {
-            "family": "maskgit-vq",
-            "config": {**asdict(preset.tokenizer), "channel_mult": list(preset.tokenizer.channel_mult)},
-            "checkpoint": "tokenizer.safetensors",
-            "parameters": parameters(folder / "tokenizer.safetensors"),
-        },
+        "generator": described(folder / "generator.safetensors", "alitok", preset.generator),
+        "tokenizer": described(folder / "tokenizer.safetensors", "maskgit-vq", preset.tokenizer),
         "sampling": dict(preset.sampling),
         "classes": list(CLASSES),
     }
