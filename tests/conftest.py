@@ -16,6 +16,7 @@ from pathlib import Path
 # Tests run beside each other, and their models are too small for several threads; torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -147,3 +148,11 @@ def pipe(model_folder: Path) -> Pipeline:
 @pytest.fixture(scope="module")
 def prompt_pipe(prompt_model_folder: Path) -> Pipeline:
     return Pipeline.from_pretrained(prompt_model_folder)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of the size that `model_folder` draws, to compare with."""
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    np.savez(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    return path

@@ -19,13 +19,6 @@ from softcfg.runs.folder import RunFolder
 from stand_in import extractor
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("reference") / "reference.npz"
-    np.savez(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
-    return path
-
-
 def words(model: Path, reference: Path, out: Path, *more: str) -> list[str]:
     return [
         "sweep", str(model), "--output-dir", str(out), "--reference", str(reference), "--extractor", "stand_in:factory",

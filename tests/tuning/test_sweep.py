@@ -32,13 +32,6 @@ SEARCH = {"guidance_scale": Range(1.0, 8.0), "confidence": ["max", "entropy"]}
 Maker = Callable[..., Sweep]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("reference") / "reference.npz"
-    np.savez(path, np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
-    return path
-
-
 def made_up(drawer: Any, indices: Sequence[int], labels: Sequence[int], *_: Any) -> PipelineOutput:
     """Images that depend on what images of a run depend on, in no time; tests/cli/test_sweep.py draws real ones."""
     guidance = drawer.guidance
