@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from softcfg.guidance import CFG
     from softcfg.pipeline import Pipeline
     from softcfg.runs.folder import RunFolder
-    from softcfg.runs.job import DrawnRun, RunRequest
+    from softcfg.runs.job import DrawnRun
     from softcfg.runs.processes import Processes
     from softcfg.runs.progress import Progress
     from softcfg.runs.shards import Shard
@@ -83,7 +83,7 @@ def draw(
         if on_start is not None:
             on_start(run)
         if processes.first:
-            _announce(run, request, todo)
+            _announce(run, guidance, todo)
 
     def report(progress: Progress) -> None:
         nonlocal latest
@@ -120,7 +120,7 @@ def draw(
         raise
 
 
-def _announce(run: RunFolder, request: RunRequest, todo: Sequence[int]) -> None:
+def _announce(run: RunFolder, guidance: CFG, todo: Sequence[int]) -> None:
     count = run.plan.num_samples
     left = sum(len(run.plan.indices(number)) for number in todo)
     if not todo:
@@ -130,10 +130,7 @@ def _announce(run: RunFolder, request: RunRequest, todo: Sequence[int]) -> None:
     environments = run.settings["environment"]
     if todo and left < count and len(environments) > 1:
         print("they were drawn in another environment (see run.json); bits may differ from those of one environment")
-    from softcfg.guidance import CFG
-
-    assert isinstance(request.guidance, CFG)
-    print(guidance_sentence(request.guidance), flush=True)
+    print(guidance_sentence(guidance), flush=True)
 
 
 def guidance_sentence(guidance: CFG) -> str:

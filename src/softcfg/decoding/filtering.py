@@ -136,9 +136,9 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 def one_sampling(
     sampling: Sampling | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     default: Callable[..., Sampling] = Sampling,
 ) -> Sampling:
     """The settings of a call that takes them as one object or one by one.

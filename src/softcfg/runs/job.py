@@ -127,7 +127,7 @@ class RunRequest:
             return as_guidance(self.guidance, pipeline.default_guidance)
 
     def _sampling(self, pipeline: Pipeline) -> Sampling:
-        return one_sampling(self.sampling, None, None, None, pipeline.sampling)
+        return one_sampling(self.sampling, default=pipeline.sampling)
 
     def _labels(self, pipeline: Pipeline, count: int) -> list[int] | str:
         if isinstance(self.labels, str):
