@@ -17,12 +17,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from starlette.requests import HTTPConnection
 
 from softcfg.ui.events import CANCEL, JOIN, PREDICT, RESET, Refused, checked, session_of
+
+if TYPE_CHECKING:
+    from softcfg.ui.waiting import Waiting
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -74,24 +77,6 @@ class Access:
 
     hosts: frozenset[str] = LOCAL
     behind_proxy: bool = False
-
-
-class Waiting(Protocol):
-    """What the queue of the page's events holds."""
-
-    places: int  # that one visitor may have
-
-    def inputs(self, route: str) -> dict[int, int]:
-        """The events that a route takes, and how many values each has."""
-
-    def of(self, visitor: str) -> int:
-        """Requests of a visitor that wait."""
-
-    def unread(self, session: str) -> int:
-        """Messages that a session has not fetched."""
-
-    def note(self, visitor: str, session: str) -> None:
-        """A visitor uses a session."""
 
 
 class Guard:

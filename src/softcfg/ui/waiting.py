@@ -16,7 +16,11 @@ from softcfg.ui.studio import Limits
 
 
 class Waiting:
-    """What the queue of the page holds for each visitor and session."""
+    """What the queue of the page holds for each visitor and session.
+
+    Attributes:
+        places: in the queue, for one visitor.
+    """
 
     def __init__(self, blocks: gr.Blocks, limits: Limits) -> None:
         self.places = limits.places
