@@ -394,10 +394,8 @@ class Pipeline:
             UserError: a setting is out of its range.
         """
         suited = {name: value for name, value in self.sampling_defaults.items() if name in settings_of(Sampling)}
-        loose = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        given = {name: value for name, value in loose.items() if value is not None}
-        with user_errors():
-            return Sampling(**{**suited, **settings, **given})
+        default = functools.partial(Sampling, **{**suited, **settings})
+        return one_sampling(None, temperature, top_k, top_p, default)
 
     def num_tokens(self, width: int | None = None, height: int | None = None) -> int:
         """T, the tokens drawn for an image; of text-to-image models for one of this size, by default the model's.
