@@ -80,63 +80,46 @@ def short_measurements(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_model(folder: Path, std: float, halves: dict[str, tuple[str, dict[str, object]]], **more: object) -> Path:
+    """Write a model folder of random weights; `halves` are families and configurations, `more` is for model.yaml."""
     from softcfg.configuration import load_config
-    from softcfg.models.alitok import AliTok, AliTokConfig
-    from softcfg.tokenizers.maskgit_vq import MaskGITVQ, MaskGITVQConfig
+    from softcfg.zoo import GENERATORS, TOKENIZERS
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
+    described = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        generator = AliTok(load_config(AliTokConfig, GENERATOR))
-        for parameter in generator.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.5)
-        tokenizer = MaskGITVQ(load_config(MaskGITVQConfig, TOKENIZER))
-    save_file(generator.state_dict(), folder / "generator.safetensors")
-    save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
-    description = {
-        "name": "tiny",
-        "description": "random weights",
-        "generator": {"family": "alitok", "config": GENERATOR, "checkpoint": "generator.safetensors"},
-        "tokenizer": {"family": "maskgit-vq", "config": TOKENIZER, "checkpoint": "tokenizer.safetensors"},
-        "sampling": {"guidance_scale": 3.0, "guidance_scale_pow": 0.5, "temperature": 0.9},
-        "classes": CLASSES,
-    }
-    (folder / "model.yaml").write_text(yaml.safe_dump(description))
+        for kind, families in (("generator", GENERATORS), ("tokenizer", TOKENIZERS)):
+            family, config = halves[kind]
+            module_class, config_class = families[family].classes()
+            module = module_class(load_config(config_class, config))
+            for parameter in module.parameters() if kind == "generator" else ():
+                if parameter.dim() > 1:
+                    torch.nn.init.normal_(parameter, std=std)
+            save_file(module.state_dict(), folder / f"{kind}.safetensors")
+            described[kind] = {"family": family, "config": config, "checkpoint": f"{kind}.safetensors"}
+    card = {"name": folder.name, "description": "random weights", **described, **more}
+    (folder / "model.yaml").write_text(yaml.safe_dump(card))
     return folder
 
 
 @pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    halves = {"generator": ("alitok", GENERATOR), "tokenizer": ("maskgit-vq", TOKENIZER)}
+    sampling = {"guidance_scale": 3.0, "guidance_scale_pow": 0.5, "temperature": 0.9}
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", 0.5, halves, sampling=sampling, classes=CLASSES)
+
+
+@pytest.fixture(scope="session")
 def prompt_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from softcfg.configuration import load_config
-    from softcfg.models.lumina import Lumina, LuminaConfig
-    from softcfg.tokenizers import MoVQ, MoVQConfig
     from tiny_models import LUMINA, MOVQ, text_tokenizer
 
+    halves = {"generator": ("lumina-mgpt-2", LUMINA), "tokenizer": ("movq", MOVQ)}
+    text = {"tokenizer": "tokenizer.json", "template": "{prompt}"}
+    sampling = {"guidance_scale": 3.0, "schedule": "constant", "temperature": 0.9, "top_k": 15}
     folder = tmp_path_factory.mktemp("models") / "words"
-    folder.mkdir()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        generator = Lumina(load_config(LuminaConfig, LUMINA))
-        for parameter in generator.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.3)
-        tokenizer = MoVQ(load_config(MoVQConfig, MOVQ))
-    save_file(generator.state_dict(), folder / "generator.safetensors")
-    save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
+    write_model(folder, 0.3, halves, text=text, sampling=sampling)
     text_tokenizer().save(str(folder / "tokenizer.json"))
-    description = {
-        "name": "words",
-        "description": "random weights",
-        "generator": {"family": "lumina-mgpt-2", "config": LUMINA, "checkpoint": "generator.safetensors"},
-        "tokenizer": {"family": "movq", "config": MOVQ, "checkpoint": "tokenizer.safetensors"},
-        "text": {"tokenizer": "tokenizer.json", "template": "{prompt}"},
-        "sampling": {"guidance_scale": 3.0, "schedule": "constant", "temperature": 0.9, "top_k": 15},
-    }
-    (folder / "model.yaml").write_text(yaml.safe_dump(description))
     return folder
 
 
