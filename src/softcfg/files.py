@@ -28,7 +28,7 @@ FileStates = tuple[tuple[int, ...], ...]
 TEMPORARY = ".tmp"
 A_LINK = "it is a link, not a regular file"
 OF_A_WRITER = re.compile(r"[0-9a-f]{16}\.tmp")
-LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\..+\.[^.]+\.\d+\.tmp")  # the latter by versions before 0.2
+LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{16}\.tmp|\..+\.[^.]+\.\d+\.tmp")  # the latter by earlier versions
 
 KINDS = {
     stat.S_IFDIR: "a folder",

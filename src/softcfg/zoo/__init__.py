@@ -1,8 +1,5 @@
 """Known models: the registry, and finding, fetching, checking and loading their weights."""
 
-from typing import Any
-
-from softcfg.zoo import registry
 from softcfg.zoo.fetching import fetch
 from softcfg.zoo.loading import load_generator, load_tokenizer, load_weights
 from softcfg.zoo.reading import read_state_dict
@@ -38,7 +35,3 @@ __all__ = [
     "register_tokenizer",
     "resolve",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return getattr(registry, name)  # names that have changed, with a warning
