@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -154,6 +155,10 @@ class Pipeline:
             raise UserError(f"weak must be a model or the pipeline of one, got {quote(weak)}")
         dtype = wanted_dtype(torch_dtype, "torch_dtype") if dtype is None else wanted_dtype(dtype)
         kv_cache_dtype, tokenizer_dtype = _cache_dtype(kv_cache_dtype), as_dtype(tokenizer_dtype, "tokenizer_dtype")
+        checkpoints = {"generator_checkpoint": generator_checkpoint, "tokenizer_checkpoint": tokenizer_checkpoint}
+        for name, path in checkpoints.items():
+            if not isinstance(path, (str, os.PathLike, type(None))):
+                raise UserError(f"{name} must be the path of a file, got {quote(path)}")
         if isinstance(model, str) and is_repository(model):
             fetch(model)
         entry = resolve(model)
