@@ -20,7 +20,7 @@ from softcfg.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # on Windows, where a locked file could not be renamed either
+except ImportError:  # on Windows, which neither renames nor removes an open file
     fcntl = None  # type: ignore[assignment]
 
 FileStates = tuple[tuple[int, ...], ...]
@@ -264,22 +264,23 @@ def _renamed(target: Path, *, durable: bool, tidy: bool) -> Iterator[tuple[Path,
     if tidy:
         _remove_left_behind(target.parent, target.name)
     temporary, descriptor = _temporary(target)
-    try:
-        yield temporary, descriptor
-        if durable:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        if fcntl is None:  # Windows renames no open file
-            os.close(descriptor)
-        os.replace(temporary, target)
-        if durable:
-            _flush_folder(target.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, descriptor)
+        try:
+            yield temporary, descriptor
+            if durable:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            if fcntl is None:
+                opened.close()
+            os.replace(temporary, target)
+            if durable:
+                _flush_folder(target.parent)
+        except BaseException:
+            if fcntl is None:
+                opened.close()
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _temporary(target: Path) -> tuple[Path, int]:
@@ -311,9 +312,13 @@ def _remove_left_behind(folder: Path, name: str = "", *, alone: bool = False) ->
     """Remove the temporary files of writers of `name`, or of all, that were killed; see `remove_temporary`."""
     for path in folder.glob(f".{glob.escape(name[:100])}*{TEMPORARY}"):
         if LEFT_BEHIND.fullmatch(path.name) and (not name or OF_A_WRITER.fullmatch(path.name, len(name[:100]) + 2)):
-            with contextlib.suppress(OSError), _open(path, os.O_RDONLY | _flags("O_NOFOLLOW")) as file:
-                if alone or _lock(file.fileno()):
+            with contextlib.suppress(OSError):
+                if alone and is_file(path):
                     path.unlink()
+                    continue
+                with _open(path, os.O_RDONLY | _flags("O_NOFOLLOW")) as file:
+                    if _lock(file.fileno()):
+                        path.unlink()
 
 
 def _behind_links(path: str | Path) -> Path:
