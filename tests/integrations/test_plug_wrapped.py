@@ -64,6 +64,20 @@ def minimax() -> Any:
     )
 
 
+def chameleon() -> Any:
+    """Image codes are the tokens from 20 to 43."""
+    codes = {f"IMGIMG{chr(65 + code // 6)}{chr(65 + code % 6)}Z": 20 + code for code in range(24)}
+    vq = {
+        "num_embeddings": 24, "embed_dim": 16, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1],
+        "num_res_blocks": 1, "resolution": 16,
+    }  # fmt: skip
+    words = {"<image>": 5, "<racm3:break>": 6, "<eoss>": 7, **codes}
+    size = {**TEXT, "num_key_value_heads": 4}
+    return transformers.ChameleonForConditionalGeneration(
+        transformers.ChameleonConfig(vocabulary_map=words, vq_config=vq, **size)
+    )
+
+
 def made(make: Callable[[], Any]) -> Any:
     torch.manual_seed(7)
     return with_large_weights(make())
@@ -133,6 +147,25 @@ def test_a_wrapper_draws_what_its_model_draws(make: Callable[[], Any], wrapper: 
         with torch.compiler.set_stance("force_eager"):  # compiling takes long
             tokens = decode(inside, guidance)
         assert torch.equal(tokens, decode(model, guidance))
+
+
+def test_image_tokens_that_the_model_rules_out() -> None:
+    """Chameleon's forward call rules out its image tokens by the least number there is, so its head is asked."""
+    model, codes, seen = made(chameleon), torch.arange(20, 44), []
+
+    def only_codes(ids: Tensor, logits: Tensor) -> Tensor:
+        seen.append(logits)
+        return torch.full_like(logits, -torch.inf).index_copy(1, codes, logits[:, codes])
+
+    settings = {"logits_processor": [only_codes], "prompts": PROMPTS[1:], "attention_mask": None}
+    assert torch.isin(decode(model, SoftCFG(4.0), **settings), codes).all()
+    bare = [model.lm_head(model.model(ids).last_hidden_state[:, -1]) for ids in (PROMPTS[1:], SHORT)]
+    torch.testing.assert_close(seen[0], CFG(4.0).guide(*bare, scale=CFG(4.0).scales(T)[0]), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match=r"every code is ruled out; try .* codes that the model itself allows"):
+        decode(Outside(model), CFG(3.0), **settings)
+    assert not torch.isin(decode(Outside(model), CFG(3.0)), codes).any()
+    sequences = generate(model, logits_processor=[lambda ids, logits: logits.index_fill(1, torch.tensor([2]), 1e9)])
+    assert sequences.shape == (2, 6)  # its end token ends a sequence, as it does not in an image of Janus
 
 
 @pytest.mark.parametrize("make", [bart, roformer], ids=["bart", "roformer"])

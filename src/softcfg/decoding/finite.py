@@ -89,7 +89,7 @@ class FiniteLogits:
             raise UserError(
                 f"there is nothing to draw from in the guided logits {where}, though those of the model, computed in "
                 f"{self._dtype}, are finite: guidance overflows, the temperature is too small or every code is ruled "
-                "out; try a smaller guidance scale or a higher temperature"
+                "out; try a smaller guidance scale, a higher temperature or codes that the model itself allows"
             )
         value = float(seen[line, column])
         what = "hold NaN" if math.isnan(value) else "hold infinity" if value > 0 else "are minus infinity for all codes"

@@ -156,7 +156,7 @@ def _repeated(ids: Any, mask: Any, copies: int) -> tuple[Tensor, Tensor | None]:
 
 def _outside_of_images(criteria: Any, head: ImageHead | None, codes: Tensor | None, prompt_length: int) -> list[Any]:
     """The stopping criteria, without end tokens that would end something inside of an image."""
-    if head is not None:  # its tokens are not text, so none of them ends it
+    if head is not None and not head.ends:
         return [criterion for criterion in criteria if not isinstance(criterion, EosTokenCriteria)]
     if codes is None:
         return list(criteria)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from softcfg.errors import UserError, quote, require_whole
+from softcfg.guidance.rules import RULED_OUT
 from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask, behind_padding
@@ -33,8 +34,9 @@ class TransformersGenerator(Generator):
     Args:
         model: of transformers; for SoftCFG with `model.set_attn_implementation("softcfg")`.
         num_tokens: T, tokens to draw after a prompt.
-        head: for models whose image tokens have an embedding and a head of their own; that of Janus is found by
-            itself. Without one, token ids go in and `logits` come out.
+        head: for models whose image tokens need an embedding or a head of their own; those of Janus and Chameleon are
+            found by themselves. Without one, token ids go in and `logits` come out. The least number of their dtype
+            counts as minus infinity there: the model rules the token out.
         code_steps: bool [T], the steps that draw an image code; None: all. The slots of other tokens (line ends,
             end of image) are never weighted.
         logits_processor: called in turn, once a step, with the prompts and tokens so far [B, L + t] and the guided
@@ -179,7 +181,8 @@ class TransformersGenerator(Generator):
             self._require_cached(cache, filled, is_first=not start)
         if weights:
             self._require_weighted(calls, cache)
-        return logits.to(tokens.device)
+        ruled_out = logits == torch.finfo(logits.dtype).min  # which would be drawn where nothing else is allowed
+        return logits.masked_fill(ruled_out, RULED_OUT).to(tokens.device)
 
     def _blame_cache(self, cache: Any, error: Exception) -> None:
         """Raise a `UserError` for an error of the first pass that comes of the kind of cache."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import JanusForConditionalGeneration
+from transformers import ChameleonForConditionalGeneration, JanusForConditionalGeneration
 
 from softcfg.errors import UserError
 
@@ -23,7 +23,7 @@ IMAGE_HEADS = (
 
 @dataclass(frozen=True)
 class ImageHead:
-    """How image tokens go through a model that keeps them apart from its text vocabulary.
+    """How image tokens go through a model whose forward call does not take them, or gives no logits for them.
 
     Attributes:
         embed: image tokens int64 [rows, n] -> [rows, n, width].
@@ -31,22 +31,26 @@ class ImageHead:
             it passes on to its attention layers; returns an object with `last_hidden_state` [rows, n, width].
         logits: [rows, n, width] -> [rows, n, V], the logits of the image codes.
         vocab_size: V.
+        ends: whether the tokens are those of the text vocabulary, so that an end token among them ends a sequence.
     """
 
     embed: Callable[[Tensor], Tensor]
     backbone: nn.Module
     logits: Callable[[Tensor], Tensor]
     vocab_size: int
+    ends: bool = False
 
     @classmethod
     def of(cls, model: Any) -> ImageHead | None:
-        """The image head of a model that has one; None for a model whose image tokens are in its vocabulary.
+        """The image head of a model that needs one; None for a model whose own logits are those of image tokens too.
 
         Raises:
             UserError: there is an image head, of a kind that is not known here.
         """
         if isinstance(model, JanusForConditionalGeneration):
             return cls.janus(model)
+        if isinstance(model, ChameleonForConditionalGeneration):
+            return cls.chameleon(model)
         heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in IMAGE_HEADS]
         if heads:
             raise UserError(
@@ -63,4 +67,15 @@ class ImageHead:
             backbone=model.model.language_model,
             logits=model.model.generation_head,
             vocab_size=model.config.vq_config.num_embeddings,
+        )
+
+    @classmethod
+    def chameleon(cls, model: Any) -> ImageHead:
+        """That of a `ChameleonForConditionalGeneration`, whose own forward call rules out its image tokens."""
+        return cls(
+            embed=model.get_input_embeddings(),
+            backbone=model.model,
+            logits=model.lm_head,
+            vocab_size=model.config.vocab_size,
+            ends=True,
         )
