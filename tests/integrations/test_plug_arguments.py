@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,8 @@ def in_image_mode(janus: Any, **settings: Any) -> Tensor:
     config = transformers.GenerationConfig(
         bos_token_id=1, pad_token_id=0, do_sample=False, generation_kwargs={"boi_token_id": 4}
     )
-    return janus.generate(
-        prompts, custom_generate=plug.generate, generation_mode="image", generation_config=config, **settings
-    )
+    settings = {"custom_generate": plug.generate, **settings}
+    return janus.generate(prompts, generation_mode="image", generation_config=config, **settings)
 
 
 # Indices of images.
@@ -238,6 +238,30 @@ def test_generate_refuses_what_it_would_not_use(llama: Any, settings: dict[str, 
     for guidance in (SoftCFG(), CFG(1.0)):
         with pytest.raises(UserError, match=sentence):
             generate(llama, guidance=guidance, **settings)
+
+
+def behind_a_function(model: Any, **settings: Any) -> Tensor:
+    """As `generate`, from a function of the user's."""
+
+    def own(*args: Any, **kwargs: Any) -> Tensor:
+        return plug.generate(*args, guidance=SoftCFG(), unconditional_ids=SHORT, **kwargs)
+
+    return model.generate(PROMPTS, custom_generate=own, **{"max_new_tokens": 4, "eos_token_id": None, **settings})
+
+
+def test_a_function_around_generate_changes_nothing(llama: Any, janus: Any) -> None:
+    """Nothing of what `generate` of transformers keeps to itself is lost."""
+    cache = transformers.DynamicCache(config=llama.config)
+    assert torch.equal(behind_a_function(llama, past_key_values=cache), generate(llama))
+    assert cache.get_seq_length() == 8
+    with pytest.raises(UserError, match="takes no negative_prompt_ids"):
+        behind_a_function(llama, negative_prompt_ids=SHORT)
+    with pytest.raises(UserError, match=r"^this is for model\.generate\(\.\.\., custom_generate=generate\): call that"):
+        plug.generate(llama, PROMPTS, [], [], llama.generation_config)
+    bound = functools.partial(plug.generate, guidance=SoftCFG(3.0, schedule="constant"))
+    assert torch.equal(in_image_mode(janus, custom_generate=bound), in_image_mode(janus, guidance=3.0))
+    with pytest.raises(UserError, match="image mode of Janus takes softcfg's generate"):
+        in_image_mode(janus, custom_generate=lambda *args, **kwargs: plug.generate(*args, **kwargs))
 
 
 def test_generate_refuses_an_assistant(llama: Any) -> None:

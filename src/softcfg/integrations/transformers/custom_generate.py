@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import JanusForConditionalGeneration, QuantizedCache, StaticCache
+from transformers import GenerationMixin, JanusForConditionalGeneration, QuantizedCache, StaticCache
 from transformers.generation import EosTokenCriteria, GenerationMode
 
 from softcfg.decoding import Sampling
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.guidance import CFG, SoftCFG
 from softcfg.integrations.transformers.decoding import as_codes, checked_guidance, decode
 from softcfg.integrations.transformers.image_head import ImageHead
@@ -57,8 +58,7 @@ def generate(
         UserError: as `decode`; or the call asks for something else than one sequence of ids a row, or gives what would
             not be used, such as `negative_prompt_ids`.
     """
-    config, caller = generation_config, sys._getframe(1)
-    call = caller.f_locals if caller.f_code.co_name == "generate" else {}
+    config, call = generation_config, _call()
     _check_call(config, call)
     attention_mask = model_kwargs.pop("attention_mask", None)
     cache = _cache(model_kwargs.pop("past_key_values", None), config, call)
@@ -100,12 +100,21 @@ def generate(
     return torch.cat((input_ids, tokens.to(input_ids.device)), dim=1)
 
 
-def _check_call(config: Any, call: Mapping[str, Any]) -> None:
-    """Raise a `UserError` for what the loop cannot do, and for what `generate` of transformers would not hand to it.
+def _call() -> Mapping[str, Any]:
+    """The variables of the `generate` of transformers around this call, which keeps some of its arguments to itself.
 
-    Args:
-        call: the variables of `generate`, which keeps some of its arguments to itself; {} where it is not the caller.
+    Functions of the user's may stand in between.
     """
+    frame, of_transformers = sys._getframe(1), inspect.unwrap(GenerationMixin.generate).__code__
+    while frame.f_code is not of_transformers:
+        if frame.f_back is None:
+            raise UserError("this is for model.generate(..., custom_generate=generate): call that, or decode(...)")
+        frame = frame.f_back
+    return frame.f_locals
+
+
+def _check_call(config: Any, call: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for what the loop cannot do, and for what is in the variables of `generate` alone."""
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("return_dict_in_generate", False)):
         if getattr(config, name) not in (None, usual):
             raise UserError(f"{name}={getattr(config, name)} is not supported by softcfg's decoding")
@@ -212,15 +221,24 @@ def _image_mode(usual: Callable[..., Any]) -> Callable[..., Any]:
     """The `generate` of Janus, whose image mode has a loop of its own and knows no `custom_generate`.
 
     Calls with the one of this module go to the loop here: by default with Janus's guidance scale at every step, and
-    with its unconditional prompts, where padding that is seen stands for the text. All other calls are left alone.
+    with its unconditional prompts, where padding that is seen stands for the text. Calls without one are left alone.
     """
 
     @functools.wraps(usual)
     def janus_generate(
         self: Any, inputs: Any = None, attention_mask: Any = None, logits_processor: Any = None, **kwargs: Any
     ) -> Any:
-        if kwargs.get("custom_generate") is not generate or kwargs.get("generation_mode") != "image":
+        own = kwargs.get("custom_generate")
+        if kwargs.get("generation_mode") != "image" or not callable(own):
             return usual(self, inputs, attention_mask, logits_processor, **kwargs)
+        if isinstance(own, functools.partial):
+            kwargs = {**own.keywords, **kwargs, "custom_generate": own.func}
+            own = own.func
+        if own is not generate:
+            raise UserError(
+                "the image mode of Janus takes softcfg's generate as custom_generate, or a functools.partial of it, "
+                f"got {quote(own)}"
+            )
         del kwargs["generation_mode"]
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if ids is None:
