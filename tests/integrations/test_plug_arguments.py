@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 import plug_models  # noqa: E402
+import softcfg  # noqa: E402
 from plug_models import PROMPTS, SHORT, WINDOW, with_large_weights  # noqa: E402
 from softcfg import CFG, Sampling, SoftCFG, UserError  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
@@ -216,6 +218,53 @@ def test_attention_that_is_not_causal_cannot_have_weights(llama: Any) -> None:
     query, module = torch.randn(1, 2, 3, 8), llama.model.layers[0].self_attn
     with pytest.raises(UserError, match="LlamaAttention is not causal"):
         plug.attention(module, query, query, query, None, value_weights=torch.ones(1, 3), is_causal=False)
+
+
+def bert() -> Any:
+    """Not a decoder, by default."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    return transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=60, **size))
+
+
+def gemma3() -> Any:
+    config = transformers.Gemma3TextConfig(**plug_models.TEXT, head_dim=8, use_bidirectional_attention=True)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [bert, gemma3])
+def test_a_model_that_is_not_causal_is_refused(make: Callable[[], Any]) -> None:
+    """Whatever its attention, and whether or not there is a mask."""
+    model = made(make)
+    for attention in ("softcfg", "sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        for prompts in (PROMPTS, PROMPTS[1:]):
+            with pytest.raises(UserError, match=r"^\w+ is not causal, so nothing can be drawn"):
+                decode(model, CFG(3.0), prompts)
+
+
+def test_a_layer_that_is_not_causal_is_refused(llama: Any) -> None:
+    model = copy.deepcopy(llama)
+    model.model.layers[1].self_attn.is_causal = False
+    for guidance in (CFG(3.0), SoftCFG()):
+        with pytest.raises(UserError, match="LlamaAttention is not causal: nothing can be drawn"):
+            decode(model, guidance)
+
+
+def test_prompts_that_are_read_in_both_directions() -> None:
+    """PaliGemma's layers say that they are not causal, but no pass that draws has more than one query."""
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 8, "patch_size": 4, "intermediate_size": 16,
+    }  # fmt: skip
+    text = transformers.GemmaConfig(**plug_models.TEXT, head_dim=8)
+    config = transformers.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=32)
+    model = made(lambda: transformers.PaliGemmaForConditionalGeneration(config))
+    drawn = decode(model, CFG(1.0), PROMPTS[1:], sampling=Sampling(top_k=1))
+    assert torch.equal(drawn, model.generate(PROMPTS[1:], max_new_tokens=4, do_sample=False, eos_token_id=None)[:, 5:])
+    assert decode(model, SoftCFG(), PROMPTS[1:], unconditional_ids=PROMPTS[1:] + 1).shape == (1, 4)
+    generator, given = plug.TransformersGenerator(model, 4), plug.Prompts(PROMPTS[1:], PROMPTS[1:] + 1)
+    with pytest.raises(UserError, match="drawn from step by step, but not traced"):
+        softcfg.trace(generator, labels=given, tokens=drawn, guidance=CFG(3.0))
 
 
 # What `generate` of transformers keeps to itself.

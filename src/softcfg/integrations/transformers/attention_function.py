@@ -16,6 +16,7 @@ from softcfg.errors import UserError, quote
 from softcfg.nn.attention import weighted_attention
 
 ATTENTION = "softcfg"  # the name of `attention` for `attn_implementation`
+BOTH_WAYS = "use_bidirectional_attention"  # a setting of models: `TransformersGenerator` knows which it may draw with
 NOTED_SLOTS = "softcfg_filled_slots"  # an attribute of a mask
 
 # Whether each call of `attention` in this pass brought weights: a layer that loses them would draw plain CFG.
@@ -48,26 +49,31 @@ def attention(
         [rows, n, heads, head_dim], and None for the attention probabilities.
 
     Raises:
-        UserError: the layer has sinks; or weights are given and it is not causal or has anything else but queries,
-            keys, values and a boolean mask; or they are not of the slots filled so far.
+        UserError: the layer has sinks; or it is not causal in a pass that draws, or with weights; or weights are given
+            and it has anything else but queries, keys, values and a boolean mask, or they are not of the slots filled
+            so far.
     """
     weighted = any(weights is not None for weights in (value_weights, key_weights, attention_weights))
+    new, causal = query.shape[2], getattr(module, "is_causal", True)
+    if kwargs.get("is_causal") is not None and attention_mask is None and new > 1:  # of one query it says nothing
+        causal = kwargs["is_causal"]
     if (calls := brought_weights.get()) is not None:
         calls.append(weighted)
+        if not causal and not getattr(getattr(module, "config", None), BOTH_WAYS, False):
+            raise UserError(f"{type(module).__name__} is not causal: nothing can be drawn with it step by step")
     with_weights = ("s_aux", "softcap", "position_bias", "dropout", "cache")
     for name in with_weights if weighted else ("s_aux",):  # sdpa drops sinks
         if isinstance(kwargs.get(name), Tensor) or kwargs.get(name):
             raise UserError(f"{type(module).__name__} has {name}, which the attention {ATTENTION!r} cannot do")
     if not weighted:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    new, mask = query.shape[2], None
+    mask = None
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1:
             raise UserError("attention with weights needs a boolean mask that all heads share")
         mask = attention_mask[:, 0]
     elif new > 1:  # sdpa's causal rule: the first pass, the rest of a static cache is empty
-        causal = kwargs.get("is_causal")
-        if not (getattr(module, "is_causal", True) if causal is None else causal):
+        if not causal:
             raise UserError(f"{type(module).__name__} is not causal: its attention cannot have weights")
         key, value = key[:, :, :new], value[:, :, :new]
     given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}

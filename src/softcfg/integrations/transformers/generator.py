@@ -15,7 +15,7 @@ from softcfg.guidance.rules import RULED_OUT
 from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask, behind_padding
-from softcfg.integrations.transformers.wrapped import arguments, unwrapped
+from softcfg.integrations.transformers.wrapped import arguments, is_causal, unwrapped
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
@@ -26,6 +26,9 @@ from softcfg.nn.settings import holding
 # Models without position_ids whose biases by distance do not count the padding: those of Bloom come from the mask, and
 # those of MPT are the same after the softmax.
 COUNT_FROM_THE_MASK = ("bloom", "mpt")
+
+# Models that read prompts in both directions, as they were trained to, and what comes after them in one.
+READ_PROMPTS_BOTH_WAYS = ("paligemma",)
 
 
 class TransformersGenerator(Generator):
@@ -46,7 +49,7 @@ class TransformersGenerator(Generator):
         pad_token_id: fills the shorter prompts on the left; no query sees it.
 
     Raises:
-        UserError: an argument is none of these, or the model has an image head that is not known here.
+        UserError: an argument is none of these, or the model is not causal or has an image head that is not known here.
     """
 
     supports_row_positions = False
@@ -88,6 +91,12 @@ class TransformersGenerator(Generator):
         self._arguments, self._takes_weights = arguments(module)
         kind = getattr(getattr(unwrapped(module), "config", None), "model_type", None)
         self._may_be_padded = "position_ids" in self._arguments or kind in COUNT_FROM_THE_MASK
+        self._is_causal = is_causal(module)
+        if not self._is_causal and kind not in READ_PROMPTS_BOTH_WAYS:
+            raise UserError(
+                f"{type(unwrapped(module)).__name__} is not causal, so nothing can be drawn with it step by step: if "
+                "it was trained to be, its configuration must say so (is_decoder=True in BERT's)"
+            )
 
     def condition(self, inputs: Any, *, guided: bool) -> PromptCondition:
         """See `Generator.condition`; `inputs` are `Prompts`, of all rows.
@@ -153,6 +162,11 @@ class TransformersGenerator(Generator):
         first = max(start, condition.slots)  # slot of the first token
         filled = first + tokens.shape[1]
         condition.sequence[:, first:filled] = tokens
+        if not self._is_causal and tokens.shape[1] and filled - start > 1:
+            raise UserError(
+                f"{type(unwrapped(self.model)).__name__} reads all that it gets at once in both directions: it can be "
+                "drawn from step by step, but not traced"
+            )
         weights = {}
         if tokens.shape[1]:  # prompts are never weighted
             given = {"value_weights": value_weights, "key_weights": key_weights, "attention_weights": attention_weights}

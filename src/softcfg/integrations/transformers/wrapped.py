@@ -44,6 +44,14 @@ def unwrapped(module: Any) -> Any:
     return module if inner is None else inner
 
 
+def is_causal(module: Any) -> bool:
+    """Whether a layer of the decoder that keeps keys says that it is causal, or none says anything."""
+    model = unwrapped(module)
+    layers = model.get_decoder().modules() if isinstance(model, PreTrainedModel) else ()
+    said = {bool(layer.is_causal) for layer in layers if hasattr(layer, "layer_idx") and hasattr(layer, "is_causal")}
+    return said != {False}
+
+
 def _outermost_within(module: Any) -> PreTrainedModel | None:
     """The model of transformers inside of a module; None if there is none, or more than one."""
     found: list[PreTrainedModel] = []
