@@ -239,3 +239,15 @@ def test_a_model_that_fails_with_a_cache_is_named() -> None:
         decode(made(bloom), CFG(3.0), cache="static")
     with pytest.raises(UserError, match=r"MiniMaxForCausalLM failed with a DynamicCache .*cache of its own"):
         decode(made(minimax), CFG(3.0))
+
+
+def test_encoders_are_refused() -> None:
+    """Their caches too."""
+    config = transformers.BartConfig(**SIZE, **SMALL, encoder_layers=1, encoder_ffn_dim=32, encoder_attention_heads=4)
+    model = made(lambda: transformers.BartForConditionalGeneration(config))
+    for inside in (model, Outside(model)):
+        with pytest.raises(UserError, match=r"BartForConditionalGeneration has an encoder, .* use a causal language"):
+            decode(inside, CFG(3.0))
+    of_both = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+    with pytest.raises(UserError, match="one of a decoder, such as DynamicCache, got EncoderDecoderCache"):
+        decode(made(llama), CFG(3.0), cache=of_both)

@@ -160,7 +160,9 @@ def as_codes(image_codes: Any) -> Tensor:
 
 
 def _check_cache(cache: Cache, model: Any, condition: Condition) -> None:
-    """Raise a `UserError` unless the cache is empty and has room for the rows and the slots of `condition`."""
+    """Raise a `UserError` unless the cache has layers, is empty and has room for the rows and slots of `condition`."""
+    if not hasattr(cache, "layers"):
+        raise UserError(f"the cache must be one of a decoder, such as DynamicCache, got {type(cache).__name__}")
     if isinstance(cache, StaticCache):
         require_static_caches(model)
     if cache.get_seq_length():

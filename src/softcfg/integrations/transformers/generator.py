@@ -76,6 +76,11 @@ class TransformersGenerator(Generator):
                 raise UserError(f"the steps that draw image codes must be bool [{num_tokens}]")
         if not (hasattr(model, "config") and hasattr(model, "forward")):
             raise UserError(f"model must be a model of transformers, got {quote(model)}")
+        if getattr(unwrapped(model).config, "is_encoder_decoder", False):
+            raise UserError(
+                f"{type(unwrapped(model)).__name__} has an encoder, which would read the prompts: use a causal language "
+                "model"
+            )
         head = ImageHead.of(model) if head is None else head
         if head is not None and not isinstance(head, ImageHead):
             raise UserError(f"head must be ImageHead(...), got {quote(head)}")
