@@ -251,3 +251,14 @@ def test_encoders_are_refused() -> None:
     of_both = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     with pytest.raises(UserError, match="one of a decoder, such as DynamicCache, got EncoderDecoderCache"):
         decode(made(llama), CFG(3.0), cache=of_both)
+
+
+def test_an_offloaded_model_draws_as_before() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = made(llama)
+    expected = decode(model, SoftCFG())
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).is_meta
+    assert torch.equal(decode(model, SoftCFG()), expected)
+    with pytest.raises(UserError, match=r"weights of LlamaForCausalLM are on no device \(meta\): load them first"):
+        decode(made(llama).to("meta"), SoftCFG())

@@ -78,8 +78,8 @@ class TransformersGenerator(Generator):
             raise UserError(f"model must be a model of transformers, got {quote(model)}")
         if getattr(unwrapped(model).config, "is_encoder_decoder", False):
             raise UserError(
-                f"{type(unwrapped(model)).__name__} has an encoder, which would read the prompts: use a causal language "
-                "model"
+                f"{type(unwrapped(model)).__name__} has an encoder, which would read the prompts: use a causal "
+                "language model"
             )
         head = ImageHead.of(model) if head is None else head
         if head is not None and not isinstance(head, ImageHead):
@@ -242,6 +242,18 @@ class TransformersGenerator(Generator):
                 f"{layers - sum(calls)} of the {layers} attention layers of {type(self.model).__name__} did not see "
                 "the weights of SoftCFG: they do not hand keyword arguments to transformers' AttentionInterface"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """See `Generator.device`; of a model that accelerate moves in parts (offloading), where it computes."""
+        for module in (self.model, self.model.get_input_embeddings()):
+            found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+        for parameter in self.parameters():
+            if not parameter.is_meta:
+                return parameter.device
+        raise UserError(f"the weights of {type(self.model).__name__} are on no device (meta): load them first")
 
     def new_cache(self, condition: Condition) -> Any:
         """An empty cache of transformers for the rows of `condition`.
