@@ -214,6 +214,30 @@ def test_a_pass_that_drops_the_cache_is_refused(make: Callable[[], Any], cache: 
         assert torch.equal(decode(model.train(), guidance, cache=cache), tokens)
 
 
+def opt() -> Any:
+    """Its dropout is no module, but a number in each layer."""
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(**SIZE, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4,
+                               max_position_embeddings=64, word_embed_proj_dim=32)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [opt, gpt2], ids=["opt", "gpt2"])
+def test_dropout_is_refused(make: Callable[[], Any]) -> None:
+    model = made(make)
+    expected = decode(model, SoftCFG())
+    for call in (decode, generate):
+        with pytest.raises(UserError, match=r"has dropout on \(0\.1\), .*: call model\.eval\(\)"):
+            call(model.train(), guidance=SoftCFG())
+    assert torch.equal(decode(model.eval(), SoftCFG()), expected)
+
+
+def test_a_loop_of_ones_own_may_train_with_dropout() -> None:
+    model = made(opt).train()
+    model(PROMPTS, value_weights=torch.ones(2, 5)).logits.sum().backward()
+    assert model.lm_head.weight.grad.any()
+
+
 def generate(model: Any, **settings: Any) -> Tensor:
     usual = {"guidance": CFG(3.0), "unconditional_ids": SHORT, "max_new_tokens": T, "attention_mask": PROMPTS > 0}
     return model.generate(PROMPTS, custom_generate=plug.generate, **{**usual, **settings})

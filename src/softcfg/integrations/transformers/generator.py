@@ -107,9 +107,10 @@ class TransformersGenerator(Generator):
         """See `Generator.condition`; `inputs` are `Prompts`, of all rows.
 
         Raises:
-            UserError: ids or masks do not fit, the unconditional prompts are missing, or rows are padded and the model
-                does not take positions.
+            UserError: ids or masks do not fit, the unconditional prompts are missing, rows are padded and the model
+                does not take positions, or it has dropout on.
         """
+        self._require_no_dropout()
         if not isinstance(inputs, Prompts):
             raise UserError(f"prompts must be Prompts(input_ids, ...), got {quote(inputs)}")
         if inputs.unconditional_ids is None and inputs.unconditional_mask is not None:
@@ -288,6 +289,17 @@ class TransformersGenerator(Generator):
         if self.code_steps is None:
             return super().is_code(steps, condition)
         return self.code_steps.to(steps.device)[steps]
+
+    def _require_no_dropout(self) -> None:
+        """Raise a `UserError` for modules in training mode that leave something out, or disturb it, at random."""
+        for name, module in self.named_modules():
+            for setting, value in vars(module).items() if module.training else ():
+                called = f"{type(module).__name__}.{setting}".lower()
+                if isinstance(value, float) and value > 0 and ("drop" in called or "jitter" in called):
+                    raise UserError(
+                        f"{name.removeprefix('model.')} of {type(self.model).__name__} has dropout on ({value}), with "
+                        "which every call draws something else: call model.eval()"
+                    )
 
     def _prompts(self, name: str, ids: Any, mask: Any) -> tuple[Tensor, Tensor]:
         """Checked ids [B, L] on the device of the model, and the number of leading slots [B] that are padding."""
