@@ -17,6 +17,7 @@ import plug_models  # noqa: E402
 import softcfg  # noqa: E402
 from plug_models import PROMPTS, SHORT, WINDOW, with_large_weights  # noqa: E402
 from softcfg import CFG, Sampling, SoftCFG, UserError  # noqa: E402
+from softcfg.guidance import PERTURBATIONS  # noqa: E402
 from softcfg.integrations import transformers as plug  # noqa: E402
 
 
@@ -173,6 +174,21 @@ def test_a_window_takes_the_last_of_the_weights(mistral: Any, kind: str) -> None
     hidden[:, :3], new[:, -1] = 0.1, 0.1
     assert torch.equal(weighted_step(mistral, 8, hidden, kind), plain)
     assert not torch.allclose(weighted_step(mistral, 8, new, kind), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_window_in_which_all_is_hidden_shows_the_new_slot(mistral: Any, kind: str) -> None:
+    """Prompts are never hidden, but may lie outside of it."""
+    weights = torch.zeros(1, 9)
+    hidden = weighted_step(mistral, 8, weights, kind, "attention_weights")
+    weights[:, -1] = 1
+    assert torch.equal(hidden, weighted_step(mistral, 8, weights, kind, "attention_weights"))
+    assert hidden.isfinite().all()
+    every = CFG(3.0, perturbation=PERTURBATIONS["low_confidence"](share=1.0))  # type: ignore[call-arg]
+    generator, given = plug.TransformersGenerator(mistral, 12, cache=kind), plug.Prompts(PROMPTS, SHORT)
+    drawn = decode(mistral, every, num_tokens=12, cache=kind, sampling=Sampling(top_k=1))
+    traced = softcfg.trace(generator, labels=given, tokens=drawn, guidance=every)
+    assert torch.equal(traced.guided_logits.argmax(dim=-1), drawn)
 
 
 @pytest.mark.parametrize("kind", ["none", "static"])

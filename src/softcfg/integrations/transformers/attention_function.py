@@ -43,7 +43,8 @@ def attention(
         attention_mask: bool [rows or 1, 1, n, S], as `sdpa` takes it; None: causal.
         value_weights, key_weights: factors on the cached values or keys of the slots filled so far, [rows, filled] or
             [rows, n, filled]. S is smaller where a layer keeps a window, and larger in a static cache.
-        attention_weights: factors on the attention to these slots, which is renormalised; shaped likewise.
+        attention_weights: factors on the attention to these slots, which is renormalised; shaped likewise. A query that
+            they leave nothing to see, as a window without the prompt may, sees its own slot.
 
     Returns:
         [rows, n, heads, head_dim], and None for the attention probabilities.
@@ -83,13 +84,10 @@ def attention(
                 _check_weights(name, weights, query, key, attention_mask)
     if scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
-    out = weighted_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        **{name: _fitted(weights, key) for name, weights in given.items()},
-    )
+    fitted = {name: _fitted(weights, key) for name, weights in given.items()}
+    if (weights := fitted["attention_weights"]) is not None:
+        fitted["attention_weights"] = _with_own_slot(weights, mask, new)
+    out = weighted_attention(query, key, value, mask=mask, **fitted)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -132,6 +130,19 @@ def _fitted(weights: Tensor | None, key: Tensor) -> Tensor | None:
     slots, filled = key.shape[2], weights.shape[-1]
     weights = weights[..., -slots:] if filled > slots else F.pad(weights, (0, slots - filled), value=1.0)
     return weights.to(key.device)
+
+
+def _with_own_slot(weights: Tensor, mask: Tensor | None, new: int) -> Tensor:
+    """Attention weights [rows, S] or [rows, new, S], with 1 on the last slot that a query sees if all these have 0."""
+    slots = weights.shape[-1]
+    if mask is None:
+        mask = torch.ones(1, new, slots, dtype=torch.bool, device=weights.device).tril(slots - new)
+    of_queries = weights.view(len(weights), -1, slots)
+    slot = torch.arange(slots, device=weights.device)
+    own = slot == slot.where(mask, -1).amax(dim=-1, keepdim=True)
+    sees_none = ~(mask & (of_queries != 0)).any(dim=-1, keepdim=True)
+    filled = of_queries.masked_fill(own & sees_none, 1)
+    return filled[:, 0] if new == 1 else filled
 
 
 def sdpa_mask_noting_slots(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **kwargs: Any) -> Any:
