@@ -278,6 +278,8 @@ def test_prompts_that_are_read_in_both_directions() -> None:
     drawn = decode(model, CFG(1.0), PROMPTS[1:], sampling=Sampling(top_k=1))
     assert torch.equal(drawn, model.generate(PROMPTS[1:], max_new_tokens=4, do_sample=False, eos_token_id=None)[:, 5:])
     assert decode(model, SoftCFG(), PROMPTS[1:], unconditional_ids=PROMPTS[1:] + 1).shape == (1, 4)
+    with pytest.raises(UserError, match="gives other logits after a prompt with padding"):
+        decode(model, CFG(3.0))
     generator, given = plug.TransformersGenerator(model, 4), plug.Prompts(PROMPTS[1:], PROMPTS[1:] + 1)
     with pytest.raises(UserError, match="drawn from step by step, but not traced"):
         softcfg.trace(generator, labels=given, tokens=drawn, guidance=CFG(3.0))

@@ -185,6 +185,61 @@ def test_padding_without_positions_is_refused(make: Callable[[], Any]) -> None:
     assert decode(model, CFG(3.0), **settings).shape == (1, T)
 
 
+def recurrent_gemma() -> Any:
+    """Its recurrent layers take positions, but not the mask."""
+    kinds = ["recurrent", "recurrent", "attention"]
+    size = {**TEXT, "num_hidden_layers": 3}
+    return transformers.RecurrentGemmaForCausalLM(
+        transformers.RecurrentGemmaConfig(**size, lru_width=32, attention_window_size=64, block_types=kinds)
+    )
+
+
+def test_padding_that_changes_logits_is_refused() -> None:
+    model = made(recurrent_gemma)
+    for settings in ({}, {"prompts": PROMPTS[1:], "attention_mask": None}):
+        with pytest.raises(
+            UserError, match=r"^RecurrentGemmaForCausalLM gives other logits .*: give prompts of one length"
+        ):
+            decode(model, CFG(3.0), **settings)
+    settings = {"prompts": PROMPTS[1:], "attention_mask": None, "unconditional_ids": PROMPTS[1:] + 1}
+    assert decode(model, CFG(3.0), **settings).shape == (1, T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_padding_is_tried_once_for_a_generator(dtype: torch.dtype) -> None:
+    model = made(llama).to(dtype)
+    lengths: list[int] = []
+    model.register_forward_pre_hook(lambda *call: lengths.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
+    generator = plug.TransformersGenerator(model, T)
+    for _ in range(2):
+        generator.condition(plug.Prompts(PROMPTS, SHORT), guided=True)
+    assert lengths == [5, 2]  # with and without padding
+    generator.condition(plug.Prompts(PROMPTS[1:], PROMPTS[1:]), guided=True)
+    assert lengths == [5, 2]
+
+
+ROTATIONS: list[dict[str, Any]] = [
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "longrope", "factor": 8.0, "short_factor": [1.0] * 4, "long_factor": [8.0, 4.0, 2.0, 3.0],
+     "original_max_position_embeddings": 14},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda rotation: rotation["rope_type"])
+def test_a_rotation_by_the_longest_row_is_refused_with_padding(rotation: dict[str, Any]) -> None:
+    """Where the longest row passes the length up to which all are rotated alike."""
+    size = {**TEXT, "max_position_embeddings": 14 if rotation["rope_type"] == "dynamic" else 64}
+    settings = {"rope_parameters": {"rope_theta": 1e4, **rotation}}
+    model = made(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, **settings)))
+    assert decode(model, CFG(3.0), num_tokens=10).shape == (2, 10)  # the last of them is not fed
+    with pytest.raises(
+        UserError, match="rotates all rows by the longest of them where it passes 14 tokens, as it does"
+    ):
+        decode(model, CFG(3.0), num_tokens=11)
+    alike = {"prompts": PROMPTS[1:], "attention_mask": None, "unconditional_ids": PROMPTS[1:] + 1}
+    assert decode(model, CFG(3.0), num_tokens=11, **alike).shape == (1, 11)
+
+
 @pytest.mark.parametrize("make", [bloom, mpt], ids=["bloom", "mpt"])
 def test_models_that_count_from_the_mask(make: Callable[[], Any]) -> None:
     model, settings = made(make), {"unconditional_ids": torch.tensor([[1, 3, 4]])}

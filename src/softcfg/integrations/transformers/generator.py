@@ -15,7 +15,7 @@ from softcfg.guidance.rules import RULED_OUT
 from softcfg.integrations.transformers.attention_function import ATTENTION, brought_weights
 from softcfg.integrations.transformers.image_head import ImageHead
 from softcfg.integrations.transformers.prompts import PromptCondition, Prompts, as_mask, behind_padding
-from softcfg.integrations.transformers.wrapped import arguments, is_causal, unwrapped
+from softcfg.integrations.transformers.wrapped import arguments, is_causal, longest_with_usual_rotation, unwrapped
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
@@ -26,6 +26,8 @@ from softcfg.nn.settings import holding
 # Models without position_ids whose biases by distance do not count the padding: those of Bloom come from the mask, and
 # those of MPT are the same after the softmax.
 COUNT_FROM_THE_MASK = ("bloom", "mpt")
+
+LEAST_ROUNDING = 0.01  # of logits that ought to be equal, as a share of their spread: products in TF32 round as much
 
 # Models that read prompts in both directions, as they were trained to, and what comes after them in one.
 READ_PROMPTS_BOTH_WAYS = ("paligemma",)
@@ -96,6 +98,7 @@ class TransformersGenerator(Generator):
         self._arguments, self._takes_weights = arguments(module)
         kind = getattr(getattr(unwrapped(module), "config", None), "model_type", None)
         self._may_be_padded = "position_ids" in self._arguments or kind in COUNT_FROM_THE_MASK
+        self._padding_matters: bool | None = None  # until it was tried
         self._is_causal = is_causal(module)
         if not self._is_causal and kind not in READ_PROMPTS_BOTH_WAYS:
             raise UserError(
@@ -108,7 +111,7 @@ class TransformersGenerator(Generator):
 
         Raises:
             UserError: ids or masks do not fit, the unconditional prompts are missing, rows are padded and the model
-                does not take positions, or it has dropout on.
+                would draw something else from them, or it has dropout on.
         """
         self._require_no_dropout()
         if not isinstance(inputs, Prompts):
@@ -134,11 +137,8 @@ class TransformersGenerator(Generator):
             rows.append(F.pad(ids, (short, 0), value=self.pad_token_id).expand(batch, -1))
             padding.append((leading + short).expand(batch))
         made = PromptCondition(torch.cat(rows), torch.cat(padding), prompt_slots, self.num_tokens, self.geometry)
-        if made.padded and not self._may_be_padded:
-            raise UserError(
-                f"{type(unwrapped(self.model)).__name__} does not say that it takes position_ids, and without them "
-                "padding counts as text: give prompts of one length, the unconditional ones too"
-            )
+        if made.padded:
+            self._require_equal_to_unpadded(made)
         return made
 
     def forward(
@@ -289,6 +289,40 @@ class TransformersGenerator(Generator):
         if self.code_steps is None:
             return super().is_code(steps, condition)
         return self.code_steps.to(steps.device)[steps]
+
+    def _require_equal_to_unpadded(self, condition: PromptCondition) -> None:
+        """Raise a `UserError` if padded rows would get other logits than without their padding."""
+        name, longest = type(unwrapped(self.model)).__name__, condition.cache_slots - int(condition.padding.min())
+        module = self.model if self.head is None else self.head.backbone
+        if not self._may_be_padded:
+            why = f"{name} does not say that it takes position_ids, and without them padding counts as text"
+        elif (limit := longest_with_usual_rotation(module)) is not None and longest > limit:
+            why = f"{name} rotates all rows by the longest of them where it passes {limit} tokens, as it does here"
+        else:
+            if self._padding_matters is None:
+                self._padding_matters = self._does_padding_matter(condition)
+            if not self._padding_matters:
+                return
+            why = f"{name} gives other logits after a prompt with padding than after the prompt alone"
+        raise UserError(f"{why}: give prompts of one length, the unconditional ones too")
+
+    @torch.no_grad()
+    def _does_padding_matter(self, condition: PromptCondition) -> bool:
+        """Whether the logits after the most padded prompt, run with and without its padding, differ beyond rounding."""
+        row = int(condition.padding.argmax())
+        ids = condition.sequence[row, : condition.slots].expand(min(2, condition.rows), -1)  # some skip it in one row
+
+        def logits_without(cut: int) -> Tensor:
+            padding = condition.padding[row].expand(len(ids)) - cut
+            prompt = PromptCondition(ids[:, cut:], padding, condition.slots - cut, self.num_tokens)
+            return self(prompt, ids[:, :0], cache=self.new_cache(prompt))
+
+        padded, bare = logits_without(0), logits_without(int(condition.padding[row]))
+        eps = max(torch.finfo(dtype).eps for dtype in (padded.dtype, self.dtype) if dtype.is_floating_point)
+        finite = padded.isfinite() & bare.isfinite()
+        padded, bare = padded[finite].float(), bare[finite].float()
+        rounding = max(LEAST_ROUNDING, 2 * eps**0.5) * (bare - bare.mean()).norm() + eps * bare.norm()
+        return bool((padded - bare).norm() > rounding)
 
     def _require_no_dropout(self) -> None:
         """Raise a `UserError` for modules in training mode that leave something out, or disturb it, at random."""

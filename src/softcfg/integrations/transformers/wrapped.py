@@ -52,6 +52,21 @@ def is_causal(module: Any) -> bool:
     return said != {False}
 
 
+def longest_with_usual_rotation(module: nn.Module) -> int | None:
+    """Up to which length its rotary positions do not depend on the longest row of a batch; None for any."""
+    limits = []
+    rotary: Any
+    for rotary in module.modules():
+        kinds = getattr(rotary, "rope_type", None)
+        for layers, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind == "longrope":
+                settings = rotary.config.rope_parameters
+                limits.append((settings if layers is None else settings[layers])["original_max_position_embeddings"])
+            elif isinstance(kind, str) and "dynamic" in kind:
+                limits.append(rotary.original_max_seq_len)
+    return min(limits, default=None)
+
+
 def _outermost_within(module: Any) -> PreTrainedModel | None:
     """The model of transformers inside of a module; None if there is none, or more than one."""
     found: list[PreTrainedModel] = []
