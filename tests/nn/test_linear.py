@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from softcfg import UserError
 from softcfg.nn.linear import Linear, Preparable, parameter_count, prepared_linear_layers, weights_at_rest
@@ -176,3 +177,25 @@ def test_a_bias_of_another_dtype_is_left_to_pytorch(net: Net) -> None:
     net.layer.bias.data = net.layer.bias.data.double()
     with prepared_linear_layers(net, 4), torch.inference_mode(), pytest.raises(RuntimeError, match="dtype"):
         net(torch.arange(4))
+
+
+MADE: dict[str, Callable[[nn.Module], object]] = {
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", MADE)
+def test_weights_that_are_made_at_each_call_are_those_of_now(net: Net, how: str) -> None:
+    MADE[how](net.eval().layer)
+    x = torch.arange(4)
+    before = net(x)
+    for parameter in net.layer.parameters():
+        parameter.data += torch.rand_like(parameter)
+    with prepared_linear_layers(net, 4), torch.inference_mode():
+        found = net(x)
+    torch.testing.assert_close(found, net(x))
+    assert not torch.allclose(found, before)

@@ -21,7 +21,7 @@ from softcfg.nn.context import AttentionContext
 from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import FEW_ROWS
-from softcfg.nn.linear import Linear, are_side_by_side
+from softcfg.nn.linear import Linear, are_side_by_side, is_unhooked
 from softcfg.nn.memory import is_out_of_memory
 from softcfg.nn.norm import LAYER, RMS, RMSNorm
 from softcfg.nn.products import Panels
@@ -35,7 +35,6 @@ MOST_BYTES = 7168  # of a row of weights that a kernel for few rows has register
 LONGEST = 16384  # row of weights
 KINDS: dict[type, int] = {type(None): 0, nn.Identity: 0, nn.RMSNorm: RMS, RMSNorm: RMS, nn.LayerNorm: LAYER}  # of norms
 UNAVAILABLE: set[torch.device] = set()  # where a kernel has failed
-_of_all = nn.modules.module  # holds the hooks of all modules
 _enabled: ContextVar[bool] = ContextVar("fused_kernels", default=True)
 
 
@@ -138,7 +137,7 @@ def _rotated(
     """Queries and keys [rows, heads, n, head_dim], normalised and rotated; both at once where one product made them."""
     if (
         type(q_norm) is RMSNorm and type(k_norm) is RMSNorm and q_norm.eps == k_norm.eps and q_norm.takes_five(query)
-        and _is_unhooked(q_norm) and _is_unhooked(k_norm) and _are_neighbours(query, key)
+        and is_unhooked(q_norm) and is_unhooked(k_norm) and _are_neighbours(query, key)
     ):  # fmt: skip
         rows, heads, new, head_dim = query.shape
         both = q_norm.normalised(query.as_strided((rows, 2 * heads, new, head_dim), query.stride()))
@@ -256,7 +255,7 @@ def _add_panels(x: Tensor, layer: nn.Linear, inputs: Tensor) -> Tensor | None:
     if type(layer) is not Linear or layer.laid_out is None or not isinstance(layer.product, Panels):
         return None
     packed, bias = layer.laid_out, layer.bias
-    if not _is_unhooked(layer) or not _serves(x, inputs, bias) or (bias is not None and not bias.is_contiguous()):
+    if not is_unhooked(layer) or not _serves(x, inputs, bias) or (bias is not None and not bias.is_contiguous()):
         return None
     return _launched(x.device, lambda: _kernels(x).product(inputs, packed, bias, x))
 
@@ -484,14 +483,8 @@ def _is_plain(layer: nn.Module) -> bool:
         type(layer) in (Linear, nn.Linear)
         and getattr(layer, "product", None) is None
         and type(layer.weight.data) is Tensor
-        and _is_unhooked(layer)
+        and is_unhooked(layer)
     )
-
-
-def _is_unhooked(module: nn.Module) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return False
-    return not (_of_all._global_forward_hooks or _of_all._global_forward_pre_hooks)
 
 
 def _kind(norm: nn.Module | None, x: Tensor) -> int | None:
@@ -500,7 +493,7 @@ def _kind(norm: nn.Module | None, x: Tensor) -> int | None:
     if not kind or norm is None:
         return kind
     width, dtype, device = x.shape[-1], x.dtype, x.device
-    if norm.eps is None or norm.normalized_shape != (width,) or not _is_unhooked(norm):
+    if norm.eps is None or norm.normalized_shape != (width,) or not is_unhooked(norm):
         return None
     for each in norm._parameters.values():  # `parameters()` takes longer than a small kernel
         if each is not None and (

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from softcfg.errors import UserError
 from softcfg.nn.kernels import available
@@ -25,6 +26,7 @@ from softcfg.nn.products import Product, choose, faster_dtype, forced_product, k
 GUIDED_ROWS = 16
 PREPARED = "prepared"  # attribute of a module whose layers are laid out: a `Prepared`
 OF_PREPARED = ("product", "laid_out", "keeps_bits", "_multiply")  # attributes of a prepared layer
+_of_all = nn.modules.module  # holds the hooks of all modules
 _preparing = threading.RLock()
 
 
@@ -198,6 +200,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias) if multiply is None else multiply(x)
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether a call of a module runs the `forward` of its class, and nothing before or after it."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    return not (_of_all._global_forward_hooks or _of_all._global_forward_pre_hooks)
+
+
 def parameter_count(module: nn.Module) -> int:
     """How many numbers the parameters of a module hold, also while they are laid out."""
     with _preparing:
@@ -308,6 +317,8 @@ def _prepare(module: nn.Module, layers: Sequence[Linear], rows: int, kept: Colle
     uses = Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
     alike = defaultdict(list)
     for layer in layers:
+        if not is_unhooked(layer) or ("weight" not in layer._parameters and not is_parametrized(layer, "weight")):
+            continue  # the hook of a pruned layer, say, makes its weights at each call
         bias = layer.bias
         if bias is not None and (bias.dtype, bias.device) != (layer.weight.dtype, layer.weight.device):
             continue  # PyTorch says what it thinks of that
