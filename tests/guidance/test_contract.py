@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -322,6 +323,24 @@ def test_what_cannot_be_registered() -> None:
         type("Old", (CFG,), {"guide": lambda *_: None})(rule="late")
     with pytest.raises(ValueError, match="rule must be a Rule, or one of cfg"):
         CFG(rule=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("float | None", "float | None"), (float | None, "float | None"), (tuple, "tuple"), (Tensor, "Tensor")],
+)
+def test_fields_that_files_would_not_hold_are_refused(kind: Any, said: str) -> None:
+    capped = type("Capped", (Rule,), {"__annotations__": {"cap": kind}, "cap": None})
+    message = re.escape(f"the setting Capped.cap is of kind {said}; settings are numbers, texts and booleans")
+    with pytest.raises(ValueError, match=message):
+        register_rule("capped")(capped)
+    assert "capped" not in RULES
+    RULES["capped"] = capped
+    try:
+        with pytest.raises(ValueError, match=message):
+            describe(CFG(rule=capped(cap=0.5)))  # type: ignore[call-arg]
+    finally:
+        del RULES["capped"]
 
 
 def test_an_option_that_a_command_has_already(capsys: pytest.CaptureFixture[str]) -> None:

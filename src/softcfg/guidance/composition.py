@@ -15,7 +15,7 @@ from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG
 from softcfg.guidance.perturbation import PERTURBATIONS, ConfidenceWeights, NoPerturbation, Perturbation
 from softcfg.guidance.registry import Registry
 from softcfg.guidance.rules import RULES, Rule
-from softcfg.guidance.settings import Setting, settings_of
+from softcfg.guidance.settings import Setting, require_settings, settings_of
 
 KindT = TypeVar("KindT", bound=type)
 
@@ -28,8 +28,8 @@ _HELP = {"rule": "how the logits of the branches are combined", "perturbation": 
 def register_rule(name: str, *, label: str = "", description: str = "") -> Callable[[KindT], KindT]:
     """Return a decorator that makes a subclass of `Rule` known by `name`.
 
-    The class becomes a frozen dataclass if it is not one; all of its fields need defaults. The decorator raises
-    `ValueError` if the class or its name does not qualify.
+    The class becomes a frozen dataclass if it is not one; all of its fields need defaults and are numbers, texts or
+    booleans. The decorator raises `ValueError` if the class or its name does not qualify.
 
     Args:
         label: a short title, for figures and the web page; by default the name.
@@ -66,7 +66,8 @@ def describe(guidance: CFG) -> dict[str, Any]:
     Rule, perturbation and its scale are left out where they are those of plain CFG.
 
     Raises:
-        ValueError: its class, its rule or its perturbation is not registered (in `METHODS`, `RULES`, `PERTURBATIONS`).
+        ValueError: its class, its rule or its perturbation is not registered (in `METHODS`, `RULES`, `PERTURBATIONS`),
+            or has a field that is no setting.
     """
     return {"method": METHODS.name_of(type(guidance)), **_named(guidance)}
 
@@ -89,6 +90,7 @@ def _named(guidance: CFG) -> dict[str, Any]:
         part = getattr(guidance, kind)
         if part != getattr(CFG, kind):
             found[kind] = registry.name_of(type(part))
+            require_settings(type(part))
             for known in all_settings().values():
                 if known.part and known.part[:2] == (kind, found[kind]):
                     found[known.name] = getattr(part, known.part[2])
@@ -175,6 +177,7 @@ def _registering(kind: str, base: type, name: str, label: str, description: str)
         without = [field.name for field in fields if field.default is dataclasses.MISSING]
         if without:
             raise ValueError(f"the settings of a {kind} need defaults; {part.__name__}.{without[0]} has none")
+        require_settings(part)
         PARTS[kind].register(name, label=label, description=description)(part)
         try:
             all_settings()

@@ -117,6 +117,15 @@ def settings_of(owner: type) -> Mapping[str, Setting]:
     return _settings_of(owner)
 
 
+def require_settings(owner: type) -> None:
+    """Raise `ValueError` for the first field of a dataclass that is no setting, and so would be left out of files."""
+    for field in dataclasses.fields(owner):
+        if field.name not in settings_of(owner):
+            kind = field.type.__name__ if isinstance(field.type, type) else field.type
+            where = f"{owner.__name__}.{field.name}"
+            raise ValueError(f"the setting {where} is of kind {kind}; settings are numbers, texts and booleans")
+
+
 @functools.cache
 def _settings_of(owner: type) -> Mapping[str, Setting]:
     found = {}
