@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -22,9 +23,10 @@ from softcfg import CFG, SoftCFG
 from softcfg.decoding import decode, image_uniforms
 from softcfg.guidance.weakened import Decay, LowConfidence, SelfAttention, Shuffled, Window
 from softcfg.models import rar
+from softcfg.models.alitok import AliTokBlock
 from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGenBlock
-from softcfg.nn import Position, choices, fused, replay, use_backend
+from softcfg.nn import AttentionContext, Position, choices, fused, replay, use_backend
 from softcfg.nn.backends import BACKENDS, numba_decode
 from softcfg.nn.kernels.available import without_cpu_kernels
 from softcfg.nn.linear import PREPARED, Linear, prepared_linear_layers
@@ -425,6 +427,33 @@ def test_views_and_new_memory_in_a_block_are_no_operations(
     monkeypatch.setattr(LlamaGenBlock, "forward", more)
     assert torch.equal(drawn(generator), wanted)
     assert replays
+
+
+READ: dict[str, Callable[[AttentionContext], int]] = {
+    "slots": lambda context: context.slots,
+    "position": lambda context: context.position.shifted(1).slot or 0,
+    "weights": lambda context: context.value_weights.shape[-1],
+    "a copy": lambda context: dataclasses.replace(context, padding=None).slots,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_block_that_asks_for_the_slot_is_called_at_every_step(
+    name: str, replays: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = load("alitok")
+    plain, forward, half = drawn(generator), AliTokBlock.forward, tokens_of(generator) // 2
+    assert replays
+    replays.clear()
+
+    def early(block: AliTokBlock, x: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        return forward(block, x, layer, context) if READ[name](context) < half else x
+
+    monkeypatch.setattr(AliTokBlock, "forward", early)
+    found = drawn(generator)
+    assert not replays
+    assert torch.equal(found, without_replay(lambda: drawn(generator)))
+    assert not torch.equal(found, plain)
 
 
 def test_a_forward_of_one_module_alone_is_called(replays: list[Tensor]) -> None:

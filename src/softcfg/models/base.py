@@ -187,18 +187,17 @@ class Generator(Preparable, ABC):
             key_weights=key_weights,
             attention_weights=attention_weights,
             padding=condition.padding,
+            prepared=self.prepare(condition, position, x.shape[1]),
             rows=x.shape[0],
         )
 
-        prepared = self.prepare(condition, position, x.shape[1])
-
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor, context: AttentionContext) -> Tensor:
             x = self.run_blocks(x, condition, context)
             return self.logits(x[:, position.first_predicting(condition.slots) :])
 
         known = self._prepared if self.steps_replay else None
-        logits = None if known is None else replayed(self, known.programs, x, context, run, prepared)
-        return (run(x) if logits is None else logits).to(tokens.device)
+        logits = None if known is None else replayed(self, known.programs, x, context, run)
+        return (run(x, context) if logits is None else logits).to(tokens.device)
 
     def embed_condition(self, condition: Condition) -> Tensor:
         """The inputs for the slots of the condition, [rows, condition.slots, width]."""
@@ -251,8 +250,9 @@ class Generator(Preparable, ABC):
         """Make ready what the blocks of a pass read beside their inputs and context; by default nothing.
 
         Returns:
-            What holds the prepared tensors, an object that can be weakly referenced; None for nothing. To return the
-            same one again promises that the tensors were updated in place.
+            What holds the prepared tensors, an object that can be weakly referenced, which blocks find in
+            `context.prepared`; None for nothing. To return the same one again promises that the tensors were updated
+            in place.
         """
         return None
 

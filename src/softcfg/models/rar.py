@@ -223,7 +223,11 @@ class RAR(ClassGenerator):
         """See `Generator.prepare`: the window of a step."""
         assert isinstance(condition, RARCondition)
         if position.slot is None:
-            return self._window(condition, condition.cache_slots, 0) if self._holds_all(condition) else None
+            if not self._holds_all(condition):
+                return None
+            window = self._window(condition, condition.cache_slots, 0)
+            window.slot = None
+            return window
         if new > 1 or torch.is_grad_enabled():  # many slots as it is, or the window must not change
             return None
         window = self._window(condition, self.steps_ahead(condition) or 1, position.slot)
@@ -236,7 +240,7 @@ class RAR(ClassGenerator):
     def run_blocks(self, x: Tensor, condition: Condition, context: AttentionContext) -> Tensor:
         """See `Generator.run_blocks`: every block, and the norm after the last one, takes its modulation."""
         assert isinstance(condition, RARCondition)
-        modulations, at = self._modulations(condition, context.position, x.shape[1])
+        modulations, at = self._modulations(condition, context, x.shape[1])
         branch: Branch = (None, None)
         for layer, block in enumerate(self.blocks):
             x, branch = block(x, branch, next(modulations), layer, context, at)
@@ -271,17 +275,19 @@ class RAR(ClassGenerator):
         return condition.cache_slots * self._slot_bytes(condition) <= HELD_BYTES
 
     def _modulations(
-        self, condition: RARCondition, position: Position, new: int
+        self, condition: RARCondition, context: AttentionContext, new: int
     ) -> tuple[Iterator[Tensor], Tensor | None]:
         """The modulations of every block and, last, of the head for a pass, [rows, new, parts * hidden_size].
 
         Those of a window are tables [entries, parts * hidden_size]; then an index int64 [rows, new] comes with them.
         """
-        window, slots = self.prepare(condition, position, new), position.index(new)
-        if window is not None:
-            if isinstance(slots, Tensor):
-                slots = condition.source[:, None] * window.length + slots
-            return (table.flatten(0, 1) for table in window.tables), window.at if isinstance(slots, slice) else slots
+        window = context.prepared
+        if isinstance(window, Window):
+            at = window.at
+            if window.slot is None and isinstance(slots := context.position.index(new), Tensor):  # rows have their own
+                at = condition.source[:, None] * window.length + slots
+            return (table.flatten(0, 1) for table in window.tables), at
+        slots = context.position.index(new)
         if isinstance(slots, slice):
             made = self._modulate(condition, range(slots.start, slots.stop))
             return (each[condition.source] for each in made), None

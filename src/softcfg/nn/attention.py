@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.nn.backends import AttentionCall, attention
-from softcfg.nn.context import AttentionContext, require_tables
+from softcfg.nn.context import AttentionContext, actual, require_tables
 from softcfg.nn.fused import products, rotate_and_cache
 from softcfg.nn.linear import Linear
 from softcfg.nn.position import Position
@@ -100,7 +100,7 @@ def attend(
     Returns:
         [rows, n, heads * head_dim].
     """
-    context = context.on(query.device)
+    context = actual(context).on(query.device)
     query, key = rotate_and_cache(query, key, value, layer, context, q_norm, k_norm)
     return attention(AttentionCall(query, key, value, context, layer)).transpose(1, 2).flatten(2)
 

@@ -14,6 +14,8 @@ from softcfg.nn.kv_cache import KVCache
 from softcfg.nn.position import Position
 from softcfg.nn.rotary import Rotary
 
+OF_ALL_STEPS = {"cache", "padding", "new", "prepared", "actual", "is_read"}  # attributes of a `WatchedContext`
+
 
 class Factors(NamedTuple):
     """The weights of a pass as they act on its scores [rows, heads, n, S], with which they broadcast; None for ones."""
@@ -53,6 +55,7 @@ class AttentionContext:
         padding: int64 [rows], leading slots of each row that no query sees. The mask hides them as well.
         new: n, if the mask is to follow from position and padding.
         given_mask: the mask otherwise.
+        prepared: what the generator has made ready for the blocks (`Generator.prepare`).
     """
 
     position: Position
@@ -65,6 +68,7 @@ class AttentionContext:
     padding: Tensor | None = None
     new: int | None = None
     given_mask: Tensor | None = None
+    prepared: object = None
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -95,6 +99,7 @@ class AttentionContext:
         key_weights: Tensor | None = None,
         attention_weights: Tensor | None = None,
         padding: Tensor | None = None,
+        prepared: object = None,
         rows: int | None = None,
     ) -> AttentionContext:
         """The context of a pass that feeds `new` slots: weights are cut to the slots that it covers.
@@ -124,6 +129,7 @@ class AttentionContext:
             attention_weights=None if attention_weights is None else attention_weights[..., :slots],
             padding=padding,
             new=new,
+            prepared=prepared,
         )
 
     @cached_property
@@ -156,3 +162,34 @@ class AttentionContext:
     @cached_property
     def _copies(self) -> dict[torch.device, AttentionContext]:
         return {}
+
+
+class WatchedContext(AttentionContext):
+    """The context of a step as its blocks get it while their kernels are written down, to be launched at other steps.
+
+    Attributes:
+        actual: the context, for attention.
+        is_read: whether somebody else has read what may be another thing at another step, such as the slot.
+    """
+
+    actual: AttentionContext
+    is_read = False
+
+    @classmethod
+    def of(cls, context: AttentionContext) -> WatchedContext:
+        """The context, watched."""
+        watched = object.__new__(cls)
+        vars(watched).update(vars(context), actual=context)
+        return watched
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":  # of which `dataclasses.replace` makes another
+            return AttentionContext
+        if name not in OF_ALL_STEPS and not name.startswith("__"):
+            object.__setattr__(self, "is_read", True)
+        return super().__getattribute__(name)
+
+
+def actual(context: AttentionContext) -> AttentionContext:
+    """The context itself, for attention, which is known to do the same at every step."""
+    return context.actual if type(context) is WatchedContext else context

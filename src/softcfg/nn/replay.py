@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from softcfg.nn import fused
 from softcfg.nn.backends import numba_decode, registry
-from softcfg.nn.context import AttentionContext
+from softcfg.nn.context import AttentionContext, WatchedContext
 from softcfg.nn.kernels import available
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.launches import recorded
@@ -90,24 +90,22 @@ def replayed(
     programs: Programs,
     x: Tensor,
     context: AttentionContext,
-    run: Callable[[Tensor], Tensor],
-    prepared: object = None,
+    run: Callable[[Tensor, AttentionContext], Tensor],
 ) -> Tensor | None:
-    """What `run(x)` returns, by its kernels alone if they are known or become so; None for a step that has none.
+    """What `run(x, context)` returns, by its kernels alone if they are known or become so; None where there are none.
 
     Args:
         module: whose weights `run` uses; it is laid out, and does not change.
-        programs: of this module; one for each cache, or for what `prepared` is.
+        programs: of this module; one for each cache, or for what is prepared.
         x: [rows, 1, width].
-        context: of the step.
-        prepared: holds all else that `run` depends on, in memory that it keeps; None for nothing.
+        context: of the step; what is `prepared` holds all else that `run` depends on, in memory that it keeps.
     """
     cache, slot = context.cache, context.position.slot
     serves = (
         cache is not None and slot is not None and type(cache) in (KVCache, Int8KVCache) and 0 < slot < cache.slots
         and x.shape[1] == 1 and _may_run(x)
     )  # fmt: skip
-    key = cache if prepared is None else prepared
+    key = cache if context.prepared is None else context.prepared
     known = programs.get(key) if serves else None
     around = surroundings.get()
     if around is not None:
@@ -159,16 +157,16 @@ class _Program:
         self._surrounded: tuple[Any, Any, list[list[np.ndarray]]] | None = None
         self.serves = False
 
-    def record(self, x: Tensor, context: AttentionContext, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `run` returns; after that the program serves, if all of it was kernels."""
+    def record(self, x: Tensor, context: AttentionContext, run: Callable[[Tensor, AttentionContext], Tensor]) -> Tensor:
+        """What `run` returns; after that the program serves, if all of it was kernels, the same at every step."""
         self._input.copy_(x)
         numba_decode.tables_of(context)  # not a part of what is recorded, nor is the rotation
-        watch, launches = _Watch(), Launches()
+        watch, launches, watched = _Watch(), Launches(), WatchedContext.of(context)
         with holding(recorded, launches), watch:
-            found = run(self._input)
+            found = run(self._input, watched)
         self._kept += watch.made
         small = sum(each.nbytes for each in watch.made) <= MOST_BYTES
-        if launches and small and not watch.others and not self._is_watched():
+        if launches and small and not watch.others and not watched.is_read and not self._is_watched():
             self._recorded, self._launches = launches, available.cpu_kernels().Program(launches, self._kept)
             self._output, self.serves = found, True
             return found.clone()
