@@ -26,7 +26,7 @@ from softcfg.models import rar
 from softcfg.models.alitok import AliTokBlock
 from softcfg.models.base import Generator
 from softcfg.models.llamagen import LlamaGenBlock
-from softcfg.nn import AttentionContext, Position, choices, fused, replay, use_backend
+from softcfg.nn import AttentionBackend, AttentionCall, AttentionContext, Position, choices, fused, replay, use_backend
 from softcfg.nn.backends import BACKENDS, numba_decode
 from softcfg.nn.kernels.available import without_cpu_kernels
 from softcfg.nn.linear import PREPARED, Linear, prepared_linear_layers
@@ -364,6 +364,34 @@ def test_settings_of_a_later_step_hold(name: str, replays: list[Tensor]) -> None
         found = steps_by_hand(generator, {2: SETTINGS[name], 3: SETTINGS[name]})
         torch.testing.assert_close(found, wanted, rtol=0, atol=0 if name == "attention by name" else 1e-3)
     assert len(replays) == 2
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_a_backend_from_outside_is_asked_at_every_step(
+    start: int, replays: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is registered while a model draws."""
+    generator, asked = load("alitok"), []
+    wanted = drawn(generator)
+    replays.clear()
+
+    class Asked(AttentionBackend):
+        name = "asked"
+
+        def why_not(self, call: AttentionCall) -> str:
+            asked.append(call.context.slots)
+            return "it serves nothing"
+
+        def attend(self, call: AttentionCall) -> Tensor:
+            raise AssertionError
+
+    def on_step(done: int) -> None:
+        if done == start:
+            monkeypatch.setitem(BACKENDS, "asked", Asked())
+
+    assert torch.equal(drawn(generator, on_step=on_step), wanted)
+    assert asked == [slots for slots in range(start + 1, tokens_of(generator) + 1) for _ in generator.blocks]
+    assert len(replays) == max(0, start - 2)
 
 
 def steps_by_hand(

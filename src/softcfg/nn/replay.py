@@ -127,7 +127,7 @@ def _may_run(x: Tensor) -> bool:
     """Whether steps that are fed `x` may be replayed in this thread, now."""
     return (
         x.dtype is torch.float32 and fused.are_enabled() and registry.forced() is None and recorded.get() is None
-        and available.on_cpu(x) and numba_decode.is_faster()
+        and registry.is_asked_first(numba_decode.NumbaDecode.name) and available.on_cpu(x) and numba_decode.is_faster()
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from softcfg.errors import UserError
 from softcfg.nn.context import AttentionContext
 from softcfg.nn.settings import holding
 
+OWN = f"{__package__}."  # modules of the library's backends
 FEW_QUERIES, FEW_NUMBERS = 64, 1 << 17  # numbers of the keys
 
 
@@ -157,6 +158,16 @@ def use_backend(name: str) -> Iterator[None]:
 def forced() -> str | None:
     """The backend of `use_backend`, if this thread is inside."""
     return _forced.get()
+
+
+def is_asked_first(name: str) -> bool:
+    """Whether the library's backend of this name is asked before all that are from outside of the library."""
+    for backend in reversed(BACKENDS.values()):
+        if not type(backend).__module__.startswith(OWN):
+            return False
+        if backend.name == name:
+            return True
+    return False
 
 
 def attention(call: AttentionCall) -> Tensor:
