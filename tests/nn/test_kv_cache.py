@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from softcfg.nn import AttentionContext, weighted_attention
+from softcfg.nn.attention import attend
 from softcfg.nn.kv_cache import Int8KVCache, KVCache
 from softcfg.nn.position import Position
 
@@ -94,6 +96,30 @@ def test_a_part_shares_the_memory(kind: type[KVCache]) -> None:
     assert part.slots == 4
     assert torch.equal(cache.read(0, 4)[0], part.read(0, 4)[0])
     assert cache.read(0, 6)[1].count_nonzero(-1).flatten().tolist() == [0, DIM, DIM, 0, 0, 0]
+
+
+class PlainKVCache(KVCache):
+    """Keys and values of another dtype, which are no more than converted."""
+
+    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
+        keys, values = super().read(layer, slots)
+        return keys.to(self.dtype), values.to(self.dtype)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64, torch.int8])
+def test_a_step_writes_what_the_cache_stores(stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlainKVCache, "stored", stored)
+    cache = PlainKVCache(1, 2, 3, 8, 32)
+    query, key, value = 9 * torch.randn(3, 2, 3, 1, 32)
+    with torch.inference_mode():
+        found = attend(query, key, value, 0, AttentionContext.create(Position.shared(5), 1, cache))
+    contents = (cache.keys[0], cache.values[0])
+    for given, kept in zip((key, value), contents, strict=True):
+        wanted = torch.zeros_like(kept)
+        wanted[:, :, 5:6] = given
+        assert torch.equal(kept, wanted)
+    keys, values = (each[:, :, :6].float() for each in contents)
+    torch.testing.assert_close(found, weighted_attention(query, keys, values).transpose(1, 2).flatten(2))
 
 
 def test_bytes() -> None:

@@ -466,6 +466,8 @@ def _fits(
         return False
     side_by_side = all((each.stride(1), each.stride(3)) == (dim, 1) for each in (query, key, value))
     keys, values = cache.keys[layer], cache.values[layer]
+    if keys.dtype != query.dtype and (keys.dtype is not torch.int8 or cache.scales(layer)[0] is None):
+        return False
     fit = key.shape == value.shape and key.shape[::3] == query.shape[::3] and keys.shape[:2] == key.shape[:2]
     return fit and side_by_side and keys.stride() == values.stride() and keys.stride(3) == 1
 
