@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import softcfg
@@ -15,6 +16,7 @@ from softcfg.configuration import load_config
 from softcfg.decoding import ImageStreams, Sampling, decode, image_uniforms, jacobi_decode
 from softcfg.models.geometry import Geometry
 from softcfg.models.lumina import Lumina, LuminaConfig, PromptCondition, TokenPrompt
+from softcfg.models.lumina.generator import HeadNorm
 from softcfg.nn import Position
 
 # The reduced ids of the golden files, under the names of the configuration.
@@ -140,6 +142,13 @@ def test_speculative_jacobi_decoding(guidance: CFG) -> None:
     is_code = torch.tensor(([True] * 8 + [False]) * 8 + [False])
     assert (tokens[:, is_code] >= 200).all()
     assert (tokens[:, ~is_code] < 200).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_norm_of_heads_has_the_eps_that_is_set_later(groups: int) -> None:
+    norm, x = HeadNorm(groups, 8), torch.randn(3, 4, 1, 8)
+    norm.eps = 1.0
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (8,), eps=1.0))
 
 
 def test_rows_as_the_model_reads_them() -> None:

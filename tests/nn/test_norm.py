@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from softcfg.nn.fused import add_norm
 from softcfg.nn.norm import RMSNorm
 
 
@@ -27,6 +30,17 @@ def test_it_is_the_norm(shape: tuple[int, ...], size: float) -> None:
     wanted = F.rms_norm(x.double(), shape[-1:], norm.weight.double(), 1e-5)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-7)
     assert torch.equal(x, before)
+
+
+def test_an_eps_that_is_set_later_acts_in_all_ways() -> None:
+    norm, x = norm_of(32, 1e-5), torch.randn(4, 1, 32)
+    norm.eps = 1.0
+    wanted = F.rms_norm(x, (32,), norm.weight, 1.0)
+    torch.testing.assert_close(norm(x), wanted)
+    with torch.inference_mode():
+        torch.testing.assert_close(norm(x), wanted)
+        torch.testing.assert_close(add_norm(x, None, norm=norm)[1], wanted)
+        torch.testing.assert_close(copy.deepcopy(norm)(x), wanted)
 
 
 def test_zeros_stay_zeros() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, addcmul, nn
 from torch.linalg import vector_norm
@@ -16,8 +18,12 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
-        self._eps = torch.full((1,), eps, dtype=torch.float32, device="cpu")
         self._share = 1 / width
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "eps":  # as the operations take it
+            self._eps = torch.full((1,), value, dtype=torch.float32, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""

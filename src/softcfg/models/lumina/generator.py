@@ -134,8 +134,8 @@ class HeadNorm(nn.LayerNorm):
         """[rows, heads, n, width] -> the same shape."""
         groups, width = self.weight.shape
         if groups == 1:
-            return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
-        x = F.layer_norm(x, (width,), eps=HEAD_NORM_EPS).unflatten(1, (groups, -1))
+            return F.layer_norm(x, (width,), self.weight[0], self.bias[0], self.eps)
+        x = F.layer_norm(x, (width,), eps=self.eps).unflatten(1, (groups, -1))
         return (x * self.weight[:, None, None] + self.bias[:, None, None]).flatten(1, 2)
 
 
