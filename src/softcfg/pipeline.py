@@ -511,7 +511,7 @@ class Pipeline:
         condition = self.generator.condition(inputs, guided=False)
         total = condition.num_tokens
         self.check_guidance(guidance, total)
-        forced = check_forced(self.generator, (count, total), forced_tokens, forced_mask)
+        forced = check_forced(self.generator, condition, count, forced_tokens, forced_mask)
         self.tokenizer.checked_grid(condition.grid)  # before anything is drawn
         after_step = None if callback_on_step_end is None else calls.step_callback(self, callback_on_step_end)
         shown = (on_step is None and on_tokens is None) if progress is None else progress

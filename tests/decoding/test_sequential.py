@@ -200,6 +200,28 @@ def test_forced_tokens_whole_and_by_mask(generator: Generator) -> None:
     assert torch.equal(again, mixed)
 
 
+@pytest.mark.parametrize("family", ["emu3", "lumina-mgpt-2"])
+def test_forced_tokens_stand_where_the_model_may_draw_them(family: str) -> None:
+    generator = load(family)
+    inputs = generator.example_inputs(2)
+    condition = generator.condition(inputs, guided=False)
+    steps = torch.arange(condition.num_tokens)
+    given = generator.allowed(steps, condition)[:, 0].repeat(2, 1)
+    forced = {"uniforms": image_uniforms(1, range(2), len(steps)), "forced_tokens": given}
+    assert torch.equal(decode(generator, inputs, CFG(), **forced), given)  # with the ends of lines
+    line = int((~generator.is_code(steps, condition)).nonzero()[0])
+    mask = torch.zeros_like(given, dtype=torch.bool)
+    for step, other in ((0, line), (line, 0)):
+        wrong = given.clone()
+        wrong[1, step] = given[1, other]
+        mask[:, step] = True
+        message = rf"forced_tokens holds {wrong[1, step]} at step {step}, where the model can draw {given[1, step]}"
+        for where in (None, mask):
+            with pytest.raises(UserError, match=message):
+                decode(generator, inputs, CFG(), **{**forced, "forced_tokens": wrong}, forced_mask=where)
+        decode(generator, inputs, CFG(), **{**forced, "forced_tokens": wrong}, forced_mask=~mask)
+
+
 def test_top_k_one_is_greedy(generator: Generator) -> None:
     method = CFG(guidance_scale=2)
     greedy = [

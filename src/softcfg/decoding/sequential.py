@@ -90,7 +90,7 @@ def decode(
     weaker = weak_model(guidance, generator, condition, weak, labels)
     decoder = Decoder(generator, condition, guidance, sampling or Sampling(), weak=weaker)
     batch, total = decoder.batch, condition.num_tokens
-    forced, mask = check_forced(generator, (batch, total), forced_tokens, forced_mask)
+    forced, mask = check_forced(generator, condition, batch, forced_tokens, forced_mask)
     if uniforms.shape != (batch, total):
         raise UserError(f"uniforms must have shape [{batch}, {total}], got {list(uniforms.shape)}")
 
