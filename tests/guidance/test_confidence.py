@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +63,16 @@ def test_low_precision_logits_are_raised_to_float32() -> None:
     logits = torch.randn(2, 9).bfloat16()
     got = SoftCFG().token_confidence(logits, torch.tensor([0, 1]))
     torch.testing.assert_close(got, logits.float().softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "maximum"}, "kind must be one of max, sampled, .*, got 'maximum'"),
+        ({"temperature": 0}, "temperature must be a finite number > 0, got 0"),
+        ({"temperature": -1.0}, r"temperature must be a finite number > 0, got -1\.0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_confidence(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), **arguments)

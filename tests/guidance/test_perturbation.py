@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -114,3 +116,18 @@ def test_weights_are_differentiable_and_leave_their_input_alone() -> None:
     SoftCFG().weights(confidence)[0].backward()
     assert confidence.grad is not None
     assert torch.equal(confidence.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alignment": "Successor"}, "alignment must be one of own, successor, got 'Successor'"),
+        ({"step_norm": "off"}, "step_norm must be True or False, got 'off'"),
+        ({"strength": -1}, "strength must be a finite number >= 0, got -1"),
+        ({"floor": 3}, r"floor must be a number in \[0, 1\], got 3"),
+        ({"eps": -3}, "eps must be a finite number >= 0, got -3"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        perturbation_weights(torch.tensor([0.5, 0.25]), **settings)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -74,3 +75,20 @@ def test_guided_logits_are_the_papers_combination() -> None:
     gamma = 2.75
     guided = CFG().guide(cond, uncond, 1 + gamma)
     torch.testing.assert_close(guided, (1 + gamma) * cond - gamma * uncond)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": -1.0}, r"guidance_scale must be a finite number >= 0, got -1\.0"),
+        ({"scale": math.nan}, "guidance_scale must be a finite number >= 0, got nan"),
+        ({"power": -1}, "guidance_scale_pow must be a finite number >= 0, got -1"),
+        ({"schedule": "cosine"}, "schedule must be one of constant, linear, .*, got 'cosine'"),
+        ({"interval": (4, 2)}, "interval must be two steps 0 <= start <= stop"),
+        ({"steps": 2.5}, r"steps must be an integer >= 0, got 2\.5"),
+        ({"codes": 0}, "codes must be an integer >= 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        guidance_scales(**{"steps": 5, "scale": 3.0, **arguments})

@@ -10,7 +10,7 @@ from softcfg.guidance.composition import (
     restore,
 )
 from softcfg.guidance.confidence import CONFIDENCES, register_confidence, token_confidence
-from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG, titled
+from softcfg.guidance.methods import CFG, METHODS, PRESETS, SoftCFG, guidance_scales, titled
 from softcfg.guidance.perturbation import (
     PERTURBATIONS,
     ConfidenceWeights,
@@ -20,7 +20,7 @@ from softcfg.guidance.perturbation import (
 )
 from softcfg.guidance.registry import Registry, View
 from softcfg.guidance.rules import RULES, Centred, Rule
-from softcfg.guidance.schedule import SCHEDULES, guidance_scales, ramp, register_schedule
+from softcfg.guidance.schedule import SCHEDULES, ramp, register_schedule
 from softcfg.guidance.settings import Setting, setting, settings_of
 from softcfg.guidance.weakened import (
     CorruptedPrefix,

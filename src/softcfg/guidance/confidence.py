@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softcfg.guidance.registry import Registry
+from softcfg.guidance.settings import Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 Confidence = Callable[["Tensor", "Tensor"], "Tensor"]
 CONFIDENCES: Registry[Confidence] = Registry("confidence")
 register_confidence = CONFIDENCES.register
+TEMPERATURE = Setting("temperature", float, 1.0, low=0, above=True)
 
 
 @register_confidence("max", label="p_max", description="largest probability")
@@ -91,16 +93,22 @@ def token_confidence(cond_logits: Tensor, tokens: Tensor, kind: str = "max", tem
     """Confidence in `tokens` under p_c = softmax(cond_logits / temperature), before any top-k or top-p.
 
     Args:
-        cond_logits: conditional logits [..., V].
+        cond_logits: conditional logits [..., V]; neither they nor the tokens are checked.
         tokens: int64 [...], the tokens that were drawn.
         kind: a name from `CONFIDENCES`.
+        temperature: > 0.
 
     Returns:
         float32 (float64 for float64 logits) [...], in [0, 1].
+
+    Raises:
+        ValueError: the kind is unknown, or the temperature is not above 0.
     """
     import torch
 
+    confidence = CONFIDENCES.require(kind, "kind")
+    TEMPERATURE.check(temperature)
     accumulate = torch.promote_types(cond_logits.dtype, torch.float32)
     logits = cond_logits.to(accumulate)
     probabilities = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-    return CONFIDENCES[kind](probabilities, tokens)
+    return confidence(probabilities, tokens)

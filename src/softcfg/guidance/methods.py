@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from softcfg.guidance.perturbation import PERTURBATIONS, ConfidenceWeights, NoPerturbation, Perturbation
 from softcfg.guidance.registry import Registry
 from softcfg.guidance.rules import RULED_OUT, RULES, Rule
-from softcfg.guidance.schedule import SCHEDULES, guidance_scales
-from softcfg.guidance.settings import check, setting
+from softcfg.guidance.schedule import SCHEDULES
+from softcfg.guidance.settings import Setting, check, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +162,16 @@ class CFG:
 
     def scales(self, steps: int, codes: int | None = None) -> Tensor:
         """The guidance scale s_t of every step, float32 [steps]; `codes` of them draw image codes, by default all."""
-        return guidance_scales(steps, self.guidance_scale, self.schedule, self.guidance_scale_pow, self.interval, codes)
+        import torch
+
+        if self.guidance_scale == 0:
+            return torch.ones(steps, dtype=torch.float32)
+        codes = steps if codes is None else codes
+        scales = SCHEDULES[self.schedule](steps, self.guidance_scale, self.guidance_scale_pow, codes)
+        if self.interval is not None:
+            step = torch.arange(steps)
+            scales = scales.masked_fill((step < self.interval[0]) | (step >= self.interval[1]), 1.0)
+        return scales.float()
 
     def away_from(self, uncond_logits: Tensor | None, weak_logits: Tensor | None) -> Tensor:
         """What the rule guides away from: the logits [..., V] of the unconditional branch, of the weak model, or mixed.
@@ -244,6 +253,34 @@ class CFG:
             raise TypeError(f"{type(self.rule).__name__} is stateful, but returned no state")
         known = [torch.zeros_like(state) if each is None else each for each in states]
         return torch.stack(guided, dim=1), torch.stack(known, dim=1)
+
+
+def guidance_scales(
+    steps: int,
+    scale: float,
+    schedule: str = "cosine_power",
+    power: float = 1.0,
+    interval: tuple[int, int] | None = None,
+    codes: int | None = None,
+) -> Tensor:
+    """The guidance scale of every step, float32 [steps].
+
+    Args:
+        steps: T.
+        scale: the full scale g; 0 means the conditional branch alone and gives ones, like 1.
+        schedule: a name from `SCHEDULES`.
+        power: exponent of `cosine_power`; the other schedules do not use it.
+        interval: steps [start, stop), 0-based, outside of which the scale is 1.
+        codes: how many of the tokens are image codes, not structure like the ends of lines; by default all. Only
+            `lumina_released` uses it.
+
+    Raises:
+        ValueError: one of them is out of its range; the message names it, as `CFG` does.
+    """
+    Setting("steps", int, None, low=0).check(steps)
+    if codes is not None:
+        Setting("codes", int, None, low=1).check(codes)
+    return CFG(scale, power, schedule, interval).scales(steps, codes)
 
 
 # As they are here, whatever may be put in their place.

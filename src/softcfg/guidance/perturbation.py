@@ -127,15 +127,20 @@ class ConfidenceWeights(Perturbation):
         return self.strength > 0
 
     def weights(self, confidence: Tensor) -> Tensor:
-        """Weights [..., T] of the generated tokens' slots for the confidences [..., T] so far (0: not generated)."""
-        return perturbation_weights(
-            confidence,
-            step_norm=self.step_norm,
-            strength=self.strength,
-            floor=self.floor,
-            eps=self.eps,
-            alignment=self.alignment,
-        )
+        """See `Perturbation.weights`; as `perturbation_weights`."""
+        import torch.nn.functional as F
+
+        if self.alignment == "successor":
+            confidence = F.pad(confidence[..., 1:], (0, 1))
+        if self.step_norm:
+            total = confidence.sum(dim=-1, keepdim=True)
+            total = total + self.eps if self.eps else total
+            confidence = confidence / total.clamp_min(SMALLEST)  # without confidences, all shares are 0
+        # A share may round to just above one.
+        if self.strength == 1:
+            return (1 - confidence).clamp_min(self.floor)
+        weights = (1 - confidence).clamp_min(0).pow(self.strength)
+        return weights.clamp_min(self.floor) if self.floor else weights
 
     def carried(self, confidence: Tensor) -> Tensor:
         """See `Perturbation.carried`; with "successor" alignment no slot carries the first token's."""
@@ -168,7 +173,7 @@ def perturbation_weights(
         result = max(floor, w_i ^ strength)
 
     Args:
-        confidence: [..., T] in [0, 1], zero for tokens not generated yet.
+        confidence: [..., T] in [0, 1], zero for tokens not generated yet; its numbers are not checked.
         step_norm: spend a fixed budget over all tokens so far.
         strength: 0 leaves every weight at 1.
         floor: least weight.
@@ -178,17 +183,9 @@ def perturbation_weights(
 
     Returns:
         Weights [..., T] in [floor, 1], in the dtype of `confidence`.
-    """
-    import torch.nn.functional as F
 
-    if alignment == "successor":
-        confidence = F.pad(confidence[..., 1:], (0, 1))
-    if step_norm:
-        total = confidence.sum(dim=-1, keepdim=True)
-        total = total + eps if eps else total
-        confidence = confidence / total.clamp_min(SMALLEST)  # without confidences, all shares are 0
-    # A share may round to just above one.
-    if strength == 1:
-        return (1 - confidence).clamp_min(floor)
-    weights = (1 - confidence).clamp_min(0).pow(strength)
-    return weights.clamp_min(floor) if floor else weights
+    Raises:
+        ValueError: a setting is out of its range; the message names it.
+    """
+    made = ConfidenceWeights(step_norm=step_norm, strength=strength, floor=floor, eps=eps, alignment=alignment)
+    return made.weights(confidence)

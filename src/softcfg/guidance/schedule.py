@@ -71,32 +71,3 @@ def lumina_released(steps: int, scale: float, power: float, codes: int) -> Tenso
         for step in range(steps):
             scale = scales[step] = max(4.0, scale * (1 - (step + 2) / (codes / 4)))
     return scales
-
-
-def guidance_scales(
-    steps: int,
-    scale: float,
-    schedule: str = "cosine_power",
-    power: float = 1.0,
-    interval: tuple[int, int] | None = None,
-    codes: int | None = None,
-) -> Tensor:
-    """The guidance scale of every step, float32 [steps].
-
-    Args:
-        scale: the full scale g; 0 means the conditional branch alone and gives ones, like 1.
-        schedule: a name from `SCHEDULES`.
-        power: exponent of `cosine_power`; the other schedules do not use it.
-        interval: steps [start, stop), 0-based, outside of which the scale is 1.
-        codes: how many of the tokens are image codes, not structure like the ends of lines; by default all. Only
-            `lumina_released` uses it.
-    """
-    import torch
-
-    if scale == 0:
-        return torch.ones(steps, dtype=torch.float32)
-    scales = SCHEDULES[schedule](steps, scale, power, steps if codes is None else codes)
-    if interval is not None:
-        step = torch.arange(steps)
-        scales = scales.masked_fill((step < interval[0]) | (step >= interval[1]), 1.0)
-    return scales.float()
