@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 
 try:
     import fcntl
@@ -40,7 +40,11 @@ KINDS = {
 
 
 def as_path(path: str | Path) -> Path:
-    """The path that a person wrote; `~` is the home folder."""
+    """The path that a person wrote; `~` is the home folder. Raises `UserError` if it is empty, or no path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"a path must be a text or a Path, got {quote(path)}")
+    if path == "":  # for `Path` it would be the working directory
+        raise UserError("a path must not be empty")
     return Path(os.path.expanduser(path))
 
 
@@ -403,7 +407,7 @@ def refuse_foreign(folder: Path, mark: str | Path, names: Iterable[str | Path]) 
 
 def make_folder(path: str | Path) -> Path:
     """Create `path` and its parents and make sure that files can be written there; raises `UserError` if not."""
-    path = Path(path)
+    path = as_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

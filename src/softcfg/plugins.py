@@ -71,7 +71,7 @@ def load_all(words: Sequence[str] = ()) -> None:
             importlib.import_module(entry.module)
         except Exception as error:
             print(f"softcfg: warning: the plugin {entry.module} cannot be imported: {error}", file=sys.stderr)
-    for name in (*_of_environment(), *named(words)):
+    for name in filter(None, (*_of_environment(), *named(words))):
         load(name)
 
 

@@ -9,14 +9,20 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attacks import NODES
+from made_runs import complete
+from softcfg import Pipeline
 from softcfg.errors import UserError, clean, quote
+from softcfg.evaluation import evaluate, open_source
 from softcfg.files import (
+    as_path,
     hash_file,
     is_file,
     is_folder,
+    make_folder,
     open_atomically,
     open_own,
     open_regular,
@@ -26,6 +32,10 @@ from softcfg.files import (
     reopened,
     write_atomically,
 )
+from softcfg.runs import RunRequest, draw_run
+from softcfg.runs.export import export_npz
+from softcfg.runs.folder import RunFolder
+from softcfg.zoo import resolve
 
 
 @pytest.mark.timeout(20)
@@ -48,6 +58,28 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     assert not is_file(path)
     assert not is_folder(path) or not name
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_path_is_not_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Pipeline
+) -> None:
+    run = complete(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        lambda: make_folder(""),
+        lambda: draw_run(RunRequest(pipe, [0]), ""),
+        lambda: pipe.save_pretrained(""),
+        lambda: export_npz(run, ""),
+        lambda: RunFolder.open(""),
+        lambda: resolve(""),
+        lambda: open_source(""),
+        lambda: evaluate(np.zeros((2, 4, 4, 3), np.uint8), save_stats=""),
+        lambda: Pipeline.from_pretrained("fashion", generator_checkpoint=""),
+        lambda: as_path(3),  # type: ignore[arg-type, return-value]
+    ):
+        with pytest.raises(UserError, match=r"path"):
+            use()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_sizes_are_bounded(tmp_path: Path) -> None:

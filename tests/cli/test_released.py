@@ -165,6 +165,7 @@ def test_rar_by_overrides(xl: Path, tmp_path: Path) -> None:
         ("model.generator.guidance_scale=much", "guidance_scale must be a finite number >= 0, got 'much'"),
         ("model.generator.step_norm=maybe", "step_norm must be True or False, got 'maybe'"),
         ("model.generator.seed=1.5", "model.generator.seed must be an integer, got 1.5"),
+        ("experiment.output_dir=''", "experiment.output_dir must not be empty"),
         ("model.generator.seed=[1", "override model.generator.seed=[1 is not a YAML value"),
     ],
 )  # fmt: skip

@@ -59,6 +59,45 @@ def test_errors(
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("runs export run --png", "--png"),
+        ("runs status", "DIR"),
+        ("eval", "SAMPLES"),
+        ("eval x.npz --output", "--output"),
+        ("eval x.npz --metrics", "--metrics"),
+        ("eval x.npz --inception-weights", "--extractor-weights/--inception-weights"),
+        ("sample", "MODEL"),
+        ("sample fashion --device", "--device"),
+        ("sample fashion --labels", "--labels"),
+        ("sample fashion --config", "--config"),
+        ("sample fashion --plugin", "--plugin"),
+        ("sample emoji --ratio", "--ratio"),
+        ("trace fashion --labels 0 --tokens", "--tokens"),
+        ("ui --host", "--host"),
+        *(
+            (f"{command} --output-dir", "--output-dir")
+            for command in ("sample fashion", "compare fashion", "decode run", "plot fashion", "sweep fashion")
+        ),
+    ],
+)
+def test_an_empty_value_is_not_taken_for_none(
+    words: str, name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*words.split(), ""])
+    assert f"error: {name} must not be empty; see 'softcfg {words.split()[0]}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_may_be_empty() -> None:
+    args = build_parser().parse_args(["sample", "emoji", "--prompt", "", "--negative-prompt=", "--output-dir=~/out"])
+    assert (args.prompt, args.negative_prompt) == ([""], "")
+    assert args.output_dir == os.path.expanduser("~/out")
+
+
 def test_a_file_that_is_given_is_not_missing(
     model_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ from softcfg.runs.signals import Terminated, termination_raises
 from softcfg.version import __version__
 
 PATHS = {"FILE", "DIR", "PATH", "FOLDER", "NEW", "MODEL", "SAMPLES", "PROMPTS"}  # metavars of options that are paths
+TEXT = "TEXT"  # and of those that are texts to draw, which alone may be empty
 COMMANDS = (sample, t2i_bench, runs, decode, evaluation, compare, sweep, trace, plot, models, fetch, bench, doctor, ui)
 
 SHELLS = ("bash", "zsh", "fish")
@@ -65,6 +66,12 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices and hint:
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
         super()._check_value(action, value)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """A value of an argument; `~` in a path is the home folder, which the shell leaves alone in `--png=~/out`."""
+        if not arg_string and action.metavar != TEXT and action.nargs != argparse.PARSER:
+            self.error(f"{'/'.join(action.option_strings) or action.metavar} must not be empty")
+        return super()._get_value(action, os.path.expanduser(arg_string) if action.metavar in PATHS else arg_string)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and where to read more, and exit with 2."""
@@ -133,19 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
             )
     except argparse.ArgumentError as error:  # of a setting that a plugin registered
         raise UserError(f"{error.message}; give the rule or perturbation with that setting another name") from None
-    _expand_home(parser)
     return parser
-
-
-def _expand_home(parser: argparse.ArgumentParser) -> None:
-    """Read `~` in every path as the home folder; the shell leaves it alone in `--output-dir=~/out`."""
-    for action in parser._actions:
-        if isinstance(action.choices, dict):  # the parsers of commands
-            for command in action.choices.values():
-                if isinstance(command, argparse.ArgumentParser):
-                    _expand_home(command)
-        elif action.metavar in PATHS and action.type is None:
-            action.type = os.path.expanduser
 
 
 # Variables that are read when PyTorch is imported. Large tensors lie in huge pages, which are read faster. And a thread

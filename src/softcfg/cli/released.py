@@ -167,6 +167,8 @@ def apply(args: argparse.Namespace) -> None:
     args.model = _entry(args.model, values, args.config)
     for name, argument in SAMPLING.items():
         value = values.get(name)
+        if value == "":
+            raise UserError(f"{name} must not be empty")
         if value is not None and getattr(args, argument) is None:
             setattr(args, argument, value)
     for argument in ("output_dir", "generator_checkpoint", "tokenizer_checkpoint"):

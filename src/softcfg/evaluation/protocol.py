@@ -98,7 +98,7 @@ def evaluate(
     if not isinstance(extractor, (str, Extractor)):
         raise UserError(f"the extractor must be a name or an Extractor, got {quote(extractor)}")
     for name, path in (("weights", weights), ("cache", cache), ("save_stats", save_stats)):
-        if path is not None and not isinstance(path, (str, os.PathLike)):
+        if path is not None and (path == "" or not isinstance(path, (str, os.PathLike))):
             raise UserError(f"{name} must be a path, got {quote(path)}")
     refuse_overwriting_images({"save_stats": save_stats}, {"the samples": samples, "the reference": reference}, weights)
     device = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

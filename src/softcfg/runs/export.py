@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from softcfg.errors import UserError
-from softcfg.files import is_same_file, make_folder, open_atomically, remove_temporary, write_atomically
+from softcfg.files import as_path, is_same_file, make_folder, open_atomically, remove_temporary, write_atomically
 from softcfg.images import png_bytes, read_picture
 from softcfg.runs.folder import RunFolder, image_index, image_name
 from softcfg.runs.shards import Shard
@@ -79,10 +79,11 @@ def export_npz(run: RunFolder, path: str | Path) -> tuple[int, ...]:
     Raises:
         UserError: a shard is missing or damaged, or the file cannot be written.
     """
+    path = as_path(path)
     run.require_complete()
     shape = (run.plan.num_samples, *run.require(0).pixels.shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    make_folder(Path(path).parent)
+    make_folder(path.parent)
     with (
         open_atomically(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,

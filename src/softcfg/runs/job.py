@@ -293,7 +293,9 @@ def decode_run(
             raise UserError(f"{source.path / SETTINGS} does not say with which tokenizer the run was drawn")
         entry = resolve(model or source.settings["model"])
         config = entry.tokenizer.config if model else known
-        checkpoint = tokenizer_checkpoint or require_file(entry.tokenizer.file, entry)
+        checkpoint = tokenizer_checkpoint
+        if checkpoint is None:
+            checkpoint = require_file(entry.tokenizer.file, entry)
         device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source_of_tokenizer = ComponentSource(entry.tokenizer, entry, checkpoint)
         tokenizer = load_tokenizer(entry, config, checkpoint, device, as_dtype(tokenizer_dtype, "tokenizer_dtype"))

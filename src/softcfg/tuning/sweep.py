@@ -203,8 +203,8 @@ class Sweep:
         refuse_foreign(self.folder, TRIALS, (*RESULTS, *FIGURES))
         self.settings = self._describe(run, report)
         self.study = _open_study(
-            storage or _url_of((self.folder / DATABASE).resolve()),
-            study or self.folder.resolve().name,
+            _url_of((self.folder / DATABASE).resolve()) if storage is None else storage,
+            self.folder.resolve().name if study is None else study,
             self.minimize,
             self.settings,
         )

@@ -427,7 +427,7 @@ def resolve(model: str | Path | ModelEntry) -> ModelEntry:
     """
     if isinstance(model, ModelEntry):
         return model
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, Path)) or model == "":
         raise UserError(f"a model is the name of one or the path of a model folder, got {quote(model)}")
     path = as_path(model)
     if str(model) not in MODELS:

@@ -69,7 +69,7 @@ def write_model_folder(
         UserError: a family is not registered, weights are quantized or not in memory, the files that texts are read
             with are missing, or the folder cannot be written.
     """
-    if not isinstance(folder, (str, Path)):
+    if not isinstance(folder, (str, Path)) or folder == "":
         raise UserError(f"a model is saved in a folder, whose path is a text, got {quote(folder)}")
     content: dict[str, Any] = {
         "name": name or Path(folder).resolve().name,

@@ -51,7 +51,7 @@ class ComponentSource:
 
     @cached_property
     def _path(self) -> Path:
-        return as_path(self.checkpoint or require_file(self.component.file, self.entry))
+        return as_path(require_file(self.component.file, self.entry) if self.checkpoint is None else self.checkpoint)
 
     @cached_property
     def _states(self) -> FileStates:
