@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from softcfg import UserError
 from softcfg.cli.main import main
 
 
@@ -47,6 +48,16 @@ def test_an_address_that_is_taken(model_folder: Path, capsys: pytest.CaptureFixt
         f"softcfg: error: cannot listen on 127.0.0.1 port {port}: Address already in use; give another --host or "
         "--port\n"
     )
+
+
+def test_an_address_that_is_none(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ui", str(model_folder), "--host", "nowhere.invalid"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot listen on nowhere.invalid port 7860: " in error
+    assert "while attempting" not in error
+    pages = pytest.importorskip("softcfg.ui.page")
+    with pytest.raises(UserError, match="host must be an address or a name, got ''"):
+        pages.serve(None, "", 0, print)
 
 
 @pytest.mark.parametrize(

@@ -493,10 +493,12 @@ def serve(
     Raises:
         UserError: the address cannot be taken.
     """
+    if not host:  # for a socket, all addresses of the machine
+        raise UserError("host must be an address or a name, got ''")
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        reason = str(error.strerror).partition(" (while ")[0]  # Python adds what it was doing
         raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
     shown = f"[{host}]" if ":" in host else host
     # Failures are printed where they happen; the server's own log would add the pages that are open at the end.
