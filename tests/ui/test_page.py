@@ -9,6 +9,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,24 @@ class TestFunctions:
         (update,) = shown.open_link("none", self.request(model="<img src=x onerror=alert(1)>"))
         assert "<img" not in update[shown.status]
         assert "&lt;img" in update[shown.status]
+
+    def test_an_example_leaves_a_drawing_that_is_under_way(self, shown: pages.Shown, studio: Studio) -> None:
+        pipeline = studio.models["tiny"].pipeline
+        assert pipeline.source is not None
+        pipeline.source = replace(pipeline.source, entry=replace(pipeline.source.entry, examples={"Star": 5}))
+        drawing = shown.draw(self.request(), *self.FIELDS, "none")
+        assert next(drawing)[shown.form.stop].interactive is True
+        example = SimpleNamespace(_data={"example": 0})
+        for others in (
+            shown.pick("tiny", "none", example, self.request()),
+            shown.open_link("none", self.request(seed="5")),
+        ):
+            (update,) = others
+            assert update.keys() == {shown.status}
+            assert "This page is drawing already" in update[shown.status]
+        assert list(drawing)[-1][shown.form.stop].interactive is False
+        first = next(shown.pick("tiny", "none", example, self.request()))
+        assert (first[shown.form.seed], first[shown.form.stop].interactive) == (5, True)
 
     def test_a_link_draws_the_same_pictures(self, shown: pages.Shown) -> None:
         drawn = list(shown.draw(self.request(), *self.FIELDS, "none"))[-1]

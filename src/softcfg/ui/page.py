@@ -315,8 +315,7 @@ class Shown:
         except UserError as error:
             yield {self.status: _alert(error)}
             return
-        yield self.form.filled(settings)
-        yield from self._draw(settings, mode, request)
+        yield from self._draw(settings, mode, request, self.form.filled(settings))
 
     def open_link(self, mode: str, request: gr.Request) -> Iterator[Update]:
         """Draw what the page's address says, if it says anything."""
@@ -329,8 +328,7 @@ class Shown:
         except UserError as error:
             yield {self.status: _alert(f"This settings link does not work. {error}")}
             return
-        yield self.form.filled(settings)
-        yield from self._draw(settings, mode, request)
+        yield from self._draw(settings, mode, request, self.form.filled(settings))
 
     def open(self, mode: str, event: gr.EventData, request: gr.Request) -> Update:
         """Show the drawing of a picture of the gallery again."""
@@ -370,12 +368,16 @@ class Shown:
         except UserError as error:
             return {self.status: _alert(error)}
 
-    def _draw(self, settings: Settings, mode: str, request: gr.Request) -> Iterator[Update]:
+    def _draw(
+        self, settings: Settings, mode: str, request: gr.Request, filled: Update | None = None
+    ) -> Iterator[Update]:
+        """Draw, the form being `filled` when the drawing begins; where none does, the page stays as it is."""
         key, session, form = _key(request), _session(self.studio, request), self.form
         name = self.studio.model(settings.model).name_of(settings.subject)
-        start: Update = {self.legend: "", self.share: "", self.inspector: fragments.EMPTY_INSPECTOR}
+        start: Update = {**(filled or {}), self.legend: "", self.share: "", self.inspector: fragments.EMPTY_INSPECTOR}
         start |= {form.draw: gr.Button(interactive=False), form.stop: gr.Button(interactive=True)}
         ready: Update = {form.draw: gr.Button(interactive=True), form.stop: gr.Button(interactive=False)}
+        drawing = None
         try:
             for drawing, panels in self.studio.draw(key, settings):
                 # A page that does not keep up, or went away, gets fewer looks at the drawing.
@@ -384,12 +386,16 @@ class Shown:
                 state = "Waiting for the model" if drawing.waiting else f"Drawing {name}"
                 yield {**start, self.status: _note(f"{state} …"), self.stage: fragments.stage(panels)}
                 start = {}
+            assert drawing is not None
             ending = "Stopped after" if drawing.stopped else "Drawn in"
             session.note = f"{ending} {drawing.seconds:.1f} seconds."
             status = _note(session.note)
         except UserError as error:
+            if drawing is None:
+                yield {self.status: _alert(error)}
+                return
             session.note, status = "", _alert(error)
-        update: Update = {**ready, self.status: status, self.gallery: fragments.gallery(session)}
+        update: Update = {**start, **ready, self.status: status, self.gallery: fragments.gallery(session)}
         try:
             update |= self._finished(session, mode)
         except UserError as error:
