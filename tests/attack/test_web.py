@@ -237,6 +237,26 @@ class TestEvents:
         messages = draw(client)
         assert "data:image/png" in json.dumps(messages)
 
+    @pytest.mark.parametrize(
+        ("place", "value", "said"),
+        [
+            (1, 99, "The class must be a number from 0 to 3, not 99."),
+            (6, ["x"], "There is no method &#x27;x&#x27; here"),
+            (7, None, "The scale must be a number from 0 to 20, not None."),
+            (11, ["cosine_power"], "There is no schedule [&#x27;cosine_power&#x27;] here"),
+            (14, 1.5, "The seed must be a whole number from 0 to 4294967295, not 1.5."),
+            (14, -1, "The seed must be a whole number from 0 to 4294967295, not -1."),
+        ],
+    )
+    def test_a_value_that_does_not_suit_is_told_as_it_was_sent(
+        self, client: TestClient, capsys: pytest.CaptureFixture[str], place: int, value: Any, said: str
+    ) -> None:
+        sound = event(client, "draw")
+        sound["data"][place] = value
+        assert client.post(JOIN, json=sound).status_code == 200
+        assert said in json.dumps(answers(client))
+        assert "Traceback" not in capsys.readouterr().err
+
     def test_gradio_itself_opens_no_file_either(self, client: TestClient, tmp_path: Path) -> None:
         """Without the guard, Gradio's own check refuses files that nobody has uploaded."""
         secret = tmp_path / "secret-of-the-host.txt"

@@ -91,6 +91,9 @@ class TestFunctions:
         for data in (None, {}, {"example": "0"}, {"example": True}, {"example": -1}, {"example": 0}):
             (update,) = shown.pick("tiny", "none", SimpleNamespace(_data=data), self.request())
             assert 'role="alert"' in update[shown.status]
+        form = shown.form
+        for update in (form.on_model("gone"), form.on_ratio("gone", "1:1"), form.on_schedule("gone", "linear", 1.0)):
+            assert "There is no model" in update[form.status]
         (update,) = shown.open_link("none", self.request(scale="much"))
         assert "This settings link does not work. The scale must be" in update[shown.status]
 

@@ -48,6 +48,19 @@ OF_MODEL = ("width", "height", "scale", "schedule", "temperature", "top_k")
 Update = dict[Any, Any]  # component -> its new value
 
 
+def answered(event: Callable[..., Update]) -> Callable[..., Update]:
+    """The event of the form, or of what is beside it; a mistake in what it was sent is said in the status."""
+
+    @functools.wraps(event)
+    def answer(self: Form | Shown, *values: Any) -> Update:
+        try:
+            return event(self, *values)
+        except UserError as error:
+            return {self.status: _alert(error)}
+
+    return answer
+
+
 def application(studio: Studio, access: Access | None = None) -> FastAPI:
     """The whole server: the page of `build`, with the guard in front of it.
 
@@ -119,16 +132,19 @@ def build(studio: Studio) -> gr.Blocks:
                 return {form.status: _alert("There is nothing to download yet; draw something first.")}
             return {archive: fragments.data_address(session.archive(), "application/zip")}
 
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        # The values as the browser sent them: Gradio would round some, and refuse others in words of its own.
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "preprocess": False}
         drawing = {"concurrency_limit": len(studio.models), "concurrency_id": "draw", **private}
         # One after the other, so that the answer to the last of several quick choices comes last.
         looking = {"concurrency_limit": 1, "concurrency_id": "look", **private}
         # Chosen by hand: what the server fills in comes with all other fields.
-        form.model.input(form.on_model, form.model, form.of_model, **looking)
-        form.ratio.input(form.on_ratio, [form.model, form.ratio], [form.width, form.height], **looking)
-        for side in (form.width, form.height):
+        form.model.input(form.on_model, form.model, [*form.of_model, form.status], **looking)
+        size = [form.width, form.height]
+        form.ratio.input(form.on_ratio, [form.model, form.ratio], [*size, form.status], **looking)
+        for side in size:
             side.input(None, None, form.ratio, js="() => null")
-        form.schedule.input(form.on_schedule, [form.model, form.schedule, form.power], form.power, **looking)
+        schedule = [form.model, form.schedule, form.power]
+        form.schedule.input(form.on_schedule, schedule, [form.power, form.status], **looking)
         form.new_seed.click(None, None, form.seed, js=NEW_SEED)
         form.draw.click(shown.draw, [*form.fields, mode], shown.all, trigger_mode="once", **drawing)
         everything = [*shown.all, *form.fields, form.size, form.ratio]
@@ -235,6 +251,7 @@ class Form:
         named = dict(zip(SETTINGS, others, strict=True))
         return self.studio.settings(model=model, subject=subject, **named)
 
+    @answered
     def on_model(self, name: str) -> Update:
         """The fields of another model: its classes or the prompt, and the settings that suit it."""
         model = self.studio.model(name)
@@ -253,15 +270,18 @@ class Form:
             **self._suited(suited),
         }
 
+    @answered
     def on_ratio(self, name: str, ratio: str) -> Update:
         """The size of images of this ratio."""
-        width, height = self.studio.model(name).ratios.get(ratio, (None, None))
+        ratios = self.studio.model(name).ratios
+        width, height = ratios[ratio] if ratio in list(ratios) else (None, None)
         return {self.width: width, self.height: height}
 
+    @answered
     def on_schedule(self, name: str, schedule: str, power: float) -> Update:
         """The power, where the schedule takes one."""
         settings = replace(self.studio.model(name).defaults(name), schedule=schedule)
-        return {self.power: gr.Slider(value=power, visible=schedule in SCHEDULES and settings.uses_power)}
+        return {self.power: gr.Slider(value=power, visible=schedule in list(SCHEDULES) and settings.uses_power)}
 
     def filled(self, settings: Settings) -> Update:
         """The fields with these settings."""
@@ -330,43 +350,37 @@ class Shown:
             return
         yield from self._draw(settings, mode, request, self.form.filled(settings))
 
+    @answered
     def open(self, mode: str, event: gr.EventData, request: gr.Request) -> Update:
         """Show the drawing of a picture of the gallery again."""
         session = _session(self.studio, request)
-        try:
-            settings = session.show_again(_whole(event, "picture"))
-            return {
-                **self.form.filled(settings),
-                **self._finished(session, mode),
-                self.inspector: fragments.EMPTY_INSPECTOR,
-                self.status: "",
-            }
-        except UserError as error:
-            return {self.status: _alert(error)}
+        settings = session.show_again(_whole(event, "picture"))
+        return {
+            **self.form.filled(settings),
+            **self._finished(session, mode),
+            self.inspector: fragments.EMPTY_INSPECTOR,
+            self.status: "",
+        }
 
+    @answered
     def choose(self, mode: str, event: gr.EventData, request: gr.Request) -> Update:
         """Look into the token that was pointed at."""
         session = _session(self.studio, request)
-        try:
-            picture = session.picture(_whole(event, "picture"))
-            token = _whole(event, "token")
-            inspection = self.studio.inspect(picture)
-            session.choose(picture, token)
-            update: Update = {self.inspector: fragments.inspector(picture, inspection, token)}
-            update[self.status] = _note(session.note)
-            return update | (self._finished(session, mode) if mode == "weights" else {})
-        except UserError as error:
-            return {self.status: _alert(error)}
+        picture = session.picture(_whole(event, "picture"))
+        token = _whole(event, "token")
+        inspection = self.studio.inspect(picture)
+        session.choose(picture, token)
+        update: Update = {self.inspector: fragments.inspector(picture, inspection, token)}
+        update[self.status] = _note(session.note)
+        return update | (self._finished(session, mode) if mode == "weights" else {})
 
+    @answered
     def choose_map(self, mode: str, request: gr.Request) -> Update:
         """Lay another map over the pictures."""
         session = _session(self.studio, request)
         if session.drawing is not None and session.drawing.active:
             return {self.status: _note("The map appears when the drawing is done.")}
-        try:
-            return {**self._finished(session, mode), self.status: _note(session.note)}
-        except UserError as error:
-            return {self.status: _alert(error)}
+        return {**self._finished(session, mode), self.status: _note(session.note)}
 
     def _draw(
         self, settings: Settings, mode: str, request: gr.Request, filled: Update | None = None
@@ -415,7 +429,7 @@ class Shown:
 
     def _maps(self, session: Session, mode: str) -> tuple[dict[int, str], str]:
         pictures = [panel.picture for panel in session.panels if panel.picture is not None]
-        if mode not in MAPS or mode == "none" or not pictures:
+        if mode not in list(MAPS) or mode == "none" or not pictures:
             return {}, ""
         values: dict[int, np.ndarray] = {}
         step = session.chosen[1] if session.chosen else pictures[0].grid.num_tokens - 1

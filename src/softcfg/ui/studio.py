@@ -491,7 +491,7 @@ class Studio:
         if negative or (negative is not None and model.negative_prompt is not None):  # empty ones are a model's, too
             checked["negative_prompt"] = self._text(negative, "negative prompt", model.negative_prompt)
         if "schedule" in values:
-            if values["schedule"] not in SCHEDULES:
+            if values["schedule"] not in list(SCHEDULES):
                 raise UserError(f"There is no schedule {values['schedule']!r} here; choose from the list.")
             checked["schedule"] = values["schedule"]
         if "methods" in values:
