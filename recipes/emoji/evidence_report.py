@@ -102,14 +102,16 @@ def report(rows: Mapping[str, Row], plan: Plan, plots: Path | None = None) -> st
 
 def about(evidence: Evidence) -> str:
     """What was drawn, with what."""
-    points = {key(point.settings()) for point in evidence.plan.points(evidence.rows)}
+    points = {key(point.settings()): point for point in evidence.plan.points(evidence.rows)}
+    drawing = [point for point in points.values() if point.measure in KINDS]
     found = [row for name, row in evidence.rows.items() if name in points]
     devices = sorted({row["device"] for row in found})
     versions = sorted({f"softcfg {row['versions']['softcfg']}, PyTorch {row['versions']['torch']}" for row in found})
-    images = sum(row["samples"] for row in found if row["measure"] in KINDS)
+    drawn = [row["samples"] for row in found if row["measure"] in KINDS]
     return (
         f"Model `{found[0]['model']}`, {evidence.plan.samples:,} images per point and kind of prompts, temperature "
-        f"{evidence.plan.temperatures[0]:g}; {images:,} images in {len(found)} of {len(points)} points "
+        f"{evidence.plan.temperatures[0]:g}; {sum(drawn):,} images in {len(drawn)} of {len(drawing)} points, "
+        "with those of the tuning and of other temperatures, without traces and real pictures "
         f"({', '.join(devices)}; {'; '.join(versions)})."
     )
 

@@ -304,7 +304,8 @@ def test_report_has_every_setting_and_its_spread(tmp_path: Path) -> None:
     seen = key(SMALL.point(at("CFG", 2.0), 1, "seen").settings())
     rows[seen] = {**rows[seen], "values": {**rows[seen]["values"], "fid": 0.03, "name": 0.85}}
     text = report(rows, SMALL, tmp_path / "plots")
-    assert f"{len(rows)} of {len(rows)} points" in text
+    images = [row["samples"] for row in rows.values() if row["measure"] in ("seen", "style", "colour")]
+    assert f"; {sum(images):,} images in {len(images)} of {len(images)} points, with those of the tuning" in text
     # FID of the seeds: 0.01 and 0.03; names right: 89 % and 85 %
     assert "| CFG 2 | 2 | 0.02 ± 0.01 | 50.00 ± 0.00 | 25.00 ± 0.00 |  | 87.0 ± 2.8 | 89.0 ± 0.0 |" in text
     for name in METHODS:
