@@ -14,10 +14,14 @@ from torch import Tensor
 from goldens import FOLDER, golden
 from softcfg import UserError
 from softcfg.evaluation import (
+    Extractor,
+    Features,
     Statistics,
     class_accuracy,
+    extract,
     frechet_distance,
     inception_score,
+    open_source,
     precision_recall,
     statistics,
 )
@@ -283,6 +287,21 @@ def test_class_accuracy() -> None:
             class_accuracy(logits, labels)
 
 
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, "3", None])
+def test_numbers_that_are_no_counts_are_refused(value: Any) -> None:
+    features = normal(9, 4, 0)
+    source = open_source(np.zeros((2, 4, 4, 3), np.uint8))
+    extractor = Extractor("mean", lambda pixels: Features(pixels.float().mean(dim=(2, 3))), "0")
+    for name, call in {
+        "k": lambda: precision_recall(features, features, k=value),
+        "block": lambda: precision_recall(features, features, block=value),
+        "split_size": lambda: inception_score(features, value),
+        "batch_size": lambda: extract(extractor, source, batch_size=value),
+    }.items():
+        with pytest.raises(UserError, match=rf"{name} must be (a whole number|at least 1), got"):
+            call()
+
+
 def test_what_are_no_features_is_refused() -> None:
     spoilt = normal(9, 4, 0)
     spoilt[5, 2] = torch.nan
@@ -293,6 +312,10 @@ def test_what_are_no_features_is_refused() -> None:
             function(torch.ones(9, 4, dtype=torch.int64))
         with pytest.raises(UserError, match=r"must be \[N, width\]"):
             function(torch.ones(9))
+        with pytest.raises(UserError, match=r"must be a tensor \[N, width\]"):
+            function([[0.5]])
+    with pytest.raises(UserError, match=r"must be a tensor \[N, width\]"):
+        precision_recall([[0.5]], spoilt)
 
 
 MEMORY = """

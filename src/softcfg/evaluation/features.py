@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_whole
 from softcfg.evaluation.arithmetic import full_float32
 from softcfg.evaluation.sources import ImageSource
 from softcfg.files import as_path
@@ -94,6 +94,7 @@ def extract(
     Raises:
         UserError: an image cannot be read or was replaced meanwhile, or the extractor returns something unusable.
     """
+    batch_size = require_whole(batch_size, "batch_size", 1)
     path = None
     if cache is not None:
         key = "\n".join((extractor.name, extractor.identity, str(extractor.dtype), source.fingerprint))

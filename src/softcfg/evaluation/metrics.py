@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote, require_whole
 from softcfg.evaluation.arithmetic import full_float32
 
 SPLIT_SIZE = 5000
@@ -102,7 +102,7 @@ def inception_score(logits: Tensor, split_size: int = SPLIT_SIZE) -> float:
     if not len(_checked(logits, "logits")):
         raise UserError("the Inception Score needs at least 1 image")
     scores = []
-    for split in logits.split(split_size):
+    for split in logits.split(require_whole(split_size, "split_size", 1)):
         log_p = split.double().log_softmax(dim=1)
         p = log_p.exp()
         # Where a class has no probability at all, log_p is still finite (or p * log_p is 0).
@@ -137,8 +137,10 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, blo
         block: rows and columns of distances held at once.
 
     Raises:
-        UserError: fewer than k + 1 rows, or other widths.
+        UserError: fewer than k + 1 rows, or other widths; k or block is no number from 1 on.
     """
+    for each in (reference, samples):
+        _checked(each, "features")
     if reference.shape[1:] != samples.shape[1:]:
         raise UserError(f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
     reach = [radii(each, k, block) * (1 + ROUNDING) for each in (reference, samples)]
@@ -165,6 +167,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = NEIGHBOUR, blo
 @full_float32()
 def radii(features: Tensor, k: int = NEIGHBOUR, block: int = BLOCK) -> Tensor:
     """Squared distance of each of N rows to its k-th nearest neighbour among the others, float64 `[N]`."""
+    k, block = require_whole(k, "k", 1), require_whole(block, "block", 1)
     count = len(_checked(features, "features"))
     if count < k + 1:
         raise UserError(f"precision and recall with k = {k} need at least {k + 1} images on both sides, got {count}")
@@ -222,6 +225,8 @@ def _blocks(count: int, block: int) -> Iterator[slice]:
 
 
 def _checked(values: Tensor, what: str) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise UserError(f"{what} must be a tensor [N, width], got {quote(values)}")
     if values.ndim != 2:
         raise UserError(f"{what} must be [N, width], got {list(values.shape)}")
     if not values.is_floating_point():
