@@ -11,6 +11,9 @@ import pytest
 
 from softcfg import CFG, SoftCFG
 from softcfg.cli.main import BEFORE_PYTORCH, COMMANDS, build_parser, main
+from softcfg.cli.trace import EXAMPLES as TRACE_EXAMPLES
+from softcfg.evaluation import METRICS
+from softcfg.evaluation.extractors import EXTRACTORS
 from softcfg.guidance import CONFIDENCES, PERTURBATIONS, PRESETS, RULES, SCHEDULES
 
 
@@ -27,13 +30,32 @@ NAMES = [command.__name__.rpartition(".")[2].replace("_", "-") for command in CO
 @pytest.mark.parametrize("words", [(), *((name,) for name in NAMES), *(("runs", n) for n in ("status", "verify"))])
 def test_help_fits_80_columns(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert [line for line in help_of(*words).splitlines() if len(line) > 80] == []
+    lines = help_of(*words).splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    examples = lines.index("examples:") if "examples:" in lines else len(lines)
+    assert not any(line.endswith("\\") for line in lines[:examples])  # as in a shell, but no command
+
+
+def test_lists_of_help_are_broken_between_words() -> None:
+    assert "Step\n               Normalisation" in help_of("plot")
+    assert '"cat face, ink style"\n' in help_of("sample")
+    assert set(METRICS) <= set(help_of("eval").replace(",", "").split())
+
+
+def test_an_example_replays_what_another_one_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for example in [line for line in TRACE_EXAMPLES.splitlines() if "sneaker.safetensors" in line]:
+        assert main(example.split()[1:]) == 0, capsys.readouterr().err
 
 
 def test_help_lists_all_that_is_registered() -> None:
     text = " ".join(help_of("sample").split())
     for registry in (SCHEDULES, RULES, PERTURBATIONS, CONFIDENCES, PRESETS):
         assert [name for name in registry if name not in text] == []
+    ours = list(EXTRACTORS)[:3]  # the others are registered by tests
+    assert f"{', '.join(ours)} or your own" in " ".join(help_of("eval").split())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ FILES_READ = (
     "labels", "prompts", "image", "tokens", "reference", "config", "generator_checkpoint", "tokenizer_checkpoint",
     "extractor_weights",
 )  # fmt: skip
+EXTRACTORS = ("inception", "fashion", "emoji")  # those of `softcfg.evaluation.extractors`, which imports PyTorch
 WINDOW = 16  # of speculative Jacobi decoding
 
 
@@ -43,21 +45,32 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.split("\n\n")
         return "\n\n".join(
-            "\n".join(map(_command, part.replace(" \\\n      ", " ").splitlines()))
+            "\n".join(map(_command if part.startswith("examples:") else _item, part.splitlines()))
             if "\n  " in part
             else textwrap.fill(part, width)
-            for part in paragraphs
+            for part in map(_joined, paragraphs)
         )
+
+
+def _joined(paragraph: str) -> str:
+    return paragraph.replace(" \\\n      ", " ")
+
+
+def _item(line: str) -> str:
+    """An entry of a list, a long one in several lines below each other."""
+    name = re.match(r" *\S+ *", line)
+    return textwrap.fill(line, HELP_WIDTH, subsequent_indent=" " * len(name[0] if name else ""))
 
 
 def _command(line: str) -> str:
     """An example, a long one in several lines as a shell takes them."""
     if len(line) <= HELP_WIDTH:
         return line
+    whole = re.sub('"[^"]*"', lambda quoted: quoted[0].replace(" ", "\0"), line)
     lines = textwrap.wrap(
-        line, HELP_WIDTH - 2, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+        whole, HELP_WIDTH - 2, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
     )
-    return " \\\n".join(lines)
+    return " \\\n".join(lines).replace("\0", " ")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -121,7 +134,7 @@ def add_tokenizer_dtype_argument(group: argparse._ActionsContainer) -> None:
 def add_extractor_arguments(group: argparse._ArgumentGroup, default: str | None = "inception", note: str = "") -> None:
     """The network that describes images for metrics, and where its features are kept."""
     note = note or f"default: {default}"
-    names = "inception, fashion, or your own as package.module:factory"
+    names = f"{', '.join(EXTRACTORS)} or your own as package.module:factory"
     group.add_argument("--extractor", default=default, metavar="NAME", help=f"{names} ({note})")
     group.add_argument(
         "--extractor-weights",

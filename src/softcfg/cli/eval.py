@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         metavar="LIST",
-        help="some of fid,sfid,inception_score,precision,recall,class_accuracy,agreement,name_agreement,"
-        "style_agreement,colour_agreement (default: all that can be computed)",
+        help="some of fid, sfid, inception_score, precision, recall, class_accuracy, agreement, name_agreement, "
+        "style_agreement, colour_agreement, separated by commas (default: all that can be computed)",
     )
     arguments.add_output_size_argument(
         parser,

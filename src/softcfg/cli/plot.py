@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--labels", help="class ids, ranges or names, one image each: 0,3,7 or 0-9")
     arguments.add_prompt_arguments(group)
     group.add_argument("--image", metavar="FILE", help="trace this picture (of the one label) instead of drawing")
-    group.add_argument("--figures", default="all", help=f"some of {','.join(FIGURES)} (default: all)")
+    group.add_argument(
+        "--figures", default="all", help=f"some of {', '.join(FIGURES)}, separated by commas (default: all)"
+    )
     group.add_argument("--step", type=int, metavar="T", help="step shown over the picture (default: the last)")
     group.add_argument("--token", type=int, metavar="I", help="token whose candidates are shown (default: the middle)")
     group.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures (default: png)")
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    figures = FIGURES if args.figures == "all" else tuple(args.figures.split(","))
+    figures = FIGURES if args.figures == "all" else tuple(name.strip() for name in args.figures.split(","))
     if unknown := [name for name in figures if name not in FIGURES]:
         raise UserError(f"--figures: there is no figure {unknown[0]!r}; choose from {', '.join(FIGURES)}")
     try:

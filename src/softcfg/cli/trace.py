@@ -21,7 +21,7 @@ EXAMPLES = """\
 examples:
   softcfg trace fashion --labels Sneaker --output sneaker.safetensors
   softcfg trace emoji --prompt "red apple, flat style"
-  softcfg trace fashion --labels 0,3 --tokens sneaker.safetensors --softcfg-strength 0.5"""
+  softcfg trace fashion --labels Sneaker --tokens sneaker.safetensors --softcfg-strength 0.5"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
