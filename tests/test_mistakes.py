@@ -12,9 +12,11 @@ import torch
 import softcfg
 from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.cli.main import main
-from softcfg.decoding import Sampling
+from softcfg.comparison import compare
+from softcfg.decoding import Sampling, decode, image_uniforms
 from softcfg.evaluation import load_extractor
-from softcfg.runs import RunRequest, draw_run
+from softcfg.runs import RunRequest, decode_run, draw_run
+from softcfg.runs.export import export_npz, export_pngs
 from softcfg.zoo import load_generator, load_tokenizer
 
 ODD: list[Any] = ["32", 1.5, None, -1, 0, [], {}, object(), 2**70, "²", b"1", float("nan"), True, torch.zeros(2), CFG]
@@ -118,6 +120,23 @@ def test_messages(pipe: Pipeline) -> None:
         CFG(interval=(0, 2**70))
     with pytest.raises(softcfg.UserError, match="device 'cuda:99' is not available"):
         load_extractor("fashion", device="cuda:99")
+
+
+def test_things_of_another_kind(pipe: Pipeline, tmp_path: Path) -> None:
+    uniforms = image_uniforms(0, [0], pipe.num_tokens())
+    for said, call in {
+        "request must be a RunRequest, got 'fashion-small'": lambda: draw_run("fashion-small", tmp_path / "a"),
+        "request must be a RunRequest, got None": lambda: compare(None, [], tmp_path / "a"),
+        "source must be a RunFolder, got 'run'": lambda: decode_run("run", tmp_path / "a"),
+        "run must be a RunFolder, got 'run'": lambda: export_npz("run", tmp_path / "a.npz"),
+        "run must be a RunFolder, got 3": lambda: export_pngs(3, tmp_path / "a"),
+        "guidance must be a CFG, got 4.0": lambda: decode(pipe.generator, [3], 4.0, uniforms=uniforms),
+        "uniforms must be a Tensor, got None": lambda: decode(pipe.generator, [3], CFG(4.0), uniforms=None),
+    }.items():
+        with pytest.raises(softcfg.UserError) as caught:
+            call()
+        assert str(caught.value) == said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_meant_is_done(pipe: Pipeline, model_folder: Path, prompt_pipe: Pipeline) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_kind
 from softcfg.evaluation import Extractor, evaluate
 from softcfg.evaluation.report import DECIMALS, TITLES
 from softcfg.files import as_path, make_folder, refuse_foreign, remove_file, remove_temporary, write_atomically
@@ -163,6 +163,7 @@ def compare(
     Raises:
         UserError: something cannot be drawn or measured. The same call goes on with the rest.
     """
+    require_kind(request, "request", RunRequest)
     folder, processes = as_path(folder), processes or Processes()
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("name each seed once, and at least one")

@@ -120,7 +120,14 @@ def require_name(name: str, known: Iterable[str], problem: str) -> str:
     known = list(known)
     if name in known:
         return name
-    raise UserError(f"{problem} {quote(name)}; {suggestion(name, known) or 'known: ' + ', '.join(known)}")
+    hint = suggestion(name, known) if isinstance(name, str) else ""
+    raise UserError(f"{problem} {quote(name)}; {hint or 'known: ' + ', '.join(known)}")
+
+
+def require_kind(value: object, name: str, kind: type) -> None:
+    """Raise `UserError` unless `value`, which goes by `name`, is a `kind`."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} must be a {kind.__name__}, got {quote(value)}")
 
 
 def require_whole(value: object, name: str, least: int) -> int:
@@ -130,6 +137,14 @@ def require_whole(value: object, name: str, least: int) -> int:
         raise UserError(f"{name} must be a whole number, got {quote(value)}")
     if number < least:
         raise UserError(f"{name} must be at least {least}, got {quote(value)}")
+    return number
+
+
+def require_index(value: object, name: str, count: int) -> int:
+    """Return `value`, the place of one of `count` things; raise `UserError` if it is none."""
+    number = _whole(value)
+    if number is None or not 0 <= number < count:
+        raise UserError(f"{name} must be a whole number in 0..{count - 1}, got {quote(value)}")
     return number
 
 

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 import softcfg
-from softcfg import CFG, Pipeline, SoftCFG, Trace
+from softcfg import CFG, Pipeline, SoftCFG, Trace, UserError
 from softcfg.cli.main import main
 from softcfg.images import grid
 from softcfg.inspection import measures, plots
@@ -78,6 +79,27 @@ def test_figures_show_what_they_say(traced: tuple[Trace, np.ndarray]) -> None:
     assert [text.get_text() for text in gap[1].get_legend().get_texts()] == ["CFG", "SoftCFG"]
 
 
+def test_what_is_not_there_is_not_drawn(traced: tuple[Trace, np.ndarray]) -> None:
+    trace, images = traced
+    count, total = trace.tokens.shape
+    for said, draw in {
+        f"image must be a whole number in 0..{count - 1}, got {count}": lambda: plots.plot_weights(trace, image=count),
+        f"step must be a whole number in 0..{total - 1}, got {total}": lambda: plots.plot_weights(trace, step=total),
+        "got -1": lambda: plots.plot_weights(trace, step=-1, pixels=images[0]),
+        f"token must be a whole number in 0..{total - 1}, got -1": lambda: plots.plot_candidates(trace, token=-1),
+        "got 1.5": lambda: plots.plot_candidates(trace, token=1.5),  # type: ignore[arg-type]
+        "top must be at least 1, got 0": lambda: plots.plot_candidates(trace, top=0),
+        "trace must be a Trace, got 'trace'": lambda: plots.plot_budget("trace"),  # type: ignore[arg-type]
+        "traces must be a Mapping": lambda: plots.plot_gap(trace),  # type: ignore[arg-type]
+        f"of the {count} images of the trace": lambda: plots.plot_confidence(trace, np.concatenate([images, images])),
+        "there is no format of figures named 'gif'; known: png, svg": lambda: plots.figure_bytes(
+            plots.plot_budget(trace), "gif"
+        ),
+    }.items():
+        with pytest.raises(UserError, match=re.escape(said)):
+            draw()
+
+
 def test_plain_guidance_can_be_drawn_too(traced: tuple[Trace, np.ndarray], model_folder: Path) -> None:
     generator = softcfg.load_generator(model_folder)
     trace = softcfg.trace(generator, labels=[0], guidance=CFG(guidance_scale=3))
@@ -103,8 +125,8 @@ def test_command_writes_every_figure(model_folder: Path, tmp_path: Path, capsys:
     ("flags", "message"),
     [
         (["--labels", "0", "--figures", "pie"], "there is no figure 'pie'"),
-        (["--labels", "0", "--step", "16"], "--step must be in 0..15, got 16"),
-        (["--labels", "0", "--token", "-1"], "--token must be in 0..15, got -1"),
+        (["--labels", "0", "--step", "16"], "--step must be a whole number in 0..15, got 16"),
+        (["--labels", "0", "--token", "-1"], "--token must be a whole number in 0..15, got -1"),
         (["--labels", "0,1", "--image", "x.png"], "needs one label, got 2"),
         (["--labels", "0", "--image", "missing.png"], "missing.png cannot be read as an image"),
         (["--labels", ",".join("0" * 17)], "at most 16"),

@@ -100,8 +100,19 @@ def test_a_setting_is_searched_once() -> None:
         Space({})
     with pytest.raises(UserError, match="confidence is not a number; list its values"):
         Space({"confidence": Range(0, 1)})
-    with pytest.raises(UserError, match="must be a Range or a list, got 'max'"):
-        Space({"confidence": "max"})
+    for values, text in (("max", "'max'"), (5, "5"), (None, "None"), ([], r"\[\]")):
+        with pytest.raises(UserError, match=f"must be a Range or a list, got {text}"):
+            Space({"confidence": values})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"values of guidance_scale must be numbers or words, got \[\[1\]\]"):
+        Space({"guidance_scale": [[1]]})
+    with pytest.raises(UserError, match="the search must be a Mapping, got 'guidance_scale'"):
+        Space("guidance_scale")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bounds", [("a", 2), (1, None), (True, 2), (1, 2, "a"), (1, 2, 0), ([1], 2)])
+def test_a_range_is_of_numbers(bounds: tuple[Any, ...]) -> None:
+    with pytest.raises(UserError, match=r"^(a range goes from a number to a greater one|the step of a range must be)"):
+        Range(*bounds)
 
 
 def test_every_setting_can_be_searched_and_reaches_the_methods(pipeline: Pipeline) -> None:

@@ -350,8 +350,13 @@ def test_a_foreign_run_in_the_place_of_a_trial(make: Maker, tmp_path: Path) -> N
         ({"fixed": {"strenght": 1}}, "there is no setting named 'strenght'; did you mean strength"),
         ({"fixed": {"floor": 2}}, "floor must be a number in"),
         ({"search": {"temperature": Range(0.0, 1.0)}}, "temperature must be a finite number > 0, got 0.0"),
-        ({"sampler": "gird"}, "there is no sampler named 'gird'; known: tpe, random, grid"),
+        ({"sampler": "gird"}, "there is no sampler named 'gird'; did you mean grid?"),
         ({"sampler": "grid"}, "a grid needs a step or a list"),
+        ({"search": {"guidance_scale": 5}}, "the values of guidance_scale must be a Range or a list, got 5"),
+        ({"num_samples": "5"}, "num_samples must be a whole number, got '5'"),
+        ({"early_stop": "half"}, "early_stop must be a share between 0 and 1, got 'half'"),
+        ({"early_stop": 0.5, "rungs": 8}, "rungs must be a Sequence, got 8"),
+        ({"objective": 3}, "there is no metric named 3; known: "),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"early_stop": 1.5}, "early_stop must be a share between 0 and 1, got 1.5"),
@@ -399,6 +404,10 @@ def test_a_sweep_without_trials(make: Maker, tmp_path: Path) -> None:
     empty = make(tmp_path / "sweep")
     assert write_plots(empty) == []
     assert empty.best() is None
+    with pytest.raises(UserError, match=r"number of trials must be a whole number, got 2\.5"):
+        empty.run(2.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="config must be a SweepConfig, got 'fashion'"):
+        Sweep.open(tmp_path / "other", "fashion")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="number of trials must be at least 1, got 0"):
         empty.run(0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcfg.cli import arguments
-from softcfg.errors import UserError, how_to_install
+from softcfg.errors import UserError, how_to_install, require_index
 from softcfg.files import make_folder, remove_temporary, write_atomically
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
     step = total - 1 if args.step is None else args.step
     token = total // 2 if args.token is None else args.token
     for name, value in (("--step", step), ("--token", token)):
-        if not 0 <= value < total:
-            raise UserError(f"{name} must be in 0..{total - 1}, got {value}")
+        require_index(value, name, total)
     tokens = None if args.image is None else _encode(args.image, pipeline, len(inputs))
     remove_temporary(make_folder(args.output_dir))
 

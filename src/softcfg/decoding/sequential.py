@@ -29,7 +29,7 @@ from softcfg.decoding.perturbed import (
 from softcfg.decoding.randomness import on_device
 from softcfg.decoding.threads import step_threads
 from softcfg.decoding.weak import WeakModel, weak_model
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_kind
 from softcfg.guidance import CFG, Perturbation
 from softcfg.models.base import Condition, Generator, overrides
 from softcfg.nn import fused
@@ -84,6 +84,8 @@ def decode(
         UserError: labels, uniforms, forced tokens or the weak model do not fit the generator; the guidance acts in no
             step; or the logits hold NaN or infinity, which other devices than the CPU report after the last step.
     """
+    require_kind(guidance, "guidance", CFG)
+    require_kind(uniforms, "uniforms", Tensor)
     if isinstance(labels, Sized) and not len(labels):
         raise UserError("labels must name at least one class or prompt")
     condition = generator.condition(labels, guided=guidance.has_unconditional_branch)

@@ -11,6 +11,7 @@ import torch
 from matplotlib import figure as matplotlib_figure
 
 from softcfg.decoding.perturbed import step_weights
+from softcfg.errors import UserError, require_index, require_kind, require_name, require_whole
 from softcfg.guidance import CONFIDENCES
 from softcfg.inspection import measures
 from softcfg.inspection.trace import Trace
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 HEAT = "viridis"
+FORMATS = ("png", "svg")
 SMOOTHING = 9  # steps, of curves over the sequence
 
 
@@ -43,7 +45,10 @@ def plot_confidence(
         names: what to write above each image.
         geometry: where the tokens stand in the image; see `measures.on_grid`.
     """
-    count = len(pixels)
+    require_kind(trace, "trace", Trace)
+    count, images = len(pixels), len(trace.confidence)
+    if count > images or (names and len(names) < count):
+        raise UserError(f"pixels and names must be of the {images} images of the trace, got {count}")
     figure = Figure(figsize=(1.9 * count + 0.9, 4.2), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     maps = measures.on_grid(trace.confidence, geometry).cpu()
@@ -67,7 +72,9 @@ def plot_gap(traces: Mapping[str, Trace]) -> Figure:
     """How far the branches are apart over the steps: entropy and distance (the paper's Fig. 3), mean over images."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    require_kind(traces, "traces", Mapping)
     for colour, (name, trace) in zip(COLOURS, traces.items(), strict=False):
+        require_kind(trace, "a trace", Trace)
         for axis, values in ((left, measures.entropy_gap(trace)), (right, measures.branch_distance(trace))):
             _curve(axis, values.cpu().numpy(), name, colour)
     left.axhline(0, color="0.6", linewidth=0.8)
@@ -79,6 +86,7 @@ def plot_gap(traces: Mapping[str, Trace]) -> Figure:
 
 def plot_budget(trace: Trace) -> Figure:
     """The perturbation that each step carries, with and without Step Normalisation (the paper's Fig. 7)."""
+    require_kind(trace, "trace", Trace)
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = figure.subplots()
     curves = {"with Step Normalisation": True, "without": False}
@@ -108,8 +116,10 @@ def plot_weights(
         pixels: uint8 [H, W, 3], the picture; without it only the heat map is drawn.
         geometry: where the tokens stand in the picture; see `measures.on_grid`.
     """
-    total = trace.confidence.shape[1]
-    step = total - 1 if step is None else step
+    require_kind(trace, "trace", Trace)
+    images, total = trace.confidence.shape
+    image = require_index(image, "image", images)
+    step = total - 1 if step is None else require_index(step, "step", total)
     confidence = trace.confidence[image : image + 1]
     weights = step_weights(confidence, trace.guidance.weak_branch, torch.arange(total))[0].cpu().numpy()
     future = np.arange(total)[None, :] >= np.arange(total)[:, None]
@@ -132,6 +142,10 @@ def plot_weights(
 
 def plot_candidates(trace: Trace, image: int = 0, *, token: int = 0, top: int = 8) -> Figure:
     """The likeliest codes of a token under the conditional, unconditional and guided distributions."""
+    require_kind(trace, "trace", Trace)
+    images, total = trace.confidence.shape
+    image, token = require_index(image, "image", images), require_index(token, "token", total)
+    top = require_whole(top, "top", 1)
     branches = {"conditional": trace.cond_logits, "unconditional": trace.uncond_logits, "guided": trace.guided_logits}
     probabilities = {
         name: (as_float64(logits[image, token]) / trace.temperature).softmax(-1).cpu().numpy()
@@ -153,7 +167,9 @@ def plot_candidates(trace: Trace, image: int = 0, *, token: int = 0, top: int = 
 
 
 def figure_bytes(figure: matplotlib_figure.Figure, kind: str = "png") -> bytes:
-    """The figure as a PNG (150 dots per inch) or SVG file."""
+    """The figure as a "png" (150 dots per inch) or "svg" file."""
+    require_kind(figure, "figure", matplotlib_figure.Figure)
+    require_name(kind, FORMATS, "there is no format of figures named")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150)
     return buffer.getvalue()

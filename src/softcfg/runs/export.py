@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from softcfg.errors import UserError
+from softcfg.errors import UserError, require_kind
 from softcfg.files import as_path, is_same_file, make_folder, open_atomically, remove_temporary, write_atomically
 from softcfg.images import png_bytes, read_picture
 from softcfg.runs.folder import RunFolder, image_index, image_name
@@ -46,6 +46,7 @@ def export_pngs(run: RunFolder, folder: str | Path, *, absent_only: bool = False
         UserError: a shard is missing or damaged, a file cannot be written, or a folder that is not the run's own has
             numbered files which the run does not replace, so that it would be taken for more images.
     """
+    require_kind(run, "run", RunFolder)
     run.require_complete()
     folder = make_folder(folder)
     remove_temporary(folder)
@@ -79,6 +80,7 @@ def export_npz(run: RunFolder, path: str | Path) -> tuple[int, ...]:
     Raises:
         UserError: a shard is missing or damaged, or the file cannot be written.
     """
+    require_kind(run, "run", RunFolder)
     path = as_path(path)
     run.require_complete()
     shape = (run.plan.num_samples, *run.require(0).pixels.shape[1:])

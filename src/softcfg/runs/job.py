@@ -13,7 +13,7 @@ import torch
 
 from softcfg.decoding import Sampling
 from softcfg.decoding.filtering import one_sampling
-from softcfg.errors import UserError, quote, require_uint64, require_whole, user_errors
+from softcfg.errors import UserError, quote, require_kind, require_uint64, require_whole, user_errors
 from softcfg.files import as_path, is_same_file, make_folder
 from softcfg.guidance import CFG, as_guidance
 from softcfg.images import checked_size
@@ -220,6 +220,7 @@ def draw_run(
             be written, or there is no memory for a single image.
         KeyboardInterrupt: the user, or SIGTERM (`softcfg.runs.signals.Terminated`), asked for the end.
     """
+    require_kind(request, "request", RunRequest)
     folder = as_path(folder)
     processes = processes or Processes()
     with termination_raises():
@@ -281,6 +282,7 @@ def decode_run(
     Raises:
         UserError: as `draw_run`, or a shard of `source` is missing or damaged.
     """
+    require_kind(source, "source", RunFolder)
     folder = as_path(folder)
     if is_same_file(folder, source.path):
         raise UserError(f"{folder} is the run itself; give another folder (--output-dir)")

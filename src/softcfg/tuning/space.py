@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg.configuration import read_interval
 from softcfg.decoding import Sampling
-from softcfg.errors import UserError, quote, require_name
+from softcfg.errors import UserError, quote, require_kind, require_name
 from softcfg.guidance import CFG, PRESETS, Setting, View, all_settings, compose, describe, settings_of
 from softcfg.pipeline import Pipeline
 
@@ -51,9 +51,9 @@ class Range:
     log: bool = False
 
     def __post_init__(self) -> None:
-        if not all(abs(bound) <= sys.float_info.max for bound in (self.low, self.high)) or self.low > self.high:
+        if not (_is_number(self.low) and _is_number(self.high)) or self.low > self.high:
             raise UserError(f"a range goes from a number to a greater one, got {_short(self.low)}:{_short(self.high)}")
-        if self.step is not None and not 0 < self.step <= sys.float_info.max:
+        if self.step is not None and not (_is_number(self.step) and self.step > 0):
             raise UserError(f"the step of a range must be greater than 0, got {_short(self.step)}")
         if self.log and (self.low <= 0 or self.step is not None):
             raise UserError("a logarithmic range starts above 0 and has no step")
@@ -111,6 +111,7 @@ def parse_search(words: Sequence[str]) -> dict[str, Values]:
 
 def setting_named(name: str) -> str:
     """The setting called `name`, or like the flag of `softcfg sample` called `name`; raises `UserError`."""
+    require_kind(name, "the name of a setting", str)
     name = name.strip().lstrip("-").replace("-", "_")
     known = {setting.dest: setting.name for setting in SETTINGS.values()} | {name: name for name in SETTINGS}
     return known[require_name(name, known, "there is no setting named")]
@@ -195,6 +196,7 @@ class Space:
         Raises:
             UserError: there is nothing to search, or no such setting.
         """
+        require_kind(search, "the search", Mapping)
         self.search = {setting_named(name): values for name, values in search.items()}
         if not self.search:
             raise UserError("there is nothing to search; name a setting and its values, such as guidance_scale=2:16")
@@ -310,9 +312,11 @@ def _distribution(name: str, values: Values) -> BaseDistribution:
         step = int(values.step or 1)
         low, high = int(values.low), int(values.high)
         return IntDistribution(low, high - (high - low) % step, values.log, step)
-    if isinstance(values, str) or not values:
-        raise UserError(f"the values of {name} must be a Range or a list, got {values!r}")
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise UserError(f"the values of {name} must be a Range or a list, got {quote(values)}")
     stored = [format_value(value) if SETTINGS[name].kind is tuple else value for value in values]
+    if not all(value is None or isinstance(value, (str, int, float)) for value in stored):
+        raise UserError(f"the values of {name} must be numbers or words, got {quote(values)}")
     if len(set(stored)) < len(stored):
         raise UserError(f"{name} lists a value twice: {_text(values)}")
     return CategoricalDistribution(stored)
@@ -325,9 +329,15 @@ def _text(values: Values) -> str:
     return f"{values.low}:{values.high}{end}"
 
 
-def _short(number: float) -> str:
-    """A number for a message, however large."""
-    return f"{number:g}" if abs(number) <= sys.float_info.max else quote(number)
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number that a float can be."""
+    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return known and bool(abs(value) <= sys.float_info.max)  # type: ignore[arg-type]
+
+
+def _short(value: object) -> str:
+    """What should be a number, for a message, however large it is."""
+    return f"{value:g}" if _is_number(value) else quote(value)
 
 
 def _copy(trial: FrozenTrial) -> FrozenTrial:

@@ -29,7 +29,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from softcfg import plugins
-from softcfg.errors import UserError, clean, quote, require_name, require_uint64
+from softcfg.errors import UserError, clean, quote, require_kind, require_name, require_uint64, require_whole
 from softcfg.evaluation import METRICS, Extractor, Report, evaluate, load_extractor
 from softcfg.evaluation.protocol import FRECHET
 from softcfg.files import as_path, make_folder, refuse_foreign, remove_temporary
@@ -153,6 +153,7 @@ class Sweep:
     def __init__(
         self, folder: str | Path, config: SweepConfig, storage: str | None = None, study: str | None = None
     ) -> None:
+        require_kind(config, "config", SweepConfig)
         self.folder = as_path(folder)
         self.config = config
         self.space = Space(config.search)
@@ -161,16 +162,13 @@ class Sweep:
         self.minimize = self.objective in FRECHET
         if both := self.fixed.keys() & self.space.search.keys():
             raise UserError(f"{min(both)} is both fixed and searched")
-        if config.sampler not in SAMPLERS:
-            raise UserError(f"there is no sampler named {config.sampler!r}; known: {', '.join(SAMPLERS)}")
+        require_name(config.sampler, SAMPLERS, "there is no sampler named")
         require_uint64(config.sampler_seed, "the seed of the sampler")
         self.points = math.prod(map(len, self.space.grid())) if config.sampler == "grid" else None
-        if config.num_samples < 1:
-            raise UserError(f"num_samples must be at least 1, got {config.num_samples}")
-        batch_size = min(config.num_samples, 100) if config.batch_size is None else config.batch_size
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        self.rungs = _rungs(config.num_samples, batch_size, config.early_stop, config.rungs)
+        num_samples = require_whole(config.num_samples, "num_samples", 1)
+        batch_size = config.batch_size
+        batch_size = min(num_samples, 100) if batch_size is None else require_whole(batch_size, "batch_size", 1)
+        self.rungs = _rungs(num_samples, batch_size, config.early_stop, config.rungs)
 
         request = RunRequest(
             config.model, config.labels, num_samples=config.num_samples, batch_size=batch_size, seed=config.seed
@@ -252,11 +250,9 @@ class Sweep:
         """
         from sqlalchemy.exc import SQLAlchemyError
 
-        limit = DEFAULT_TRIALS if trials is None else trials
+        limit = DEFAULT_TRIALS if trials is None else require_whole(trials, "the number of trials", 1)
         if self.points is not None:
-            limit = self.points if trials is None else min(trials, self.points)
-        if limit < 1:
-            raise UserError(f"the number of trials must be at least 1, got {limit}")
+            limit = self.points if trials is None else min(limit, self.points)
         told: set[int] = set()
 
         def tell() -> None:
@@ -487,8 +483,9 @@ def _rungs(num_samples: int, batch_size: int, early_stop: float | None, given: S
         if given:
             raise UserError("rungs mean nothing without early_stop, the share of the trials that go on")
         return ()
-    if not 0 < early_stop < 1:
-        raise UserError(f"early_stop must be a share between 0 and 1, got {early_stop:g}")
+    if not isinstance(early_stop, (int, float)) or not 0 < early_stop < 1:
+        raise UserError(f"early_stop must be a share between 0 and 1, got {quote(early_stop)}")
+    require_kind([] if given is None else given, "rungs", Sequence)
     looks = [num_samples / part for part in RUNG_DIVISORS] if given is None else list(given)
     rungs = sorted({math.ceil(look / batch_size) * batch_size for look in looks})
     if given is None:
