@@ -157,6 +157,9 @@ COMMANDS = {
     "scale": (["--guidance-scale", "1e400"], "guidance_scale"),
     "jacobi": (["--speculative-jacobi", "9" * 30], ""),
     "size": (["--width", "32"], "--width"),
+    "eta": (["--rule", "apg", "--apg-eta", "2"], "apg_eta must be a number in [0, 1], got 2.0"),
+    "window": (["--perturbation", "window", "--window-size", "0"], "window_size must be an integer >= 1, got 0"),
+    "labels": (["--labels", "@"], "--labels: give a file after the @"),
 }
 
 

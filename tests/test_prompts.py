@@ -66,7 +66,7 @@ def test_sentences(prompt: Prompt, expected: str) -> None:
         ({"text": "x", "task": "hed", "image": "x.png"}, "with an image must be one of depth, canny, subject"),
         ({"text": "x", "image": "x.png"}, "needs a task"),
         ({"text": "x", "negative_text": 3}, "negative text of a prompt must be a string"),
-        ({"text": "x", "negative_text": "blurred"}, "words takes no negative text"),
+        ({"text": "x", "negative_text": "blurred"}, "words takes no negative prompt"),
     ],
 )
 def test_prompts_that_are_refused(pipe: Pipeline, fields: dict[str, Any], message: str) -> None:

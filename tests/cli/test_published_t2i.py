@@ -250,7 +250,7 @@ def test_negative_prompts_and_ratios(fetched: ModelEntry, tmp_path: Path) -> Non
     assert np.array_equal(runs[1].require(0).codes, expected)
     run = softcfg.draw_run(RunRequest(pipe, prompts=PROMPTS, negative_prompt="blurry"), tmp_path / "python")
     assert np.array_equal(run.require(0).codes, expected)
-    with pytest.raises(softcfg.UserError, match="takes no negative text"):
+    with pytest.raises(softcfg.UserError, match="takes no negative prompt"):
         RunRequest(words := Pipeline.from_pretrained("emoji"), prompts="cat", negative_prompt="dog").settings(words)
 
 

@@ -117,6 +117,7 @@ def test_the_same_run_may_be_repeated_but_not_replaced(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sample(model_folder, tmp_path, "--labels", "0", "--num-samples", "1", "--no-compare") == 0
+    assert "\n1 image in " in capsys.readouterr().out
     first = (tmp_path / "000000.png").read_bytes()
     assert sample(model_folder, tmp_path, "--labels", "0", "--num-samples", "1", "--no-compare") == 0
     assert sample(model_folder, tmp_path, "--labels", "1", "--num-samples", "1", "--seed", "1") == 2

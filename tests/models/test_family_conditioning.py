@@ -69,7 +69,7 @@ def test_janus(tmp_path: Path) -> None:
     assert condition.ids[2].tolist() == [bos, *[pad] * (len(ids) - 2), boi]
     with pytest.raises(UserError, match="4 x 4 pixels only"):
         prompts.requests(prompts="a cat", width=8)
-    with pytest.raises(UserError, match="no negative text"):
+    with pytest.raises(UserError, match="no negative prompt"):
         prompts.requests(prompts=[Prompt("a cat", negative_text="blurry")])
     with pytest.raises(UserError, match="no text tokenizer"):
         JanusPrompts(prompts.generator, prompts.tokenizer, name="tiny").inputs(requests)
@@ -113,7 +113,7 @@ def test_sizes_of_ratios(tmp_path: Path) -> None:
     for ratio, message in (("4x1", "WIDTH:HEIGHT"), ("1:16", "3 columns")):
         with pytest.raises(UserError, match=message):
             prompts.size_of_ratio(ratio)
-    with pytest.raises(UserError, match="not the ratio 1:1"):
+    with pytest.raises(UserError, match="not the ratio '1:1'"):
         janus(tmp_path).size_of_ratio("1:1")
 
 

@@ -227,7 +227,7 @@ def test_a_model_without_a_negative_prompt(visitor: Visitor, name: str) -> None:
     assert not visitor.visible("negative-prompt")
     visitor.fill(prompt="a red fox", negative_prompt="blurry")
     visitor.send("draw", "click")
-    said = f"{name} takes no negative text with a prompt: leave it out"
+    said = f"{name} takes no negative prompt: leave it out"
     assert visitor.value("status") == f'<p class="alert" role="alert">{said[:1].upper()}{said[1:]}</p>'
     assert visitor.value("stage") == EMPTY_STAGE
     visitor.send(None, "load", f"model={name}&subject=a+fox&negative_prompt=blurry")

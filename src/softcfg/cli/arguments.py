@@ -401,7 +401,7 @@ def files_read(args: argparse.Namespace, pipeline: Pipeline | None = None) -> li
     for name in FILES_READ:
         value = getattr(args, name, None)
         if name == "labels" and value is not None:
-            value = value[1:] if value.startswith("@") else None
+            value = value[1:] or None if value.startswith("@") else None
         if value is not None and not is_folder(as_path(value)):
             found.append((f"--{name.replace('_', '-')}", as_path(value)))
     for each in (pipeline, None if pipeline is None else pipeline.weak):
@@ -441,6 +441,8 @@ def parse_labels(text: str, pipeline: Pipeline) -> list[int]:
     from softcfg.models.class_names import ClassNames
     from softcfg.runs.plan import MOST_LABELS
 
+    if text == "@":
+        raise UserError("--labels: give a file after the @, such as @labels.txt")
     names = ClassNames(pipeline.classes, pipeline.generator.num_classes, pipeline.name)
     lines = read_lines(text.removeprefix("@"), "--labels", MOST_LABELS) if text.startswith("@") else [text]
     if [line.strip().lower() for line in lines] == ["all"]:

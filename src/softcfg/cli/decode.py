@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     def finish(run: RunFolder) -> None:
         if args.png:
             export_pngs(run, folder, absent_only=True)
-        print(f"{run.plan.num_samples} images decoded in {folder}")
+        print(f"{drawing.counted(run.plan.num_samples, 'image')} decoded in {folder}")
         if args.npz:
             path = npz_beside(folder)
             print(f"{path}: arr_0 uint8 {list(export_npz(run, path))}")

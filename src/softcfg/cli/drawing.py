@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 ADVICE = "give another --output-dir, or --overwrite to replace it"  # of a folder with another run
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words, such as "1 image" and "2 images"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def command_of(args: argparse.Namespace) -> str:
     """The command line that continues what this one draws, as it is written into run.json."""
     return shlex.join(["softcfg", *without_overwrite(args.words)])

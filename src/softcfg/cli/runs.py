@@ -146,7 +146,7 @@ def export(args: argparse.Namespace) -> int:
         print(f"{path}: arr_0 uint8 {list(export_npz(run, path))}")
     if args.png:
         export_pngs(run, Path(args.png))
-        print(f"{args.png}: {run.plan.num_samples} PNG files")
+        print(f"{args.png}: {drawing.counted(run.plan.num_samples, 'PNG file')}")
     return 0
 
 
@@ -161,7 +161,7 @@ def _command(run: RunFolder) -> str:
 
 
 def _shards(run: RunFolder) -> str:
-    return f"{run.plan.num_shards} shards of {run.plan.batch_size} images"
+    return f"{drawing.counted(run.plan.num_shards, 'shard')} of {drawing.counted(run.plan.batch_size, 'image')}"
 
 
 def _guidance(settings: dict[str, Any]) -> str:

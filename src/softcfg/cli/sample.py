@@ -210,7 +210,7 @@ def _finish(args: argparse.Namespace, drawn: DrawnRun, tracker: Tracker | None) 
         export_pngs(run, run.path, absent_only=True)
     grid = write_grid(run, label_names(drawn.drawer))
     if images:
-        print(f"{images} images in {seconds:.1f} s ({images / seconds:.2f} images/s) in {run.path}")
+        print(f"{drawing.counted(images, 'image')} in {seconds:.1f} s ({images / seconds:.2f} images/s) in {run.path}")
     if images and args.speculative_jacobi:
         print(_passes(drawn.drawer))
     count = run.plan.num_samples

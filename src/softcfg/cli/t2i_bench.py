@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
             shown = ", ".join([*strangers[:SHOWN], *(["..."] if len(strangers) > SHOWN else [])])
             said = clean(f"{pictures} also holds {shown}, which this run did not draw: remove it")
             print(f"softcfg: {said}", file=sys.stderr)
-        print(f"{drawn.images} images in {drawn.seconds:.1f} s; all of {len(suite.prompts)} prompts are in {pictures}")
+        done = f"{drawing.counted(drawn.images, 'image')} in {drawn.seconds:.1f} s"
+        print(f"{done}; all of {drawing.counted(len(suite.prompts), 'prompt')} are in {pictures}")
         print(f"score them with: {suite.scorer.format(folder=pictures, size=drawn.run.settings['width'])}")
 
     with Processes(args.device) as processes:

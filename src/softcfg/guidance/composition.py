@@ -140,6 +140,7 @@ def _make(make: Callable[..., CFG], method: type[CFG], settings: Mapping[str, An
             raise ValueError(f"there is no setting named {name!r}")
         kind, entry, field = part
         if settings.get(kind) == entry:
+            known[name].check(value)  # under the name that it has here
             parts[kind][field] = value
         elif not drop_unused:
             raise ValueError(f"{name} is a setting of the {kind} {entry}, which is not chosen")

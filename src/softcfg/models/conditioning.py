@@ -255,7 +255,8 @@ class PromptConditioning(Conditioning):
         """Raise `UserError` for a prompt with something that the model does not read."""
         for option in PROMPT_OPTIONS:
             if getattr(prompt, option) is not None and option not in self.options:
-                raise UserError(f"{self.name} takes no {option.replace('_', ' ')} with a prompt: leave it out")
+                word = "negative prompt" if option == "negative_text" else f"{option} with a prompt"
+                raise UserError(f"{self.name} takes no {word}: leave it out")
 
     def title(self, request: Prompt) -> str:
         """The text, shortened."""
@@ -276,7 +277,7 @@ class PromptConditioning(Conditioning):
         Raises:
             UserError: the family does not, or draws no such images.
         """
-        raise UserError(f"{self.name} takes a width and a height, not the ratio {ratio}")
+        raise UserError(f"{self.name} takes a width and a height, not the ratio {quote(ratio)}")
 
     @property
     def default_size(self) -> tuple[int, int]:
