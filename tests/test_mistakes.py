@@ -14,7 +14,7 @@ from softcfg import CFG, Pipeline, SoftCFG
 from softcfg.cli.main import main
 from softcfg.comparison import compare
 from softcfg.decoding import Sampling, decode, image_uniforms
-from softcfg.evaluation import load_extractor
+from softcfg.evaluation import evaluate, load_extractor
 from softcfg.runs import RunRequest, decode_run, draw_run
 from softcfg.runs.export import export_npz, export_pngs
 from softcfg.zoo import load_generator, load_tokenizer
@@ -127,6 +127,10 @@ def test_things_of_another_kind(pipe: Pipeline, tmp_path: Path) -> None:
     for said, call in {
         "request must be a RunRequest, got 'fashion-small'": lambda: draw_run("fashion-small", tmp_path / "a"),
         "request must be a RunRequest, got None": lambda: compare(None, [], tmp_path / "a"),
+        "seeds must be a Sequence, got 3": lambda: compare(RunRequest(pipe, [0]), [], tmp_path / "a", seeds=3),
+        "the name of an extractor must be a str, got 3": lambda: load_extractor(3),
+        "device '' is not available here; use cpu, or cuda on a machine with a GPU": lambda: evaluate([], device=""),
+        "a path must not be empty": lambda: softcfg.trace(pipe.generator, labels=[0], guidance=CFG(2.0)).save(""),
         "source must be a RunFolder, got 'run'": lambda: decode_run("run", tmp_path / "a"),
         "run must be a RunFolder, got 'run'": lambda: export_npz("run", tmp_path / "a.npz"),
         "run must be a RunFolder, got 3": lambda: export_pngs(3, tmp_path / "a"),

@@ -164,6 +164,7 @@ def compare(
         UserError: something cannot be drawn or measured. The same call goes on with the rest.
     """
     require_kind(request, "request", RunRequest)
+    require_kind(seeds, "seeds", Sequence)
     folder, processes = as_path(folder), processes or Processes()
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError("name each seed once, and at least one")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from softcfg.errors import UserError, require_name
+from softcfg.errors import UserError, require_kind, require_name
 from softcfg.evaluation.emoji_judge import VIEWS, answers, load_judge, shares_right
 from softcfg.evaluation.fashion_classifier import FashionClassifier, SmallNetwork
 from softcfg.evaluation.features import Extractor, Features
@@ -41,6 +41,7 @@ def load_extractor(
     Raises:
         UserError: there is none of that name, or its weights cannot be had.
     """
+    require_kind(name, "the name of an extractor", str)
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         try:

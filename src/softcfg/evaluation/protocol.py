@@ -101,7 +101,7 @@ def evaluate(
         if path is not None and (path == "" or not isinstance(path, (str, os.PathLike))):
             raise UserError(f"{name} must be a path, got {quote(path)}")
     refuse_overwriting_images({"save_stats": save_stats}, {"the samples": samples, "the reference": reference}, weights)
-    device = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
     # What can be refused is refused before anything takes time.
     inputs = [_Input.open(given) for given in ((samples,) if reference is None else (samples, reference))]

@@ -18,7 +18,7 @@ from softcfg.decoding.finite import BRANCHES, FiniteLogits
 from softcfg.decoding.perturbed import confidence_in, query_weights, require_confidence, step_weights, weak_inputs
 from softcfg.decoding.weak import weak_model
 from softcfg.errors import UserError, require_whole, user_errors
-from softcfg.files import write_atomically
+from softcfg.files import as_path, write_atomically
 from softcfg.guidance import CFG, Perturbation, as_guidance, describe
 from softcfg.models.base import ClassCondition, Condition, Generator
 from softcfg.models.ids import as_ids
@@ -94,7 +94,7 @@ class Trace:
             **facts,
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
-        write_atomically(path, save(tensors, metadata={"softcfg": json.dumps(settings)}))
+        write_atomically(as_path(path), save(tensors, metadata={"softcfg": json.dumps(settings)}))
 
 
 @torch.no_grad()
