@@ -1,6 +1,7 @@
 """Runs that are drawn from Python."""
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils import prune
@@ -388,3 +390,24 @@ def test_weights_that_changed_since_they_were_loaded_have_no_hash(model_folder: 
     (tmp_path / "new").replace(path)
     with pytest.raises(UserError, match=r"generator\.safetensors changed since it was loaded; load it again"):
         draw_run(RunRequest(pipe, [0], num_samples=1), tmp_path / "run")
+
+
+def test_another_config_json_is_another_run(prompt_model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(prompt_model_folder, folder)
+    card = yaml.safe_load((folder / "model.yaml").read_text())
+    card["generator"]["config_file"] = "config.json"
+    (folder / "model.yaml").write_text(yaml.safe_dump(card))
+
+    def draw(config: dict[str, Any]) -> RunFolder:
+        (folder / "config.json").write_text(json.dumps(config))
+        return draw_run(RunRequest(folder, prompts=["a red apple"]), tmp_path / "run")
+
+    expected = {**card["generator"]["config"], "rope_theta": 50.0}
+    assert draw({"rope_theta": 50.0, "model_type": "any"}).settings["generator"]["config"] == expected
+    with pytest.raises(UserError, match=r"generator\.config\.rope_theta"):
+        draw({"rope_theta": 500.0})
+    pipe = Pipeline.from_pretrained(folder)
+    (folder / "config.json").write_text('{"rope_theta": 50.0}')
+    with pytest.raises(UserError, match=r"config\.json changed since it was loaded; load it again"):
+        draw_run(RunRequest(pipe, prompts=["a red apple"]), tmp_path / "run")

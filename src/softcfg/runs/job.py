@@ -294,12 +294,12 @@ def decode_run(
         if "model" not in source.settings or not isinstance(known, dict):
             raise UserError(f"{source.path / SETTINGS} does not say with which tokenizer the run was drawn")
         entry = resolve(model or source.settings["model"])
-        config = entry.tokenizer.config if model else known
         checkpoint = tokenizer_checkpoint
         if checkpoint is None:
             checkpoint = require_file(entry.tokenizer.file, entry)
         device = processes.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source_of_tokenizer = ComponentSource(entry.tokenizer, entry, checkpoint)
+        config = source_of_tokenizer.config if model else known
         tokenizer = load_tokenizer(entry, config, checkpoint, device, as_dtype(tokenizer_dtype, "tokenizer_dtype"))
         size = source.settings.get("image_size_eval") if image_size_eval is None else image_size_eval
         if size is not None:

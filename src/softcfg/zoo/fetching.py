@@ -13,8 +13,8 @@ from pathlib import Path
 from softcfg.errors import CheckpointError, UserError, quote
 from softcfg.files import TEMPORARY, as_path, hash_file, is_file, is_folder, open_atomically, open_regular
 from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
-from softcfg.zoo.loading import config_of_texts, empty_module, require_fit, weights_for
-from softcfg.zoo.reading import is_index, read_json, shards_of
+from softcfg.zoo.loading import config_of_texts, empty_module, require_fit, weights_for, with_config_file
+from softcfg.zoo.reading import is_index, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile, is_repository, read_model_folder, resolve
 
 TRIES = 3  # of a download that breaks off
@@ -93,7 +93,7 @@ def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
     """
     for component in entry.components:
         if component.config_file is not None and component.config_file in found:
-            component = replace(component, config={**component.config, **read_json(found[component.config_file])})
+            component = replace(component, config=with_config_file(component, found[component.config_file]))
         if component.file in found:
             path = found[component.file]
             module, family = empty_module(component), component.family

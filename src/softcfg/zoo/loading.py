@@ -148,12 +148,24 @@ def published_config(entry: ModelEntry, component: Component) -> dict[str, Any]:
 
     That is `config.json`, and what the family finds in the files that it reads texts with.
     """
-    config = dict(component.config)
-    if component.config_file is not None and (path := find_file(component.config_file)) is not None:
-        config.update(read_json(path))
+    config = with_config_file(component, find_config_file(component))
     if entry.text is not None and component is entry.generator:
         config.update(config_of_texts(entry, {file: find_file(file) for file in entry.text.files.values()}))
     return config
+
+
+def find_config_file(component: Component) -> Path | None:
+    """Where the `config.json` of a component lies, if it has one that is here."""
+    return None if component.config_file is None else find_file(component.config_file)
+
+
+def with_config_file(component: Component, path: Path | None) -> dict[str, Any]:
+    """The configuration of a component, completed by the `config.json` at `path`, if there is one.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return {**component.config, **({} if path is None else read_json(path))}
 
 
 def config_of_texts(entry: ModelEntry, found: Mapping[ModelFile, Path | None]) -> dict[str, Any]:

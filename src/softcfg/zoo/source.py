@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from softcfg.errors import CheckpointError, UserError
 from softcfg.files import FileStates, as_path, file_states
 from softcfg.zoo.files import require_file
+from softcfg.zoo.loading import find_config_file, with_config_file
 from softcfg.zoo.reading import hash_weights, is_index, shards_of
 from softcfg.zoo.registry import Component, ModelEntry
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """One half of a model and the file of its weights; made before the file is read, and hashed when a run asks for it.
+    """One half of a model and its files; made before they are read, and hashed when a run asks for it.
 
     Attributes:
-        checkpoint: the file that is read in place of the model's own.
+        checkpoint: the weights file that is read in place of the model's own.
     """
 
     component: Component
@@ -33,29 +34,43 @@ class ComponentSource:
     checkpoint: str | Path | None = None
 
     def __post_init__(self) -> None:
-        """Note the state of the file."""
+        """Note the state of the files."""
         self._states  # noqa: B018
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Family, configuration and SHA-256; the file is read once.
+        """Family, configuration and SHA-256 of the weights; the files are read once.
 
         Raises:
-            UserError: it was written or replaced since this was made.
+            UserError: one was written or replaced since this was made.
         """
-        component = self.component
-        facts = {"family": component.family.name, "config": dict(component.config), "sha256": hash_weights(self._path)}
-        if _states(self._path) != self._states:
-            raise UserError(f"{self._path} changed since it was loaded; load it again")
+        facts = {"family": self.component.family.name, "config": self.config, "sha256": hash_weights(self._path)}
+        for path, states in self._states.items():
+            if _states(path) != states:
+                raise UserError(f"{path} changed since it was loaded; load it again")
         return facts
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the model's entry and, of its `config.json`, the fields that the family has."""
+        component = self.component
+        if self._config_file is None:
+            return dict(component.config)
+        known = {field.name for field in dataclasses.fields(component.family.classes()[1])}
+        found = with_config_file(component, self._config_file)
+        return {name: value for name, value in found.items() if name in known or name in component.config}
 
     @cached_property
     def _path(self) -> Path:
         return as_path(require_file(self.component.file, self.entry) if self.checkpoint is None else self.checkpoint)
 
     @cached_property
-    def _states(self) -> FileStates:
-        return _states(self._path)
+    def _config_file(self) -> Path | None:
+        return find_config_file(self.component)
+
+    @cached_property
+    def _states(self) -> dict[Path, FileStates]:
+        return {path: _states(path) for path in (self._path, self._config_file) if path is not None}
 
 
 @dataclass(frozen=True)
