@@ -75,6 +75,37 @@ def test_the_commands(entry: ModelEntry, folder: Path, downloads: Path, capsys: 
         load_generator(entry)
 
 
+@pytest.mark.parametrize(
+    ("config", "theta"),
+    [
+        ({}, 10000.0),
+        ({"rope_theta": 500.0}, 500.0),
+        ({"rope_theta": 500.0, "rope_scaling": None, "head_dim": None, "hidden_act": "silu"}, 500.0),
+        ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "tie_word_embeddings": False}, 500.0),
+        ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "yarn", "factor": 4.0}}, None),
+        ({"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, None),
+        ({"rope_scaling": "linear"}, None),
+        ({"hidden_act": "gelu"}, None),
+        ({"head_dim": 64}, None),
+        ({"attention_bias": True}, None),
+        ({"mlp_bias": True}, None),
+        ({"tie_word_embeddings": True}, None),
+    ],
+)
+def test_config_json_is_obeyed_or_refused(
+    entry: ModelEntry, downloads: Path, config: dict[str, object], theta: float | None
+) -> None:
+    path = downloads / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if theta is None:
+        with pytest.raises(CheckpointError, match=r"config\.json describes another model than a lumina-mgpt-2"):
+            fetch(entry, downloads)
+    else:
+        fetch(entry, downloads)
+        assert load_generator(entry).config.rope_theta == theta
+
+
 @pytest.mark.slow
 def test_the_hub(entry: ModelEntry, downloads: Path, tmp_path: Path) -> None:
     hub = Hub()
@@ -109,6 +140,10 @@ print(load_generator(entry).cache_shape[0])
         (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "not a file beside it"),
         (lambda d: (d / SHARDS[0]).write_bytes((d / SHARDS[1]).read_bytes()), "tensors that its files lack"),
         (lambda d: (d / "config.json").write_text('{"num_hidden_layers": 3}'), "does not fit the configured Lumina"),
+        (
+            lambda d: (d / "config.json").write_text('{"hidden_act": "gelu"}'),
+            r"config\.json describes another model .*gelu",
+        ),
         (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json is damaged"),
     ],
 )

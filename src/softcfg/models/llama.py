@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcfg.configuration import require_positive
-from softcfg.errors import UserError
+from softcfg.errors import UserError, quote
 from softcfg.models.base import Condition, Generator
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
@@ -21,6 +21,10 @@ from softcfg.nn.linear import Linear
 from softcfg.nn.llama import LlamaAttention, LlamaBlock, LlamaDecoder
 from softcfg.nn.position import Position
 from softcfg.nn.rotary import Rotary, angles_1d
+
+# What a published configuration may say beside the fields of `LlamaConfig`, and of the rotary embedding.
+COMPUTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+COMPUTED_ROPE = {"type": "default", "rope_type": "default", "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,28 @@ class LlamaConfig:
             raise ValueError(
                 f"num_attention_heads {heads} must be a multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
+
+    @classmethod
+    def of_published(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a published `config.json`, with `rope_theta` also where transformers 5 puts it elsewhere.
+
+        Raises:
+            ValueError: a value stands for a computation that is not that of the decoder.
+        """
+        given, computed = dict(values), dict(COMPUTED)
+        for rope in ("rope_scaling", "rope_parameters"):
+            inside = values.get(rope)
+            if isinstance(inside, Mapping):
+                given |= {rope: None, **{f"{rope}.{name}": value for name, value in inside.items()}}
+            computed |= {rope: None, **{f"{rope}.{name}": value for name, value in COMPUTED_ROPE.items()}}
+        width, heads = (values.get(name, getattr(cls, name, None)) for name in ("hidden_size", "num_attention_heads"))
+        if isinstance(width, int) and isinstance(heads, int) and heads:
+            computed["head_dim"] = width // heads
+        for name, value in computed.items():
+            if given.get(name) not in (None, value):
+                raise ValueError(f"{name} is {quote(given[name])}, only {value!r} is computed")
+        theta = given.get("rope_parameters.rope_theta")
+        return {**values, **({} if theta is None else {"rope_theta": theta})}
 
     @property
     def key_heads(self) -> int:

@@ -163,9 +163,16 @@ def with_config_file(component: Component, path: Path | None) -> dict[str, Any]:
     """The configuration of a component, completed by the `config.json` at `path`, if there is one.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or describes a model that computes something else than the family.
     """
-    return {**component.config, **({} if path is None else read_json(path))}
+    if path is None:
+        return dict(component.config)
+    config_class: Any = component.family.classes()[1]
+    config = {**component.config, **read_json(path)}
+    try:
+        return config_class.of_published(config) if hasattr(config_class, "of_published") else config
+    except ValueError as error:
+        raise CheckpointError(f"{path} describes another model than a {component.family.name}: {error}") from error
 
 
 def config_of_texts(entry: ModelEntry, found: Mapping[ModelFile, Path | None]) -> dict[str, Any]:
