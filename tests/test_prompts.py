@@ -14,6 +14,7 @@ from PIL import Image
 
 from softcfg import CFG, CheckpointError, Pipeline, SoftCFG, UserError
 from softcfg.models.lumina import TEXT_TO_IMAGE, LuminaPrompts, PromptReader, sentence
+from softcfg.models.text import TextTokenizer
 from softcfg.prompts import Prompt, as_prompts
 from softcfg.zoo import resolve
 from tiny_models import RELEASED_SPECIAL, text_tokenizer
@@ -121,6 +122,14 @@ def test_the_name_of_a_special_token_in_a_prompt_is_text(tmp_path: Path, name: s
         assert special not in reader.text_ids(Prompt(f"red {name} apple", task="depth"), 8, 8)
     assert PromptReader(path, f"a {name} {{prompt}}").text_ids(Prompt(f"red {name}"), 8, 8).count(special) == 1
     assert PromptReader(path, "{prompt}").text_ids(Prompt("red apple"), 8, 8) == [2, 4]
+
+
+def test_the_dropout_of_a_text_tokenizer_is_for_trainings(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    vocab = {"a": 0, "b": 1, "ab": 2, "abab": 3}
+    model = {"type": "BPE", "dropout": 0.5, "vocab": vocab, "merges": [["a", "b"], ["ab", "ab"]]}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    assert all(TextTokenizer(path).ids(["abab"]) == [3] for _ in range(20))
 
 
 def test_damaged_text_tokenizers(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
 
 
 def text_tokenizer(content: Mapping[str, Any], path: str | Path) -> Tokenizer:
-    """Build the tokenizer that a `tokenizer.json` describes, without padding.
+    """Build the tokenizer that a `tokenizer.json` describes, without padding and the dropout of a training.
 
     Raises:
         CheckpointError: it describes none.
@@ -56,7 +56,8 @@ def text_tokenizer(content: Mapping[str, Any], path: str | Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(json.dumps({**content, "padding": None}))
+        model = {name: None if name == "dropout" else value for name, value in content["model"].items()}
+        return Tokenizer.from_str(json.dumps({**content, "model": model, "padding": None}))
     except Exception as error:  # the library raises plain exceptions
         raise _damaged(path, error) from error
 
