@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -241,15 +242,19 @@ class TestLlamaGen:
             ("config.json", "[]", "does not describe a text encoder"),
             ("config.json", '{"d_model": "wide"}', "does not describe a text encoder"),
             ("config.json", '{"d_model": 12, "num_layers": 3, "vocab_size": 8}', "does not fit the text encoder"),
+            ("config.json", {"num_layers": 1}, r"does not fit the text encoder: 8 unexpected \(encoder\.block\.1\."),
+            ("config.json", {"num_layers": 20_000}, "20,000 layers, more than 200, the limit"),
             ("model.safetensors", None, "model.safetensors"),
             ("model.safetensors", "damaged", "damaged or not a weights file"),
             ("tokenizer.json", None, "tokenizer.json"),
         ],
     )
     def test_encoders_that_are_incomplete(
-        self, folder: Path, tmp_path: Path, file: str, content: str | None, said: str
+        self, folder: Path, tmp_path: Path, file: str, content: str | dict[str, int] | None, said: str
     ) -> None:
         shutil.copytree(folder, tmp_path / "t5")
+        if isinstance(content, dict):
+            content = json.dumps({**json.loads((tmp_path / "t5" / file).read_text()), **content})
         (tmp_path / "t5" / file).unlink()
         if content is not None:
             (tmp_path / "t5" / file).write_text(content)

@@ -290,7 +290,8 @@ def load_text_encoder(
     """Give a text encoder that lies on the meta device its weights; see `models.conditioning.TextEncoderLoader`.
 
     Args:
-        checkpoint: a weights file or the index of several; what else it holds, such as a decoder, is not read.
+        checkpoint: a weights file or the index of several; what else it holds, such as a decoder, is not read. Under
+            the names that the encoder's own begin with it holds nothing else.
         place: rounds and moves a part, or what is left of the whole.
 
     Raises:
@@ -300,11 +301,15 @@ def load_text_encoder(
 
     state = read_weights(checkpoint).tensors
     names: dict[Tensor, str] = {}  # of tensors that are one, the name that the file has
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    known = dict(module.named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
         if name in state or parameter not in names:
             names[parameter] = name
     expected = {name: parameter for parameter, name in names.items()}
-    if differences := _differences(expected, {name: state[name] for name in expected if name in state}):
+    others = known.keys() - expected.keys()
+    own = {name.partition(".")[0] for name in known}
+    found = {name: state[name] for name in state if name.partition(".")[0] in own and name not in others}
+    if differences := _differences(expected, found):
         raise CheckpointError(f"{checkpoint} does not fit the text encoder: {'; '.join(differences)}")
     mapped = MappedFiles()
 

@@ -23,6 +23,7 @@ from softcfg.text_tokenizers import read_tokenizer_json, text_ids, text_tokenize
 
 FOLDER_VARIABLE = "SOFTCFG_CAPTIONS"
 LARGEST_CONFIG = 1 << 20  # bytes
+MOST_LAYERS = 200  # of the encoder
 LARGEST_FEATURES = 1 << 24  # bytes of the features of a caption
 
 
@@ -52,8 +53,11 @@ class CaptionEncoder:
         with reading(path, CheckpointError):
             text = read_text(path, LARGEST_CONFIG)
         try:
+            config = T5Config.from_dict(json.loads(text))
+            if config.num_layers > MOST_LAYERS:
+                raise ValueError(f"{config.num_layers:,} layers, more than {MOST_LAYERS}, the limit")
             with torch.device("meta"):
-                model = T5EncoderModel(T5Config.from_dict(json.loads(text)))
+                model = T5EncoderModel(config)
         except Exception as error:  # the library raises plain exceptions
             raise CheckpointError(f"{path} does not describe a text encoder ({error})") from error
         # float16 is too narrow for it.
