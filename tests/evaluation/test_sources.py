@@ -210,6 +210,15 @@ def test_the_checksum_is_compared(images: np.ndarray, tmp_path: Path, save: Any,
         read(tmp_path / "a.npz", batch_size)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_header_that_claims_less(tmp_path: Path, order: str) -> None:
+    np.savez(tmp_path / "a.npz", np.zeros((23, 32, 32, 3), dtype=np.uint8, order=order))
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content.replace(b"'shape': (23,", b"'shape': (13,"))
+    with pytest.raises(UserError, match=r"a\.npz is damaged: .* \(it is longer than its header says"):
+        read(tmp_path / "a.npz", 5)
+
+
 def test_paths_that_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path / "gone")

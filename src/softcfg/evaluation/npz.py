@@ -55,6 +55,7 @@ class Member:
         with reading(self.path, self.name):
             data = bytearray(size)
             fill(self.stream, data)
+            finish(self.stream)
             return np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
 
 
@@ -147,6 +148,12 @@ def fill(stream: IO[bytes], data: bytearray) -> None:
         if not read:
             raise EOFError("it ends early")
         view = view[read:]
+
+
+def finish(stream: IO[bytes]) -> None:
+    """Make sure that all of an array was read, with which its checksum is compared."""
+    if stream.read(1):
+        raise ValueError("it is longer than its header says")
 
 
 @contextlib.contextmanager

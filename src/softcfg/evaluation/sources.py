@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softcfg.errors import UserError, clean, quote
-from softcfg.evaluation.npz import fill, is_npz, names, open_member, reading
+from softcfg.evaluation.npz import fill, finish, is_npz, names, open_member, reading
 from softcfg.files import FileStates, as_path, file_states, hash_file, is_file, is_folder
 from softcfg.images import SUFFIXES, read_picture, resize
 from softcfg.nn.limits import cores
@@ -213,7 +213,9 @@ class NpzSource(ImageSource):
                 n = min(count, self.count - start)
                 data = bytearray(n * height * width * 3)
                 with reading(self.path, "arr_0"):
-                    fill(images.stream, data)  # at the end the checksum is compared
+                    fill(images.stream, data)
+                    if start + n == self.count:
+                        finish(images.stream)
                 yield np.frombuffer(data, dtype=np.uint8).reshape(n, height, width, 3)
 
 
