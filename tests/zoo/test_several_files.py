@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hub import Hub, client_environment, serving
 from softcfg import CheckpointError, Pipeline
@@ -154,6 +155,18 @@ def test_damaged_files_are_not_taken(
     with pytest.raises(CheckpointError, match=message):
         fetch(entry, downloads)
     assert not folder.exists()
+
+
+def test_each_part_holds_what_the_index_says(downloads: Path) -> None:
+    where = json.loads((downloads / INDEX).read_text())["weight_map"]
+    expected = reading.read_state_dict(downloads / INDEX)
+    stale = next(name for name, file in where.items() if file == SHARDS[0])
+    for shard in SHARDS[1:]:
+        part = {name: tensor.clone() for name, tensor in reading.read_state_dict(downloads / shard).items()}
+        save_file({**part, stale: torch.zeros_like(expected[stale])}, downloads / shard)
+    found = reading.read_state_dict(downloads / INDEX)
+    assert found.keys() == expected.keys()
+    assert torch.equal(found[stale], expected[stale])
 
 
 def test_the_hash_is_that_of_all_files(downloads: Path) -> None:

@@ -178,13 +178,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
-    """What all files of an index hold; the tensors stay mapped until they are used."""
+    """What the files of an index hold, each of what the index says; the tensors stay mapped until they are used."""
+    weight_map = _weight_map(index)
     tensors: dict[str, Any] = {}
     for path in shards_of(index):
         content, _ = _read_content(path)
         find_weights(content, str(path))
-        tensors.update(content)
-    if lacking := [name for name in _weight_map(index) if name not in tensors]:
+        tensors |= {name: tensor for name, tensor in content.items() if weight_map.get(name) == path.name}
+    if lacking := [name for name in weight_map if name not in tensors]:
         raise CheckpointError(
             f"{index} lists {len(lacking)} tensors that its files lack, {quote(lacking[0])} among them"
         )
