@@ -401,6 +401,17 @@ def test_all_differences_are_listed_together(tmp_path: Path, state: dict[str, Te
 
 
 @pytest.mark.usefixtures("small_zoo")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn_x2"])
+def test_quantized_weights_are_refused(tmp_path: Path, state: dict[str, Tensor], dtype: str, suffix: str) -> None:
+    number = getattr(torch, dtype, None) or pytest.skip(f"this torch has no {dtype}")
+    quantized = torch.zeros(state["output.weight"].shape, dtype=torch.uint8).view(number)
+    assert refusal(ALITOK, save({**state, "output.weight": quantized}, tmp_path / f"quantized{suffix}")).endswith(
+        f"1 quantized, to be converted first (output.weight is {number}, expected torch.float32)"
+    )
+
+
+@pytest.mark.usefixtures("small_zoo")
 def test_long_lists_are_cut(state: dict[str, Tensor]) -> None:
     text = refusal(ALITOK, {name: tensor for name, tensor in state.items() if not name.startswith("blocks.1.")})
     assert "11 missing (blocks.1.norm1.weight, " in text

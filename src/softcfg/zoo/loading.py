@@ -32,6 +32,7 @@ Place = Callable[["nn.Module"], "nn.Module"]
 
 MOST_TENSORS = 4_000  # of a model
 LARGEST_TABLE = 1 << 24  # numbers
+PLAIN = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")  # numbers without scales beside them
 SHOWN = 4  # names listed in an error message, of each kind
 LIKE, UNLIKE = 0.8, 0.3  # shares of names: the least for a guess, and below which sizes need not be tried
 
@@ -439,6 +440,7 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     shared = [(name, expected[name], found[name]) for name in expected if name in found]
     misshapen = [name for name, one, other in shared if one.shape != other.shape]
     mistyped = [name for name, one, other in shared if one.is_floating_point() != other.is_floating_point()]
+    quantized = [name for name, _, other in shared if other.is_floating_point() and str(other.dtype) not in PLAIN]
 
     def listing(what: str, names: list[str], describe: Any = _short) -> list[str]:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -455,6 +457,7 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
         *listing("unexpected", [name for name in found if name not in expected]),
         *listing("of another shape", misshapen, shapes),
         *listing("of another type", mistyped, dtypes),
+        *listing("quantized, to be converted first", quantized, dtypes),
     ]
 
 
