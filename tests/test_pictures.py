@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,16 @@ def palette(alpha: bytes) -> bytes:
     image = Image.new("P", (8, 6))
     image.putpalette([9, 8, 7, 1, 2, 3])
     return saved(image, transparency=alpha)
+
+
+def png(bits: int, colour: int, row: bytes, clear: bytes = b"") -> bytes:
+    """A PNG file of one row of four pixels, in a kind that PIL does not write; `clear` is the transparent colour."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, colour, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" + row))]
+    chunks[1:1] = [(b"tRNS", clear)] if clear else []
+    written = [(kind, data, zlib.crc32(kind + data)) for kind, data in [*chunks, (b"IEND", b"")]]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum) for kind, data, checksum in written
+    )
 
 
 class Whole(Tokenizer):
@@ -98,6 +110,8 @@ READ: dict[str, tuple[Any, np.ndarray]] = {
     "16 bits, opened": (Image.fromarray(DEEP), np.rint(DEEP / 257)),
     "grey": (saved(GREY), np.asarray(GREY)),
     "1 bit": (saved(GREY.point(lambda level: 255 * (level > 99), "1")), 255 * (np.asarray(GREY) > 99)),
+    "2 bits": (png(2, 0, b"\x1b"), np.array([[0, 85, 170, 255]])),
+    "4 bits without their transparent level": (png(4, 0, b"\x05\x5f", b"\0\x01"), np.array([[0, 85, 85, 255]])),
     "BMP": (saved(PICTURE, "BMP"), NOISE[..., 0]),
     "opened": (Image.open(io.BytesIO(saved(PICTURE))), NOISE[..., 0]),
     "opened and turned": (Image.open(io.BytesIO(saved(PICTURE, exif=turned(3)))), NOISE[::-1, ::-1, 0]),
@@ -137,6 +151,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one colour": (saved(Image.new("RGB", (8, 6)), transparency=(0, 0, 0)), TRANSPARENT),
     "one grey": (saved(Image.new("L", (8, 6)), transparency=0), TRANSPARENT),
     "one grey of 16 bits": (saved(Image.new("I;16", (8, 6)), transparency=0), TRANSPARENT),
+    "one of 2 bits": (png(2, 0, b"\x1b", b"\0\x01"), TRANSPARENT),
+    "one of 4 bits": (png(4, 0, b"\x05\x5f", b"\0\x05"), TRANSPARENT),
+    "RGB of 16 bits": (png(16, 2, bytes(24)), "has 16 bits a channel; images must be RGB or grey, 8 bits a channel"),
+    "RGB of 16 bits, transparent": (png(16, 2, bytes(24), bytes(6)), "has 16 bits a channel"),
+    "RGBA of 16 bits": (png(16, 6, b"\xff" * 32), "has 16 bits a channel"),
     "one of 1 bit": (saved(Image.new("1", (8, 6)), transparency=0), TRANSPARENT),
     "CMYK": (saved(Image.new("CMYK", (8, 6)), "JPEG"), "has the mode CMYK"),
     "floats": (saved(Image.new("F", (8, 6)), "TIFF"), "has the mode F"),

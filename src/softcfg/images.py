@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ OPAQUE = ("1", "L", "P", "RGB", "RGBX")  # modes of PIL
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 0x0102, 0x0106  # tags of EXIF and TIFF
 BLACK_IS_ZERO = 1
+WANTED = "images must be RGB or grey, 8 bits a channel or grey of 16"
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -109,13 +111,19 @@ def _read(file: Any, largest: int, name: str) -> Image.Image:
 def _as_rgb(image: Image.Image, largest: int, name: str) -> Image.Image:
     """The image upright, as RGB."""
     _check_size(image, largest, name)
+    bits = _bits(image)
     image.load()  # before its orientation is asked for: some formats are turned here
     orientation = _orientation(image)
+    if image.mode == "L" and bits < 8 and "transparency" in image.info:  # the level as the file has it
+        image = image.copy()
+        image.info["transparency"] *= 255 // (2**bits - 1)
     if _is_grey16(image):
         levels = np.asarray(image)
         if (clear := image.info.get("transparency")) is not None and (levels == clear).any():
             raise _transparent(name)
         rgb = Image.fromarray(np.rint(levels / 257).astype(np.uint8)).convert("RGB")  # 65535 / 255 = 257
+    elif image.mode in (*OPAQUE, *TRANSPARENT) and bits > 8:
+        raise UserError(f"{name} has {bits} bits a channel; {WANTED}")
     elif image.mode in TRANSPARENT or (image.mode in OPAQUE and "transparency" in image.info):
         if image.mode in ("La", "1"):
             image = image.convert("LA" if image.mode == "La" else "L")
@@ -126,7 +134,7 @@ def _as_rgb(image: Image.Image, largest: int, name: str) -> Image.Image:
     elif image.mode in OPAQUE:
         rgb = image.convert("RGB")
     else:
-        raise UserError(f"{name} has the mode {image.mode}; images must be RGB or grey, 8 bits a channel or grey of 16")
+        raise UserError(f"{name} has the mode {image.mode}; {WANTED}")
     rgb = rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
     rgb.info = {}  # nobody shall turn it again
     return rgb
@@ -134,6 +142,15 @@ def _as_rgb(image: Image.Image, largest: int, name: str) -> Image.Image:
 
 def _transparent(name: str) -> UserError:
     return UserError(f"{name} is partly transparent; put it on a background first")
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of a channel in the PNG or TIFF file of an image that is not loaded yet, up to 16; 8 of any other."""
+    if image.format == "TIFF":
+        return int(max(getattr(image, "tag_v2", {}).get(BITS, (8,))))
+    tiles: Any = getattr(image, "tile", None)
+    found = re.search(r";(\d+)", str(tiles[0][3])) if tiles and image.format == "PNG" else None  # such as "RGB;16B"
+    return int(found[1]) if found else 8
 
 
 def _is_grey16(image: Image.Image) -> bool:
