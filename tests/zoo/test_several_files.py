@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -105,6 +107,21 @@ def test_config_json_is_obeyed_or_refused(
     else:
         fetch(entry, downloads)
         assert load_generator(entry).config.rope_theta == theta
+
+
+def test_an_index_without_its_parts_is_not_here(
+    entry: ModelEntry, folder: Path, downloads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub has them all, index and parts."""
+    (folder / "tiny-lumina").mkdir(parents=True)
+    for name in (INDEX, SHARDS[0]):
+        shutil.copy(downloads / name, folder / "tiny-lumina" / name)
+    with pytest.raises(CheckpointError, match=rf"{SHARDS[1]} of tiny-lumina is missing"):
+        load_generator(entry)
+    for client in ("hf_hub_download", "try_to_load_from_cache"):
+        monkeypatch.setattr(huggingface_hub, client, lambda repository, name: str(downloads / name))
+    assert fetch(entry)[:4] == [downloads / name for name in (INDEX, *SHARDS)]
+    assert load_generator(entry).cache_shape[0] == 2
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from softcfg.errors import CheckpointError, UserError, quote
 from softcfg.files import TEMPORARY, as_path, hash_file, is_file, is_folder, open_atomically, open_regular
-from softcfg.zoo.files import checkpoints_folder, how_to_get, require_file
+from softcfg.zoo.files import checkpoints_folder, how_to_get, is_whole, require_file
 from softcfg.zoo.loading import config_of_texts, empty_module, require_fit, weights_for, with_config_file
 from softcfg.zoo.reading import is_index, shards_of
 from softcfg.zoo.registry import ModelEntry, ModelFile, is_repository, read_model_folder, resolve
@@ -51,7 +51,7 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
     missing: list[ModelFile] = []
     for file in entry.files:
         local = checkpoints_folder() / file.local_name
-        if local.is_file():
+        if is_whole(local):
             found[file] = local
         elif file.repository:
             found[file] = _download(file)
@@ -60,7 +60,7 @@ def fetch(model: str | Path | ModelEntry, source: str | Path | None = None, *, l
             continue
         if is_index(found[file]):
             for shard in shards_of(found[file]):
-                found[file.beside(shard.name)] = shard if shard.is_file() else _download(file.beside(shard.name))
+                found[file.beside(shard.name)] = shard if found[file] == local else _download(file.beside(shard.name))
     _check_files(entry, found)
     if missing:
         raise CheckpointError(f"{entry.name} cannot be downloaded by a program: {how_to_get(missing, entry)}")

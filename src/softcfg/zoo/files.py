@@ -22,14 +22,23 @@ def checkpoints_folder() -> Path:
 def find_file(file: ModelFile) -> Path | None:
     """Return where a model's file lies: its own folder, the checkpoints folder, or the Hugging Face cache."""
     path = (file.folder or checkpoints_folder()) / file.local_name
-    if is_file(path):
-        return path
-    if file.repository:
+    if file.repository and not is_whole(path):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(file.repository, file.name)
-        return Path(cached) if isinstance(cached, str) else None
-    return None
+        if isinstance(cached, str):
+            return Path(cached)
+    return path if is_file(path) else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is such a file and, beside an index, all that it lists: index and parts come from one place."""
+    return is_file(path) and not (is_index(path) and lacking(path))
+
+
+def lacking(index: Path) -> list[Path]:
+    """The files that an index lists and that are not beside it."""
+    return [shard for shard in shards_of(index) if not is_file(shard)]
 
 
 def require_file(file: ModelFile, entry: ModelEntry) -> Path:
@@ -66,7 +75,7 @@ def missing_files(files: Iterable[ModelFile]) -> list[ModelFile]:
         if path is None:
             missing.append(file)
         elif is_index(path):
-            missing += [file.beside(shard.name) for shard in shards_of(path) if not is_file(shard)]
+            missing += [file.beside(shard.name) for shard in lacking(path)]
     return missing
 
 
