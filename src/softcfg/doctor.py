@@ -21,7 +21,7 @@ from torch import Tensor
 from softcfg.decoding import decode, image_uniforms
 from softcfg.decoding.sequential import steps_are_static
 from softcfg.decoding.throughput import largest_batch, time_steps
-from softcfg.errors import how_to_install
+from softcfg.errors import CheckpointError, how_to_install
 from softcfg.guidance import SoftCFG
 from softcfg.inspection import trace
 from softcfg.models.base import Generator
@@ -130,11 +130,17 @@ def choices(device: torch.device) -> dict[str, str]:
 def fitting_batches(device: torch.device) -> dict[str, dict[str, Any]]:
     """For each model whose files are here: the bytes of its weights, and the largest batch with SoftCFG.
 
+    Of a model with a damaged file, what is "damaged".
     It is an estimate, of tokens without pixels; on a CPU the weights count twice, as loaded and as laid out.
     """
-    free, found = free_memory(device), {}
+    free = free_memory(device)
+    found: dict[str, dict[str, Any]] = {}
     for name, entry in MODELS.items():
-        if missing_files(entry.files):
+        try:
+            if missing_files(entry.files):
+                continue
+        except CheckpointError as error:
+            found[name] = {"damaged": str(error)}
             continue
         dtype = getattr(torch, entry.generator.dtype)
         generator: Any = empty_module(entry.generator).to(dtype)

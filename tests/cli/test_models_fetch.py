@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,23 @@ def test_the_table(capsys: pytest.CaptureFixture[str], folder: Path, downloads: 
     (downloads / "tiny_alitok.bin").rename(folder / "tiny_alitok.bin")
     main(["models"])
     assert " ".join(capsys.readouterr().out.splitlines()[-1].split()).endswith("Google Drive all")
+
+
+def test_a_damaged_index_hides_no_other_model(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = folder / MODELS["janus-pro-7b"].generator.file.local_name
+    index.parent.mkdir(parents=True)
+    index.write_text('{"weight_map": {"a":')
+    assert main(["models"]) == 0
+    by_name = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
+    assert f"damaged: {index} is damaged or no JSON file; get it again" in by_name["janus-pro-7b"]
+    assert by_name["fashion"].endswith("all")
+    monkeypatch.setattr("softcfg.doctor.choices", lambda device: {})
+    assert main(["doctor", "--device", "cpu", "--no-test"]) == 0
+    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()]
+    assert any(row.startswith(f"janus-pro-7b damaged: {index} is") for row in rows)
+    assert any(re.fullmatch(r"fashion .* largest batch \d+", row) for row in rows)
 
 
 def test_one_model(capsys: pytest.CaptureFixture[str]) -> None:

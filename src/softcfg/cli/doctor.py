@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
         for title in ("environment", "choices"):
             _print(title, found[title])
         batches = {
-            name: f"{each['weights, GiB']} GiB of {each['dtype']} weights, largest batch {each['largest batch']}"
+            name: f"damaged: {each['damaged']}"
+            if "damaged" in each
+            else f"{each['weights, GiB']} GiB of {each['dtype']} weights, largest batch {each['largest batch']}"
             for name, each in found["models"].items()
         }
         _print("models whose files are here; batches are estimated, without pixels", batches)

@@ -8,6 +8,8 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from softcfg.zoo.registry import Component, ModelEntry, ModelFile
 
 HELP = "list the models and which of their files are here"
@@ -40,19 +42,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(entry: ModelEntry) -> dict[str, Any]:
-    """What there is to know about a model, ready for JSON; a file that is missing has the `path` None."""
+    """What there is to know about a model, ready for JSON; a file that is missing or damaged has the `path` None."""
+    from softcfg.errors import CheckpointError
     from softcfg.zoo.files import find_file, missing_files
 
     def where(files: list[ModelFile]) -> dict[str, Any]:
-        missing = missing_files(files)
+        missing: list[ModelFile] = []
+        paths: list[Path | None] = [None] * len(files)
+        damaged = None
+        try:
+            missing, paths = missing_files(files), [find_file(file) for file in files]
+        except CheckpointError as error:
+            damaged = str(error)
         return {
             "file": files[0].name,
             "published": files[0].published,
-            "path": None if missing else str(find_file(files[0])),
+            "path": None if missing or damaged else str(paths[0]),
             "missing": [file.name for file in missing],
+            "damaged": damaged,
             "files": [
                 {"file": file.name, "published": file.published, "path": str(path) if path else None}
-                for file, path in zip(files, map(find_file, files), strict=True)
+                for file, path in zip(files, paths, strict=True)
             ],
         }
 
@@ -84,6 +94,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         halves = (entry["generator"], entry["tokenizer"])
         files = (*halves, *([entry["text"]] if entry["text"] else []))
+        damaged = [file["damaged"] for file in files if file["damaged"]]
         missing = list(dict.fromkeys(name for file in files for name in file["missing"]))
         settings = (entry["sampling"].get(key, "") for key in ("guidance_scale", "guidance_scale_pow", "temperature"))
         rows.append(
@@ -93,7 +104,7 @@ def table(entries: list[dict[str, Any]]) -> str:
                 *(str(value) for value in settings),
                 f"{entry['fid']:.2f}" if entry["fid"] else "",
                 _publisher(entry["generator"]["published"]),
-                f"missing {', '.join(missing)}" if missing else "all",
+                f"damaged: {damaged[0]}" if damaged else f"missing {', '.join(missing)}" if missing else "all",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
