@@ -127,9 +127,13 @@ def open_own(path: str | Path) -> BinaryIO:
     return io.BufferedRandom(_open(path, os.O_RDWR | os.O_CREAT | _flags("O_NOFOLLOW")))
 
 
-def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a regular file, in hexadecimal; raises `UserError` if it cannot be read."""
-    digest = hashlib.sha256()
+def hash_file(path: str | Path, digest: hashlib._Hash | None = None) -> str:
+    """Return the hash of a regular file, in hexadecimal; raises `UserError` if it cannot be read.
+
+    Args:
+        digest: what the file is added to; SHA-256 by default.
+    """
+    digest = digest or hashlib.sha256()
     try:
         with open_regular(path) as file:
             while block := file.read(1 << 22):

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -216,7 +217,7 @@ def test_the_hub(hub: Hub, tmp_path: Path, folder: Path) -> None:
     assert home in generator.parents
     assert home in tokenizer.parents
     assert good["tokens"] == 4
-    assert re.search(r"tiny_rar\.bin is damaged, its SHA-256 is not the Hub's", damaged["error"])
+    assert re.search(r"tiny_rar\.bin is damaged, its hash is not the Hub's", damaged["error"])
     assert no_file["error"] == "gone.bin was not downloaded from someone/tiny: the repository has no such file"
     assert "nobody/nothing: there is no such repository, or it is private" in no_repository["error"]
     assert gated["error"] == (
@@ -235,6 +236,35 @@ def test_the_hub(hub: Hub, tmp_path: Path, folder: Path) -> None:
     assert len(hub.requests) == asked
 
 
+@pytest.mark.parametrize("algorithm", ["sha256", "sha1"])  # the latter is git's, of small files
+def test_a_damaged_file_of_the_cache_is_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    entry, tries = on_hub("someone/tiny", "tiny_rar.bin"), []
+    contents = {part.file.name: saved(weights(part)) for part in entry.components}
+
+    def download(repository: str, name: str, *, force_download: bool) -> str:
+        """As the client does, which takes what is in its cache as it is; the connection flips a bit."""
+        content = contents[name]
+        start = b"blob %d\0" % len(content) if algorithm == "sha1" else b""
+        blob, link = tmp_path / hashlib.new(algorithm, start + content).hexdigest(), tmp_path / name
+        if force_download or not link.exists():
+            tries.append(name)
+            flipped = len(tries) in flips
+            blob.write_bytes(content[:-1] + bytes([content[-1] ^ flipped]))
+            link.unlink(missing_ok=True)
+            link.symlink_to(blob)
+        return str(link)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    flips = {1, 2}
+    with pytest.raises(CheckpointError, match=r"tiny_rar\.bin is damaged, its hash is not the Hub's; fetch it again"):
+        fetch(entry)
+    fetch(entry)
+    assert tries == ["tiny_rar.bin"] * 3 + ["tiny_vq.bin"]
+    assert all((tmp_path / name).read_bytes() == content for name, content in contents.items())
+
+
 def test_files_of_the_hub_may_be_put_in_place_by_hand(folder: Path, tmp_path: Path) -> None:
     entry = on_hub("someone/tiny", "tiny_rar.bin")
     for part in entry.components:
@@ -251,7 +281,7 @@ def test_files_of_the_hub_may_be_put_in_place_by_hand(folder: Path, tmp_path: Pa
     ],
 )
 def test_errors_of_the_client_become_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)

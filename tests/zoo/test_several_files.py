@@ -119,7 +119,7 @@ def test_an_index_without_its_parts_is_not_here(
     with pytest.raises(CheckpointError, match=rf"{SHARDS[1]} of tiny-lumina is missing"):
         load_generator(entry)
     for client in ("hf_hub_download", "try_to_load_from_cache"):
-        monkeypatch.setattr(huggingface_hub, client, lambda repository, name: str(downloads / name))
+        monkeypatch.setattr(huggingface_hub, client, lambda repository, name, **_: str(downloads / name))
     assert fetch(entry)[:4] == [downloads / name for name in (INDEX, *SHARDS)]
     assert load_generator(entry).cache_shape[0] == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -102,7 +103,30 @@ def _check_files(entry: ModelEntry, found: Mapping[ModelFile, Path]) -> None:
 
 
 def _download(file: ModelFile) -> Path:
-    """Download a file into the Hugging Face cache and compare it with the hash that the Hub gives for it."""
+    """Download a file into the Hugging Face cache and compare it with the hash that the Hub gives for it.
+
+    One that is damaged is downloaded once more.
+    """
+    from huggingface_hub import constants
+
+    path = _from_hub(file)
+    if _is_damaged(path) and not constants.HF_HUB_OFFLINE:
+        path = _from_hub(file, force=True)
+    if _is_damaged(path):
+        raise CheckpointError(f"{path} is damaged, its hash is not the Hub's; fetch it again")
+    return path
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file of the cache is not what the name of its blob says: its SHA-256 or, of small files, git's hash."""
+    name = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if re.fullmatch(r"[0-9a-f]{40}", name):
+        return hash_file(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)) != name
+    return re.fullmatch(r"[0-9a-f]{64}", name) is not None and hash_file(path) != name
+
+
+def _from_hub(file: ModelFile, *, force: bool = False) -> Path:
+    """Where the client of Hugging Face has a file; with `force` it is downloaded in any case."""
     from huggingface_hub import constants, errors, hf_hub_download
 
     page = f"{constants.ENDPOINT}/{file.repository}"
@@ -114,7 +138,7 @@ def _download(file: ModelFile) -> Path:
     )
     for left in reversed(range(TRIES)):
         try:
-            path = Path(hf_hub_download(file.repository, file.name))
+            path = Path(hf_hub_download(file.repository, file.name, force_download=force))
             break
         except Exception as error:  # the client lets errors of several libraries through
             known = next((text for kind, text in reasons if isinstance(error, kind)), None)
@@ -124,10 +148,6 @@ def _download(file: ModelFile) -> Path:
             elif left and known is None and getattr(error, "errno", None) is None:
                 continue  # a connection that broke: what has come is on the disk, and the client goes on from there
             raise CheckpointError(f"{file.name} was not downloaded from {file.repository}: {reason}") from error
-    # In the cache a large file is a link to a blob that is named after its SHA-256.
-    blob = Path(os.readlink(path)) if path.is_symlink() else path
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and hash_file(path) != blob.name:
-        raise CheckpointError(f"{path} is damaged, its SHA-256 is not the Hub's; delete it and fetch again")
     return path
 
 
