@@ -18,11 +18,6 @@ from typing import BinaryIO
 
 from softcfg.errors import UserError, quote
 
-try:
-    import fcntl
-except ImportError:  # on Windows, which neither renames nor removes an open file
-    fcntl = None  # type: ignore[assignment]
-
 FileStates = tuple[tuple[int, ...], ...]
 
 TEMPORARY = ".tmp"
@@ -270,8 +265,8 @@ def _renamed(target: Path, *, durable: bool, tidy: bool) -> Iterator[tuple[Path,
         tidy: remove what killed writers of `target` left, which takes time in a large folder.
     """
     if tidy:
-        _remove_left_behind(target.parent, target.name)
-    temporary, descriptor = _temporary(target)
+        remove_temporary(target.parent, target.name)
+    temporary, descriptor, locked = _temporary(target)
     with contextlib.ExitStack() as opened:
         opened.callback(os.close, descriptor)
         try:
@@ -279,54 +274,51 @@ def _renamed(target: Path, *, durable: bool, tidy: bool) -> Iterator[tuple[Path,
             if durable:
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
-            if fcntl is None:
+            if not locked:  # on Windows, say, where an open file is neither renamed nor removed
                 opened.close()
             os.replace(temporary, target)
             if durable:
                 _flush_folder(target.parent)
         except BaseException:
-            if fcntl is None:
+            if not locked:
                 opened.close()
             temporary.unlink(missing_ok=True)
             raise
 
 
-def _temporary(target: Path) -> tuple[Path, int]:
-    """A new file beside `target`, its path and descriptor; a lock says that it is being written."""
+def _temporary(target: Path) -> tuple[Path, int, bool]:
+    """A new file beside `target`: its path, its descriptor, and whether a lock says that it is being written."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _flags("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
     while True:
         # Nobody can guess the name and plant a link there, and processes on several machines do not meet.
         path = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}{TEMPORARY}")
         descriptor = os.open(path, flags, 0o666)
-        if _lock(descriptor) is not False and os.path.lexists(path):
-            return path, descriptor
+        try:
+            locked = lock(descriptor)
+        except (ImportError, OSError):
+            return path, descriptor, False
+        if locked and os.path.lexists(path):
+            return path, descriptor, True
         os.close(descriptor)  # before it was locked, it was taken for one that was left behind
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Lock an open file until it is closed; False if somebody else has, None if there are no locks here."""
-    if fcntl is None:
-        return None
+def lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Lock an open file until it is closed; return False if somebody else holds the lock.
+
+    Args:
+        shared: others may hold such a lock as well.
+
+    Raises:
+        ImportError: this system has no such locks, as Windows.
+        OSError: this file system has none.
+    """
+    import fcntl
+
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return None
     return True
-
-
-def _remove_left_behind(folder: Path, name: str = "", *, alone: bool = False) -> None:
-    """Remove the temporary files of writers of `name`, or of all, that were killed; see `remove_temporary`."""
-    for path in folder.glob(f".{glob.escape(name[:100])}*{TEMPORARY}"):
-        if LEFT_BEHIND.fullmatch(path.name) and (not name or OF_A_WRITER.fullmatch(path.name, len(name[:100]) + 2)):
-            with contextlib.suppress(OSError):
-                if alone and is_file(path):
-                    path.unlink()
-                    continue
-                with _open(path, os.O_RDONLY | _flags("O_NOFOLLOW")) as file:
-                    if _lock(file.fileno()):
-                        path.unlink()
 
 
 def _behind_links(path: str | Path) -> Path:
@@ -338,13 +330,21 @@ def _behind_links(path: str | Path) -> Path:
         raise OSError(errno.EINVAL, f"no file can have this name ({error})", str(path)) from error
 
 
-def remove_temporary(folder: Path, *, alone: bool = False) -> None:
-    """Remove what writers that were killed left in `folder`.
+def remove_temporary(folder: Path, name: str = "", *, alone: bool = False) -> None:
+    """Remove what writers that were killed left in `folder`, those of the file `name` or all.
 
     Args:
         alone: nobody else writes there, so that it need not be asked whether a file is still being written.
     """
-    _remove_left_behind(folder, alone=alone)
+    for path in folder.glob(f".{glob.escape(name[:100])}*{TEMPORARY}"):
+        if LEFT_BEHIND.fullmatch(path.name) and (not name or OF_A_WRITER.fullmatch(path.name, len(name[:100]) + 2)):
+            with contextlib.suppress(ImportError, OSError):
+                if alone and is_file(path):
+                    path.unlink()
+                    continue
+                with _open(path, os.O_RDONLY | _flags("O_NOFOLLOW")) as file:
+                    if lock(file.fileno()):
+                        path.unlink()
 
 
 def remove_file(path: Path) -> None:

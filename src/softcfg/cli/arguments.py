@@ -43,17 +43,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=26, width=HELP_WIDTH)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = text.split("\n\n")
+        paragraphs = text.replace(" \\\n      ", " ").split("\n\n")
         return "\n\n".join(
             "\n".join(map(_command if part.startswith("examples:") else _item, part.splitlines()))
             if "\n  " in part
             else textwrap.fill(part, width)
-            for part in map(_joined, paragraphs)
+            for part in paragraphs
         )
-
-
-def _joined(paragraph: str) -> str:
-    return paragraph.replace(" \\\n      ", " ")
 
 
 def _item(line: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from softcfg.errors import UserError
-from softcfg.files import open_own, open_regular, writing
+from softcfg.files import lock, open_own, open_regular, writing
 
 NAME = "run.lock"
 LONGEST = 1000  # bytes that say who holds the lock
@@ -97,14 +97,9 @@ def _lock(file: BinaryIO, *, probe: bool = False) -> bool:
         OSError: there are no locks here.
     """
     try:
-        import fcntl
+        return lock(file.fileno(), shared=probe)
     except ImportError:
         return _lock_byte(file, probe)
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if probe else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _lock_byte(file: BinaryIO, probe: bool) -> bool:
