@@ -411,3 +411,13 @@ def test_another_config_json_is_another_run(prompt_model_folder: Path, tmp_path:
     (folder / "config.json").write_text('{"rope_theta": 50.0}')
     with pytest.raises(UserError, match=r"config\.json changed since it was loaded; load it again"):
         draw_run(RunRequest(pipe, prompts=["a red apple"]), tmp_path / "run")
+
+
+def test_texts_are_not_read_with_one_file_and_recorded_with_another(prompt_model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(prompt_model_folder, folder)
+    pipe = Pipeline.from_pretrained(folder)
+    path = folder / yaml.safe_load((folder / "model.yaml").read_text())["text"]["tokenizer"]
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(UserError, match="changed since it was loaded; load the model again"):
+        draw_run(RunRequest(pipe, prompts=["a red apple"]), tmp_path / "run")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softcfg.errors import UserError, quote, require_whole, suggestion
+from softcfg.errors import CheckpointError, UserError, quote, require_whole, suggestion
+from softcfg.files import file_states
 from softcfg.models.class_names import ClassNames
 from softcfg.models.geometry import Geometry
 from softcfg.models.ids import as_ids
@@ -75,6 +76,7 @@ class Conditioning(ABC):
         self.name = name
         self.classes = tuple(classes)
         self.files = dict(files or {})
+        self._states = file_states(self.files.values(), CheckpointError)
         self.settings = dict(settings or {})
         known = self.settings if self.read_settings is None else self.read_settings
         for unknown in self.settings.keys() - set(known):
@@ -86,6 +88,12 @@ class Conditioning(ABC):
         self.load = load
         self.keep_files = True
         self.check_tokenizer()
+
+    def require_unchanged(self) -> None:
+        """Raise `UserError` if a file that texts are read with was written or replaced since it was loaded."""
+        for path, before in zip(self.files.values(), self._states, strict=True):
+            if file_states([path], CheckpointError) != (before,):
+                raise UserError(f"{path} changed since it was loaded; load the model again")
 
     @classmethod
     def published_config(cls, files: Mapping[str, Path]) -> dict[str, Any]:

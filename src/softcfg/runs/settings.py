@@ -181,7 +181,9 @@ def _read_with(conditioning: Conditioning) -> dict[str, Any]:
     """What texts are read with, where they are."""
     if not conditioning.files:
         return {}
-    return {"text": {**conditioning.settings, "sha256": hash_files(conditioning.files.values())}}
+    digest = hash_files(conditioning.files.values())
+    conditioning.require_unchanged()
+    return {"text": {**conditioning.settings, "sha256": digest}}
 
 
 def _environment(pipeline: Pipeline) -> dict[str, Any]:
