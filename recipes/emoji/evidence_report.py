@@ -337,6 +337,7 @@ def _finish(axes: Sequence[Axes], metrics: Sequence[str], levels: Mapping[str, f
         if metric == "fid":  # what bends images does so by a factor of ten
             axis.set_yscale("log")
             low, high = axis.get_ylim()
+            axis.set_ylim(low, high := 2 * high)  # room for the legend
             axis.set_yticks(inside := [fid for fid in FIDS if low < fid < high], [str(fid) for fid in inside])
         axis.minorticks_off()
         if axis.get_legend_handles_labels()[1]:
